@@ -1,0 +1,162 @@
+"""The plan: which choice of which token gets a place in which expert's rows (paper, section 2)."""
+
+import math
+from fractions import Fraction
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+Priority = Literal["bpr", "arrival", "random", "modality"]
+
+
+class Plan(NamedTuple):
+    """Who sits where. A choice without a place has position -1 and row R; an unused row has source T*K.
+
+    The rows of an expert are its kept choices, group after group without gaps, inside a group in the order in which
+    they claimed. `first` and `size` say where they lie; `position` counts from `first`.
+
+    >>> make_plan(np.array([[1], [1]]), np.array([[0.5], [0.6]]), num_experts=2, capacity=1).position.tolist()
+    [[-1], [0]]
+    """
+
+    position: np.ndarray  # [T, K] int, within the rows of the expert
+    row: np.ndarray  # [T, K] int
+    source: np.ndarray  # [R] int, t * K + k
+    expert: np.ndarray  # [T, K] int
+    first: np.ndarray  # [E] int
+    size: np.ndarray  # [E] int
+    wanted: np.ndarray  # [G, M, E] choices
+    kept: np.ndarray  # [G, M, E] choices
+    active_tokens: np.ndarray  # [G, M] tokens that wanted a place
+    placed_tokens: np.ndarray  # [G, M] tokens of which at least one choice got a place
+
+
+def expert_capacity(
+    tokens_per_group: int, num_choices: int, num_experts: int, capacity_factor: float | str | Fraction
+) -> int:
+    """Places C = ceil(S K c / E) of one expert for one group, in exact arithmetic.
+
+    The factor is the number that was written: 1.1 is 11/10, not the nearest binary fraction, which lies above it.
+
+    >>> expert_capacity(10, 1, 1, 1.1), math.ceil(10 * 1.1)
+    (11, 11)
+    >>> expert_capacity(100, 1, 1, 1.1), math.ceil(100 * 1.1)
+    (110, 111)
+    """
+    return math.ceil(tokens_per_group * num_choices * Fraction(str(capacity_factor)) / num_experts)
+
+
+def claim_order(
+    gate: np.ndarray,
+    *,
+    priority: Priority = "bpr",
+    modality: np.ndarray | None = None,
+    first_modality: int = 0,
+    priority_values: np.ndarray | None = None,
+) -> list[int]:
+    """The tokens of one group in the order in which they claim places; equal ones in the order of their index.
+
+    bpr: largest gate first. arrival: as they come. random: largest of `priority_values` [T] first. modality: tokens of
+    `first_modality` before all others, as they come. Raises ValueError for another priority or a missing argument.
+
+    >>> claim_order(np.array([[0.4], [0.9], [0.35], [0.8]]))
+    [1, 3, 0, 2]
+    """
+    indices = range(len(gate))
+    if priority == "bpr":
+        return sorted(indices, key=lambda t: (-gate[t].max(), t))
+    if priority == "arrival":
+        return list(indices)
+    if priority == "random":
+        if priority_values is None:
+            raise ValueError('priority "random" needs priority_values, one number a token')
+        return sorted(indices, key=lambda t: (-priority_values[t], t))
+    if priority == "modality":
+        if modality is None:
+            raise ValueError('priority "modality" needs modality, one id a token')
+        return sorted(indices, key=lambda t: (modality[t] != first_modality, t))
+    raise ValueError(f"priority {priority!r} is not one of {get_args(Priority)}")
+
+
+def make_plan(
+    expert: np.ndarray,
+    gate: np.ndarray,
+    *,
+    num_experts: int,
+    num_groups: int = 1,
+    capacity: int | None = None,
+    priority: Priority = "bpr",
+    first_modality: int = 0,
+    priority_values: np.ndarray | None = None,
+    modality: np.ndarray | None = None,
+    num_modalities: int = 1,
+    mask: np.ndarray | None = None,
+    row_multiple: int = 1,
+) -> Plan:
+    """Give places to choices: all first choices of a group before all second ones, each time in the claim order.
+
+    Expert [T, K] and gate [T, K] as in `Routing`, or as another router decided. Capacity is per expert and group; None
+    keeps everything. Tokens that are masked, or whose gates are not finite, take no place. With a capacity every expert
+    owns G*C rows, without one as many as it needs, rounded up to `row_multiple` either way. Raises ValueError if T is
+    not a multiple of the number of groups. Paper, section 2.
+
+    >>> plan = make_plan(np.array([[0], [0], [1], [1]]), np.array([[0.4], [0.9], [0.35], [0.8]]), num_experts=2,
+    ...                  capacity=1)
+    >>> plan.row.tolist(), plan.source.tolist()
+    ([[2], [0], [2], [1]], [1, 3])
+    """
+    expert, gate = np.asarray(expert), np.asarray(gate, np.float64)
+    num_tokens, num_choices = expert.shape
+    if num_tokens % num_groups:
+        raise ValueError(f"{num_tokens} tokens cannot be cut into {num_groups} equal groups; use a divisor")
+    tokens_per_group = num_tokens // num_groups
+    active = np.asarray(np.isfinite(gate).all(axis=1))
+    if mask is not None:
+        active = active & np.asarray(mask, bool)
+    kind = np.zeros(num_tokens, int) if modality is None else np.asarray(modality)
+
+    position = np.full((num_tokens, num_choices), -1)
+    size = np.zeros(num_experts, int)
+    wanted = np.zeros((num_groups, num_modalities, num_experts))
+    kept = np.zeros((num_groups, num_modalities, num_experts))
+    active_tokens = np.zeros((num_groups, num_modalities))
+    placed_tokens = np.zeros((num_groups, num_modalities))
+    for g in range(num_groups):
+        members = [t for t in range(g * tokens_per_group, (g + 1) * tokens_per_group) if active[t]]
+        order = claim_order(
+            gate[members],
+            priority=priority,
+            modality=kind[members] if modality is not None else None,
+            first_modality=first_modality,
+            priority_values=None if priority_values is None else np.asarray(priority_values)[members],
+        )
+        taken = np.zeros(num_experts, int)
+        for k in range(num_choices):
+            for t in (members[i] for i in order):
+                e = expert[t, k]
+                wanted[g, kind[t], e] += 1
+                if capacity is None or taken[e] < capacity:
+                    # Earlier groups have filled size[e] rows already, and this group's claims follow without a gap.
+                    position[t, k] = size[e]
+                    size[e] += 1
+                    taken[e] += 1
+                    kept[g, kind[t], e] += 1
+        for t in members:
+            active_tokens[g, kind[t]] += 1
+            placed_tokens[g, kind[t]] += position[t].max() >= 0
+
+    first = np.zeros(num_experts, int)
+    num_rows = 0
+    for e in range(num_experts):
+        first[e] = num_rows
+        owned = size[e] if capacity is None else num_groups * capacity
+        num_rows += math.ceil(owned / row_multiple) * row_multiple
+
+    row = np.full((num_tokens, num_choices), num_rows)
+    source = np.full(num_rows, num_tokens * num_choices)
+    for t in range(num_tokens):
+        for k in range(num_choices):
+            if position[t, k] >= 0:
+                row[t, k] = first[expert[t, k]] + position[t, k]
+                source[row[t, k]] = t * num_choices + k
+    return Plan(position, row, source, expert, first, size, wanted, kept, active_tokens, placed_tokens)
