@@ -1,0 +1,105 @@
+"""What a back end is: a name, the reason why it cannot take a problem, and the spans that it fills."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_kernels.types import Activation, Layout
+
+SpanName = Literal["route", "dispatch", "grouped_matmul", "expert_mlp", "combine"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The static facts by which a back end is chosen: what is asked for, on which platform, in which shape and dtype."""
+
+    span: SpanName
+    platform: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_experts: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RouteStatic:
+    """Static facts of a routing call; `noise_std` is the standard deviation that the smooth load assumes."""
+
+    num_choices: int
+    num_groups: int
+    num_modalities: int
+    noise_std: float
+
+
+class RouteInputs(NamedTuple):
+    """Arrays of a routing call that are not differentiated; None where not given."""
+
+    noise: Float[Array, "T E"] | None
+    modality: Int[Array, " T"] | None
+    mask: Bool[Array, " T"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpStatic:
+    """Static facts of an expert MLP."""
+
+    layout: Layout
+    activation: Activation
+
+
+class Span(NamedTuple):
+    """A forward function and its hand-written derivative.
+
+    `forward(static, *differentiable, *constants)` returns `(result, saved)`; `backward(static, saved, cotangent)` returns a
+    tuple with one cotangent for each differentiable argument. `static` is hashable. Neither is ever differentiated by JAX.
+    """
+
+    forward: Callable[..., tuple[Any, Any]]
+    backward: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A row of the table of back ends. `why_not` is pure: None if the problem is taken, else the reason."""
+
+    name: str
+    why_not: Callable[[Problem], str | None]
+    spans: dict[SpanName, Span] = dataclasses.field(hash=False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def apply(span: Span, static: Any, differentiable: tuple[Any, ...], constants: tuple[Any, ...]) -> Any:
+    """Run a span with its own derivative; constants get none.
+
+    Reverse mode works once. Forward mode and second derivatives raise TypeError.
+    """
+    return span.forward(static, *differentiable, *constants)[0]
+
+
+def _apply_forward(span: Span, static: Any, differentiable: tuple[Any, ...], constants: tuple[Any, ...]) -> Any:
+    return span.forward(static, *differentiable, *constants)
+
+
+def _apply_backward(span: Span, static: Any, saved: Any, cotangent: Any) -> tuple[Any, None]:
+    return jax.tree.map(_first_order_only, span.backward(static, saved, cotangent)), None
+
+
+apply.defvjp(_apply_forward, _apply_backward)
+
+
+@jax.custom_jvp
+def _first_order_only(value: jax.Array) -> jax.Array:
+    return value
+
+
+@_first_order_only.defjvp
+def _refuse_second_order(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    raise TypeError(
+        "moe_kernels has first derivatives only: the backward pass of a routed layer cannot be differentiated again; "
+        "use jax.grad once (no jax.hessian, no grad of grad, no forward mode over it)"
+    )

@@ -1,0 +1,80 @@
+"""Expert matmuls over the runs of a plan, with their derivatives."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from jaxtyping import Array, Float
+
+from moe_kernels import backends
+from moe_kernels.backends.base import MlpStatic, apply
+from moe_kernels.permute import check_rows
+from moe_kernels.types import Activation, MlpWeights, Plan
+
+
+def grouped_matmul(
+    rows: Float[Array, "R D"], weight: Float[Array, "E D F"], plan: Plan, *, backend: str | None = None
+) -> Float[Array, "R F"]:
+    """Multiply the rows of every expert by its own matrix, accumulated in float32, result in the dtype of the rows.
+
+    `dX_e = dY_e W_eᵀ`, `dW_e = X_eᵀ dY_e` (in the dtype of the weights; exactly 0 for an expert without rows). What stands
+    in unused rows of the result is not promised, and what stands in unused rows of the input is never read into a gradient.
+    Raises ValueError for shapes that do not fit the plan.
+
+    >>> import jax.numpy as jnp
+    >>> from moe_kernels import dispatch, make_plan, route
+    >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> plan = make_plan(route(x, jnp.eye(2)), num_experts=2, capacity=1)
+    >>> weight = jnp.stack([jnp.eye(2), 3 * jnp.eye(2)])
+    >>> grouped_matmul(dispatch(x, plan), weight, plan)[16].tolist()
+    [0.0, 3.0]
+    """
+    check_rows("rows", rows, plan.layout.num_rows)
+    _check_weight("weight", weight, (plan.layout.num_experts, rows.shape[1], None))
+    span = backends.choose(backends.problem_of("grouped_matmul", rows, plan.layout.num_experts), backend)
+    return apply(span, plan.layout, (rows, weight), (plan.runs,))
+
+
+def expert_mlp(
+    rows: Float[Array, "R D"],
+    weights: MlpWeights,
+    plan: Plan,
+    *,
+    activation: Activation = "gelu_tanh",
+    backend: str | None = None,
+) -> Float[Array, "R D"]:
+    """Apply every expert's MLP, `act(x w1 + b1) w2 + b2`, to its rows.
+
+    Matmuls accumulate in float32; the hidden layer is rounded to the dtype of the rows before and after the activation
+    (`gelu_tanh` or `gelu_erf`, computed in float32). Unused rows as in `grouped_matmul`. Raises ValueError for shapes that do
+    not fit and for another activation.
+
+    >>> import jax.numpy as jnp
+    >>> from moe_kernels import MlpWeights, dispatch, make_plan, route
+    >>> x = jnp.ones((4, 2))
+    >>> plan = make_plan(route(x, jnp.eye(2)), num_experts=2)
+    >>> weights = MlpWeights(jnp.ones((2, 2, 8)), None, jnp.ones((2, 8, 2)), None)
+    >>> expert_mlp(dispatch(x, plan), weights, plan).shape
+    (32, 2)
+    """
+    check_rows("rows", rows, plan.layout.num_rows)
+    if activation not in get_args(Activation):
+        raise ValueError(f"activation={activation!r} is not one of {', '.join(get_args(Activation))}")
+    num_experts, width, expert_width = plan.layout.num_experts, rows.shape[1], weights.w1.shape[-1]
+    _check_weight("weights.w1", weights.w1, (num_experts, width, None))
+    _check_weight("weights.w2", weights.w2, (num_experts, expert_width, width))
+    if weights.b1 is not None:
+        _check_weight("weights.b1", weights.b1, (num_experts, expert_width))
+    if weights.b2 is not None:
+        _check_weight("weights.b2", weights.b2, (num_experts, width))
+    span = backends.choose(backends.problem_of("expert_mlp", rows, num_experts), backend)
+    return apply(span, MlpStatic(plan.layout, activation), (rows, weights), (plan.runs,))
+
+
+def _check_weight(name: str, array: Float[Array, "..."], expected: tuple[int | None, ...]) -> None:
+    fits = len(array.shape) == len(expected) and all(
+        want is None or have == want for have, want in zip(array.shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if want is None else str(want) for want in expected)
+        raise ValueError(f"{name} has shape {array.shape}; it must be [{wanted}]")

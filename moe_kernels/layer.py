@@ -1,0 +1,109 @@
+"""The whole mixture-of-experts layer on one shard: route, plan, dispatch, experts, combine."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from moe_kernels.experts import expert_mlp
+from moe_kernels.permute import combine, dispatch
+from moe_kernels.plan import bpr_priority, expert_capacity, make_plan, modality_priority, random_priority
+from moe_kernels.routing import route
+from moe_kernels.types import Activation, CapacityFactor, MlpWeights, MoeOutput, Priority, Routing
+
+# Names of values that every remat policy should save: routing is decided once, since a near tie could flip if recomputed.
+SAVED_NAMES = ("moe_routing", "moe_plan")
+
+
+def moe_mlp(
+    tokens: Float[Array, "T D"],
+    router: Float[Array, "D E"],
+    weights: MlpWeights,
+    *,
+    num_choices: int = 1,
+    capacity_factor: CapacityFactor | None = None,
+    num_groups: int = 1,
+    priority: Priority = "bpr",
+    noise: Float[Array, "T E"] | None = None,
+    noise_std: float | None = None,
+    mask: Bool[Array, " T"] | None = None,
+    modality: Int[Array, " T"] | None = None,
+    num_modalities: int = 1,
+    first_modality: int = 0,
+    key: Key[Array, ""] | None = None,
+    first_group: int | Int[Array, ""] = 0,
+    activation: Activation = "gelu_tanh",
+    backend: str | None = None,
+) -> MoeOutput:
+    """Send every token through its `num_choices` best experts: `y = sum of gate_e MLP_e(x)` (paper, section 2).
+
+    `tokens [T, D]` lie group after group; each group is planned by itself with `ceil(S K c / E)` places an expert for
+    `capacity_factor=c`, or without a limit for None. Who gets a place: by `priority`, "bpr" (largest gate first), "arrival",
+    "random" (needs `key`; group g of this call draws from `first_group + g`) or "modality" (`first_modality` first). A token
+    without a place is 0 in the output; so is padding (`mask` False). Returns the tokens with the router's sums and what was
+    kept. Differentiable once in tokens, router and weights. Raises ValueError for arguments that do not fit.
+
+    >>> import jax, jax.numpy as jnp
+    >>> keys = jax.random.split(jax.random.key(0), 4)
+    >>> x = jax.random.normal(keys[0], (8, 4))
+    >>> weights = MlpWeights(jax.random.normal(keys[1], (2, 4, 16)), None, jax.random.normal(keys[2], (2, 16, 4)), None)
+    >>> output = moe_mlp(x, jax.random.normal(keys[3], (4, 2)), weights, capacity_factor=1.0)
+    >>> output.tokens.shape, bool((output.kept <= 4).all())
+    ((8, 4), True)
+    """
+    if priority not in get_args(Priority):
+        raise ValueError(f"priority={priority!r} is not one of {', '.join(get_args(Priority))}")
+    routing = route(
+        tokens,
+        router,
+        num_choices=num_choices,
+        num_groups=num_groups,
+        noise=noise,
+        noise_std=noise_std,
+        modality=modality,
+        num_modalities=num_modalities,
+        mask=mask,
+        backend=backend,
+    )
+    group_size, num_experts = tokens.shape[0] // num_groups, router.shape[1]
+    plan = make_plan(
+        routing,
+        num_experts=num_experts,
+        num_groups=num_groups,
+        capacity=None
+        if capacity_factor is None
+        else expert_capacity(group_size, num_choices, num_experts, capacity_factor),
+        priority=_priority(priority, routing, num_groups, group_size, modality, first_modality, key, first_group),
+        modality=modality,
+        num_modalities=num_modalities,
+    )
+    plan = jax.tree.map(lambda leaf: checkpoint_name(leaf, "moe_plan"), plan)
+    rows = dispatch(tokens, plan, backend=backend)
+    rows = expert_mlp(rows, weights, plan, activation=activation, backend=backend)
+    return MoeOutput(combine(rows, routing.gate, plan, backend=backend), routing.sums, plan.kept)
+
+
+def _priority(
+    name: Priority,
+    routing: Routing,
+    num_groups: int,
+    group_size: int,
+    modality: Int[Array, " T"] | None,
+    first_modality: int,
+    key: Key[Array, ""] | None,
+    first_group: int | Int[Array, ""],
+) -> Float[Array, " T"] | None:
+    if name == "bpr":
+        return bpr_priority(routing)
+    if name == "random":
+        if key is None:
+            raise ValueError("priority='random' needs a key; pass key=jax.random.key(...)")
+        return random_priority(key, num_groups=num_groups, group_size=group_size, first_group=first_group)
+    if name == "modality":
+        if modality is None:
+            raise ValueError("priority='modality' needs modality ids; pass modality=[T] integers")
+        return modality_priority(modality, first_modality)
+    return None

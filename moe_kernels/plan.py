@@ -1,0 +1,237 @@
+"""Who sits where: priorities, capacity, and the places of all choices from one stable sort."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from moe_kernels.types import CapacityFactor, Layout, Plan, Routing, Runs
+
+# Rows that a run is rounded up to: the sublanes of a bfloat16 tile on TPU, and harmless elsewhere.
+ROW_ALIGNMENT = 16
+# An [E, rows] block is planned while it holds at most this many times the rows that choices can fill; above it (a large
+# capacity factor), empty places would cost more than the tile loop of a packed layout.
+BLOCK_LIMIT = 1.25
+
+
+def expert_capacity(group_size: int, num_choices: int, num_experts: int, capacity_factor: CapacityFactor) -> int:
+    """Places of an expert in a group, `C = ceil(S K c / E)` in exact arithmetic (paper, section 2).
+
+    A float stands for the decimal literal that prints as it (1.1 is 11/10, not the double just above it), and no capacity
+    exceeds S. Raises ValueError unless c > 0.
+
+    >>> expert_capacity(4096, 1, 32, 1.05)
+    135
+    >>> expert_capacity(100, 1, 10, 1.1)
+    11
+    """
+    factor = Fraction(str(capacity_factor))
+    if factor <= 0:
+        raise ValueError(f"capacity_factor={capacity_factor} must be positive; use None for no limit")
+    return min(math.ceil(group_size * num_choices * factor / num_experts), group_size)
+
+
+def bpr_priority(routing: Routing) -> Float[Array, " T"]:
+    """Batch Priority Routing: tokens claim places in order of their largest gate (V-MoE; paper, section 2).
+
+    >>> from moe_kernels import route
+    >>> import jax.numpy as jnp
+    >>> bool((bpr_priority(route(jnp.eye(2), jnp.eye(2))) > 0.5).all())
+    True
+    """
+    return jax.lax.stop_gradient(routing.gate[:, 0])
+
+
+def random_priority(
+    key: Key[Array, ""], *, num_groups: int, group_size: int, first_group: int | Int[Array, ""] = 0
+) -> Float[Array, " T"]:
+    """A random order in every group, drawn from `fold_in(key, first_group + g)`.
+
+    >>> import jax
+    >>> random_priority(jax.random.key(0), num_groups=2, group_size=3).shape
+    (6,)
+    """
+    groups = first_group + jnp.arange(num_groups, dtype=jnp.int32)
+    draw = jax.vmap(lambda g: jax.random.uniform(jax.random.fold_in(key, g), (group_size,), jnp.float32))
+    return draw(groups).reshape(num_groups * group_size)
+
+
+def modality_priority(modality: Int[Array, " T"], first_modality: int) -> Float[Array, " T"]:
+    """All tokens of one modality before all others, each in order of arrival.
+
+    >>> import jax.numpy as jnp
+    >>> modality_priority(jnp.array([0, 1, 1]), 1).tolist()
+    [0.0, 1.0, 1.0]
+    """
+    return (modality == first_modality).astype(jnp.float32)
+
+
+class _Sorted(NamedTuple):
+    """The choices of each group in claim order (expert, then choice, then priority, then token)."""
+
+    order: Int[Array, "G Q"]
+    """Choice `s * K + k` at each place of the order."""
+    start: Int[Array, "G E"]
+    count: Int[Array, "G E"]
+
+
+def make_plan(
+    routing: Routing,
+    *,
+    num_experts: int,
+    num_groups: int = 1,
+    capacity: int | None = None,
+    priority: Float[Array, " T"] | None = None,
+    modality: Int[Array, " T"] | None = None,
+    num_modalities: int = 1,
+) -> Plan:
+    """Give every choice its row, exactly `min(wanted, capacity)` of each group and expert (paper, section 2).
+
+    All first choices claim places before all second ones; among equals the larger `priority [T]` claims first, then the lower
+    token index (None: order of arrival). `capacity=None` keeps everything. Padding (gate 0) and tokens with gates that are
+    not finite claim nothing. Rows of an expert lie group after group without gaps, in claim order. Not differentiable.
+    Raises ValueError for shapes that do not fit.
+
+    >>> from moe_kernels import route
+    >>> import jax.numpy as jnp
+    >>> gates = jnp.array([[0.4, 0.0], [0.9, 0.0], [0.0, 0.35], [0.0, 0.8]])
+    >>> routing = route(gates, jnp.eye(2))
+    >>> make_plan(routing, num_experts=2, capacity=1).row[:, 0].tolist()  # arrival: tokens 0 and 2
+    [0, 32, 16, 32]
+    >>> make_plan(routing, num_experts=2, capacity=1, priority=bpr_priority(routing)).row[:, 0].tolist()
+    [32, 0, 32, 16]
+    """
+    num_tokens, num_choices = routing.expert.shape
+    if num_groups < 1 or num_tokens % num_groups:
+        raise ValueError(f"{num_tokens} tokens cannot be split into num_groups={num_groups}; use a divisor of {num_tokens}")
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"capacity={capacity} must be at least 1; use None for no limit")
+    for name, value in (("priority", priority), ("modality", modality)):
+        if value is not None and value.shape != (num_tokens,):
+            raise ValueError(f"{name} has shape {value.shape}; it must be [T] = {(num_tokens,)}")
+    if num_modalities > 1 and modality is None:
+        raise ValueError(f"num_modalities={num_modalities} needs modality ids; pass modality=[T] integers")
+
+    group_size = num_tokens // num_groups
+    layout = _layout(num_tokens, num_choices, num_groups, num_experts, capacity)
+    routing, priority = jax.lax.stop_gradient((routing, priority))
+    ranked = _sort(routing, priority, num_groups, num_experts)
+    room = group_size if capacity is None else capacity
+    kept = jnp.minimum(ranked.count, room)
+    size = jnp.sum(kept, axis=0, dtype=jnp.int32)
+    if layout.rows_per_expert is not None:
+        first = jnp.arange(num_experts, dtype=jnp.int32) * layout.rows_per_expert
+    else:
+        aligned = (size + (ROW_ALIGNMENT - 1)) // ROW_ALIGNMENT * ROW_ALIGNMENT
+        first = jnp.cumsum(aligned, dtype=jnp.int32) - aligned
+    offset = jnp.cumsum(kept, axis=0, dtype=jnp.int32) - kept
+    row = _rows_of_choices(ranked, kept, first + offset, layout)
+    return Plan(
+        row=row.reshape(num_tokens, num_choices),
+        source=_sources_of_rows(ranked, kept, offset, first, size, layout),
+        runs=Runs(jnp.arange(num_experts, dtype=jnp.int32), first, size),
+        kept=_kept_by_modality(routing, row, modality, num_modalities, layout),
+        layout=layout,
+    )
+
+
+def _layout(num_tokens: int, num_choices: int, num_groups: int, num_experts: int, capacity: int | None) -> Layout:
+    """An `[E, rows]` block where capacity keeps it near the number of choices, else runs packed one after the other."""
+    align = lambda rows: -(-rows // ROW_ALIGNMENT) * ROW_ALIGNMENT  # noqa: E731
+    group_size = num_tokens // num_groups
+    # An expert gets at most one choice of each token.
+    per_expert = max(align(num_groups * min(capacity or group_size, group_size)), ROW_ALIGNMENT)
+    packed = align(num_tokens * num_choices) + num_experts * (ROW_ALIGNMENT - 1)
+    block = per_expert * num_experts <= BLOCK_LIMIT * max(packed, 1)
+    return Layout(
+        num_tokens=num_tokens,
+        num_choices=num_choices,
+        num_groups=num_groups,
+        num_experts=num_experts,
+        num_rows=per_expert * num_experts if block else align(packed),
+        rows_per_expert=per_expert if block else None,
+    )
+
+
+def _sort(
+    routing: Routing, priority: Float[Array, " T"] | None, num_groups: int, num_experts: int
+) -> _Sorted:
+    num_tokens, num_choices = routing.expert.shape
+    # Gates of padding are 0; a token with logits that are not finite has NaN gates: neither may enter a comparison.
+    claims = routing.gate[:, :1] > 0
+    column = jnp.arange(num_choices, dtype=jnp.int32)
+    nobody = jnp.int32(num_experts * num_choices)
+    key = jnp.where(claims, routing.expert * num_choices + column, nobody).reshape(num_groups, -1)
+    choice = jnp.broadcast_to(jnp.arange(key.shape[1], dtype=jnp.int32), key.shape)
+    if priority is None:
+        key, order = jax.lax.sort((key, choice), dimension=1, num_keys=1, is_stable=True)
+    else:
+        rank = jnp.broadcast_to(jnp.where(claims, -priority[:, None], jnp.float32(0)), routing.expert.shape)
+        key, _, order = jax.lax.sort((key, rank.reshape(key.shape), choice), dimension=1, num_keys=2, is_stable=True)
+    bounds = jnp.arange(num_experts + 1, dtype=jnp.int32) * num_choices
+    start = jax.vmap(lambda keys: jnp.searchsorted(keys, bounds))(key).astype(jnp.int32)
+    return _Sorted(order, start[:, :-1], start[:, 1:] - start[:, :-1])
+
+
+def _rows_of_choices(
+    ranked: _Sorted, kept: Int[Array, "G E"], base: Int[Array, "G E"], layout: Layout
+) -> Int[Array, "G Q"]:
+    """Row of every choice: its place in the claim order, taken back to its token."""
+    place = jnp.arange(ranked.order.shape[1], dtype=jnp.int32)
+
+    def of_group(order: Array, start: Array, count: Array, kept: Array, base: Array) -> Array:
+        expert = jnp.searchsorted(start + count, place, side="right").astype(jnp.int32)
+        expert_or_last = jnp.minimum(expert, layout.num_experts - 1)
+        position = place - start[expert_or_last]
+        taken = (expert < layout.num_experts) & (position < kept[expert_or_last])
+        row = jnp.where(taken, base[expert_or_last] + position, layout.num_rows)
+        return jnp.zeros_like(order).at[order].set(row, unique_indices=True)
+
+    return jax.vmap(of_group)(ranked.order, ranked.start, ranked.count, kept, base)
+
+
+def _sources_of_rows(
+    ranked: _Sorted,
+    kept: Int[Array, "G E"],
+    offset: Int[Array, "G E"],
+    first: Int[Array, " E"],
+    size: Int[Array, " E"],
+    layout: Layout,
+) -> Int[Array, " R"]:
+    """Flat choice that fills every row, by looking up where the row's group and expert begin in the claim order."""
+    row = jnp.arange(layout.num_rows, dtype=jnp.int32)
+    if layout.rows_per_expert is not None:
+        expert = row // layout.rows_per_expert
+    else:
+        expert = jnp.searchsorted(first, row, side="right").astype(jnp.int32) - 1
+    position = row - first[expert]
+    used = position < size[expert]
+    group = jnp.zeros_like(row)
+    if layout.num_groups > 1:
+        ends = (offset + kept)[:, expert]
+        group = jnp.minimum(jnp.sum(ends <= position, axis=0, dtype=jnp.int32), layout.num_groups - 1)
+    place = ranked.start[group, expert] + position - offset[group, expert]
+    choice = ranked.order[group, jnp.where(used, place, 0)]
+    choices_in_group = ranked.order.shape[1]
+    return jnp.where(used, group * choices_in_group + choice, layout.num_groups * choices_in_group)
+
+
+def _kept_by_modality(
+    routing: Routing, row: Int[Array, "G Q"], modality: Int[Array, " T"] | None, num_modalities: int, layout: Layout
+) -> Float[Array, "G M E"]:
+    """Count the choices that found room, by comparison and sum (fused by XLA, no one-hot tensor is stored)."""
+    shape = (layout.num_groups, -1, layout.num_choices)
+    expert = routing.expert.reshape(shape)
+    found = row.reshape(shape) < layout.num_rows
+    ids = jnp.arange(layout.num_experts, dtype=jnp.int32)
+    counts = []
+    for m in range(num_modalities):
+        member = found if modality is None else found & (modality.reshape(*shape[:2], 1) == m)
+        hits = member[..., None] & (expert[..., None] == ids)
+        counts.append(jnp.sum(hits, axis=(1, 2), dtype=jnp.int32))
+    return jnp.stack(counts, axis=1).astype(jnp.float32)

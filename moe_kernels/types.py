@@ -1,0 +1,106 @@
+"""The alphabet of the package, the values that flow through a layer, and what is static about them.
+
+Axes: `T` tokens, `G` groups, `S` tokens in a group, `D` width, `F` expert width, `E` experts, `K` choices,
+`C` capacity, `R` rows, `N` runs, `M` modalities. Traced values are NamedTuples; static facts are frozen dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+import jax
+from jaxtyping import Array, Float, Int
+
+Activation = Literal["gelu_tanh", "gelu_erf"]
+Priority = Literal["bpr", "arrival", "random", "modality"]
+CapacityFactor = float | int | str | Fraction
+"""A float stands for the decimal literal that prints as it."""
+
+
+class RoutingSums(NamedTuple):
+    """Sums over the tokens of a group that losses and figures are functions of; padding is left out of every one.
+
+    Sums add up over groups, devices and accumulation chunks, so whatever is computed from them does not depend on how a
+    step was cut. They are of the *clean* router (no noise) unless stated; natural logarithms; all float32.
+    """
+
+    tokens: Float[Array, "G M"]
+    """Number of tokens."""
+    wanted: Float[Array, "G M E"]
+    """Choices that fell on each expert, before any capacity (noisy router)."""
+    probability: Float[Array, "G M E"]
+    """Sum of the softmax over experts."""
+    entropy: Float[Array, "G M"]
+    """Sum of each token's entropy over experts."""
+    logsumexp_squared: Float[Array, "G M"]
+    """Sum of the squared log-partition (z-loss)."""
+    load: Float[Array, "G M E"]
+    """Sum of the probability that a fresh noise draw keeps the expert among the K largest; 0 without noise."""
+    largest_gate: Float[Array, "G M"]
+    """Sum of each token's largest gate (noisy router)."""
+
+
+class Routing(NamedTuple):
+    """What the router decided: experts and gates of every token, best first, and the sums of the step."""
+
+    expert: Int[Array, "T K"]
+    gate: Float[Array, "T K"]
+    """float32 probabilities, not renormalised; 0 for padding, NaN for a token whose logits are not finite."""
+    sums: RoutingSums
+
+
+class Runs(NamedTuple):
+    """Rows lie in runs: `size` rows of `expert` from row `first` on. First rows ascend, no row is in two runs."""
+
+    expert: Int[Array, " N"]
+    first: Int[Array, " N"]
+    size: Int[Array, " N"]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What is static about the rows of a plan.
+
+    `rows_per_expert` is the distance between the first rows of neighbouring experts where that is fixed (a capacity near
+    the mean load), so that the rows are an `[E, rows_per_expert]` block; None where runs start at traced places.
+    """
+
+    num_tokens: int
+    num_choices: int
+    num_groups: int
+    num_experts: int
+    num_rows: int
+    rows_per_expert: int | None
+
+
+class Plan(NamedTuple):
+    """Who sits where: built once a layer, read by dispatch, the experts, combine and every backward pass."""
+
+    row: Int[Array, "T K"]
+    """Row of each choice; `layout.num_rows` for a choice that found no room."""
+    source: Int[Array, " R"]
+    """Flat choice `t * K + k` that fills each row; `T * K` for an unused row."""
+    runs: Runs
+    kept: Float[Array, "G M E"]
+    """Choices that found room, by group, modality and expert."""
+    layout: Layout
+
+
+class MlpWeights(NamedTuple):
+    """Weights of all experts: `y = activation(x w1 + b1) w2 + b2`; a bias may be None."""
+
+    w1: Float[Array, "E D F"]
+    b1: Float[Array, "E F"] | None
+    w2: Float[Array, "E F D"]
+    b2: Float[Array, "E D"] | None
+
+
+class MoeOutput(NamedTuple):
+    """Result of a layer: the tokens, the router's sums and what the plan kept."""
+
+    tokens: Float[Array, "T D"]
+    sums: RoutingSums
+    kept: Float[Array, "G M E"]

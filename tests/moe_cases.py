@@ -1,0 +1,113 @@
+"""Shapes, patterns and bounds that the tests of the kernels share; every back end is held against the same table."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import reference
+from moe_kernels import MlpWeights, Routing, RoutingSums, make_plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A static problem. Few of them, so that Hypothesis draws values and patterns and compiles next to nothing."""
+
+    tokens: int
+    groups: int
+    width: int
+    hidden: int
+    experts: int
+    choices: int
+    capacity_factor: float | None
+
+    @property
+    def capacity(self) -> int | None:
+        if self.capacity_factor is None:
+            return None
+        return reference.expert_capacity(
+            self.tokens // self.groups, self.choices, self.experts, self.capacity_factor
+        )
+
+
+# The nasty ones first: one row, one expert, sizes one off a multiple of 8, 16 and 128, several tiles of the loop.
+SHAPES = [
+    Shape(1, 1, 1, 1, 1, 1, None),
+    Shape(1, 1, 3, 5, 4, 2, 1.0),
+    Shape(17, 1, 7, 9, 3, 1, 1.1),
+    Shape(24, 2, 5, 33, 4, 2, 1.05),
+    Shape(32, 4, 8, 16, 8, 1, 0.5),
+    Shape(30, 3, 6, 4, 5, 5, None),
+    Shape(24, 2, 12, 8, 4, 2, 4.0),
+    Shape(290, 1, 4, 6, 2, 1, None),
+    Shape(260, 2, 4, 6, 3, 2, 2.0),
+]
+
+
+def gates(shape: Shape, seed: int, pattern: str) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct experts [T, K] and descending gates [T, K] that hold ties, by a named pattern of load."""
+    rng = np.random.default_rng(seed)
+    scores = rng.random((shape.tokens, shape.experts))
+    if pattern == "one expert":
+        scores[:, rng.integers(shape.experts)] += 1
+    elif pattern == "few experts":
+        scores[:, rng.permutation(shape.experts)[: max(shape.choices, shape.experts // 3)]] += 1
+    elif pattern == "zipf":
+        scores += 1.5 / np.arange(1, shape.experts + 1)
+    expert = np.argsort(-scores, axis=1, kind="stable")[:, : shape.choices].astype(np.int32)
+    # Eighths: exact in every dtype, and often equal.
+    gate = -np.sort(-rng.integers(1, 9, (shape.tokens, shape.choices)) / 8, axis=1)
+    return expert, gate.astype(np.float32)
+
+
+PATTERNS = ["uniform", "one expert", "few experts", "zipf"]
+
+
+def weights(shape: Shape, rng: np.random.Generator) -> MlpWeights:
+    e, d, f = shape.experts, shape.width, shape.hidden
+    return MlpWeights(
+        *(
+            rng.normal(size=size).astype(np.float32) / np.sqrt(size[-2] if len(size) == 3 else 1)
+            for size in ((e, d, f), (e, f), (e, f, d), (e, d))
+        )
+    )
+
+
+def no_sums(shape: Shape) -> RoutingSums:
+    """Sums that a plan made from hand-made gates does not need."""
+    zero = reference.zero_sums(num_groups=shape.groups, num_modalities=1, num_experts=shape.experts)
+    return RoutingSums(*(jnp.asarray(field, jnp.float32) for field in zero))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def plan_of(shape: Shape, expert, gate, priority):
+    return make_plan(
+        Routing(expert, gate, no_sums(shape)),
+        num_experts=shape.experts,
+        num_groups=shape.groups,
+        capacity=shape.capacity,
+        priority=priority,
+    )
+
+
+def assert_close(actual, expected, *, length: int, name: str, roundings: int = 4, eps: float = 2.0**-23) -> None:
+    """Compare row by row: each row within `roundings * 2 eps sqrt(length)` of its own largest entry.
+
+    `length` is the longest sum that an entry goes through and `roundings` how many such sums follow on each other; a row of
+    zeros must be exactly zero.
+    """
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
+    if actual.size == 0:
+        return
+    rows = expected.reshape(-1, expected.shape[-1]) if expected.ndim else expected.reshape(1, 1)
+    error = np.abs(actual.reshape(rows.shape) - rows)
+    bound = roundings * 2 * eps * np.sqrt(max(length, 1)) * np.abs(rows).max(axis=1, keepdims=True)
+    worst = np.unravel_index(np.argmax(error - bound), error.shape)
+    assert np.isfinite(error).all() and (error <= bound).all(), (
+        f"{name}: row {worst[0]} is off by {error[worst]:.3g}, allowed {bound[worst[0], 0]:.3g}"
+    )

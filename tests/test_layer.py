@@ -1,0 +1,236 @@
+"""The layer and its operations against the reference: values and all gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moe_cases import PATTERNS, SHAPES, Shape, assert_close, gates, plan_of, weights
+
+import reference
+from moe_kernels import (
+    MlpWeights,
+    RoutingSums,
+    combine,
+    dispatch,
+    expert_mlp,
+    grouped_matmul,
+    moe_mlp,
+    random_priority,
+    route,
+    router_noise,
+    routing_figures,
+)
+
+pytestmark = pytest.mark.compat
+MODALITIES = 2
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def experts_and_gradients(shape: Shape, activation, plan, tokens, gate, w: MlpWeights, dy):
+    def chain(tokens, gate, w):
+        rows = dispatch(tokens, plan)
+        return combine(expert_mlp(rows, w, plan, activation=activation), gate, plan)
+
+    y, pull = jax.vjp(chain, tokens, gate, w)
+    return y, *pull(dy)
+
+
+@given(
+    st.sampled_from(SHAPES), st.integers(0, 10**6), st.sampled_from(PATTERNS), st.sampled_from(["gelu_tanh", "gelu_erf"])
+)
+def test_dispatch_experts_combine(shape, seed, pattern, activation):
+    rng = np.random.default_rng(seed)
+    expert, gate = gates(shape, seed, pattern)
+    plan = plan_of(shape, expert, gate, None)
+    tokens, dy = rng.normal(size=(2, shape.tokens, shape.width)).astype(np.float32)
+    w = weights(shape, rng)
+    y, dtokens, dgate, dw = experts_and_gradients(shape, activation, plan, tokens, gate, w, dy)
+
+    twin = reference.make_plan(
+        expert, gate, num_experts=shape.experts, num_groups=shape.groups, capacity=shape.capacity, priority="arrival"
+    )
+    w64 = reference.MlpWeights(*(np.asarray(x, np.float64) for x in w))
+    rows = reference.dispatch(tokens, twin)
+    out = reference.expert_mlp(rows, w64, twin, activation)
+    back = reference.combine_gradient(out, gate, dy.astype(np.float64), twin)
+    experts = reference.expert_mlp_gradient(rows, w64, back.rows, twin, activation)
+
+    length = max(shape.width, shape.hidden)
+    assert_close(y, reference.combine(out, gate, twin), length=length, name="y", roundings=8)
+    assert_close(dtokens, reference.dispatch_gradient(experts.rows, twin), length=length, name="dtokens", roundings=12)
+    assert_close(dgate, back.gate, length=length, name="dgate", roundings=12)
+    for name, mine, theirs in zip(w._fields, dw, experts.weights, strict=True):
+        mine, theirs = (np.asarray(x).reshape(shape.experts, -1) for x in (mine, theirs))
+        assert_close(mine, theirs, length=length * shape.tokens, name=f"d{name}", roundings=8)
+    unused = np.asarray(plan.runs.size) == 0
+    assert all((np.asarray(x)[unused] == 0).all() for x in dw)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def matmul_and_gradients(shape: Shape, plan, rows, weight, dy):
+    y, pull = jax.vjp(lambda rows, weight: grouped_matmul(rows, weight, plan), rows, weight)
+    return y, *pull(dy)
+
+
+@given(st.sampled_from(SHAPES), st.integers(0, 10**6), st.sampled_from(PATTERNS))
+def test_grouped_matmul_with_nan_in_unused_rows(shape, seed, pattern):
+    rng = np.random.default_rng(seed)
+    plan = plan_of(shape, *gates(shape, seed, pattern), None)
+    used = np.asarray(plan.source) < shape.tokens * shape.choices
+    rows = rng.normal(size=(plan.layout.num_rows, shape.width)).astype(np.float32)
+    dy = rng.normal(size=(plan.layout.num_rows, shape.hidden)).astype(np.float32)
+    weight = rng.normal(size=(shape.experts, shape.width, shape.hidden)).astype(np.float32)
+    rows[~used], dy[~used] = np.nan, np.inf
+    y, drows, dweight = matmul_and_gradients(shape, plan, rows, weight, dy)
+    for e, (first, size) in enumerate(zip(plan.runs.first, plan.runs.size, strict=True)):
+        run = slice(int(first), int(first + size))
+        x64, dy64, w64 = (np.asarray(a, np.float64) for a in (rows[run], dy[run], weight[e]))
+        assert_close(y[run], x64 @ w64, length=shape.width, name="y")
+        assert_close(drows[run], dy64 @ w64.T, length=shape.hidden, name="dx")
+        assert_close(dweight[e], x64.T @ dy64, length=max(int(size), 1), name="dw")
+
+
+def layer_arguments(shape: Shape, seed: int):
+    rng = np.random.default_rng(seed)
+    tokens, dy = rng.normal(size=(2, shape.tokens, shape.width)).astype(np.float32)
+    router = rng.normal(size=(shape.width, shape.experts)).astype(np.float32)
+    noise = (rng.normal(size=(shape.tokens, shape.experts)) / shape.experts).astype(np.float32)
+    modality = rng.integers(0, MODALITIES, shape.tokens).astype(np.int32)
+    mask = rng.random(shape.tokens) < 0.8
+    dsums = RoutingSums(
+        *(
+            rng.normal(size=np.shape(field)).astype(np.float32)
+            for field in reference.zero_sums(
+                num_groups=shape.groups, num_modalities=MODALITIES, num_experts=shape.experts
+            )
+        )
+    )
+    return tokens, router, weights(shape, rng), noise, modality, mask, dy, dsums
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def layer_and_gradients(shape: Shape, priority, noisy, tokens, router, w, noise, modality, mask, dy, dsums):
+    options = {"num_choices": shape.choices, "num_groups": shape.groups, "modality": modality}
+    options |= {"num_modalities": MODALITIES, "mask": mask, "noise": noise if noisy else None}
+    routing = route(tokens, router, **options)
+
+    def layer(tokens, router, w):
+        output = moe_mlp(
+            tokens,
+            router,
+            w,
+            capacity_factor=shape.capacity_factor,
+            priority=priority,
+            first_modality=1,
+            key=jax.random.key(7),
+            **options,
+        )
+        return (output.tokens, output.sums), output
+
+    (y, sums), pull, output = jax.vjp(layer, tokens, router, w, has_aux=True)
+    return routing, output, pull((dy, dsums))
+
+
+@given(
+    st.sampled_from(SHAPES), st.sampled_from(["bpr", "arrival", "random", "modality"]), st.booleans(), st.integers(0, 10**6)
+)
+def test_the_whole_layer(shape, priority, noisy, seed):
+    tokens, router, w, noise, modality, mask, dy, dsums = layer_arguments(shape, seed)
+    routing, output, (dtokens, drouter, dw) = layer_and_gradients(
+        shape, priority, noisy, tokens, router, w, noise, modality, mask, dy, dsums
+    )
+    # The decisions are taken in float32: given those (a near tie may differ in float64), all numbers must follow.
+    values = {"bpr": routing.gate[:, 0]}.get(priority)
+    if priority == "random":
+        size = shape.tokens // shape.groups
+        values = random_priority(jax.random.key(7), num_groups=shape.groups, group_size=size)
+    twin = reference.moe_layer(
+        tokens,
+        router,
+        w,
+        num_choices=shape.choices,
+        capacity_factor=shape.capacity_factor,
+        num_groups=shape.groups,
+        priority="random" if values is not None else priority,
+        priority_values=None if values is None else np.asarray(values),
+        noise=noise if noisy else None,
+        mask=mask,
+        modality=modality,
+        num_modalities=MODALITIES,
+        first_modality=1,
+        expert=np.asarray(routing.expert),
+    )
+    length = max(shape.width, shape.hidden, shape.experts)
+    assert_close(output.tokens, twin.tokens, length=length, name="y", roundings=16)
+    np.testing.assert_array_equal(output.kept, twin.kept)
+    for name, mine, theirs in zip(RoutingSums._fields, output.sums, twin.sums, strict=True):
+        mine, theirs = np.asarray(mine), np.asarray(theirs)
+        assert_close(mine.reshape(1, -1), theirs.reshape(1, -1), length=length * shape.tokens, name=name, roundings=8)
+    back = reference.moe_layer_gradient(tokens, router, w, twin, dy, dsums)
+    # The largest logit decides how far rounding of logits is amplified: gradients of exp and of squares carry it.
+    amplified = 64 * max(1.0, float(np.abs(twin.routing.noisy_logits).max()))
+    assert_close(
+        np.asarray(dtokens).reshape(1, -1), back.tokens.reshape(1, -1), length=length, name="dx", roundings=amplified
+    )
+    assert_close(
+        np.asarray(drouter).reshape(1, -1),
+        back.router.reshape(1, -1),
+        length=shape.tokens,
+        name="drouter",
+        roundings=amplified,
+    )
+    for name, mine, theirs in zip(w._fields, dw, back.weights, strict=True):
+        mine, theirs = (np.asarray(x).reshape(shape.experts, -1) for x in (mine, theirs))
+        assert_close(mine, theirs, length=length * shape.tokens, name=f"d{name}", roundings=16)
+
+
+@given(st.sampled_from(SHAPES), st.integers(0, 10**6))
+def test_experts_are_the_reference_s_where_logits_are_exact(shape, seed):
+    # Small integers: every logit is exact, and ties are common.
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(-2, 3, (shape.tokens, shape.width)).astype(np.float32)
+    router = rng.integers(-1, 2, (shape.width, shape.experts)).astype(np.float32)
+    mine = route(tokens, router, num_choices=shape.choices, num_groups=shape.groups)
+    twin = reference.route(tokens, router, num_choices=shape.choices, num_groups=shape.groups)
+    np.testing.assert_array_equal(mine.expert, twin.expert)
+    assert_close(mine.gate, twin.gate, length=shape.experts, name="gate")
+
+
+def test_figures_are_what_they_say():
+    shape = SHAPES[4]
+    tokens, router, w, noise, modality, mask, _, _ = layer_arguments(shape, 3)
+    output = moe_mlp(
+        tokens,
+        router,
+        w,
+        capacity_factor=0.5,
+        num_groups=shape.groups,
+        noise=noise,
+        mask=mask,
+        modality=modality,
+        num_modalities=2,
+    )
+    twin = reference.route(
+        tokens, router, num_choices=1, num_groups=1, noise=noise, modality=modality, num_modalities=2, mask=mask
+    )
+    figures = routing_figures(output.sums, output.kept)
+    for m in range(2):
+        mine = (modality == m) & mask
+        p = np.stack([reference.softmax(row) for row in twin.clean_logits[mine]])
+        assert np.isclose(figures.success_rate[m], np.asarray(output.kept)[:, m].sum() / mine.sum())
+        assert np.isclose(figures.largest_gate[m], twin.gate[mine, 0].mean(), rtol=1e-5)
+        assert np.isclose(figures.local_entropy[m], np.mean([reference.entropy(row) for row in p]), rtol=1e-5)
+        assert np.isclose(figures.mean_entropy[m], reference.entropy(p.mean(0)), rtol=1e-5)
+        assert np.isclose(figures.effective_experts[m], np.exp(reference.entropy(p.mean(0))), rtol=1e-5)
+        np.testing.assert_array_equal(figures.wanted[m], np.bincount(twin.expert[mine, 0], minlength=shape.experts))
+
+
+def test_noise_has_the_stated_deviation_and_depends_on_the_group_alone():
+    draw = router_noise(jax.random.key(0), num_groups=8, group_size=512, num_experts=4)
+    assert abs(float(draw.std()) - 0.25) < 0.005
+    later = router_noise(jax.random.key(0), num_groups=3, group_size=512, num_experts=4, first_group=jnp.int32(5))
+    np.testing.assert_array_equal(draw[5 * 512 :], later)
