@@ -1,0 +1,305 @@
+"""The embedded world: rendered scenes with captions, so that training needs no download.
+
+A scene holds one or two things, each a (shape, colour, texture) triple with a size, a place and a tilt, before a
+background. Everything is a pure function of (world, split, index). The triples of `HELD_OUT` occur in no training or
+retrieval scene, while every pair of attributes does: whoever classifies them has learnt to compose. The world is
+written once, as ordinary shards, and then read like any other data.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from limoe.data import files
+from limoe.data.shards import Example, load_index, write_shard
+from limoe.data.world_captions import TEMPLATES, caption
+from limoe.data.world_render import (
+    BACKGROUNDS,
+    COLOURS,
+    DARK_BACKGROUNDS,
+    LIGHT_BACKGROUNDS,
+    SHAPES,
+    TEXTURES,
+    Scene,
+    Thing,
+    render,
+    rgb_of,
+)
+
+# Part of every cache folder's name: raise it with any change to a scene, a picture or a caption.
+GENERATOR_VERSION = 1
+SPLITS: tuple[str, ...] = ("train", "heldout", "retrieval")
+
+
+class Triple(NamedTuple):
+    """What a class is: one shape in one colour with one texture."""
+
+    shape: str
+    colour: str
+    texture: str
+
+    @property
+    def name(self) -> str:
+        """The triple in the word order that captions use most.
+
+        >>> Triple("circle", "red", "striped").name
+        'red striped circle'
+        """
+        return f"{self.colour} {self.texture} {self.shape}"
+
+
+def _held_out() -> tuple[Triple, ...]:
+    # Like a Latin square: no two held-out triples share a pair of attributes, so every pair stays in training, and each
+    # colour and each shape has exactly three classes.
+    colours = tuple(COLOURS)
+    return tuple(
+        Triple(SHAPES[shape], colours[(shape + shift) % len(colours)], TEXTURES[(shape + turn) % len(TEXTURES)])
+        for turn, shift in enumerate((0, 3, 5))
+        for shape in range(len(SHAPES))
+    )
+
+
+HELD_OUT: tuple[Triple, ...] = _held_out()
+TRAINING: tuple[Triple, ...] = tuple(
+    triple
+    for triple in (Triple(shape, colour, texture) for shape in SHAPES for colour in COLOURS for texture in TEXTURES)
+    if triple not in HELD_OUT
+)
+
+# Half sides as shares of the image's side.
+_SIZES: dict[str, tuple[float, float]] = {"small": (0.18, 0.215), "medium": (0.235, 0.275), "large": (0.30, 0.36)}
+_HALF_SIDES_OF_TWO = (0.18, 0.215)
+_MARGIN = 0.01
+# How far each shape may tilt either way, in radians, before it could be taken for another.
+_TILTS: dict[str, float] = {
+    "circle": 0,
+    "square": 0.3,
+    "triangle": 0.4,
+    "star": math.pi,
+    "cross": 0.35,
+    "ring": 0,
+    "heart": 0.4,
+    "crescent": math.pi,
+}
+_PLACES: tuple[tuple[str, ...], ...] = (
+    ("top left", "top", "top right"),
+    ("left", "middle", "right"),
+    ("bottom left", "bottom", "bottom right"),
+)
+# Where the first thing lies from the second, as a direction.
+_DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
+
+
+@dataclass(frozen=True)
+class World:
+    """The facts that determine every byte of an embedded world; `image_size` in pixels, `two_things_share` in 0..1.
+
+    Raises ValueError, naming the setting, for a value that cannot be.
+
+    >>> World(num_pairs=2048).num_examples("train")
+    2048
+    """
+
+    seed: int = 0
+    num_pairs: int = 20480
+    image_size: int = 64
+    pairs_per_shard: int = 1024
+    images_per_class: int = 20
+    num_retrieval_pairs: int = 512
+    two_things_share: float = 0.3
+
+    def __post_init__(self) -> None:
+        limits = {
+            "seed": (0, 2**63 - 1),
+            "num_pairs": (1, 10**8),
+            "image_size": (16, 4096),
+            "pairs_per_shard": (1, 10**4),
+            "images_per_class": (1, 10**4),
+            "num_retrieval_pairs": (1, 10**6),
+            "two_things_share": (0, 1),
+        }
+        for name, (least, most) in limits.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ValueError(f"{name} of the embedded world is {value}; it must lie between {least} and {most}")
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that tell worlds of other parameters, or of another generator, apart."""
+        return hashlib.sha256(self.description().encode()).hexdigest()[:12]
+
+    def description(self) -> str:
+        """The parameters and the generator's version as JSON: the text of `world.json`."""
+        return json.dumps({"generator_version": GENERATOR_VERSION, **asdict(self)}, indent=1, sort_keys=True)
+
+    def num_examples(self, split: str) -> int:
+        """The number of image-caption pairs of a split: "train", "heldout" or "retrieval"."""
+        counts = (self.num_pairs, self.images_per_class * len(HELD_OUT), self.num_retrieval_pairs)
+        return counts[SPLITS.index(split)]
+
+
+class WorldFolders(NamedTuple):
+    """Where a written world lies: training shards, the zero-shot evaluation and the retrieval evaluation."""
+
+    train: str
+    heldout: str
+    retrieval: str
+
+
+def _pick(rng: np.random.Generator, values: tuple[str, ...]) -> str:
+    return values[rng.integers(len(values))]
+
+
+def _thing(
+    rng: np.random.Generator, triple: Triple, background: str, *, size: str, half_side: float, x: float, y: float
+) -> Thing:
+    tilt = _TILTS[triple.shape]
+    light = background in DARK_BACKGROUNDS or (background not in LIGHT_BACKGROUNDS and rng.random() < 0.5)
+    return Thing(
+        *triple,
+        size=size,
+        x=x,
+        y=y,
+        half_side=half_side,
+        angle=rng.uniform(-tilt, tilt),
+        rgb=rgb_of(
+            triple.colour,
+            hue_shift=rng.uniform(-6, 6),
+            saturation_scale=rng.uniform(0.85, 1.1),
+            value_scale=rng.uniform(0.75, 1.1),
+        ),
+        light_second_tone=light,
+        texture_angle=rng.uniform(0, math.pi),
+        texture_period=rng.uniform(0.11, 0.14),
+        texture_phase=(rng.random(), rng.random()),
+    )
+
+
+def _one_thing(rng: np.random.Generator, triple: Triple, background: str) -> tuple[Thing, str]:
+    size = _pick(rng, tuple(_SIZES))
+    half_side = rng.uniform(*_SIZES[size])
+    column, row = (int(number) for number in rng.integers(3, size=2))
+    # A place is as far from the middle as the thing can go without leaving the image.
+    free = 0.5 - _MARGIN - half_side
+    jitter = min(0.04, free / 3)
+    x, y = (0.5 + (step - 1) * (free - jitter) + rng.uniform(-jitter, jitter) for step in (column, row))
+    thing = _thing(rng, triple, background, size=size, half_side=half_side, x=x, y=y)
+    return thing, _PLACES[row][column]
+
+
+def _two_things(rng: np.random.Generator, background: str) -> tuple[tuple[Thing, Thing], str]:
+    relation = _pick(rng, tuple(_DIRECTIONS))
+    direction = _DIRECTIONS[relation]
+    first, second = rng.choice(len(TRAINING), size=2, replace=False)
+    things = []
+    for index, sign in ((first, 1), (second, -1)):
+        x, y = (
+            0.5 + sign * step * 0.26 + rng.uniform(-0.02, 0.02) if step else rng.uniform(0.35, 0.65)
+            for step in direction
+        )
+        half_side = rng.uniform(*_HALF_SIDES_OF_TWO)
+        things.append(_thing(rng, TRAINING[index], background, size="small", half_side=half_side, x=x, y=y))
+    return (things[0], things[1]), relation
+
+
+def scene(world: World, split: str, index: int) -> Scene:
+    """The scene of one example: a pure function of its arguments, independent of every other example.
+
+    Example `index` of the split "heldout" shows class `index % len(HELD_OUT)`. Raises IndexError beyond the end.
+    """
+    if not 0 <= index < world.num_examples(split):
+        raise IndexError(
+            f"the split {split!r} of this world has {world.num_examples(split)} examples, no number {index}"
+        )
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([world.seed, SPLITS.index(split), index])))
+    background = _pick(rng, tuple(BACKGROUNDS))
+    place = relation = ""
+    if split != "heldout" and rng.random() < world.two_things_share:
+        things, relation = _two_things(rng, background)
+    else:
+        triple = HELD_OUT[index % len(HELD_OUT)] if split == "heldout" else TRAINING[rng.integers(len(TRAINING))]
+        thing, place = _one_thing(rng, triple, background)
+        things = (thing,)
+    return Scene(
+        things=things,
+        background=background,
+        background_angle=rng.uniform(0, 2 * math.pi),
+        place=place,
+        relation=relation,
+        complete=split != "train",
+        grain_seed=int(rng.integers(2**63)),
+        wording_seed=int(rng.integers(2**63)),
+    )
+
+
+def default_cache_folder() -> str:
+    """The folder that keeps worlds unless told otherwise: `LIMOE_CACHE`, else `limoe` in the user's cache folder."""
+    return files.cache_folder(os.environ.get("LIMOE_CACHE", ""))
+
+
+def _examples(world: World, split: str, first: int, end: int) -> Iterator[Example]:
+    for index in range(first, end):
+        here = scene(world, split, index)
+        image = io.BytesIO()
+        # 4:4:4, because the colour of a small dot is part of the task.
+        Image.fromarray(render(here, image_size=world.image_size)).save(image, "JPEG", quality=92, subsampling=0)
+        metadata: dict[str, object] = {"things": [[thing.shape, thing.colour, thing.texture] for thing in here.things]}
+        if split == "heldout":
+            metadata["class"] = index % len(HELD_OUT)
+        key = f"{first // world.pairs_per_shard:05d}{index - first:04d}"
+        yield Example(key, image.getvalue(), caption(here), metadata)
+
+
+def _is_complete(path: str, num_examples: int) -> bool:
+    if not files.exists(path):
+        return False
+    index = load_index(path)
+    return not index.damage and len(index.keys) == num_examples
+
+
+def write_world(
+    world: World, cache_folder: files.Path, progress: Callable[[int, int], None] | None = None
+) -> WorldFolders:
+    """Writes the world into its own folder `world-<digest>` of the cache folder, or only what of it is still missing.
+
+    Killed at any moment and called again, it ends with the same bytes. After each shard `progress` is called with the
+    number of pairs that are there and the number of all pairs. Raises `StorageError` on a full disk or a missing
+    permission.
+    """
+    root = os.path.join(os.fspath(cache_folder), f"world-{world.digest}")
+    folders = WorldFolders(*(os.path.join(root, split) for split in SPLITS))
+    num_pairs = sum(world.num_examples(split) for split in SPLITS)
+    done = 0
+    try:
+        for split, folder in zip(SPLITS, folders, strict=True):
+            for first in range(0, world.num_examples(split), world.pairs_per_shard):
+                end = min(first + world.pairs_per_shard, world.num_examples(split))
+                path = os.path.join(folder, f"{first // world.pairs_per_shard:05d}.tar")
+                if not _is_complete(path, end - first):
+                    write_shard(path, _examples(world, split, first, end))
+                done += end - first
+                if progress is not None:
+                    progress(done, num_pairs)
+        classes = {"templates": TEMPLATES, "classes": [triple.name for triple in HELD_OUT]}
+        for path, text in (
+            (os.path.join(folders.heldout, "classes.json"), json.dumps(classes, indent=1)),
+            (os.path.join(root, "world.json"), world.description()),
+        ):
+            files.write_bytes(path, f"{text}\n".encode())
+    except OSError as error:
+        megabytes = num_pairs * (4000 + world.image_size**2 / 2) / 1e6
+        explanation = files.StorageError(
+            f"{error}; the embedded world needs about {megabytes:.0f} MB in its cache folder, "
+            "which the environment variable LIMOE_CACHE or the setting data.cache_dir chooses"
+        )
+        explanation.errno = error.errno
+        raise explanation from error
+    return folders
