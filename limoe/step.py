@@ -1,0 +1,145 @@
+"""One training step: loss, gradient (in one piece or by chunks) and update, as a pure function of the train state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from limoe.config import Config
+from limoe.losses import LossTerms, total_loss
+from limoe.model import Embeddings, Encoded, Limoe, scale_images
+from limoe.moe import LayerRouting, RoutingContext, RoutingFigures, layer_figures
+
+Parameters = dict[str, Any]
+
+
+class TrainState(NamedTuple):
+    """All that a run needs to go on: the number of steps done, parameters and the optimiser's state."""
+
+    step: Int[Array, ""]
+    parameters: Parameters
+    optimizer: Any
+
+
+class StepReport(NamedTuple):
+    """What a step reports; `routing` fields are stacked by MoE layer, None for a dense model."""
+
+    loss: LossTerms
+    routing: RoutingFigures | None
+    gradient_norm: Float[Array, ""]
+    scale: Float[Array, ""]
+
+
+def create_model(config: Config) -> tuple[nnx.GraphDef, Parameters]:
+    """Build the model of a configuration: its static part and its parameters (a plain nested dict), from `train.seed`."""
+    graph, state = nnx.split(Limoe(config, rngs=nnx.Rngs(config.train.seed)))
+    return graph, nnx.to_pure_dict(state)
+
+
+def abstract_model(config: Config) -> tuple[nnx.GraphDef, Parameters]:
+    """The same with shapes instead of values: nothing is allocated, whatever the size.
+
+    >>> from limoe.presets import preset
+    >>> abstract_model(preset("h14"))[1]["token_table"].shape
+    (32000, 1280)
+    """
+    graph, state = nnx.split(nnx.eval_shape(lambda: Limoe(config, rngs=nnx.Rngs(config.train.seed))))
+    return graph, nnx.to_pure_dict(state)
+
+
+def step_key(config: Config, step: Int[Array, ""]) -> Array:
+    """The key of a step's router noise, a function of seed and step alone."""
+    return jax.random.fold_in(jax.random.key(config.train.seed), step)
+
+
+def gradient(
+    graph: nnx.GraphDef,
+    parameters: Parameters,
+    images: UInt8[Array, "B H W 3"],
+    text: Int[Array, "B N"],
+    step: Int[Array, ""],
+    config: Config,
+) -> tuple[Parameters, LossTerms, LayerRouting | None]:
+    """Gradient of the loss of the whole batch, its terms and its routing.
+
+    With `train.accumulation` > 1 the batch is worked in chunks, twice: first embeddings and routing sums of all chunks, from
+    which the loss of the whole batch (all negatives, all statistics) and its cotangents follow; then each chunk's share of
+    the gradient from its cotangents. Equal to the gradient in one piece within rounding.
+    """
+    key, chunks = step_key(config, step), config.train.accumulation
+
+    def encode(parameters: Parameters, images: Array, text: Array, first_group: Array) -> Encoded:
+        model = nnx.merge(graph, parameters)
+        return model(scale_images(images), text, RoutingContext(key, first_group))
+
+    def loss(parameters: Parameters, encoded: Encoded) -> tuple[Float[Array, ""], LossTerms]:
+        scale, bias = jnp.exp(parameters["log_scale"]), parameters.get("logit_bias")
+        terms = total_loss(encoded.embeddings.image, encoded.embeddings.text, encoded.routing, scale, bias, config)
+        return terms.total, terms
+
+    if chunks == 1:
+
+        def whole(parameters: Parameters) -> tuple[Float[Array, ""], tuple[LossTerms, LayerRouting | None]]:
+            encoded = encode(parameters, images, text, jnp.int32(0))
+            total, terms = loss(parameters, encoded)
+            return total, (terms, encoded.routing)
+
+        (_, (terms, routing)), grads = jax.value_and_grad(whole, has_aux=True)(parameters)
+        return grads, terms, routing
+
+    groups = config.num_groups // chunks if config.model.moe_layers else 0
+    first_group = groups * jnp.arange(chunks, dtype=jnp.int32)
+    parts = (rearrange(images, "(n b) ... -> n b ...", n=chunks), rearrange(text, "(n b) t -> n b t", n=chunks), first_group)
+    by_chunk = jax.lax.map(lambda part: encode(parameters, *part), parts)
+    (_, (terms)), (own, cotangent) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(parameters, _join(by_chunk))
+
+    def add(total: Parameters, step: tuple[tuple[Array, Array, Array], Encoded]) -> tuple[Parameters, None]:
+        part, cotangent = step
+        _, pull = jax.vjp(lambda p: encode(p, *part), parameters)
+        return jax.tree.map(jnp.add, total, pull(cotangent)[0]), None
+
+    grads, _ = jax.lax.scan(add, own, (parts, _cut(cotangent, chunks)))
+    return grads, terms, _join(by_chunk).routing
+
+
+def _join(encoded: Encoded) -> Encoded:
+    """Chunks to the whole: embeddings along the batch, sums along the groups (the second axis after layers)."""
+    embeddings = jax.tree.map(lambda x: rearrange(x, "n b p -> (n b) p"), encoded.embeddings)
+    routing = jax.tree.map(lambda x: rearrange(x, "n l g ... -> l (n g) ..."), encoded.routing)
+    return Encoded(Embeddings(*embeddings), routing)
+
+
+def _cut(encoded: Encoded, chunks: int) -> Encoded:
+    """The inverse of `_join`."""
+    embeddings = jax.tree.map(lambda x: rearrange(x, "(n b) p -> n b p", n=chunks), encoded.embeddings)
+    routing = jax.tree.map(lambda x: rearrange(x, "l (n g) ... -> n l g ...", n=chunks), encoded.routing)
+    return Encoded(Embeddings(*embeddings), routing)
+
+
+def make_step(
+    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, config: Config
+) -> Callable[[TrainState, UInt8[Array, "B H W 3"], Int[Array, "B N"]], tuple[TrainState, StepReport]]:
+    """The train step of a configuration, to be compiled with the state donated."""
+
+    def train_step(
+        state: TrainState, images: UInt8[Array, "B H W 3"], text: Int[Array, "B N"]
+    ) -> tuple[TrainState, StepReport]:
+        grads, terms, routing = gradient(graph, state.parameters, images, text, state.step, config)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.parameters)
+        report = StepReport(
+            loss=terms,
+            routing=None if routing is None else layer_figures(routing),
+            gradient_norm=optax.tree.norm(grads),
+            scale=jnp.exp(state.parameters["log_scale"]),
+        )
+        parameters = optax.apply_updates(state.parameters, updates)
+        return TrainState(state.step + 1, parameters, optimizer_state), report
+
+    return train_step
