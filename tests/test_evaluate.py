@@ -1,0 +1,213 @@
+"""Evaluation against loops that compare one score with another, and the rules for ties and equal captions."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from limoe import evaluate
+from limoe.data.files import DataError
+from limoe.evaluate import Classes, class_embeddings, prompts, read_classes, retrieval, ridge_probe, zero_shot
+
+
+def embeddings(seed, rows, width=3, levels=3):
+    """Small integers, so that scores are exact and ties are frequent."""
+    return np.random.default_rng(seed).integers(-levels, levels + 1, (rows, width)).astype(np.float32)
+
+
+def rank_ref(scores, right):
+    """Wrong candidates that are not strictly below the best right one."""
+    best = max(scores[j] for j in right)
+    return sum(1 for j in range(len(scores)) if j not in right and scores[j] >= best)
+
+
+@pytest.fixture(params=[1, 7, 4_000_000])
+def block(request, monkeypatch):
+    monkeypatch.setattr(evaluate, "_SCORES_PER_BLOCK", request.param)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 9])
+def test_zero_shot_is_the_loop(block, num_classes):
+    rng = np.random.default_rng(num_classes)
+    image, classes = embeddings(1, 40), embeddings(2, num_classes)
+    label = rng.integers(0, num_classes, 40)
+    result = zero_shot(image, classes, label)
+    rank = [rank_ref([float(a @ c) for c in classes], {y}) for a, y in zip(image, label, strict=True)]
+    assert result.top1 == np.mean([r < 1 for r in rank])
+    assert result.top5 == np.mean([r < 5 for r in rank])
+    assert result.chance == 1 / num_classes
+    confusion = np.zeros((num_classes, num_classes))
+    for i, y in enumerate(label):
+        wrong = [q for q in range(num_classes) if q != y]
+        confusion[y, y if rank[i] == 0 else max(wrong, key=lambda q, i=i: (image[i] @ classes[q], -q))] += 1
+    np.testing.assert_array_equal(result.confusion, confusion)
+
+
+def test_a_collapsed_model_scores_zero_and_not_chance():
+    one = np.random.default_rng(0).normal(size=(1, 64)).astype(np.float32)
+    image, text = np.repeat(one, 203, 0), np.repeat(one, 203, 0)
+    assert zero_shot(image, text[:31], np.arange(203) % 31).top5 == 0.0
+    assert set(retrieval(image, text, np.arange(203), np.arange(203))) == {0.0}
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), rows=st.integers(1, 14), captions=st.integers(1, 14), images=st.integers(1, 14))
+def test_retrieval_is_the_loop(seed, rows, captions, images):
+    rng = np.random.default_rng(seed)
+    caption_id = rng.integers(0, captions, rows) * 10 - 5
+    image_id = rng.integers(0, images, rows) * 7
+    text = embeddings(seed + 1, captions)[(caption_id + 5) // 10]
+    image = embeddings(seed + 2, images)[image_id // 7]
+    result = retrieval(image, text, caption_id, image_id)
+
+    pairs = set(zip(image_id.tolist(), caption_id.tolist(), strict=True))
+    unique = sorted(set(image_id.tolist()))
+    vector = {key: image[list(image_id).index(key)] for key in unique}
+    to_text = [
+        rank_ref([float(vector[a] @ t) for t in text], {j for j in range(rows) if (a, caption_id[j]) in pairs})
+        for a in unique
+    ]
+    to_image = [
+        rank_ref(
+            [float(vector[a] @ text[i]) for a in unique],
+            {j for j, a in enumerate(unique) if (a, caption_id[i]) in pairs},
+        )
+        for i in range(rows)
+    ]
+    expected = [np.mean([r < k for r in rank]) for rank in (to_text, to_image) for k in (1, 5, 10)]
+    np.testing.assert_allclose(result, expected, rtol=1e-15)
+
+
+def test_retrieval_does_not_depend_on_the_blocks(monkeypatch):
+    image, text = embeddings(3, 50, 4), embeddings(4, 50, 4)
+    ids = np.arange(50)
+    whole = retrieval(image, text, ids // 2, ids // 5)
+    monkeypatch.setattr(evaluate, "_SCORES_PER_BLOCK", 1)
+    assert retrieval(image, text, ids // 2, ids // 5) == whole
+    assert 0 < whole.image_to_text_r1 < whole.image_to_text_r10 < 1
+
+
+def test_equal_captions_are_hits_and_five_captions_an_image_are_one_query():
+    eye = np.eye(4)
+    # Both images carry the caption 7; each query finds the other's copy first, and that is right.
+    result = retrieval(eye[[0, 1]], eye[[1, 0]], np.array([7, 7]), np.array([0, 1]))
+    assert set(result) == {1.0}
+    # Without that, each finds the other's caption.
+    assert retrieval(eye[[0, 1]], eye[[1, 0]], np.array([7, 8]), np.array([0, 1])).image_to_text_r1 == 0.0
+    # Image 0 has five captions, of which one is near it; image 1 has one that is.
+    result = retrieval(eye[[0, 0, 0, 0, 0, 1]], eye[[2, 2, 0, 2, 2, 1]], np.arange(6), np.array([0, 0, 0, 0, 0, 1]))
+    assert result.image_to_text_r1 == 1.0
+    assert result.text_to_image_r1 == pytest.approx(2 / 6)
+
+
+def test_class_embeddings_are_the_loop():
+    text = np.random.default_rng(5).normal(size=(12, 6)).astype(np.float32)
+    result = class_embeddings(text, num_templates=4)
+    assert result.dtype == np.float32
+    for q in range(3):
+        mean = sum(text[4 * q + t].astype(np.float64) for t in range(4)) / 4
+        np.testing.assert_allclose(result[q], mean / np.sqrt(mean @ mean), rtol=4e-7)
+    assert np.isfinite(class_embeddings(np.array([[1.0, 0.0], [-1.0, 0.0]]), num_templates=2)).all()
+
+
+@pytest.mark.parametrize("width", [3, 40])
+def test_ridge_probe_is_the_normal_equation(width):
+    """Wide features go through the dual form; the loop below only knows the primal one."""
+    rng = np.random.default_rng(width)
+    centre = rng.normal(size=(4, width))
+    label, test_label = rng.integers(0, 4, 60), rng.integers(0, 4, 50)
+    train = centre[label] + rng.normal(size=(60, width))
+    test = centre[test_label] + rng.normal(size=(50, width))
+    shots = int(np.bincount(label).min())
+    keep = np.concatenate([np.flatnonzero(label == q)[:shots] for q in range(4)])
+    train, label = train[keep], label[keep]  # exactly `shots` a class: the draw cannot matter
+    for ridge in (0.01, 1.0, 100.0):
+        mean = train.mean(0)
+        x, y = train - mean, np.eye(4)[label] - 0.25
+        penalty = ridge * np.trace(x.T @ x) / width
+        weight = np.linalg.inv(x.T @ x + penalty * np.eye(width)) @ x.T @ y
+        expected = np.mean([np.argmax((row - mean) @ weight) == q for row, q in zip(test, test_label, strict=True)])
+        result = ridge_probe(train, label, test, test_label, shots=shots, ridge=ridge)
+        assert (result.top1, result.chance, result.shots) == (expected, 0.25, shots)
+        assert expected > 0.4
+        assert ridge_probe(train * 1e3, label, test * 1e3, test_label, shots=shots, ridge=ridge) == result
+
+
+def test_ridge_probe_takes_shots_of_every_class_by_the_seed():
+    rng = np.random.default_rng(0)
+    label = np.repeat([0, 1], [5, 500])
+    features = rng.normal(size=(505, 2)) + 2.0 * label[:, None]
+    results = {ridge_probe(features, label, features, label, shots=2, seed=seed).top1 for seed in range(6)}
+    assert len(results) > 1
+    assert len({ridge_probe(features, label, features, label, shots=2, seed=3).top1 for _ in range(3)}) == 1
+    assert ridge_probe(np.ones((4, 2)), np.array([0, 0, 1, 1]), np.ones((2, 2)), np.array([0, 1]), shots=2).top1 == 0.0
+
+
+def test_prompts_are_lower_case_and_braces_in_names_are_text():
+    classes = Classes(("a {}", "The {} here"), ("Red {0}", "été"))
+    assert prompts(classes) == ("a red {0}", "the red {0} here", "a été", "the été here")
+
+
+def test_read_classes(tmp_path):
+    content = {"templates": ["a photo of a {}"], "classes": ["red square", "blé"], "source": "any other key"}
+    (tmp_path / "classes.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    assert read_classes(tmp_path) == Classes(("a photo of a {}",), ("red square", "blé"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is not JSON"),
+        (b"[" * 200_000, "is not JSON"),
+        (b"\xff\xfe", "UTF-8"),
+        (b"[]", "must hold an object"),
+        (b'{"classes": ["a"]}', 'no "templates"'),
+        (b'{"templates": "a {}", "classes": ["a"]}', "must be a list"),
+        (b'{"templates": ["a {}"], "classes": []}', "an empty list"),
+        (b'{"templates": ["a {}"], "classes": ["a", 3]}', "entry 1"),
+        (b'{"templates": ["a {}"], "classes": ["a", "  "]}', "entry 1"),
+        (b'{"templates": ["a photo"], "classes": ["a"]}', "exactly once"),
+        (b'{"templates": ["{} {}"], "classes": ["a"]}', "exactly once"),
+        (b'{"templates": ["a {}"], "classes": ["a", "b", "A"]}', "classes 0 and 2"),
+    ],
+)
+def test_bad_classes_files_say_what_is_wrong(tmp_path, content, message):
+    (tmp_path / "classes.json").write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        read_classes(tmp_path)
+    assert "classes.json" in str(error.value)
+
+
+def test_a_missing_classes_file_says_what_it_must_hold(tmp_path):
+    with pytest.raises(DataError, match=r'does not exist.*"templates"'):
+        read_classes(tmp_path)
+
+
+EYE, IDS = np.eye(3), np.arange(3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: zero_shot(EYE, np.eye(4), IDS), "width 3 and classes width 4"),
+        (lambda: zero_shot(EYE, EYE, np.array([0, 1, 3])), "label must lie in 0 to 2"),
+        (lambda: zero_shot(EYE, EYE, np.array([0, 1])), "label must be 3 integers"),
+        (lambda: zero_shot(EYE, EYE, np.array([0.0, 1.0, 2.0])), "label must be 3 integers"),
+        (lambda: zero_shot(np.zeros((0, 3)), EYE, IDS[:0]), "not empty"),
+        (lambda: zero_shot(EYE * [1, np.nan, 1], EYE, IDS), "row 0 of image .3 of 3 rows. is not finite"),
+        (lambda: retrieval(EYE, np.eye(4)[:, :3], IDS, IDS), "row i of both must be one pair"),
+        (lambda: retrieval(EYE, EYE, IDS[:2], IDS), "caption_id must be 3 integers"),
+        (lambda: retrieval(EYE[0], EYE, IDS, IDS), "image must be a table"),
+        (lambda: class_embeddings(EYE, num_templates=2), "3 prompt embeddings cannot be split"),
+        (lambda: class_embeddings(EYE, num_templates=0), "cannot be split"),
+        (lambda: ridge_probe(EYE, IDS, EYE, IDS, shots=2), "class 0 has 1 training examples"),
+        (lambda: ridge_probe(EYE, IDS * 2, EYE, IDS, shots=1), "class 1 has 0 training examples"),
+        (lambda: ridge_probe(EYE, IDS, EYE, IDS + 1, shots=1), "test_label must lie in 0 to 2"),
+        (lambda: ridge_probe(EYE, IDS, EYE, IDS, shots=1, ridge=0.0), "ridge=0.0"),
+    ],
+)
+def test_bad_arguments_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
