@@ -1,0 +1,21 @@
+"""What every test shares: the platform, run-time checks of all array annotations, and how Hypothesis searches."""
+
+import os
+
+# JAX reads this when it is imported, so it comes before anything that imports JAX; JAX_PLATFORMS from outside wins.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+from jaxtyping import install_import_hook
+
+# From here on every annotated shape and dtype is checked at each call. It only sees modules imported after it; this
+# file is read before any test is.
+install_import_hook(["moe_kernels", "limoe"], "beartype.beartype")
+
+# The first call of a jitted function takes seconds, so no deadline. In CI the same examples every time: a failure there
+# must come from the change. `--hypothesis-profile=long` looks further, by hand.
+_common = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("default", max_examples=30, **_common)
+hypothesis.settings.register_profile("ci", max_examples=30, derandomize=True, database=None, **_common)
+hypothesis.settings.register_profile("long", max_examples=1000, **_common)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")

@@ -1,0 +1,245 @@
+"""The shape of the code base: who may import whom, how long a file may be, what is packaged, what is documented."""
+
+import ast
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import io
+import re
+import sys
+import tokenize
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+OURS = ("moe_kernels", "limoe", "reference", "benchmarks", "tests")
+SHIPPED = OURS[:3]
+STANDARD = set(sys.stdlib_module_names)
+
+# A module of moe_kernels imports modules of earlier levels only. A level that ends in ".*" is a package whose modules
+# may also import each other.
+LEVELS = (
+    ("types",),
+    ("backends.schedule", "backends.tiling", "backends.base"),
+    ("backends.xla.*", "backends.tpu.*", "backends.gpu.*"),
+    ("backends",),
+    ("routing", "figures"),
+    ("plan",),
+    ("permute",),
+    ("experts",),
+    ("layer",),
+    ("expert_parallel",),
+    ("",),
+)
+
+MAX_LINES_OF_CODE = 320
+
+
+def python_files() -> list[Path]:
+    return sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def where(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+FILES = {module_name(path): path for path in python_files()}
+
+
+def in_package(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+@functools.cache
+def imports_of(module: str) -> frozenset[str]:
+    """Full names of all that a module imports, anywhere in it; `from a import b` is a.b if that is a module, else a."""
+    path = FILES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, base] if base else parents)
+            found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in FILES else base for alias in node.names}
+    return frozenset(found)
+
+
+def level_of(module: str) -> tuple[int, str]:
+    """The level of a module of moe_kernels, and the entry of LEVELS that says so."""
+    name = module.removeprefix("moe_kernels").removeprefix(".")
+    for number, level in enumerate(LEVELS):
+        for entry in level:
+            if name == entry or (entry.endswith(".*") and in_package(name, entry[:-2])):
+                return number, entry
+    raise AssertionError(
+        f"{module} has no place in the order of imports; give it one in LEVELS and in docs/architecture.md"
+    )
+
+
+def cycles(graph: dict[str, set[str]]) -> set[str]:
+    """The modules that import each other in a circle, or that only such modules import."""
+    left = {name: set(targets) for name, targets in graph.items()}
+    while free := {name for name, targets in left.items() if not targets & left.keys()}:
+        for name in free:
+            del left[name]
+    return set(left)
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if in_package(name, "moe_kernels")])
+def test_moe_kernels_imports_run_downwards(module):
+    number, entry = level_of(module)
+    for imported in sorted(imports_of(module)):
+        if in_package(imported, "moe_kernels"):
+            other_number, other_entry = level_of(imported)
+            same_package = entry.endswith(".*") and other_entry == entry
+            assert other_number < number or same_package, f"{module} imports {imported}, which is not below it"
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"),
+    [
+        ("moe_kernels", {"moe_kernels", "jax", "jaxtyping", "numpy"}),
+        ("reference", {"reference", "numpy"}),
+    ],
+)
+def test_packages_know_only_what_they_may(package, allowed):
+    for module in FILES:
+        if in_package(module, package):
+            unknown = {name for name in imports_of(module) if name.split(".")[0] not in allowed | STANDARD}
+            assert not unknown, f"{module} imports {sorted(unknown)}; {package} may only import {sorted(allowed)}"
+
+
+def test_limoe_reaches_the_kernels_in_two_places_and_never_the_reference():
+    for module in FILES:
+        if in_package(module, "limoe"):
+            names = {name.split(".")[0] for name in imports_of(module)}
+            assert "reference" not in names, f"{module} imports the reference that it is tested against"
+            if module not in ("limoe.moe", "limoe.planner"):
+                assert "moe_kernels" not in names, f"{module} imports moe_kernels; only limoe.moe and limoe.planner may"
+
+
+def test_nothing_imports_tests_or_benchmarks():
+    for module in FILES:
+        own = module.split(".")[0]
+        forbidden = {"tests"} if own in ("tests", "benchmarks") else {"tests", "benchmarks"}
+        names = {name.split(".")[0] for name in imports_of(module)} - {own}
+        assert not names & forbidden, f"{module} imports {sorted(names & forbidden)}"
+
+
+@pytest.mark.parametrize("package", SHIPPED)
+def test_no_import_cycles(package):
+    inside = {name for name in FILES if in_package(name, package)}
+    # A package's own __init__ is imported by everything in it; only what it imports itself counts.
+    graph = {name: {target for target in imports_of(name) & inside if target != name} for name in inside}
+    assert not cycles(graph), f"these import each other in a circle: {sorted(cycles(graph))}"
+
+
+def test_cycles_are_found():
+    assert cycles({"a": {"b"}, "b": {"a"}, "c": set(), "d": {"c"}}) == {"a", "b"}
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": set()}) == set()
+
+
+def test_third_party_imports_are_declared():
+    declared = {normal(re.match(r"[\w.-]+", item)[0]) for item in PYPROJECT["project"]["dependencies"]}
+    providers = importlib.metadata.packages_distributions()
+    used = {name.split(".")[0] for module in FILES if in_shipped(module) for name in imports_of(module)}
+    for name in sorted(used - STANDARD - set(OURS)):
+        distributions = {normal(distribution) for distribution in providers.get(name, [name])}
+        assert distributions & declared, f"{name} (of {sorted(distributions)}) is imported but not in pyproject.toml"
+
+
+def in_shipped(module: str) -> bool:
+    return module.split(".")[0] in SHIPPED
+
+
+def normal(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def lines_of_code(source: str) -> int:
+    """Lines that hold something other than white space, comments and docstrings."""
+    docstrings = {
+        line
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    code = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in silent:
+            code |= set(range(token.start[0], token.end[0] + 1))
+    return len(code - docstrings)
+
+
+def test_lines_of_code_are_counted():
+    source = (
+        '"""One.\n\nTwo."""\n\n# three\nx = 1  # four\n\n\ndef f():\n    """Five."""\n    return (\n        x\n    )\n'
+    )
+    assert lines_of_code(source) == 5
+
+
+@pytest.mark.parametrize("path", python_files(), ids=where)
+def test_files_are_short(path):
+    count = lines_of_code(path.read_text(encoding="utf-8"))
+    assert count < MAX_LINES_OF_CODE, f"{where(path)} has {count} lines of code; is it still one idea?"
+
+
+@pytest.mark.parametrize("package", ["moe_kernels", "limoe"])
+def test_public_names_have_an_example(package):
+    module = importlib.import_module(package)
+    for name in getattr(module, "__all__", []):
+        value = getattr(module, name)
+        if inspect.isroutine(inspect.unwrap(value)) or inspect.isclass(value):
+            assert ">>> " in (inspect.getdoc(value) or ""), (
+                f"{package}.{name} has no docstring with an example that runs"
+            )
+
+
+def test_the_packages_listed_are_the_packages_there():
+    there = sorted(module for module, path in FILES.items() if path.name == "__init__.py" and in_shipped(module))
+    assert PYPROJECT["tool"]["setuptools"]["packages"] == there
+    for module, path in FILES.items():
+        if in_shipped(module) and path.name != "__init__.py":
+            assert module.rpartition(".")[0] in there, f"{where(path)} is in a folder without __init__.py"
+
+
+def test_the_command_exists():
+    for target in PYPROJECT["project"]["scripts"].values():
+        module, _, function = target.partition(":")
+        if module not in FILES:
+            pytest.skip(f"{module} is not written yet")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_the_version_is_said_once():
+    import limoe
+
+    assert limoe.__version__ == PYPROJECT["project"]["version"]
+    assert f"## [{limoe.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_no_file_names_a_place_of_one_machine():
+    places = re.compile(
+        r"(?<![\w.}:/])/(?:home|root|work|opt|Users|mnt|media)/\w|https?://[^\s\"']*/(?:simple/|packages/[0-9a-f]{2}/)"
+    )
+    top = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]
+    inside = [path for folder in (*OURS, "docs", ".ci") for path in (ROOT / folder).rglob("*")]
+    for path in [*top, *inside]:
+        if path.suffix in {".py", ".md", ".toml", ".json", ".yaml", ".yml", ".cfg", ".txt", ""} and path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            assert not (found := places.search(text)), f"{where(path)} names {found[0]!r}"
