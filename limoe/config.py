@@ -137,6 +137,10 @@ class ModelConfig(_Section):
         "blocks: recompute each block in the backward pass to save memory", "none"
     )
 
+    scan_unroll: int = setting(
+        "periods of a segment of equal blocks that are written out in a row; more = faster on CPU, longer to compile", 1
+    )
+
     @property
     def num_image_tokens(self) -> int:
         """Patches of one image."""
@@ -155,7 +159,7 @@ class ModelConfig(_Section):
     def _check(self) -> None:
         self._require_positive(
             *("depth", "width", "mlp_width", "num_heads", "patch_size", "image_size", "text_length", "num_experts"),
-            *("num_choices", "capacity_factor", "layer_norm_epsilon"),
+            *("num_choices", "capacity_factor", "layer_norm_epsilon", "scan_unroll"),
         )
         self._require_not_negative("group_examples", "router_noise")
         self._require(self.vocab_size >= 3, "vocab_size", "must be at least 3 (padding, unknown and one piece)")
@@ -289,6 +293,7 @@ class TrainConfig(_Section):
     seed: int = setting("seed of the parameters and of the router noise", 0)
     checkpoint_every: int = setting("steps between two checkpoints", 1_000)
     checkpoints_kept: int = setting("newest checkpoints kept", 2)
+    evaluate_every: int = setting("steps between two zero-shot evaluations on the way; 0 = only at the end", 0)
     log_every: int = setting("steps between two updates of the progress bar; metrics.jsonl has every step", 10)
 
     @property

@@ -133,7 +133,9 @@ def auxiliary_weights(config: Config) -> AuxiliaryTerms:
     loss = config.loss
     names = [name for name in AuxiliaryTerms._fields if getattr(loss, name)]
     share = loss.aux_weight / max(len(names), 1)
-    weights = {name: share * getattr(loss, f"{name}_weight") if name in names else 0.0 for name in AuxiliaryTerms._fields}
+    weights = {
+        name: share * getattr(loss, f"{name}_weight") if name in names else 0.0 for name in AuxiliaryTerms._fields
+    }
     return AuxiliaryTerms(**weights)
 
 

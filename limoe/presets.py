@@ -24,6 +24,7 @@ def _tiny() -> Config:
         moe_layers=_every_second(4),
         num_experts=8,
         text_padding="mask",
+        scan_unroll=4,
     )
     optimizer = OptimizerConfig(
         name="adamw", warmup_steps=100, cooldown_steps=300, timescale=1_000.0, weight_decay=1e-4

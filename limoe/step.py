@@ -96,7 +96,11 @@ def gradient(
 
     groups = config.num_groups // chunks if config.model.moe_layers else 0
     first_group = groups * jnp.arange(chunks, dtype=jnp.int32)
-    parts = (rearrange(images, "(n b) ... -> n b ...", n=chunks), rearrange(text, "(n b) t -> n b t", n=chunks), first_group)
+    parts = (
+        rearrange(images, "(n b) ... -> n b ...", n=chunks),
+        rearrange(text, "(n b) t -> n b t", n=chunks),
+        first_group,
+    )
     by_chunk = jax.lax.map(lambda part: encode(parameters, *part), parts)
     (_, (terms)), (own, cotangent) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(parameters, _join(by_chunk))
 

@@ -1,0 +1,1 @@
+"""Image-text data: shards on disk, random access to their examples, and the global batch of each step."""

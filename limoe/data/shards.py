@@ -1,0 +1,291 @@
+"""Image-text tar shards in the layout that img2dataset writes, and the index that makes them random access.
+
+An example is a key with the members `key.jpg` (or .jpeg, .png, .webp), `key.txt` and optionally `key.json`, in any
+order within one tar. Member names are compared, never used as file paths.
+"""
+
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from limoe.data import files
+from limoe.data.files import DataError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+INDEX_SUFFIX = ".index"
+_INDEX_VERSION = 1
+_DIGEST_SIZE = hashlib.sha256().digest_size
+_BLOCK = 512
+# A long name or a pax header larger than this is damage, not a name.
+_MAX_EXTENDED_HEADER = 1 << 20
+
+
+class Example(NamedTuple):
+    """One example as it is stored: the image still encoded, the caption as text, the metadata as a JSON object."""
+
+    key: str
+    image_bytes: bytes
+    caption: str
+    metadata: dict[str, Any] | None = None
+    image_extension: str = "jpg"
+
+
+def write_shard(path: files.Path, examples: Iterable[Example]) -> int:
+    """Writes the examples as one tar, atomically, and returns their number; equal examples give equal bytes.
+
+    Raises `ValueError` for a key with a dot or slash in it or an unknown image extension, `StorageError` if it cannot
+    be written.
+    """
+    count = 0
+    with files.atomic_writer(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for example in examples:
+            if not re.fullmatch(r"[^./\x00]+", example.key):
+                raise ValueError(
+                    f"the key {example.key!r} must not be empty or hold a dot or a slash; use digits, letters, - and _"
+                )
+            if example.image_extension not in IMAGE_EXTENSIONS:
+                raise ValueError(f"the image extension {example.image_extension!r} is not one of {IMAGE_EXTENSIONS}")
+            _add(tar, f"{example.key}.{example.image_extension}", example.image_bytes)
+            _add(tar, f"{example.key}.txt", example.caption.encode("utf-8"))
+            if example.metadata is not None:
+                _add(
+                    tar,
+                    f"{example.key}.json",
+                    json.dumps(example.metadata, sort_keys=True, ensure_ascii=False).encode("utf-8"),
+                )
+            count += 1
+    return count
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)  # owner, group and time stay zero: the bytes depend on the content alone
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def find_shards(spec: files.Path) -> list[str]:
+    """The tar files that a folder, a file, a glob or a brace list names, sorted and each once.
+
+    A brace list is `{a,b}` or `{000..127}` (leading zeros are kept). Raises `DataError` that names what was looked for
+    when nothing is found, or when a file that the brace list names is missing.
+
+    >>> expand_braces("train-{08..10}.tar")
+    ['train-08.tar', 'train-09.tar', 'train-10.tar']
+    """
+    text = os.fspath(spec)
+    if not text:
+        raise DataError(
+            "no shards are named; give a folder of .tar files, a glob or a brace list such as 'data/{00000..00099}.tar'"
+        )
+    found: set[str] = set()
+    for pattern in expand_braces(text):
+        if files.is_folder(pattern):
+            looked_for = os.path.join(pattern, "*.tar")
+            matches = files.list_files(os.path.join(glob.escape(pattern), "*.tar"))
+        else:
+            looked_for = pattern
+            matches = [pattern] if files.exists(pattern) else files.list_files(pattern)
+        if not matches:
+            named = "" if pattern == text else f" (one of {text})"
+            raise DataError(
+                f"no shards found: looked for {looked_for}{named}, seen from the folder {os.getcwd()}; "
+                "give a folder of .tar files, a glob or a brace list"
+            )
+        found.update(matches)
+    return sorted(found)
+
+
+def expand_braces(text: str) -> list[str]:
+    """All texts that `{a,b}` and `{00..12}` stand for, in order; text without braces stands for itself.
+
+    >>> expand_braces("{a,b}-{0..1}")
+    ['a-0', 'a-1', 'b-0', 'b-1']
+    """
+    match = re.search(r"\{([^{}]*)\}", text)
+    if match is None:
+        return [text]
+    head, inside, tail = text[: match.start()], match.group(1), text[match.end() :]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    if span:
+        first, last = span.groups()
+        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    else:
+        choices = inside.split(",")
+    return [head + choice + rest for choice in choices for rest in expand_braces(tail)]
+
+
+class ShardIndex(NamedTuple):
+    """Where the members of each example of one tar lie. N examples, in the order in which their keys first appear.
+
+    `image`, `caption` and `metadata` are int64 [N, 2]: offset and size in bytes, offset -1 if there is no such member.
+    A span may end beyond the end of the tar: that member was cut. `damage` says what is wrong with the tar as a whole,
+    "" if nothing; a damaged tar whose lost member cannot be named has one more key, "after <the last key>", without
+    members, so that the loss is counted.
+    """
+
+    stamp: files.Stamp
+    keys: list[str]
+    image: np.ndarray
+    caption: np.ndarray
+    metadata: np.ndarray
+    damage: str
+
+
+def load_index(path: files.Path, *, cache_dir: files.Path = "") -> ShardIndex:
+    """The stored index of a tar if it fits the tar's size and modification time, else a new one, then stored.
+
+    It is stored beside the tar, or in `cache_dir` (the user's cache folder if empty) where the tar's folder may not be
+    written, and only kept in memory where neither may. Raises like `files.open_binary`.
+    """
+    stamp = files.stamp(path)
+    beside = os.fspath(path) + INDEX_SUFFIX
+    absolute = os.path.abspath(path)
+    digest = hashlib.sha256(os.fsencode(absolute)).hexdigest()[:16]
+    cached = os.path.join(
+        files.cache_folder(cache_dir), "index", f"{digest}-{os.path.basename(absolute)}{INDEX_SUFFIX}"
+    )
+    for place in (beside, cached):
+        index = _stored_index(place, stamp)
+        if index is not None:
+            return index
+    index = build_index(path)
+    for place in (beside, cached):
+        try:
+            _store_index(place, index)
+            break
+        except files.StorageError:
+            continue
+    return index
+
+
+def build_index(path: files.Path) -> ShardIndex:
+    """Reads the headers of a tar, keeping what is whole before a damage; raises like `files.open_binary`."""
+    stamp = files.stamp(path)
+    spans: dict[str, dict[str, tuple[int, int]]] = {}
+    last_key = "the beginning"
+    damage = ""
+    with files.open_binary(path) as file:
+        try:
+            for name, offset, size in _members(file, stamp.size):
+                key, kind = _key_and_kind(name)
+                if kind:
+                    spans.setdefault(key, {})[kind] = (offset, size)
+                    last_key = key
+                if offset + size > stamp.size:
+                    damage = f"the tar is cut short inside {name}"
+                    if not kind:
+                        spans[f"after {last_key}"] = {}
+                    break
+        except _BrokenTar as error:
+            damage = f"the tar {error}" + (f" after {last_key}" if spans else "")
+            spans[f"after {last_key}"] = {}
+    arrays = {
+        kind: np.array([members.get(kind, (-1, 0)) for members in spans.values()], np.int64).reshape(-1, 2)
+        for kind in _KINDS
+    }
+    return ShardIndex(stamp, list(spans), arrays["image"], arrays["caption"], arrays["metadata"], damage)
+
+
+_KINDS = ("image", "caption", "metadata")
+
+
+def _key_and_kind(name: str) -> tuple[str, str]:
+    """The key of a member, and its kind: "image", "caption", "metadata" or "".
+
+    The key ends at the first dot of the last part of the name.
+
+    >>> _key_and_kind("part/0001.JPG"), _key_and_kind("0001.seg.png"), _key_and_kind("notes")
+    (('part/0001', 'image'), ('0001', ''), ('notes', ''))
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    kinds = dict.fromkeys(IMAGE_EXTENSIONS, "image") | {"txt": "caption", "json": "metadata"}
+    return folder + slash + stem, kinds.get(extension.lower(), "") if stem else ""
+
+
+class _BrokenTar(Exception):
+    """The headers cannot be followed any further; the message fits into 'the tar ...'."""
+
+
+def _members(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of each regular file, by the headers alone.
+
+    Not `tarfile`'s own loop: that ends quietly at a damaged header, as if the tar ended there.
+    """
+    position = 0
+    extended: dict[str, str] = {}
+    while True:
+        file.seek(position)
+        block = file.read(_BLOCK)
+        if len(block) < _BLOCK:
+            raise _BrokenTar("is cut short" if position else "is empty or cut short")
+        if not any(block):
+            return
+        try:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
+        except tarfile.HeaderError as error:
+            raise _BrokenTar(
+                f"has a damaged header at byte {position}" if position else "is not a tar (compressed?)"
+            ) from error
+        size = int(extended.get("size", header.size)) if extended.get("size", "0").isdecimal() else -1
+        if not 0 <= size < 1 << 62:
+            raise _BrokenTar(f"has a damaged header at byte {position}")
+        offset = position + _BLOCK
+        position = offset + -(-size // _BLOCK) * _BLOCK
+        if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
+            if size > _MAX_EXTENDED_HEADER or offset + size > end:
+                raise _BrokenTar("is cut short or damaged inside a header")
+            extended |= _extended_header(header.type, file.read(size))
+        elif header.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
+            if header.isreg() and not header.issparse():
+                yield extended.get("path", header.name), offset, size
+            extended = {}
+
+
+def _extended_header(kind: bytes, content: bytes) -> dict[str, str]:
+    """The path and size that a GNU long name or a pax header gives to the member after it."""
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        return {"path": content.rstrip(b"\0").decode("utf-8", "backslashreplace")}
+    records = {}
+    while match := re.match(rb"(\d{1,7}) ", content):
+        record, content = content[match.end() : int(match.group(1)) - 1], content[max(int(match.group(1)), 1) :]
+        name, _, value = record.partition(b"=")
+        records[name.decode("utf-8", "replace")] = value.decode("utf-8", "backslashreplace")
+    return {name: value for name, value in records.items() if name in ("path", "size")}
+
+
+def _store_index(place: str, index: ShardIndex) -> None:
+    payload = io.BytesIO()
+    facts = {"version": _INDEX_VERSION, "stamp": index.stamp, "keys": index.keys, "damage": index.damage}
+    np.savez(
+        payload,
+        facts=np.frombuffer(json.dumps(facts).encode("ascii"), np.uint8),
+        image=index.image,
+        caption=index.caption,
+        metadata=index.metadata,
+    )
+    files.write_bytes(place, hashlib.sha256(payload.getbuffer()).digest() + payload.getbuffer())
+
+
+def _stored_index(place: str, stamp: files.Stamp) -> ShardIndex | None:
+    """The index stored at that place; None if there is none, if it is damaged, or of another state of the tar."""
+    try:
+        content = files.read_bytes(place)
+    except OSError:
+        return None
+    digest, payload = content[:_DIGEST_SIZE], content[_DIGEST_SIZE:]
+    if hashlib.sha256(payload).digest() != digest:
+        return None
+    with np.load(io.BytesIO(payload), allow_pickle=False) as stored:
+        facts = json.loads(stored["facts"].tobytes())
+        if (facts["version"], files.Stamp(*facts["stamp"])) != (_INDEX_VERSION, stamp):
+            return None
+        return ShardIndex(stamp, facts["keys"], stored["image"], stored["caption"], stored["metadata"], facts["damage"])

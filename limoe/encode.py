@@ -1,0 +1,112 @@
+"""Embeddings and expert assignments of data sets, in batches of one compiled size, as in evaluation (dropless)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from limoe.config import Config
+from limoe.data.source import Bad, Decoded, Source
+from limoe.model import Embeddings, scale_images
+from limoe.moe import Assignment
+from limoe.step import Parameters
+from limoe.tokenizer import Tokenizer
+
+
+class Pairs(NamedTuple):
+    """Decoded examples: uint8 images [N, H, W, 3], captions, and class labels [N] (-1 where an example has none)."""
+
+    images: np.ndarray
+    captions: tuple[str, ...]
+    labels: np.ndarray
+    num_bad: int
+
+
+def read_pairs(source: Source, *, limit: int | None = None) -> Pairs:
+    """Read the first good examples of a source, all of them without a `limit`; bad ones are left out and counted."""
+    good: list[Decoded] = []
+    num_bad = 0
+    for number in range(len(source)):
+        example = source[number]
+        if isinstance(example, Bad):
+            num_bad += 1
+        else:
+            good.append(example)
+        if limit is not None and len(good) == limit:
+            break
+    labels = [label_of(example) for example in good]
+    images = np.stack([example.image for example in good]) if good else np.zeros((0, 1, 1, 3), np.uint8)
+    return Pairs(images, tuple(example.caption for example in good), np.array(labels, np.int64), num_bad)
+
+
+def label_of(example: Decoded) -> int:
+    """The class index in an example's metadata, -1 if it has none."""
+    label = (example.metadata or {}).get("class", -1)
+    return label if isinstance(label, int) else -1
+
+
+class Encoder:
+    """A model that embeds any number of images or texts; noise off, nothing dropped."""
+
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        parameters: Parameters,
+        config: Config,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int = 128,
+    ):
+        self._config, self._tokenizer, self._batch_size = config, tokenizer, batch_size
+
+        def embed(parameters: Parameters, images: jax.Array, text: jax.Array) -> Embeddings:
+            return nnx.merge(graph, parameters)(scale_images(images), text, None).embeddings
+
+        def assign(parameters: Parameters, images: jax.Array, text: jax.Array) -> Assignment:
+            return nnx.merge(graph, parameters).assignments(scale_images(images), text)
+
+        self._embed, self._assign = jax.jit(embed), jax.jit(assign)
+        self.use(parameters)
+
+    def use(self, parameters: Parameters) -> Encoder:
+        """Go on with other parameters of the same model, without compiling again."""
+        self.parameters = parameters
+        self.scale = float(np.exp(parameters["log_scale"]))
+        return self
+
+    def images(self, images: np.ndarray) -> np.ndarray:
+        """Embeddings [N, P] of uint8 images [N, H, W, 3]."""
+        text = np.ones((len(images), self._config.model.text_length), np.int32)
+        return self._all(images, text, "image")
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings [N, P] of texts."""
+        size = self._config.model.image_size
+        return self._all(np.zeros((len(texts), size, size, 3), np.uint8), self._tokenizer.encode(texts), "text")
+
+    def assignments(self, images: np.ndarray, texts: Sequence[str]) -> tuple[Assignment, np.ndarray]:
+        """First choice and gate of every token `[L, N, tokens]`, and the text ids [N, text tokens]."""
+        text = self._tokenizer.encode(texts)
+        parts = [self._assign(self.parameters, *batch) for batch in self._batches(images, text)]
+        joined = [np.concatenate(field, axis=1)[:, : len(images)] for field in zip(*parts, strict=True)]
+        return Assignment(*joined), text
+
+    def _all(self, images: np.ndarray, text: np.ndarray, which: str) -> np.ndarray:
+        parts = [
+            np.asarray(getattr(self._embed(self.parameters, *batch), which)) for batch in self._batches(images, text)
+        ]
+        width = self._config.model.width
+        return np.concatenate([*parts, np.zeros((0, width), np.float32)])[: len(images)]
+
+    def _batches(self, images: np.ndarray, text: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Batches of one size, the last one filled up with copies of its first row."""
+        for first in range(0, len(images), self._batch_size):
+            part = images[first : first + self._batch_size], text[first : first + self._batch_size]
+            missing = self._batch_size - len(part[0])
+            if missing:
+                part = tuple(np.concatenate([array, np.repeat(array[:1], missing, axis=0)]) for array in part)
+            yield part

@@ -1,0 +1,69 @@
+"""`limoe eval`: the newest good checkpoint of a run, evaluated on its own data or on given shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from limoe import inputs, results
+from limoe.checkpoint import CheckpointError, Checkpoints
+from limoe.encode import Encoder
+from limoe.optim import make_optimizer
+from limoe.step import TrainState, abstract_model
+from limoe.workdir import Workdir
+
+
+def evaluate_run(folder: str, data: str, *, say: Callable[[str], None]) -> dict[str, Any]:
+    """Evaluate a work folder's newest good checkpoint, dropless; a mapping with preset, step and all of `Scores`.
+
+    `data` names shards (with classes.json for zero-shot classification); empty means the run's own evaluation data. Nothing
+    in the folder is changed. Raises CheckpointError without a checkpoint, and what reading raises.
+    """
+    workdir = Workdir.existing(folder)
+    config = workdir.config
+    graph, parameters = abstract_model(config)
+    optimizer = make_optimizer(config, parameters)
+    state = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32), parameters, jax.eval_shape(lambda: optimizer.init(_zeros(parameters)))
+    )
+    restored = Checkpoints(workdir.checkpoints, config.train.checkpoints_kept, read_only=True).restore(state)
+    if restored is None:
+        raise CheckpointError(f"{workdir.checkpoints} holds no checkpoint yet; train first")
+    for message in restored.skipped:
+        say(f"skipped a damaged checkpoint: {message}")
+    tokenizer = inputs.tokenizer_for(config, workdir.path / "tokenizer.model", None)
+    evaluation = results.read_evaluation_data(config, inputs.evaluation_folders(config, data))
+    encoder = Encoder(graph, restored.state.parameters, config, tokenizer)
+    scores = results.score(encoder, evaluation)
+    return {"preset": config.preset, "step": restored.step, "data": data, **scores._asdict()}
+
+
+def _zeros(abstract: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
+
+
+def evaluation_text(result: dict[str, Any]) -> str:
+    """The result for a terminal.
+
+    >>> empty = {name: None for name in results.Scores._fields} | {"zero_shot_images": 0, "retrieval_pairs": 0}
+    >>> print(evaluation_text(empty | {"preset": "tiny", "step": 10, "bad_examples": 0}).splitlines()[0])
+    tiny, step 10
+    """
+    lines = [f"{result['preset']}, step {result['step']:,}"]
+    if result["zero_shot_top1"] is not None:
+        lines.append(
+            f"  zero-shot, {result['zero_shot_images']:,} images: top-1 {result['zero_shot_top1']:.1%}, "
+            f"top-5 {result['zero_shot_top5']:.1%}, chance {result['zero_shot_chance']:.1%}"
+        )
+    if result["image_to_text_r1"] is not None:
+        for way in ("image_to_text", "text_to_image"):
+            recalls = ", ".join(f"R@{k} {result[f'{way}_r{k}']:.1%}" for k in (1, 5, 10))
+            lines.append(f"  {way.replace('_', ' ')}, {result['retrieval_pairs']:,} pairs: {recalls}")
+    if result["bad_examples"]:
+        lines.append(f"  {result['bad_examples']} bad examples left out")
+    if len(lines) == 1:
+        lines.append("  nothing to evaluate: give shards with --data")
+    return "\n".join(lines)

@@ -1,0 +1,263 @@
+"""What a finished run shows: evaluation, figures, and the numbers of its summary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from limoe import evaluate, report
+from limoe.analysis import expert_modality, success_rate_bound, top_patches, top_tokens
+from limoe.config import Config
+from limoe.data.files import DataError
+from limoe.data.source import ShardSource
+from limoe.describe import describe
+from limoe.encode import Encoder, Pairs, read_pairs
+from limoe.inputs import DataFolders
+from limoe.moe import IMAGE, TEXT
+from limoe.panels import History, LayerView
+from limoe.tokenizer import Tokenizer
+
+# Training steps whose mean the summary's success rates and the figure of shares are.
+LAST_STEPS = 100
+EXAMPLES_SHOWN = 8
+
+
+class ZeroShotData(NamedTuple):
+    """Images with labels, and the classes among which to choose."""
+
+    pairs: Pairs
+    classes: evaluate.Classes
+
+
+class EvaluationData(NamedTuple):
+    """What is evaluated; None where there is no such data."""
+
+    zero_shot: ZeroShotData | None
+    retrieval: Pairs | None
+
+
+class Scores(NamedTuple):
+    """Results of an evaluation; None where there is no data for it. The fields of `limoe eval --json`."""
+
+    zero_shot_top1: float | None
+    zero_shot_top5: float | None
+    zero_shot_chance: float | None
+    image_to_text_r1: float | None
+    image_to_text_r5: float | None
+    image_to_text_r10: float | None
+    text_to_image_r1: float | None
+    text_to_image_r5: float | None
+    text_to_image_r10: float | None
+    zero_shot_images: int
+    retrieval_pairs: int
+    bad_examples: int
+
+
+def read_evaluation_data(config: Config, folders: DataFolders) -> EvaluationData:
+    """Read the evaluation shards into memory; bad examples are left out and counted.
+
+    Raises DataError if an example of a folder with classes.json has no valid class.
+    """
+
+    def pairs(folder: str, *, metadata: bool) -> Pairs:
+        size, cache = config.model.image_size, config.data.cache_dir
+        return read_pairs(ShardSource(folder, image_size=size, metadata=metadata, cache_dir=cache))
+
+    zero_shot = None
+    if folders.zero_shot:
+        classes = evaluate.read_classes(folders.zero_shot)
+        labelled = pairs(folders.zero_shot, metadata=True)
+        wrong = np.flatnonzero((labelled.labels < 0) | (labelled.labels >= len(classes.names)))
+        if len(wrong):
+            raise DataError(
+                f"{len(wrong)} examples in {folders.zero_shot} have no class between 0 and {len(classes.names) - 1}; "
+                'give each a .json with {"class": index} or remove classes.json'
+            )
+        zero_shot = ZeroShotData(labelled, classes)
+    return EvaluationData(zero_shot, pairs(folders.retrieval, metadata=False) if folders.retrieval else None)
+
+
+def zero_shot_probability(encoder: Encoder, data: ZeroShotData, images: np.ndarray) -> np.ndarray:
+    """Softmax over classes [N, Q] of scaled similarities: how sure the model is of each class."""
+    logits = encoder.scale * encoder.images(images) @ class_embeddings(encoder, data.classes).T
+    exponential = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponential / exponential.sum(axis=1, keepdims=True)
+
+
+def class_embeddings(encoder: Encoder, classes: evaluate.Classes) -> np.ndarray:
+    """One embedding [Q, P] for each class, from all its prompts."""
+    return evaluate.class_embeddings(encoder.texts(evaluate.prompts(classes)), num_templates=len(classes.templates))
+
+
+def zero_shot(encoder: Encoder, data: ZeroShotData) -> evaluate.ZeroShot:
+    """Zero-shot classification of all images (paper, section 7)."""
+    return evaluate.zero_shot(
+        encoder.images(data.pairs.images), class_embeddings(encoder, data.classes), data.pairs.labels
+    )
+
+
+def score(encoder: Encoder, data: EvaluationData) -> Scores:
+    """Evaluate everything there is data for: zero-shot classification and retrieval both ways (paper, section 7)."""
+    shot = zero_shot(encoder, data.zero_shot) if data.zero_shot else None
+    found = None
+    if data.retrieval:
+        ids = {caption: number for number, caption in enumerate(dict.fromkeys(data.retrieval.captions))}
+        found = evaluate.retrieval(
+            encoder.images(data.retrieval.images),
+            encoder.texts(data.retrieval.captions),
+            np.array([ids[caption] for caption in data.retrieval.captions]),
+            np.arange(len(data.retrieval.captions)),
+        )
+    folders = [data.zero_shot.pairs if data.zero_shot else None, data.retrieval]
+    return Scores(
+        zero_shot_top1=shot.top1 if shot else None,
+        zero_shot_top5=shot.top5 if shot else None,
+        zero_shot_chance=shot.chance if shot else None,
+        **(found._asdict() if found else dict.fromkeys(evaluate.Retrieval._fields)),
+        zero_shot_images=len(data.zero_shot.pairs.images) if data.zero_shot else 0,
+        retrieval_pairs=len(data.retrieval.images) if data.retrieval else 0,
+        bad_examples=sum(pairs.num_bad for pairs in folders if pairs is not None),
+    )
+
+
+def bound(config: Config) -> float | None:
+    """Share of choices that a perfect router with independent tokens keeps at training capacity; None if dense."""
+    model = config.model
+    if not model.moe_layers:
+        return None
+    group = (model.group_examples or config.train.batch_size) * model.tokens_per_example
+    return success_rate_bound(model.num_experts, group, model.num_choices, model.capacity_factor)
+
+
+def training_history(config: Config, metrics: Sequence[dict[str, Any]], scores: Scores | None) -> History:
+    """Curves of a run from the lines of its log; the final zero-shot result closes its curve."""
+    sparse = bool(config.model.moe_layers)
+    shots = [(line["step"], line["zero_shot_top1"]) for line in metrics if line["zero_shot_top1"] is not None]
+    if scores is not None and scores.zero_shot_top1 is not None and (not shots or shots[-1][0] != metrics[-1]["step"]):
+        shots.append((metrics[-1]["step"], scores.zero_shot_top1))
+
+    def column(name: str) -> np.ndarray:
+        return np.array([line[name] for line in metrics], float)
+
+    by_layer = column("success_rate") if sparse else np.full((len(metrics), 1, 2), np.nan)
+    return History(
+        step=column("step"),
+        loss=column("total"),
+        contrastive=column("contrastive"),
+        success_rate=by_layer.mean(axis=1),
+        effective_experts=column("effective_experts") if sparse else np.zeros((len(metrics), 0, 2)),
+        success_rate_bound=bound(config) or 1.0,
+        zero_shot_step=np.array([step for step, _ in shots], float),
+        zero_shot_top1=np.array([top1 for _, top1 in shots], float),
+        zero_shot_chance=(scores.zero_shot_chance or 0.0) if scores else 0.0,
+    )
+
+
+class LastSteps(NamedTuple):
+    """Means over the last `LAST_STEPS` steps of training: success rates over all MoE layers, tokens by expert."""
+
+    success_rate_image: float | None
+    success_rate_text: float | None
+    wanted: np.ndarray | None
+    kept: np.ndarray | None
+
+
+def last_steps(config: Config, metrics: Sequence[dict[str, Any]]) -> LastSteps:
+    """Summarise the end of the log; None for a dense model."""
+    if not config.model.moe_layers:
+        return LastSteps(None, None, None, None)
+    tail = metrics[-LAST_STEPS:]
+    rate = np.array([line["success_rate"] for line in tail], float).mean(axis=(0, 1))
+    wanted, kept = (np.array([line[name] for line in tail], float).mean(axis=0) for name in ("wanted", "kept"))
+    return LastSteps(float(rate[IMAGE]), float(rate[TEXT]), wanted, kept)
+
+
+def draw(
+    folder: Path,
+    config: Config,
+    history: History,
+    last: LastSteps,
+    encoder: Encoder,
+    data: EvaluationData,
+    tokenizer: Tokenizer,
+) -> None:
+    """Draw every figure there is data for into `folder`."""
+    report.draw_training(folder / "training.png", history)
+    if data.zero_shot:
+        chosen = np.linspace(0, len(data.zero_shot.pairs.images) - 1, EXAMPLES_SHOWN).astype(int)
+        images = data.zero_shot.pairs.images[chosen]
+        probability = zero_shot_probability(encoder, data.zero_shot, images)
+        names, labels = data.zero_shot.classes.names, data.zero_shot.pairs.labels[chosen]
+        report.draw_examples(folder / "examples.png", images, probability, labels, names)
+    if last.wanted is None or last.kept is None:
+        return
+    model = config.model
+    report.draw_expert_shares(
+        folder / "expert_shares.png",
+        last.wanted,
+        last.kept,
+        moe_layers=model.moe_layers,
+        capacity_factor=model.capacity_factor,
+    )
+    pairs = data.retrieval or (data.zero_shot.pairs if data.zero_shot else None)
+    if pairs is None:
+        return
+    views = layer_views(config, last, encoder, pairs, tokenizer)
+    for view in views:
+        report.draw_gallery(
+            folder / f"gallery_block{view.moe_layer}.png", pairs.images, view, patch_size=model.patch_size
+        )
+    report.draw_overview(folder / "overview.png", pairs.images, views[-1], history, patch_size=model.patch_size)
+
+
+def layer_views(
+    config: Config, last: LastSteps, encoder: Encoder, pairs: Pairs, tokenizer: Tokenizer
+) -> list[LayerView]:
+    """For each MoE layer the patches and words with the largest gates of each expert (paper, section 6)."""
+    assert last.wanted is not None
+    model = config.model
+    assignment, text = encoder.assignments(pairs.images, pairs.captions)
+    patches = model.num_image_tokens
+    views = []
+    for number, block in enumerate(model.moe_layers):
+        expert, gate = np.asarray(assignment.expert[number]), np.asarray(assignment.gate[number])
+        top = top_patches(
+            gate[:, :patches].reshape(-1),
+            expert[:, :patches].reshape(-1),
+            num_experts=model.num_experts,
+            patches_per_image=patches,
+        )
+        said = text.reshape(-1)
+        words = top_tokens(
+            np.where(said > 0, gate[:, patches:].reshape(-1), 0.0),
+            expert[:, patches:].reshape(-1),
+            said,
+            num_experts=model.num_experts,
+        )
+        named = tuple(tuple(tokenizer.piece(int(i)) for i in row if i >= 0) for row in words)
+        views.append(LayerView(block, last.wanted[number], top, named))
+    return views
+
+
+def summary(config: Config, scores: Scores, last: LastSteps, *, seconds: float, train_seconds: float) -> dict[str, Any]:
+    """The content of summary.json."""
+    described = describe(config)
+    content: dict[str, Any] = {
+        "preset": config.preset,
+        "steps": config.train.steps,
+        "seconds": seconds,
+        "train_seconds": train_seconds,
+        **scores._asdict(),
+        "success_rate_image": last.success_rate_image,
+        "success_rate_text": last.success_rate_text,
+        "success_rate_bound": bound(config),
+        "parameters_total": described.parameters_total,
+        "parameters_per_token": described.parameters_per_token,
+        "moe_layers": list(config.model.moe_layers),
+    }
+    if last.wanted is not None:
+        content["expert_modality"] = [list(names) for names in expert_modality(last.wanted)]
+    return content

@@ -1,0 +1,107 @@
+"""Captions to token ids with SentencePiece: lower-cased, a fixed length, pad id 0."""
+
+import io
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import sentencepiece
+from jaxtyping import Int32
+
+from limoe.data import files
+from limoe.data.files import DataError
+
+PAD_ID = 0
+UNKNOWN_ID = 1
+
+
+class Tokenizer:
+    """A SentencePiece model that writes every caption as `length` token ids.
+
+    Made by `train_tokenizer` or `load_tokenizer`. `vocab_size` is the number of ids that can occur, pad included.
+    """
+
+    def __init__(self, model: bytes, *, length: int, name: str = "the tokenizer model") -> None:
+        if length < 1:
+            raise ValueError(f"length {length} must be at least 1 token")
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise DataError(f"{name} is not a SentencePiece model ({error}); give a .model file") from error
+        if self._processor.pad_id() != PAD_ID:
+            raise DataError(f"{name} has no pad piece with id {PAD_ID}; train the model with pad_id={PAD_ID}")
+        self.model = model
+        self.length = length
+        self.vocab_size: int = self._processor.vocab_size()
+
+    def encode(self, captions: Sequence[str]) -> Int32[np.ndarray, "B N"]:
+        """Token ids int32 [B, N] of the captions: lower-cased, cut after `length` tokens, filled up with `PAD_ID`.
+
+        A caption without any piece becomes one unknown token, so that no row is all padding.
+        """
+        tokens = np.full((len(captions), self.length), PAD_ID, np.int32)
+        for row, pieces in enumerate(
+            self._processor.encode([_normalised(caption) for caption in captions], num_threads=1)
+        ):
+            kept = pieces[: self.length] or [self._processor.unk_id()]
+            tokens[row, : len(kept)] = kept
+        return tokens
+
+    def piece(self, token: int) -> str:
+        """What a token id stands for, as a person reads it; a piece within a word begins with a dash."""
+        piece = self._processor.id_to_piece(token)
+        return piece[1:] if piece.startswith("\u2581") else f"-{piece}"
+
+    def save(self, path: files.Path) -> None:
+        """Writes the .model file atomically; raises `StorageError` if it cannot be written."""
+        files.write_bytes(path, self.model)
+
+
+def load_tokenizer(path: files.Path, *, length: int) -> Tokenizer:
+    """The tokenizer of a .model file; `DataError` if it is not there, is no such model or has no pad id 0."""
+    if not files.exists(path):
+        raise DataError(f"there is no tokenizer model {path}; give a SentencePiece .model file")
+    return Tokenizer(files.read_bytes(path), length=length, name=str(path))
+
+
+def train_tokenizer(captions: Iterable[str], *, vocab_size: int, length: int) -> Tokenizer:
+    """Trains a byte-pair model; the same captions in the same order give the same bytes.
+
+    The model has `vocab_size` pieces, or fewer where the captions do not support as many. Raises `DataError` if there
+    are no captions or if `vocab_size` cannot even hold their characters.
+
+    >>> tokenizer = train_tokenizer(["a red ring", "a blue ring", "two red rings"] * 10, vocab_size=40, length=12)
+    >>> tokens = tokenizer.encode(["A RED ring", "a red ring"])
+    >>> tokens.shape, bool((tokens[0] == tokens[1]).all()), tokens[0, -1].item() == PAD_ID
+    ((2, 12), True, True)
+    """
+    sentences = [sentence for sentence in map(_normalised, captions) if sentence]
+    if not sentences:
+        raise DataError("there are no captions to train a tokenizer from; check the data or give a .model file")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(  # pyright: ignore
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            # Not unigram: from captions of few distinct words it finds no pieces longer than a few letters.
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            character_coverage=0.9995,
+            normalization_rule_name="nmt_nfkc_cf",
+            pad_id=PAD_ID,
+            unk_id=UNKNOWN_ID,
+            bos_id=-1,
+            eos_id=-1,
+            num_threads=1,  # sums in a fixed order: the same bytes every time
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(
+            f"cannot train a tokenizer of {vocab_size} pieces from {len(sentences)} captions: {error}"
+        ) from error
+    return Tokenizer(model.getvalue(), length=length)
+
+
+def _normalised(caption: str) -> str:
+    return " ".join(caption.lower().split())
