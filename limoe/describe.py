@@ -17,7 +17,8 @@ class Description(NamedTuple):
     preset: str
     parameters_total: int
     parameters_per_token: int
-    """Parameters that one token meets: all but the experts that it does not choose. The vocabulary table counts whole."""
+    """Parameters that one token meets: all but the experts that it does not choose. The vocabulary table counts
+    whole."""
     parameters_experts: int
     parameters_routers: int
     parameters_dense_twin: int

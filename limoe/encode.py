@@ -60,7 +60,7 @@ class Encoder:
         tokenizer: Tokenizer,
         *,
         batch_size: int = 128,
-    ):
+    ) -> None:
         self._config, self._tokenizer, self._batch_size = config, tokenizer, batch_size
 
         def embed(parameters: Parameters, images: jax.Array, text: jax.Array) -> Embeddings:

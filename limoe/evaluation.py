@@ -19,8 +19,8 @@ from limoe.workdir import Workdir
 def evaluate_run(folder: str, data: str, *, say: Callable[[str], None]) -> dict[str, Any]:
     """Evaluate a work folder's newest good checkpoint, dropless; a mapping with preset, step and all of `Scores`.
 
-    `data` names shards (with classes.json for zero-shot classification); empty means the run's own evaluation data. Nothing
-    in the folder is changed. Raises CheckpointError without a checkpoint, and what reading raises.
+    `data` names shards (with classes.json for zero-shot classification); empty means the run's own evaluation data.
+    Nothing in the folder is changed. Raises CheckpointError without a checkpoint, and what reading raises.
     """
     workdir = Workdir.existing(folder)
     config = workdir.config

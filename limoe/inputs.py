@@ -32,8 +32,8 @@ class DataFolders(NamedTuple):
 def data_folders(config: Config, progress: Progress | None = None) -> DataFolders:
     """Folders of the configured shards; the embedded world is written into the cache first if it is not there whole.
 
-    With `data.shards` given, `data.eval_shards` serves both evaluations (zero-shot needs its classes.json), and none take
-    place without it.
+    With `data.shards` given, `data.eval_shards` serves both evaluations (zero-shot needs its classes.json), and none
+    take place without it.
     """
     if config.data.shards:
         return DataFolders(config.data.shards, *_evaluation(config.data.eval_shards))
@@ -58,7 +58,8 @@ def evaluation_folders(config: Config, data: str) -> DataFolders:
 
 
 def tokenizer_for(config: Config, path: Path, source: ShardSource | None) -> Tokenizer:
-    """The tokenizer of a run: the one at `path` if it is there, else the configured or a newly trained one, saved there.
+    """The tokenizer of a run: the one at `path` if it is there, else the configured or a newly trained one, saved
+    there.
 
     Raises ConfigError if it has more pieces than `model.vocab_size`, DataError if it cannot be read or trained.
     """

@@ -1,7 +1,7 @@
 """Contrastive and auxiliary losses, all of them as functions of sums over the step's tokens (paper, section 3).
 
-Because they take sums, they do not depend on how the step was cut into devices or chunks. Every term is always computed and
-always in the result; what is switched off has weight 0 in the total, never a missing key.
+Because they take sums, they do not depend on how the step was cut into devices or chunks. Every term is always
+computed and always in the result; what is switched off has weight 0 in the total, never a missing key.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def squared_variation(values: Float[Array, "... E"]) -> Float[Array, "..."]:
 def auxiliary_terms(sums: RoutingSums, config: Config) -> AuxiliaryTerms:
     """All auxiliary losses from sums stacked by layer, `[L, G, M, ...]`; summed over layers (paper, section 3).
 
-    With `loss.aux_scope=batch` the sums of all groups are added first; with `group` each group has a loss of its own and the
-    mean over groups is taken. Entropies in nats. A modality without tokens in a group contributes 0.
+    With `loss.aux_scope=batch` the sums of all groups are added first; with `group` each group has a loss of its own
+    and the mean over groups is taken. Entropies in nats. A modality without tokens in a group contributes 0.
     """
     if config.loss.aux_scope == "batch":
         sums = RoutingSums(*(values.sum(axis=1, keepdims=True) for values in sums))

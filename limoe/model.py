@@ -52,7 +52,7 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 class Attention(nnx.Module):
     """Multi-head self-attention within each modality: image tokens never see text, but share the weights."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         width, dtype = config.width, compute_dtype(config)
         init = nnx.initializers.xavier_uniform()
@@ -78,7 +78,7 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """The dense MLP of a block without experts."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         dtype = compute_dtype(config)
         self.approximate = config.activation == "gelu_tanh"
         init = nnx.initializers.xavier_uniform()
@@ -93,7 +93,7 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """A pre-LayerNorm Transformer block, with a dense MLP or with experts."""
 
-    def __init__(self, config: ModelConfig, *, experts: bool, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, experts: bool, rngs: nnx.Rngs) -> None:
         norm = {"epsilon": config.layer_norm_epsilon, "dtype": compute_dtype(config), "rngs": rngs}
         self.norm1 = nnx.LayerNorm(config.width, **norm)
         self.attention = Attention(config, rngs=rngs)
@@ -126,7 +126,7 @@ class Block(nnx.Module):
 class Period(nnx.Module):
     """One period of a segment: a few blocks in a row."""
 
-    def __init__(self, config: ModelConfig, pattern: tuple[bool, ...], *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, pattern: tuple[bool, ...], *, rngs: nnx.Rngs) -> None:
         self.blocks = nnx.List([Block(config, experts=experts, rngs=rngs) for experts in pattern])
 
     def __call__(
@@ -148,12 +148,12 @@ class Period(nnx.Module):
 class Limoe(nnx.Module):
     """The Language-Image Mixture of Experts.
 
-    One tower for patches and text tokens; attention within a modality, experts shared by both; mean pooling, one projection
-    a modality, L2 normalisation. Parameters in float32. Scalars of the loss (`log_scale`, with the sigmoid loss `logit_bias`)
-    are parameters too.
+    One tower for patches and text tokens; attention within a modality, experts shared by both; mean pooling, one
+    projection a modality, L2 normalisation. Parameters in float32. Scalars of the loss (`log_scale`, with the sigmoid
+    loss `logit_bias`) are parameters too.
     """
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs) -> None:
         model = config.model
         self.config = model
         self.segments_cut: tuple[Segment, ...] = cut(model.depth, model.moe_layers)
@@ -175,7 +175,8 @@ class Limoe(nnx.Module):
     def __call__(
         self, images: Float[Array, "B H W 3"], text: Int[Array, "B N"], context: RoutingContext | None
     ) -> Encoded:
-        """Encode image-text pairs; `images` in -1..1, `text` ids with 0 as padding; without a context as in evaluation."""
+        """Encode image-text pairs; `images` in -1..1, `text` ids with 0 as padding; without a context as in
+        evaluation."""
         present = self._present(text)
         x = self._embed(images, text)
         reports: list[LayerRouting] = []
@@ -239,7 +240,8 @@ class Limoe(nnx.Module):
             x, reports = once(x, state, jnp.int32(layer))
             return x, [jax.tree.map(lambda leaf: leaf[None], report) for report in reports]
         layers = layer + sum(segment.pattern) * jnp.arange(segment.repeats, dtype=jnp.int32)
-        # A scan stacks what the backward pass needs, and on CPU that copying took a fifth of a step (tiny, 2 repeats, 2026-11).
+        # A scan stacks what the backward pass needs, and on CPU that copying took a fifth of a step (tiny, 2 repeats,
+        # 2026-11).
         unroll = min(self.config.scan_unroll, segment.repeats)
         x, reports = jax.lax.scan(lambda x, step: once(x, *step), x, (state, layers), unroll=unroll)
         if not reports:

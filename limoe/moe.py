@@ -69,7 +69,7 @@ class MoeLayer(nnx.Module):
     Tokens `[B, S, D]`: of each example image tokens first, then text. Parameters in float32, no bias in the router.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         experts, width, hidden = config.num_experts, config.width, config.mlp_width
         fan_in = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=(0,))
@@ -86,7 +86,8 @@ class MoeLayer(nnx.Module):
         context: RoutingContext | None,
         layer: Int[Array, ""],
     ) -> tuple[Float[Array, "B S D"], LayerRouting]:
-        """Route the examples in groups of `group_examples`; noise and random order are functions of (key, layer, group)."""
+        """Route the examples in groups of `group_examples`; noise and random order are functions of (key, layer,
+        group)."""
         config = self.config
         batch, length, width = tokens.shape
         modality = self._modality(batch)

@@ -38,7 +38,8 @@ class StepReport(NamedTuple):
 
 
 def create_model(config: Config) -> tuple[nnx.GraphDef, Parameters]:
-    """Build the model of a configuration: its static part and its parameters (a plain nested dict), from `train.seed`."""
+    """Build the model of a configuration: its static part and its parameters (a plain nested dict), from
+    `train.seed`."""
     graph, state = nnx.split(Limoe(config, rngs=nnx.Rngs(config.train.seed)))
     return graph, nnx.to_pure_dict(state)
 
@@ -69,9 +70,9 @@ def gradient(
 ) -> tuple[Parameters, LossTerms, LayerRouting | None]:
     """Gradient of the loss of the whole batch, its terms and its routing.
 
-    With `train.accumulation` > 1 the batch is worked in chunks, twice: first embeddings and routing sums of all chunks, from
-    which the loss of the whole batch (all negatives, all statistics) and its cotangents follow; then each chunk's share of
-    the gradient from its cotangents. Equal to the gradient in one piece within rounding.
+    With `train.accumulation` > 1 the batch is worked in chunks, twice: first embeddings and routing sums of all
+    chunks, from which the loss of the whole batch (all negatives, all statistics) and its cotangents follow; then each
+    chunk's share of the gradient from its cotangents. Equal to the gradient in one piece within rounding.
     """
     key, chunks = step_key(config, step), config.train.accumulation
 

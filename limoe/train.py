@@ -49,9 +49,10 @@ class _Pending(NamedTuple):
 def train(config: Config, folder: str | Path, *, profile_steps: int = 0, say: Callable[[str], None] = print) -> int:
     """Train until `train.steps`, evaluate, and write figures and summary into the work folder; the exit status.
 
-    An unfinished run in the folder goes on where its last good checkpoint is, bit for bit as if it had never stopped; of a
-    finished one only its result is shown. SIGTERM or Ctrl-C save a checkpoint and leave. Raises TrainingError when the loss
-    is not finite, WorkdirError, CheckpointError, DataError, StorageError and ConfigError as their modules say.
+    An unfinished run in the folder goes on where its last good checkpoint is, bit for bit as if it had never stopped;
+    of a finished one only its result is shown. SIGTERM or Ctrl-C save a checkpoint and leave. Raises TrainingError
+    when the loss is not finite, WorkdirError, CheckpointError, DataError, StorageError and ConfigError as their
+    modules say.
     """
     began = time.monotonic()
     with Workdir.open(folder, config) as workdir:
@@ -99,7 +100,7 @@ class _Run:
         encoder: Encoder,
         evaluation: results.EvaluationData,
         say: Callable[[str], None],
-    ):
+    ) -> None:
         self.config, self.workdir, self.log, self.checkpoints = config, workdir, log, checkpoints
         self.encoder, self.evaluation, self.say = encoder, evaluation, say
         self.schedule = make_schedule(config)
@@ -280,7 +281,7 @@ def _stop_signals() -> Iterator[list[str]]:
 class _Profile:
     """Traces `num_steps` steps with jax.profiler into a folder, after the first ones."""
 
-    def __init__(self, folder: Path, num_steps: int, first: int):
+    def __init__(self, folder: Path, num_steps: int, first: int) -> None:
         self._folder, self._running = folder, False
         self._start = first + PROFILE_AFTER + 1 if num_steps else None
         self._stop = first + PROFILE_AFTER + 1 + num_steps

@@ -29,9 +29,7 @@ class Shape:
     def capacity(self) -> int | None:
         if self.capacity_factor is None:
             return None
-        return reference.expert_capacity(
-            self.tokens // self.groups, self.choices, self.experts, self.capacity_factor
-        )
+        return reference.expert_capacity(self.tokens // self.groups, self.choices, self.experts, self.capacity_factor)
 
 
 # The nasty ones first: one row, one expert, sizes one off a multiple of 8, 16 and 128, several tiles of the loop.
@@ -94,11 +92,13 @@ def plan_of(shape: Shape, expert, gate, priority):
     )
 
 
-def assert_close(actual, expected, *, length: int, name: str, roundings: int = 4, eps: float = 2.0**-23) -> None:
-    """Compare row by row: each row within `roundings * 2 eps sqrt(length)` of its own largest entry.
+def assert_close(
+    actual, expected, *, length: int, name: str, roundings: float = 4, eps: float = 2.0**-23, scale=None
+) -> None:
+    """Compare row by row: each row within `roundings * 2 eps sqrt(length)` of its largest entry (or of `scale`).
 
-    `length` is the longest sum that an entry goes through and `roundings` how many such sums follow on each other; a row of
-    zeros must be exactly zero.
+    `length` is the longest sum that an entry goes through and `roundings` how many such sums follow on each other; a
+    row of zeros must be exactly zero. `scale` [rows] is the size of what was added up, for entries that cancel.
     """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
@@ -106,7 +106,8 @@ def assert_close(actual, expected, *, length: int, name: str, roundings: int = 4
         return
     rows = expected.reshape(-1, expected.shape[-1]) if expected.ndim else expected.reshape(1, 1)
     error = np.abs(actual.reshape(rows.shape) - rows)
-    bound = roundings * 2 * eps * np.sqrt(max(length, 1)) * np.abs(rows).max(axis=1, keepdims=True)
+    size = np.abs(rows).max(axis=1, keepdims=True) if scale is None else np.asarray(scale).reshape(-1, 1)
+    bound = roundings * 2 * eps * np.sqrt(max(length, 1)) * size
     worst = np.unravel_index(np.argmax(error - bound), error.shape)
     assert np.isfinite(error).all() and (error <= bound).all(), (
         f"{name}: row {worst[0]} is off by {error[worst]:.3g}, allowed {bound[worst[0], 0]:.3g}"

@@ -40,7 +40,10 @@ def experts_and_gradients(shape: Shape, activation, plan, tokens, gate, w: MlpWe
 
 
 @given(
-    st.sampled_from(SHAPES), st.integers(0, 10**6), st.sampled_from(PATTERNS), st.sampled_from(["gelu_tanh", "gelu_erf"])
+    st.sampled_from(SHAPES),
+    st.integers(0, 10**6),
+    st.sampled_from(PATTERNS),
+    st.sampled_from(["gelu_tanh", "gelu_erf"]),
 )
 def test_dispatch_experts_combine(shape, seed, pattern, activation):
     rng = np.random.default_rng(seed)
@@ -62,7 +65,9 @@ def test_dispatch_experts_combine(shape, seed, pattern, activation):
     length = max(shape.width, shape.hidden)
     assert_close(y, reference.combine(out, gate, twin), length=length, name="y", roundings=8)
     assert_close(dtokens, reference.dispatch_gradient(experts.rows, twin), length=length, name="dtokens", roundings=12)
-    assert_close(dgate, back.gate, length=length, name="dgate", roundings=12)
+    # An entry of dgate is a dot product that may cancel: measure it against its largest possible value.
+    size = np.linalg.norm(dy, axis=1) * max(np.linalg.norm(out, axis=1).max(), 1e-30)
+    assert_close(dgate, back.gate, length=length, name="dgate", roundings=12, scale=size)
     for name, mine, theirs in zip(w._fields, dw, experts.weights, strict=True):
         mine, theirs = (np.asarray(x).reshape(shape.experts, -1) for x in (mine, theirs))
         assert_close(mine, theirs, length=length * shape.tokens, name=f"d{name}", roundings=8)
@@ -131,12 +136,15 @@ def layer_and_gradients(shape: Shape, priority, noisy, tokens, router, w, noise,
         )
         return (output.tokens, output.sums), output
 
-    (y, sums), pull, output = jax.vjp(layer, tokens, router, w, has_aux=True)
+    (_y, _sums), pull, output = jax.vjp(layer, tokens, router, w, has_aux=True)
     return routing, output, pull((dy, dsums))
 
 
 @given(
-    st.sampled_from(SHAPES), st.sampled_from(["bpr", "arrival", "random", "modality"]), st.booleans(), st.integers(0, 10**6)
+    st.sampled_from(SHAPES),
+    st.sampled_from(["bpr", "arrival", "random", "modality"]),
+    st.booleans(),
+    st.integers(0, 10**6),
 )
 def test_the_whole_layer(shape, priority, noisy, seed):
     tokens, router, w, noise, modality, mask, dy, dsums = layer_arguments(shape, seed)
@@ -194,7 +202,7 @@ def test_experts_are_the_reference_s_where_logits_are_exact(shape, seed):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(-2, 3, (shape.tokens, shape.width)).astype(np.float32)
     router = rng.integers(-1, 2, (shape.width, shape.experts)).astype(np.float32)
-    mine = route(tokens, router, num_choices=shape.choices, num_groups=shape.groups)
+    mine = route(jnp.asarray(tokens), jnp.asarray(router), num_choices=shape.choices, num_groups=shape.groups)
     twin = reference.route(tokens, router, num_choices=shape.choices, num_groups=shape.groups)
     np.testing.assert_array_equal(mine.expert, twin.expert)
     assert_close(mine.gate, twin.gate, length=shape.experts, name="gate")

@@ -64,7 +64,9 @@ def test_runs_ascend_without_overlap_and_inside_the_rows(shape, seed, pattern):
 def test_exactly_min_of_wanted_and_capacity_is_kept(shape, seed, pattern):
     expert, gate = gates(shape, seed, pattern)
     kept = np.asarray(plan_of(shape, expert, gate, gate[:, 0]).kept)[:, 0]
-    wanted = np.stack([np.bincount(group.ravel(), minlength=shape.experts) for group in expert.reshape(shape.groups, -1)])
+    wanted = np.stack(
+        [np.bincount(group.ravel(), minlength=shape.experts) for group in expert.reshape(shape.groups, -1)]
+    )
     np.testing.assert_array_equal(kept, np.minimum(wanted, shape.capacity))
 
 
@@ -73,7 +75,9 @@ def test_ties_go_to_the_lower_token_and_second_choices_wait():
     expert = np.tile(np.array([[0, 1]], np.int32), (shape.tokens, 1))
     expert[::2] = [1, 0]
     gate = np.full(expert.shape, 0.5, np.float32)
-    found = np.asarray(plan_of(shape, expert, gate, gate[:, 0]).row) < plan_of(shape, expert, gate, None).layout.num_rows
+    found = (
+        np.asarray(plan_of(shape, expert, gate, gate[:, 0]).row) < plan_of(shape, expert, gate, None).layout.num_rows
+    )
     half = shape.tokens // shape.groups
     for group in np.split(found, shape.groups):
         # capacity ceil(12 * 2 * 1.05 / 4) = 7: six first choices, and the lowest token's second choice
