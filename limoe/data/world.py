@@ -24,7 +24,6 @@ from limoe.data.world_captions import TEMPLATES, caption
 from limoe.data.world_render import (
     BACKGROUNDS,
     COLOURS,
-    DARK_BACKGROUNDS,
     LIGHT_BACKGROUNDS,
     SHAPES,
     TEXTURES,
@@ -75,7 +74,7 @@ TRAINING: tuple[Triple, ...] = tuple(
 )
 
 # Half sides as shares of the image's side.
-_SIZES: dict[str, tuple[float, float]] = {"small": (0.18, 0.215), "medium": (0.235, 0.275), "large": (0.30, 0.36)}
+_SIZES: dict[str, tuple[float, float]] = {"small": (0.20, 0.235), "medium": (0.27, 0.31), "large": (0.35, 0.40)}
 _HALF_SIDES_OF_TWO = (0.18, 0.215)
 _MARGIN = 0.01
 # How far each shape may tilt either way, in radians, before it could be taken for another.
@@ -83,11 +82,11 @@ _TILTS: dict[str, float] = {
     "circle": 0,
     "square": 0.3,
     "triangle": 0.4,
-    "star": math.pi,
+    "star": 0.4,
     "cross": 0.35,
     "ring": 0,
     "heart": 0.4,
-    "crescent": math.pi,
+    "crescent": 0.5,
 }
 _PLACES: tuple[tuple[str, ...], ...] = (
     ("top left", "top", "top right"),
@@ -162,7 +161,7 @@ def _thing(
     rng: np.random.Generator, triple: Triple, background: str, *, size: str, half_side: float, x: float, y: float
 ) -> Thing:
     tilt = _TILTS[triple.shape]
-    light = background in DARK_BACKGROUNDS or (background not in LIGHT_BACKGROUNDS and rng.random() < 0.5)
+    light = background not in LIGHT_BACKGROUNDS
     return Thing(
         *triple,
         size=size,
@@ -174,11 +173,11 @@ def _thing(
             triple.colour,
             hue_shift=rng.uniform(-6, 6),
             saturation_scale=rng.uniform(0.85, 1.1),
-            value_scale=rng.uniform(0.75, 1.1),
+            value_scale=rng.uniform(0.85, 1.1),
         ),
         light_second_tone=light,
-        texture_angle=rng.uniform(0, math.pi),
-        texture_period=rng.uniform(0.11, 0.14),
+        texture_angle=rng.integers(4) * math.pi / 4 + rng.uniform(-0.12, 0.12),
+        texture_period=rng.uniform(0.15, 0.18),
         texture_phase=(rng.random(), rng.random()),
     )
 

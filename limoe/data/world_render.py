@@ -155,7 +155,6 @@ BACKGROUNDS: dict[str, tuple[tuple[float, float, float], tuple[float, float, flo
     "cream": ((236, 224, 192), (226, 212, 178)),
     "gradient": ((226, 226, 226), (40, 40, 44)),
 }
-DARK_BACKGROUNDS: tuple[str, ...] = ("black",)
 LIGHT_BACKGROUNDS: tuple[str, ...] = ("white", "cream")
 
 
