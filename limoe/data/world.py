@@ -113,7 +113,7 @@ class World:
     pairs_per_shard: int = 1024
     images_per_class: int = 20
     num_retrieval_pairs: int = 512
-    two_things_share: float = 0.3
+    two_things_share: float = 0.15
 
     def __post_init__(self) -> None:
         limits = {
@@ -162,6 +162,7 @@ def _thing(
 ) -> Thing:
     tilt = _TILTS[triple.shape]
     light = background not in LIGHT_BACKGROUNDS
+    turn, period = rng.integers(2) * math.pi / 2 + rng.uniform(-0.05, 0.05), rng.uniform(0.162, 0.172)
     return Thing(
         *triple,
         size=size,
@@ -176,10 +177,15 @@ def _thing(
             value_scale=rng.uniform(0.85, 1.1),
         ),
         light_second_tone=light,
-        texture_angle=rng.integers(4) * math.pi / 4 + rng.uniform(-0.12, 0.12),
-        texture_period=rng.uniform(0.15, 0.18),
-        texture_phase=(rng.random(), rng.random()),
+        texture_angle=turn,
+        texture_period=period,
+        # Textures lie still behind the things, as if each were cut out of one sheet: their phase does not move along.
+        texture_phase=_turned_by(x / period, y / period, turn),
     )
+
+
+def _turned_by(x: float, y: float, angle: float) -> tuple[float, float]:
+    return x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
 
 
 def _one_thing(rng: np.random.Generator, triple: Triple, background: str) -> tuple[Thing, str]:

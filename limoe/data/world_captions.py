@@ -117,7 +117,7 @@ def _describe(rng: np.random.Generator, thing: Thing, *, complete: bool, tell_si
 def _caption_of_one(rng: np.random.Generator, scene: Scene) -> str:
     (thing,) = scene.things
     tell_size, tell_place, tell_background = (
-        scene.complete or bool(rng.random() < share) for share in (0.35, 0.35, 0.25)
+        scene.complete or bool(rng.random() < share) for share in (0.3, 0.25, 0.2)
     )
     opening = _pick(rng, _OPENINGS) if rng.random() < 0.5 else ""
     phrase = _describe(rng, thing, complete=scene.complete, tell_size=tell_size)
