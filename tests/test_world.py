@@ -100,13 +100,16 @@ def test_held_out_classes_share_no_pair_of_attributes_and_training_shows_every_p
 
 
 def test_held_out_and_retrieval_captions_leave_nothing_out():
-    omitted = 0
-    for split in SPLITS:
-        for index in range(SMALL.num_examples(split)):
-            words = set(caption(scene(SMALL, split, index)).split())
-            omitted += bool(words & {"shape", "thing", "object"}) and split == "train"
-            assert split == "train" or not words & {"shape", "thing", "object"}
-    assert 0 < omitted < 0.1 * SMALL.num_pairs
+    shapeless = {
+        split: sum(
+            not {"shape", "thing", "object"}.isdisjoint(caption(scene(World(), split, index)).split())
+            for index in range(400)
+        )
+        for split in SPLITS
+    }
+    assert shapeless["heldout"] == shapeless["retrieval"] == 0
+    # One description in ten leaves something out, and one in three of those the shape.
+    assert 4 <= shapeless["train"] <= 30
 
 
 def test_captions_of_two_things_tell_the_relation_as_it_is():
