@@ -1,6 +1,7 @@
-"""Mixture-of-experts kernels for JAX: top-k routing, capacity-aware dispatch and combine, expert matmuls, with gradients."""
+"""Mixture-of-experts kernels for JAX: top-k routing, capacity-aware dispatch and combine, expert matmuls, gradients."""
 
 from moe_kernels.backends import explain
+from moe_kernels.backends.base import Problem
 from moe_kernels.experts import expert_mlp, grouped_matmul
 from moe_kernels.figures import RoutingFigures, entropy_of_mean, routing_figures
 from moe_kernels.layer import SAVED_NAMES, moe_mlp
@@ -27,6 +28,7 @@ __all__ = [
     "MoeOutput",
     "Plan",
     "Priority",
+    "Problem",
     "Routing",
     "RoutingFigures",
     "RoutingSums",

@@ -17,9 +17,9 @@ def grouped_matmul(
 ) -> Float[Array, "R F"]:
     """Multiply the rows of every expert by its own matrix, accumulated in float32, result in the dtype of the rows.
 
-    `dX_e = dY_e W_eᵀ`, `dW_e = X_eᵀ dY_e` (in the dtype of the weights; exactly 0 for an expert without rows). What stands
-    in unused rows of the result is not promised, and what stands in unused rows of the input is never read into a gradient.
-    Raises ValueError for shapes that do not fit the plan.
+    `dX_e = dY_e W_eᵀ`, `dW_e = X_eᵀ dY_e` (in the dtype of the weights; exactly 0 for an expert without rows). What
+    stands in unused rows of the result is not promised, and what stands in unused rows of the input is never read into
+    a gradient. Raises ValueError for shapes that do not fit the plan.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import dispatch, make_plan, route
@@ -46,8 +46,8 @@ def expert_mlp(
     """Apply every expert's MLP, `act(x w1 + b1) w2 + b2`, to its rows.
 
     Matmuls accumulate in float32; the hidden layer is rounded to the dtype of the rows before and after the activation
-    (`gelu_tanh` or `gelu_erf`, computed in float32). Unused rows as in `grouped_matmul`. Raises ValueError for shapes that do
-    not fit and for another activation.
+    (`gelu_tanh` or `gelu_erf`, computed in float32). Unused rows as in `grouped_matmul`. Raises ValueError for shapes
+    that do not fit and for another activation.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import MlpWeights, dispatch, make_plan, route

@@ -1,4 +1,4 @@
-"""Routing figures of each modality, computed from sums; a figure that ignores modality hides a minority that is dropped."""
+"""Routing figures of each modality from sums; a figure that ignores modality hides a minority that is dropped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from moe_kernels.types import RoutingSums
 
 
 class RoutingFigures(NamedTuple):
-    """What to watch, for each modality (paper, section 6); entropies in nats, NaN for a modality without tokens."""
+    """What to watch, for each modality (paper, section 6); entropies in nats, NaN for a modality without tokens.
+
+    >>> RoutingFigures._fields[:3]
+    ('wanted', 'kept', 'success_rate')
+    """
 
     wanted: Float[Array, "M E"]
     kept: Float[Array, "M E"]

@@ -14,7 +14,8 @@ from moe_kernels.plan import bpr_priority, expert_capacity, make_plan, modality_
 from moe_kernels.routing import route
 from moe_kernels.types import Activation, CapacityFactor, MlpWeights, MoeOutput, Priority, Routing
 
-# Names of values that every remat policy should save: routing is decided once, since a near tie could flip if recomputed.
+# Names of values that every remat policy should save: routing is decided once, since a near tie could flip if
+# recomputed.
 SAVED_NAMES = ("moe_routing", "moe_plan")
 
 
@@ -41,10 +42,11 @@ def moe_mlp(
     """Send every token through its `num_choices` best experts: `y = sum of gate_e MLP_e(x)` (paper, section 2).
 
     `tokens [T, D]` lie group after group; each group is planned by itself with `ceil(S K c / E)` places an expert for
-    `capacity_factor=c`, or without a limit for None. Who gets a place: by `priority`, "bpr" (largest gate first), "arrival",
-    "random" (needs `key`; group g of this call draws from `first_group + g`) or "modality" (`first_modality` first). A token
-    without a place is 0 in the output; so is padding (`mask` False). Returns the tokens with the router's sums and what was
-    kept. Differentiable once in tokens, router and weights. Raises ValueError for arguments that do not fit.
+    `capacity_factor=c`, or without a limit for None. Who gets a place: by `priority`, "bpr" (largest gate first),
+    "arrival", "random" (needs `key`; group g of this call draws from `first_group + g`) or "modality" (`first_modality`
+    first). A token without a place is 0 in the output; so is padding (`mask` False). Returns the tokens with the
+    router's sums and what was kept. Differentiable once in tokens, router and weights. Raises ValueError for arguments
+    that do not fit.
 
     >>> import jax, jax.numpy as jnp
     >>> keys = jax.random.split(jax.random.key(0), 4)
@@ -76,7 +78,9 @@ def moe_mlp(
         capacity=None
         if capacity_factor is None
         else expert_capacity(group_size, num_choices, num_experts, capacity_factor),
-        priority=_priority(priority, routing, num_groups, group_size, modality, first_modality, key, first_group),
+        priority=_priority(
+            priority, routing, num_groups, group_size, modality, num_modalities, first_modality, key, first_group
+        ),
         modality=modality,
         num_modalities=num_modalities,
     )
@@ -92,6 +96,7 @@ def _priority(
     num_groups: int,
     group_size: int,
     modality: Int[Array, " T"] | None,
+    num_modalities: int,
     first_modality: int,
     key: Key[Array, ""] | None,
     first_group: int | Int[Array, ""],
@@ -105,5 +110,10 @@ def _priority(
     if name == "modality":
         if modality is None:
             raise ValueError("priority='modality' needs modality ids; pass modality=[T] integers")
+        if not 0 <= first_modality < num_modalities:
+            raise ValueError(
+                f"first_modality={first_modality} is not one of num_modalities={num_modalities}; "
+                f"choose from 0 to {num_modalities - 1}"
+            )
         return modality_priority(modality, first_modality)
     return None

@@ -12,8 +12,8 @@ from moe_kernels.types import Plan
 def dispatch(tokens: Float[Array, "T D"], plan: Plan, *, backend: str | None = None) -> Float[Array, "R D"]:
     """Copy tokens into the rows that the plan gave them; unused rows are 0.
 
-    Derivative: `dtokens[t] = sum_k drows[row[t, k]]` over the choices that found room. Raises ValueError for a plan made
-    for another number of tokens.
+    Derivative: `dtokens[t] = sum_k drows[row[t, k]]` over the choices that found room. Raises ValueError for a plan
+    made for another number of tokens.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import make_plan, route
@@ -32,8 +32,8 @@ def combine(
 ) -> Float[Array, "T D"]:
     """Weigh each token's rows by its gates and add them, `y[t] = sum_k gate[t, k] rows[row[t, k]]`, in float32.
 
-    A choice without room contributes 0; a gate that is not finite makes its token NaN. Raises ValueError for shapes that
-    do not fit the plan.
+    A choice without room contributes 0; a gate that is not finite makes its token NaN. Raises ValueError for shapes
+    that do not fit the plan.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import make_plan, route

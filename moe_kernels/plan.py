@@ -22,15 +22,18 @@ BLOCK_LIMIT = 1.25
 def expert_capacity(group_size: int, num_choices: int, num_experts: int, capacity_factor: CapacityFactor) -> int:
     """Places of an expert in a group, `C = ceil(S K c / E)` in exact arithmetic (paper, section 2).
 
-    A float stands for the decimal literal that prints as it (1.1 is 11/10, not the double just above it), and no capacity
-    exceeds S. Raises ValueError unless c > 0.
+    A float stands for the decimal literal that prints as it (1.1 is 11/10, not the double just above it), and no
+    capacity exceeds S. Raises ValueError unless c > 0.
 
     >>> expert_capacity(4096, 1, 32, 1.05)
     135
     >>> expert_capacity(100, 1, 10, 1.1)
     11
     """
-    factor = Fraction(str(capacity_factor))
+    try:
+        factor = Fraction(str(capacity_factor))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"capacity_factor={capacity_factor!r} is not a finite number; use one like 1.05") from None
     if factor <= 0:
         raise ValueError(f"capacity_factor={capacity_factor} must be positive; use None for no limit")
     return min(math.ceil(group_size * num_choices * factor / num_experts), group_size)
@@ -77,7 +80,7 @@ class _Sorted(NamedTuple):
     order: Int[Array, "G Q"]
     """Choice `s * K + k` at each place of the order."""
     start: Int[Array, "G E"]
-    count: Int[Array, "G E"]
+    wanted: Int[Array, "G E"]
 
 
 def make_plan(
@@ -92,10 +95,10 @@ def make_plan(
 ) -> Plan:
     """Give every choice its row, exactly `min(wanted, capacity)` of each group and expert (paper, section 2).
 
-    All first choices claim places before all second ones; among equals the larger `priority [T]` claims first, then the lower
-    token index (None: order of arrival). `capacity=None` keeps everything. Padding (gate 0) and tokens with gates that are
-    not finite claim nothing. Rows of an expert lie group after group without gaps, in claim order. Not differentiable.
-    Raises ValueError for shapes that do not fit.
+    All first choices claim places before all second ones; among equals the larger `priority [T]` claims first, then the
+    lower token index (None: order of arrival). `capacity=None` keeps everything. Padding (gate 0) and tokens with gates
+    that are not finite claim nothing. Rows of an expert lie group after group without gaps, in claim order. Not
+    differentiable. Raises ValueError for shapes that do not fit.
 
     >>> from moe_kernels import route
     >>> import jax.numpy as jnp
@@ -108,8 +111,10 @@ def make_plan(
     """
     num_tokens, num_choices = routing.expert.shape
     if num_groups < 1 or num_tokens % num_groups:
-        raise ValueError(f"{num_tokens} tokens cannot be split into num_groups={num_groups}; use a divisor of {num_tokens}")
-    if capacity is not None and capacity < 1:
+        raise ValueError(
+            f"{num_tokens} tokens cannot be split into num_groups={num_groups}; use a divisor of {num_tokens}"
+        )
+    if capacity is not None and capacity < min(1, num_tokens):
         raise ValueError(f"capacity={capacity} must be at least 1; use None for no limit")
     for name, value in (("priority", priority), ("modality", modality)):
         if value is not None and value.shape != (num_tokens,):
@@ -122,7 +127,7 @@ def make_plan(
     routing, priority = jax.lax.stop_gradient((routing, priority))
     ranked = _sort(routing, priority, num_groups, num_experts)
     room = group_size if capacity is None else capacity
-    kept = jnp.minimum(ranked.count, room)
+    kept = jnp.minimum(ranked.wanted, room)
     size = jnp.sum(kept, axis=0, dtype=jnp.int32)
     if layout.rows_per_expert is not None:
         first = jnp.arange(num_experts, dtype=jnp.int32) * layout.rows_per_expert
@@ -145,7 +150,7 @@ def _layout(num_tokens: int, num_choices: int, num_groups: int, num_experts: int
     align = lambda rows: -(-rows // ROW_ALIGNMENT) * ROW_ALIGNMENT  # noqa: E731
     group_size = num_tokens // num_groups
     # An expert gets at most one choice of each token.
-    per_expert = max(align(num_groups * min(capacity or group_size, group_size)), ROW_ALIGNMENT)
+    per_expert = align(num_groups * min(capacity or group_size, group_size))
     packed = align(num_tokens * num_choices) + num_experts * (ROW_ALIGNMENT - 1)
     block = per_expert * num_experts <= BLOCK_LIMIT * max(packed, 1)
     return Layout(
@@ -158,12 +163,10 @@ def _layout(num_tokens: int, num_choices: int, num_groups: int, num_experts: int
     )
 
 
-def _sort(
-    routing: Routing, priority: Float[Array, " T"] | None, num_groups: int, num_experts: int
-) -> _Sorted:
-    num_tokens, num_choices = routing.expert.shape
+def _sort(routing: Routing, priority: Float[Array, " T"] | None, num_groups: int, num_experts: int) -> _Sorted:
+    num_choices = routing.expert.shape[1]
     # Gates of padding are 0; a token with logits that are not finite has NaN gates: neither may enter a comparison.
-    claims = routing.gate[:, :1] > 0
+    claims = (routing.gate[:, :1] > 0) & jnp.all(jnp.isfinite(routing.gate), axis=1, keepdims=True)
     column = jnp.arange(num_choices, dtype=jnp.int32)
     nobody = jnp.int32(num_experts * num_choices)
     key = jnp.where(claims, routing.expert * num_choices + column, nobody).reshape(num_groups, -1)
@@ -184,15 +187,15 @@ def _rows_of_choices(
     """Row of every choice: its place in the claim order, taken back to its token."""
     place = jnp.arange(ranked.order.shape[1], dtype=jnp.int32)
 
-    def of_group(order: Array, start: Array, count: Array, kept: Array, base: Array) -> Array:
-        expert = jnp.searchsorted(start + count, place, side="right").astype(jnp.int32)
+    def of_group(order: Array, start: Array, wanted: Array, kept: Array, base: Array) -> Array:
+        expert = jnp.searchsorted(start + wanted, place, side="right").astype(jnp.int32)
         expert_or_last = jnp.minimum(expert, layout.num_experts - 1)
         position = place - start[expert_or_last]
         taken = (expert < layout.num_experts) & (position < kept[expert_or_last])
         row = jnp.where(taken, base[expert_or_last] + position, layout.num_rows)
         return jnp.zeros_like(order).at[order].set(row, unique_indices=True)
 
-    return jax.vmap(of_group)(ranked.order, ranked.start, ranked.count, kept, base)
+    return jax.vmap(of_group)(ranked.order, ranked.start, ranked.wanted, kept, base)
 
 
 def _sources_of_rows(

@@ -26,11 +26,11 @@ def route(
 ) -> Routing:
     """Choose the `num_choices` best experts of every token (paper, section 2), in float32.
 
-    `tokens [T, D]` lie group after group, `T / num_groups` in each. `noise [T, E]` is added to the logits for the decision
-    and the gates; `noise_std` is its standard deviation (default 1/E), which the smooth load needs. `modality [T]` holds
-    ids from 0 to `num_modalities - 1`; `mask [T]` is False for padding, which gets gate 0 and is in no sum. Ties go to the
-    lower expert index. Gates are probabilities, not renormalised. Differentiable in tokens and router, once.
-    Raises ValueError for shapes that do not fit.
+    `tokens [T, D]` lie group after group, `T / num_groups` in each. `noise [T, E]` is added to the logits for the
+    decision and the gates; `noise_std` is its standard deviation (default 1/E), which the smooth load needs. `modality
+    [T]` holds ids from 0 to `num_modalities - 1`; `mask [T]` is False for padding, which gets gate 0 and is in no sum.
+    Ties go to the lower expert index. Gates are probabilities, not renormalised. Differentiable in tokens and router,
+    once. Raises ValueError for shapes that do not fit.
 
     >>> import jax.numpy as jnp
     >>> routing = route(jnp.eye(3), jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]))
@@ -67,17 +67,22 @@ def check_route(tokens, router, num_choices, num_groups, noise, modality, num_mo
     """Refuse arguments that do not fit together, naming the argument, its value and what to do."""
     if tokens.ndim != 2 or router.ndim != 2:
         raise ValueError(
-            f"tokens and router must be [T, D] and [D, E], not {tokens.shape} and {router.shape}; reshape leading axes away"
+            f"tokens and router must be [T, D] and [D, E], not {tokens.shape} and {router.shape}; "
+            "reshape leading axes away"
         )
     num_tokens, num_experts = tokens.shape[0], router.shape[1]
     if router.shape[0] != tokens.shape[1]:
-        raise ValueError(f"router of shape {router.shape} does not take tokens of width {tokens.shape[1]}; make it [D, E]")
+        raise ValueError(
+            f"router of shape {router.shape} does not take tokens of width {tokens.shape[1]}; make it [D, E]"
+        )
     if num_experts < 1:
         raise ValueError(f"router of shape {router.shape} has no expert; make it [D, E] with E >= 1")
     if not 1 <= num_choices <= num_experts:
         raise ValueError(f"num_choices={num_choices} is not between 1 and the {num_experts} experts; choose at most E")
     if num_groups < 1 or num_tokens % num_groups:
-        raise ValueError(f"{num_tokens} tokens cannot be split into num_groups={num_groups}; use a divisor of {num_tokens}")
+        raise ValueError(
+            f"{num_tokens} tokens cannot be split into num_groups={num_groups}; use a divisor of {num_tokens}"
+        )
     if num_modalities < 1:
         raise ValueError(f"num_modalities={num_modalities} must be at least 1")
     if noise is not None and noise.shape != (num_tokens, num_experts):
@@ -85,5 +90,9 @@ def check_route(tokens, router, num_choices, num_groups, noise, modality, num_mo
     for name, value in (("modality", modality), ("mask", mask)):
         if value is not None and value.shape != (num_tokens,):
             raise ValueError(f"{name} has shape {value.shape}; it must be [T] = {(num_tokens,)}")
+    if modality is not None and not jnp.issubdtype(modality.dtype, jnp.integer):
+        raise ValueError(f"modality has dtype {modality.dtype}; pass integer ids from 0 to {num_modalities - 1}")
+    if mask is not None and mask.dtype != jnp.bool_:
+        raise ValueError(f"mask has dtype {mask.dtype}; pass booleans, False for padding")
     if modality is None and num_modalities > 1:
         raise ValueError(f"num_modalities={num_modalities} needs modality ids; pass modality=[T] integers")

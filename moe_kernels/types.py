@@ -24,6 +24,12 @@ class RoutingSums(NamedTuple):
 
     Sums add up over groups, devices and accumulation chunks, so whatever is computed from them does not depend on how a
     step was cut. They are of the *clean* router (no noise) unless stated; natural logarithms; all float32.
+
+    >>> import jax.numpy as jnp
+    >>> from moe_kernels import route
+    >>> sums = route(jnp.eye(4), jnp.zeros((4, 2)), num_groups=2).sums
+    >>> sums.tokens.tolist(), sums.wanted.tolist()  # two groups of two tokens; ties go to expert 0
+    ([[2.0], [2.0]], [[[2.0, 0.0]], [[2.0, 0.0]]])
     """
 
     tokens: Float[Array, "G M"]
@@ -43,7 +49,14 @@ class RoutingSums(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What the router decided: experts and gates of every token, best first, and the sums of the step."""
+    """What the router decided: experts and gates of every token, best first, and the sums of the step.
+
+    >>> import jax.numpy as jnp
+    >>> from moe_kernels import route
+    >>> routing = route(jnp.array([[0.0, 1.0]]), jnp.eye(2), num_choices=2)
+    >>> routing.expert.tolist(), [round(gate, 4) for gate in routing.gate[0].tolist()]
+    ([[1, 0]], [0.7311, 0.2689])
+    """
 
     expert: Int[Array, "T K"]
     gate: Float[Array, "T K"]
@@ -52,7 +65,14 @@ class Routing(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """Rows lie in runs: `size` rows of `expert` from row `first` on. First rows ascend, no row is in two runs."""
+    """Rows lie in runs: `size` rows of `expert` from row `first` on. First rows ascend, no row is in two runs.
+
+    >>> import jax.numpy as jnp
+    >>> from moe_kernels import make_plan, route
+    >>> runs = make_plan(route(jnp.eye(2), jnp.eye(2)), num_experts=2).runs
+    >>> runs.first.tolist(), runs.size.tolist()
+    ([0, 16], [1, 1])
+    """
 
     expert: Int[Array, " N"]
     first: Int[Array, " N"]
@@ -64,8 +84,14 @@ class Runs(NamedTuple):
 class Layout:
     """What is static about the rows of a plan.
 
-    `rows_per_expert` is the distance between the first rows of neighbouring experts where that is fixed (a capacity near
-    the mean load), so that the rows are an `[E, rows_per_expert]` block; None where runs start at traced places.
+    `rows_per_expert` is the distance between the first rows of neighbouring experts where that is fixed (a capacity
+    near the mean load), so that the rows are an `[E, rows_per_expert]` block; None where runs start at traced places.
+
+    >>> import jax.numpy as jnp
+    >>> from moe_kernels import make_plan, route
+    >>> layout = make_plan(route(jnp.eye(2), jnp.eye(2)), num_experts=2, capacity=1).layout
+    >>> layout.num_rows, layout.rows_per_expert
+    (32, 16)
     """
 
     num_tokens: int
@@ -77,7 +103,14 @@ class Layout:
 
 
 class Plan(NamedTuple):
-    """Who sits where: built once a layer, read by dispatch, the experts, combine and every backward pass."""
+    """Who sits where: built once a layer, read by dispatch, the experts, combine and every backward pass.
+
+    >>> import jax.numpy as jnp
+    >>> from moe_kernels import make_plan, route
+    >>> plan = make_plan(route(jnp.ones((2, 2)), jnp.eye(2)), num_experts=2, capacity=1)
+    >>> plan.row.tolist(), plan.kept.tolist()  # both want expert 0; the second token finds no room
+    ([[0], [32]], [[[1.0, 0.0]]])
+    """
 
     row: Int[Array, "T K"]
     """Row of each choice; `layout.num_rows` for a choice that found no room."""
@@ -90,7 +123,12 @@ class Plan(NamedTuple):
 
 
 class MlpWeights(NamedTuple):
-    """Weights of all experts: `y = activation(x w1 + b1) w2 + b2`; a bias may be None."""
+    """Weights of all experts: `y = activation(x w1 + b1) w2 + b2`; a bias may be None.
+
+    >>> import jax.numpy as jnp
+    >>> MlpWeights(w1=jnp.ones((2, 4, 8)), b1=None, w2=jnp.ones((2, 8, 4)), b2=None).w1.shape
+    (2, 4, 8)
+    """
 
     w1: Float[Array, "E D F"]
     b1: Float[Array, "E F"] | None
@@ -99,7 +137,11 @@ class MlpWeights(NamedTuple):
 
 
 class MoeOutput(NamedTuple):
-    """Result of a layer: the tokens, the router's sums and what the plan kept."""
+    """Result of a layer: the tokens, the router's sums and what the plan kept.
+
+    >>> MoeOutput._fields
+    ('tokens', 'sums', 'kept')
+    """
 
     tokens: Float[Array, "T D"]
     sums: RoutingSums

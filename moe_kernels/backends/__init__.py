@@ -35,7 +35,7 @@ def choose(problem: Problem, name: str | None = None) -> Span:
     if name is not None:
         known = [backend.name for backend in BACKENDS]
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+            near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.3)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"backend {name!r} does not exist{hint} (back ends: {', '.join(known)})")
     reasons = []

@@ -17,7 +17,11 @@ SpanName = Literal["route", "dispatch", "grouped_matmul", "expert_mlp", "combine
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The static facts by which a back end is chosen: what is asked for, on which platform, in which shape and dtype."""
+    """The static facts by which a back end is chosen: what is asked for, on which platform, in which shape and dtype.
+
+    >>> Problem("dispatch", "cpu", "float32", (4, 8), 2).span
+    'dispatch'
+    """
 
     span: SpanName
     platform: str
@@ -55,8 +59,9 @@ class MlpStatic:
 class Span(NamedTuple):
     """A forward function and its hand-written derivative.
 
-    `forward(static, *differentiable, *constants)` returns `(result, saved)`; `backward(static, saved, cotangent)` returns a
-    tuple with one cotangent for each differentiable argument. `static` is hashable. Neither is ever differentiated by JAX.
+    `forward(static, *differentiable, *constants)` returns `(result, saved)`; `backward(static, saved, cotangent)`
+    returns a tuple with one cotangent for each differentiable argument. `static` is hashable. Neither is ever
+    differentiated by JAX.
     """
 
     forward: Callable[..., tuple[Any, Any]]

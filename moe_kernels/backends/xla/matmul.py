@@ -89,14 +89,20 @@ def over_runs(runs: Runs, step: Callable[[Int[Array, ""], Int[Array, ""], Carry]
     return jax.lax.fori_loop(0, runs.expert.shape[0], lambda n, carry: step(n, runs.expert[n], carry), carry)
 
 
+def add_at(total: Float[Array, "E ..."], expert: Int[Array, ""], part: Float[Array, "..."]) -> Float[Array, "E ..."]:
+    """Add to the entry of one expert: a slice read and written in place, where `.at[].add` would be a scatter."""
+    old = jax.lax.dynamic_index_in_dim(total, expert, keepdims=False)
+    return jax.lax.dynamic_update_index_in_dim(total, old + part.astype(total.dtype), expert, axis=0)
+
+
 def grouped_matmul_forward(
     layout: Layout, rows: Float[Array, "R D"], weight: Float[Array, "E D F"], runs: Runs
 ) -> tuple[Float[Array, "R F"], MatmulSaved]:
     """`y = x W_e` for the rows of every expert e; unused rows hold anything finite inputs give."""
     cast = weight.astype(rows.dtype)
     if layout.rows_per_expert is not None:
-        block = rows.reshape(layout.num_experts, layout.rows_per_expert, -1)
-        out = dot("epd,edf->epf", block, cast).astype(rows.dtype).reshape(rows.shape[0], -1)
+        block = rows.reshape(layout.num_experts, layout.rows_per_expert, rows.shape[1])
+        out = dot("epd,edf->epf", block, cast).astype(rows.dtype).reshape(rows.shape[0], weight.shape[2])
         return out, MatmulSaved(rows, weight, runs)
 
     padded = overhang(rows)
@@ -117,8 +123,8 @@ def grouped_matmul_backward(
     cast = weight.astype(rows.dtype)
     if layout.rows_per_expert is not None:
         used = used_rows(runs, layout)
-        x = select_rows(used, rows.reshape(*used.shape, -1))
-        dy = select_rows(used, dout.reshape(*used.shape, -1))
+        x = select_rows(used, rows.reshape(*used.shape, rows.shape[1]))
+        dy = select_rows(used, dout.reshape(*used.shape, dout.shape[1]))
         dx = dot("epf,edf->epd", dy, cast).astype(rows.dtype).reshape(rows.shape)
         return dx, dot("epd,epf->edf", x, dy).astype(weight.dtype)
 
@@ -135,7 +141,7 @@ def grouped_matmul_backward(
 
         dx, dweight = carry
         dx, dw = over_tiles(runs, n, step, (dx, jnp.zeros(w.shape, jnp.float32)))
-        return dx, dweight.at[expert].add(dw.astype(dweight.dtype))
+        return dx, add_at(dweight, expert, dw)
 
     dx, dweight = over_runs(runs, run, (jnp.zeros_like(padded), jnp.zeros_like(weight)))
     return dx[: rows.shape[0]], dweight

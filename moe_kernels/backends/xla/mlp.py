@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.xla.matmul import Tile, dot, over_runs, over_tiles, overhang, select_rows, used_rows
+from moe_kernels.backends.xla.matmul import Tile, add_at, dot, over_runs, over_tiles, overhang, select_rows, used_rows
 from moe_kernels.types import Activation, MlpWeights, Runs
 
 
@@ -56,12 +56,12 @@ def expert_mlp_forward(
     layout, dtype = static.layout, rows.dtype
     w1, w2 = weights.w1.astype(dtype), weights.w2.astype(dtype)
     if layout.rows_per_expert is not None:
-        x = rows.reshape(layout.num_experts, layout.rows_per_expert, -1)
+        x = rows.reshape(layout.num_experts, layout.rows_per_expert, rows.shape[1])
         b1 = None if weights.b1 is None else weights.b1[:, None]
         b2 = None if weights.b2 is None else weights.b2[:, None]
         hidden = _plus(dot("epd,edf->epf", x, w1), b1).astype(dtype)
         out = _plus(dot("epf,efd->epd", activate(hidden, static.activation), w2), b2)
-        hidden = hidden.reshape(rows.shape[0], -1)
+        hidden = hidden.reshape(rows.shape[0], w1.shape[2])
         return out.astype(dtype).reshape(rows.shape), MlpSaved(rows, hidden, weights, runs)
 
     padded = overhang(rows)
@@ -93,11 +93,11 @@ def expert_mlp_backward(
     w1, w2 = weights.w1.astype(dtype), weights.w2.astype(dtype)
     if layout.rows_per_expert is not None:
         used = used_rows(runs, layout)
-        dy = select_rows(used, dout.reshape(*used.shape, -1))
-        h = hidden.reshape(*used.shape, -1)
+        dy = select_rows(used, dout.reshape(*used.shape, dout.shape[1]))
+        h = hidden.reshape(*used.shape, hidden.shape[1])
         dh = select_rows(used, _activate_backward(h, dot("epd,efd->epf", dy, w2), static.activation))
         dweights = MlpWeights(
-            w1=dot("epd,epf->edf", select_rows(used, rows.reshape(*used.shape, -1)), dh),
+            w1=dot("epd,epf->edf", select_rows(used, rows.reshape(*used.shape, rows.shape[1])), dh),
             b1=jnp.sum(dh, axis=1, dtype=jnp.float32),
             w2=dot("epf,epd->efd", select_rows(used, activate(h, static.activation)), dy),
             b2=jnp.sum(dy, axis=1, dtype=jnp.float32),
@@ -107,9 +107,7 @@ def expert_mlp_backward(
 
     padded, dpadded = overhang(rows), overhang(dout)
 
-    def run(
-        n: Int[Array, ""], expert: Int[Array, ""], carry: tuple[Array, MlpWeights]
-    ) -> tuple[Array, MlpWeights]:
+    def run(n: Int[Array, ""], expert: Int[Array, ""], carry: tuple[Array, MlpWeights]) -> tuple[Array, MlpWeights]:
         v1, v2 = w1[expert], w2[expert]
 
         def step(tile: Tile, carry: tuple[Array, MlpWeights]) -> tuple[Array, MlpWeights]:
@@ -128,7 +126,7 @@ def expert_mlp_backward(
         drows, dweights = carry
         zero = jax.tree.map(lambda total: jnp.zeros(total.shape[1:], jnp.float32), dweights)
         drows, grad = over_tiles(runs, n, step, (drows, zero))
-        return drows, jax.tree.map(lambda total, part: total.at[expert].add(part), dweights, grad)
+        return drows, jax.tree.map(lambda total, part: add_at(total, expert, part), dweights, grad)
 
     num_experts, width, expert_width = w1.shape
     dweights = MlpWeights(
@@ -143,5 +141,9 @@ def expert_mlp_backward(
 
 def _like(weights: MlpWeights, grad: MlpWeights) -> MlpWeights:
     """Gradients in the dtypes of the weights, and none where there is no bias."""
-    kept = [None if w is None else g.astype(w.dtype) for w, g in zip(weights, grad, strict=True)]
-    return MlpWeights(*kept)
+
+    def bias(like: Array | None, value: Array | None) -> Array | None:
+        return None if like is None or value is None else value.astype(like.dtype)
+
+    w1, w2 = grad.w1.astype(weights.w1.dtype), grad.w2.astype(weights.w2.dtype)
+    return MlpWeights(w1, bias(weights.b1, grad.b1), w2, bias(weights.b2, grad.b2))

@@ -72,5 +72,3 @@ def combine_backward(
     )
     # A dropped choice's gate has no influence on the output, also where dy is not finite (0 * NaN above).
     return drows, jnp.where(plan.row < plan.layout.num_rows, dgate, jnp.float32(0))
-
-

@@ -1,6 +1,6 @@
 """The router in float32: logits, softmax, the K best experts and all sums, without gather or scatter.
 
-Paper, section 2 (routing) and 3 (auxiliary losses): `A = x W`, `g = softmax(A + noise)`, the K largest kept as they are.
+Paper, sections 2 (routing) and 3 (auxiliary losses): `A = x W`, `g = softmax(A + noise)`, the K largest kept as is.
 """
 
 from __future__ import annotations
