@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
 
 from limoe.checkpoint import CheckpointError
 from limoe.config import Config, ConfigError
-from limoe.data.files import DataError, StorageError
+from limoe.data.files import DataError
 from limoe.presets import PRESETS, preset
 from limoe.settings import override, settings_help
 from limoe.workdir import WorkdirError
 
 FLAGS = flags.FLAGS
-_PRESET = flags.DEFINE_string("preset", "tiny", f"train, describe: named configuration ({', '.join(PRESETS)}).")
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "train: folder of the run (default: runs/PRESET); eval: folder of a trained run."
-)
-_SET = flags.DEFINE_multi_string(
-    "set", [], "train, describe: settings by name, key=value; several may follow one another (see: limoe settings)."
-)
+_PRESET = flags.DEFINE_string("preset", "tiny", f"named configuration: {', '.join(PRESETS)}")
+_WORKDIR = flags.DEFINE_string("workdir", None, "train: folder of the run (default: runs/PRESET); eval: that of a run")
+_SET = flags.DEFINE_multi_string("set", [], "settings by name, key=value; several may follow one another")
 _DATA = flags.DEFINE_string(
-    "data", "", "eval: folder of shards to evaluate on (default: the run's own); classes.json in it asks for zero-shot."
+    "data", "", "shards to evaluate on (default: those of the run); a classes.json in the folder asks for zero-shot"
 )
-_JSON = flags.DEFINE_bool("json", False, "eval, describe: print one JSON object.")
+_JSON = flags.DEFINE_bool("json", False, "print one JSON object")
 _PROFILE = flags.DEFINE_integer(
-    "profile", 0, "train: steps to trace with jax.profiler into WORKDIR/profile (default: 0, none).", lower_bound=0
+    "profile", 0, "steps to trace with jax.profiler into WORKDIR/profile, after the first five; 0 = none", lower_bound=0
 )
 
 USAGE = """limoe: train and evaluate a language-image mixture of experts.
@@ -42,50 +42,87 @@ USAGE = """limoe: train and evaluate a language-image mixture of experts.
   limoe describe [--preset=tiny] [--set key=value ...] [--json]
       Parameters and FLOPs of a configuration; nothing is allocated.
   limoe settings [--preset=tiny]
-      All settings that --set takes, with type, default and unit.
+      All settings that --set takes, with value, type and unit.
+  limoe --help
+      All of this, the flags and the settings.
 """
 
 # What a person can mend gets a message; anything else is a bug and keeps its traceback.
-_EXPECTED = (ConfigError, WorkdirError, CheckpointError, DataError, StorageError)
+_EXPECTED = (ConfigError, WorkdirError, CheckpointError, DataError, OSError)
+
+
+_HELP = ("help", "-h", "-help", "--help")
 
 
 class UsageError(Exception):
     """The words of the command are off."""
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run a command given as a list of words, flags already parsed; the exit status."""
+def main(words: Sequence[str]) -> int:
+    """Run a command line, given without the program's name; the exit status, 1 for a failure, 2 for wrong usage."""
     from limoe.train import TrainingError
 
+    help_wanted = any(word in _HELP for word in words)
     try:
-        return _command(list(arguments[1:]))
+        rest = _parse([word for word in words if word not in _HELP])
+        return _help() if help_wanted else _command(rest)
     except UsageError as error:
         print(f"limoe: {error}\n\n{USAGE}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise  # whoever read our output has gone; see `run`
     except (*_EXPECTED, TrainingError) as error:
         print(f"limoe: {error}", file=sys.stderr)
         return 1
 
 
+def _parse(words: Sequence[str]) -> list[str]:
+    """Parse the flags; the other words."""
+    for name in _FLAGS:  # so that a second call in one process begins anew
+        FLAGS[name].unparse()
+    try:
+        return FLAGS(["limoe", *words])[1:]
+    except flags.Error as error:
+        raise UsageError(str(error)) from error
+
+
 def _command(words: list[str]) -> int:
-    command = words.pop(0) if words else "help"
-    settings = [*_SET.value, *(word for word in words if "=" in word)]
-    strange = [word for word in words if "=" not in word]
+    command = words.pop(0) if words else ""
+    if not command:
+        print(USAGE)
+        return 0
+    if command not in _COMMANDS:
+        nearest = difflib.get_close_matches(command, _COMMANDS, n=1)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise UsageError(f"there is no command {command!r}; {hint}commands are {', '.join(_COMMANDS)}")
+    function, taken = _COMMANDS[command]
+    for flag in _FLAGS:
+        if FLAGS[flag].present and flag not in taken:
+            raise UsageError(
+                f"limoe {command} does not take --{flag}; its flags are {', '.join(f'--{name}' for name in taken)}"
+            )
+    settings = [*_SET.value, *(word for word in words if "=" in word and _SET.present)]
+    strange = [word for word in words if word not in settings]
     if strange:
-        raise UsageError(f"{strange[0]!r} is not expected after {command!r}")
-    commands = {"train": _train, "eval": _evaluate, "describe": _describe, "settings": _settings, "help": _help}
-    if command not in commands:
-        raise UsageError(f"there is no command {command!r}; commands are {', '.join(commands)}")
-    return commands[command](settings)
+        raise UsageError(
+            f"{strange[0]!r} is not expected after {command!r}" + "; put --set before it" * ("=" in strange[0])
+        )
+    return function(settings)
 
 
 def _config(settings: list[str]) -> Config:
     return override(preset(_PRESET.value), settings)
 
 
-def _help(settings: list[str]) -> int:
+def _help() -> int:
     print(USAGE)
-    return 0
+    print("Flags:")
+    for name in _FLAGS:
+        flag = FLAGS[name]
+        default = f" (default: {flag.default})" if flag.default not in (None, "", []) else ""
+        print(textwrap.fill(f"--{name}  {flag.help}{default}", 110, initial_indent="  ", subsequent_indent="      "))
+    print()
+    return _settings([])
 
 
 def _settings(settings: list[str]) -> int:
@@ -114,18 +151,29 @@ def _evaluate(settings: list[str]) -> int:
 
     if _WORKDIR.value is None:
         raise UsageError("eval needs --workdir=DIR, the folder of a trained run")
-    if settings:
-        raise UsageError("eval takes the settings of the run; --set is for train and describe")
     result = evaluate_run(_WORKDIR.value, _DATA.value, say=lambda text: print(text, file=sys.stderr))
     print(json.dumps(result) if _JSON.value else evaluation_text(result))
     return 0
 
 
+_FLAGS = ("preset", "workdir", "set", "profile", "data", "json")
+_COMMANDS: dict[str, tuple[Callable[[list[str]], int], tuple[str, ...]]] = {
+    "train": (_train, ("preset", "workdir", "set", "profile")),
+    "eval": (_evaluate, ("workdir", "data", "json")),
+    "describe": (_describe, ("preset", "set", "json")),
+    "settings": (_settings, ("preset",)),
+}
+
+
 def run() -> None:
     """Entry point of the `limoe` command."""
-    if len(sys.argv) == 1 or sys.argv[1] in ("-h", "--help", "-help"):
-        print(USAGE)
-        sys.exit(0)
-    # JAX reports at INFO which platforms it did not find; --verbosity=0 shows that again.
-    FLAGS.set_default("verbosity", logging.WARNING)
-    app.run(main)
+    try:
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # As in `limoe settings | head`: not an error worth a traceback, also not in the flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    sys.exit(status)

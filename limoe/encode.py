@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -24,29 +25,30 @@ class Pairs(NamedTuple):
     captions: tuple[str, ...]
     labels: np.ndarray
     num_bad: int
+    first_bad: str
+    """Key and reason of the first bad example, "" if there is none."""
 
 
-def read_pairs(source: Source, *, limit: int | None = None) -> Pairs:
-    """Read the first good examples of a source, all of them without a `limit`; bad ones are left out and counted."""
+def read_pairs(source: Source) -> Pairs:
+    """Read all good examples of a source into memory; bad ones are left out and counted."""
     good: list[Decoded] = []
-    num_bad = 0
+    bad: list[Bad] = []
     for number in range(len(source)):
         example = source[number]
         if isinstance(example, Bad):
-            num_bad += 1
+            bad.append(example)
         else:
             good.append(example)
-        if limit is not None and len(good) == limit:
-            break
     labels = [label_of(example) for example in good]
     images = np.stack([example.image for example in good]) if good else np.zeros((0, 1, 1, 3), np.uint8)
-    return Pairs(images, tuple(example.caption for example in good), np.array(labels, np.int64), num_bad)
+    first_bad = f"{bad[0].key}: {bad[0].reason}" if bad else ""
+    return Pairs(images, tuple(example.caption for example in good), np.array(labels, np.int64), len(bad), first_bad)
 
 
 def label_of(example: Decoded) -> int:
     """The class index in an example's metadata, -1 if it has none."""
     label = (example.metadata or {}).get("class", -1)
-    return label if isinstance(label, int) else -1
+    return label if type(label) is int else -1  # true and false are no class, although Python counts them as integers
 
 
 class Encoder:
@@ -92,7 +94,7 @@ class Encoder:
         """First choice and gate of every token `[L, N, tokens]`, and the text ids [N, text tokens]."""
         text = self._tokenizer.encode(texts)
         parts = [self._assign(self.parameters, *batch) for batch in self._batches(images, text)]
-        joined = [np.concatenate(field, axis=1)[:, : len(images)] for field in zip(*parts, strict=True)]
+        joined = [jnp.concatenate(field, axis=1)[:, : len(images)] for field in zip(*parts, strict=True)]
         return Assignment(*joined), text
 
     def _all(self, images: np.ndarray, text: np.ndarray, which: str) -> np.ndarray:
@@ -103,10 +105,7 @@ class Encoder:
         return np.concatenate([*parts, np.zeros((0, width), np.float32)])[: len(images)]
 
     def _batches(self, images: np.ndarray, text: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Batches of one size, the last one filled up with copies of its first row."""
+        """Batches of one size, the last one filled up with copies of the last row."""
         for first in range(0, len(images), self._batch_size):
-            part = images[first : first + self._batch_size], text[first : first + self._batch_size]
-            missing = self._batch_size - len(part[0])
-            if missing:
-                part = tuple(np.concatenate([array, np.repeat(array[:1], missing, axis=0)]) for array in part)
-            yield part
+            rows = np.minimum(np.arange(first, first + self._batch_size), len(images) - 1)
+            yield images[rows], text[rows]

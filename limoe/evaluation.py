@@ -13,6 +13,7 @@ from limoe.checkpoint import CheckpointError, Checkpoints
 from limoe.encode import Encoder
 from limoe.optim import make_optimizer
 from limoe.step import TrainState, abstract_model
+from limoe.tokenizer import load_tokenizer
 from limoe.workdir import Workdir
 
 
@@ -24,32 +25,31 @@ def evaluate_run(folder: str, data: str, *, say: Callable[[str], None]) -> dict[
     """
     workdir = Workdir.existing(folder)
     config = workdir.config
-    graph, parameters = abstract_model(config)
-    optimizer = make_optimizer(config, parameters)
-    state = TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32), parameters, jax.eval_shape(lambda: optimizer.init(_zeros(parameters)))
-    )
+    graph, abstract_parameters = abstract_model(config)
+    optimizer = make_optimizer(config, abstract_parameters)
+
+    def new_state() -> TrainState:
+        parameters = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_parameters)
+        return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
+
+    state = jax.eval_shape(new_state)
     restored = Checkpoints(workdir.checkpoints, config.train.checkpoints_kept, read_only=True).restore(state)
     if restored is None:
         raise CheckpointError(f"{workdir.checkpoints} holds no checkpoint yet; train first")
     for message in restored.skipped:
-        say(f"skipped a damaged checkpoint: {message}")
-    tokenizer = inputs.tokenizer_for(config, workdir.path / "tokenizer.model", None)
+        say(message)
+    tokenizer = load_tokenizer(workdir.tokenizer, length=config.model.text_length)
     evaluation = results.read_evaluation_data(config, inputs.evaluation_folders(config, data))
     encoder = Encoder(graph, restored.state.parameters, config, tokenizer)
     scores = results.score(encoder, evaluation)
     return {"preset": config.preset, "step": restored.step, "data": data, **scores._asdict()}
 
 
-def _zeros(abstract: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
-
-
 def evaluation_text(result: dict[str, Any]) -> str:
     """The result for a terminal.
 
     >>> empty = {name: None for name in results.Scores._fields} | {"zero_shot_images": 0, "retrieval_pairs": 0}
-    >>> print(evaluation_text(empty | {"preset": "tiny", "step": 10, "bad_examples": 0}).splitlines()[0])
+    >>> print(evaluation_text(empty | {"preset": "tiny", "step": 10, "evaluation_bad_examples": 0}).splitlines()[0])
     tiny, step 10
     """
     lines = [f"{result['preset']}, step {result['step']:,}"]
@@ -62,8 +62,8 @@ def evaluation_text(result: dict[str, Any]) -> str:
         for way in ("image_to_text", "text_to_image"):
             recalls = ", ".join(f"R@{k} {result[f'{way}_r{k}']:.1%}" for k in (1, 5, 10))
             lines.append(f"  {way.replace('_', ' ')}, {result['retrieval_pairs']:,} pairs: {recalls}")
-    if result["bad_examples"]:
-        lines.append(f"  {result['bad_examples']} bad examples left out")
-    if len(lines) == 1:
+    if result["evaluation_bad_examples"]:
+        lines.append(f"  {result['evaluation_bad_examples']} bad examples left out")
+    if not result["zero_shot_images"] and not result["retrieval_pairs"]:
         lines.append("  nothing to evaluate: give shards with --data")
     return "\n".join(lines)

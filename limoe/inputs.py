@@ -70,8 +70,6 @@ def tokenizer_for(config: Config, path: Path, source: ShardSource | None) -> Tok
         tokenizer = load_tokenizer(config.data.tokenizer, length=length)
         tokenizer.save(path)
     else:
-        if source is None:
-            raise files.DataError(f"there is no tokenizer {path}; train the model first")
         captions = source.captions(limit=TOKENIZER_CAPTIONS)
         tokenizer = train_tokenizer(captions, vocab_size=config.model.vocab_size, length=length)
         tokenizer.save(path)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 from limoe.config import Config, ModelConfig
 from limoe.moe import SAVED_NAMES, Assignment, LayerRouting, MoeLayer, RoutingContext
@@ -231,7 +231,7 @@ class Limoe(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], list[LayerRouting]]:
         graph, state = nnx.split(period)
 
-        def once(x: Array, state: nnx.State, layer: Array) -> tuple[Array, list[LayerRouting]]:
+        def once(x: Array, state: PyTree, layer: Array) -> tuple[Array, list[LayerRouting]]:
             return nnx.merge(graph, state)(x, present, context, layer)
 
         if self.config.remat == "blocks":

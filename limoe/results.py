@@ -37,6 +37,8 @@ class EvaluationData(NamedTuple):
 
     zero_shot: ZeroShotData | None
     retrieval: Pairs | None
+    num_bad: int
+    """Examples that could not be read and are left out."""
 
 
 class Scores(NamedTuple):
@@ -53,18 +55,23 @@ class Scores(NamedTuple):
     text_to_image_r10: float | None
     zero_shot_images: int
     retrieval_pairs: int
-    bad_examples: int
+    evaluation_bad_examples: int
 
 
 def read_evaluation_data(config: Config, folders: DataFolders) -> EvaluationData:
     """Read the evaluation shards into memory; bad examples are left out and counted.
 
-    Raises DataError if an example of a folder with classes.json has no valid class.
+    Raises DataError if a folder has no usable example, or if one in a folder with classes.json has no valid class.
     """
 
     def pairs(folder: str, *, metadata: bool) -> Pairs:
         size, cache = config.model.image_size, config.data.cache_dir
-        return read_pairs(ShardSource(folder, image_size=size, metadata=metadata, cache_dir=cache))
+        found = read_pairs(ShardSource(folder, image_size=size, metadata=metadata, cache_dir=cache))
+        if not found.captions:
+            raise DataError(
+                f"none of the {found.num_bad} examples in {folder} is usable, {found.first_bad}; repair them"
+            )
+        return found
 
     zero_shot = None
     if folders.zero_shot:
@@ -77,7 +84,11 @@ def read_evaluation_data(config: Config, folders: DataFolders) -> EvaluationData
                 'give each a .json with {"class": index} or remove classes.json'
             )
         zero_shot = ZeroShotData(labelled, classes)
-    return EvaluationData(zero_shot, pairs(folders.retrieval, metadata=False) if folders.retrieval else None)
+    if zero_shot and folders.retrieval == folders.zero_shot:
+        return EvaluationData(zero_shot, zero_shot.pairs, zero_shot.pairs.num_bad)
+    retrieval = pairs(folders.retrieval, metadata=False) if folders.retrieval else None
+    num_bad = sum(read.num_bad for read in (zero_shot and zero_shot.pairs, retrieval) if read is not None)
+    return EvaluationData(zero_shot, retrieval, num_bad)
 
 
 def zero_shot_probability(encoder: Encoder, data: ZeroShotData, images: np.ndarray) -> np.ndarray:
@@ -111,7 +122,6 @@ def score(encoder: Encoder, data: EvaluationData) -> Scores:
             np.array([ids[caption] for caption in data.retrieval.captions]),
             np.arange(len(data.retrieval.captions)),
         )
-    folders = [data.zero_shot.pairs if data.zero_shot else None, data.retrieval]
     return Scores(
         zero_shot_top1=shot.top1 if shot else None,
         zero_shot_top5=shot.top5 if shot else None,
@@ -119,7 +129,7 @@ def score(encoder: Encoder, data: EvaluationData) -> Scores:
         **(found._asdict() if found else dict.fromkeys(evaluate.Retrieval._fields)),
         zero_shot_images=len(data.zero_shot.pairs.images) if data.zero_shot else 0,
         retrieval_pairs=len(data.retrieval.images) if data.retrieval else 0,
-        bad_examples=sum(pairs.num_bad for pairs in folders if pairs is not None),
+        evaluation_bad_examples=data.num_bad,
     )
 
 
@@ -157,7 +167,11 @@ def training_history(config: Config, metrics: Sequence[dict[str, Any]], scores: 
 
 
 class LastSteps(NamedTuple):
-    """Means over the last `LAST_STEPS` steps of training: success rates over all MoE layers, tokens by expert."""
+    """Means over the last `LAST_STEPS` steps of training: success rates over all MoE layers, choices by expert.
+
+    A success rate is the share of a modality's choices that found room in their expert, at training capacity and with
+    noise: of its tokens with `model.num_choices` 1, else of each token's K choices alike.
+    """
 
     success_rate_image: float | None
     success_rate_text: float | None
@@ -242,18 +256,27 @@ def layer_views(
     return views
 
 
-def summary(config: Config, scores: Scores, last: LastSteps, *, seconds: float, train_seconds: float) -> dict[str, Any]:
-    """The content of summary.json."""
+class Times(NamedTuple):
+    """How long a run took, in seconds of wall time."""
+
+    seconds: float
+    """All commands of the run, from the start of each to the last step that it logged; the finishing one to its end."""
+    train_seconds: float
+    """The steps alone, waiting for data and compilation included; steps that were done twice count once."""
+
+
+def summary(config: Config, scores: Scores, last: LastSteps, times: Times, *, num_bad: int) -> dict[str, Any]:
+    """The content of summary.json; `num_bad` counts the training examples that were replaced."""
     described = describe(config)
     content: dict[str, Any] = {
         "preset": config.preset,
         "steps": config.train.steps,
-        "seconds": seconds,
-        "train_seconds": train_seconds,
+        **times._asdict(),
         **scores._asdict(),
         "success_rate_image": last.success_rate_image,
         "success_rate_text": last.success_rate_text,
         "success_rate_bound": bound(config),
+        "training_bad_examples": num_bad,
         "parameters_total": described.parameters_total,
         "parameters_per_token": described.parameters_per_token,
         "moe_layers": list(config.model.moe_layers),

@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import resource
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,70 +19,83 @@ from limoe import inputs, report, results
 from limoe.checkpoint import Checkpoints
 from limoe.config import Config
 from limoe.data.batches import BadExamples, Batch
+from limoe.data.source import Bad
 from limoe.encode import Encoder
 from limoe.losses import by_name
 from limoe.optim import make_optimizer, make_schedule
-from limoe.step import StepReport, TrainState, create_model, make_step
+from limoe.presets import preset
+from limoe.progress import progress_bar
+from limoe.step import Parameters, StepReport, TrainState, create_model, make_step
+from limoe.stopping import StopSignals
 from limoe.tokenizer import Tokenizer
-from limoe.workdir import MetricsLog, Workdir, read_metrics, write_json
+from limoe.workdir import MetricsLog, Workdir, WorkdirError, read_metrics, write_json
 
 # The first step compiles and the next ones warm up: a profile starts after them.
 PROFILE_AFTER = 5
+# Bad examples whose keys are shown; metrics.jsonl has more.
+BAD_SHOWN = 5
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why, since when, and what to do."""
 
 
-class _Pending(NamedTuple):
-    """A step that was started and whose report has not been read yet."""
-
-    step: int
-    report: StepReport
-    started: float
-    bad: BadExamples
-
-
 def train(config: Config, folder: str | Path, *, profile_steps: int = 0, say: Callable[[str], None] = print) -> int:
     """Train until `train.steps`, evaluate, and write figures and summary into the work folder; the exit status.
 
     An unfinished run in the folder goes on where its last good checkpoint is, bit for bit as if it had never stopped;
-    of a finished one only its result is shown. SIGTERM or Ctrl-C save a checkpoint and leave. Raises TrainingError
-    when the loss is not finite, WorkdirError, CheckpointError, DataError, StorageError and ConfigError as their
-    modules say.
+    of a finished one only its result is shown. SIGTERM or Ctrl-C end the run at once, or in the loop over steps after
+    the step that is going on and a checkpoint of it. Raises TrainingError when a loss, a gradient or the parameters are
+    not finite, WorkdirError, CheckpointError, DataError, StorageError and ConfigError as their modules say.
     """
-    began = time.monotonic()
-    with Workdir.open(folder, config) as workdir:
+    with Workdir.open(folder, config) as workdir, StopSignals() as signals:
         if workdir.finished:
             say(f"The run in {folder} is finished; its result is in {workdir.summary}.")
-            say(f"Start a new one with: limoe train --preset={config.preset} --workdir=NEW_FOLDER")
+            again = " and the same --set" if config != preset(config.preset) else ""
+            say(f"Start a new one with: limoe train --preset={config.preset} --workdir=NEW_FOLDER{again}")
             return 0
         say(f"limoe train: preset {config.preset}, work folder {folder}")
-        folders = inputs.data_folders(config, _bar("writing the embedded world", "pair"))
-        source = inputs.training_source(config, folders)
-        for damage in source.damages:
-            say(f"damaged shard: {damage}")
-        tokenizer = inputs.tokenizer_for(config, workdir.path / "tokenizer.model", source)
-        batches = inputs.training_batches(config, source, tokenizer)
-        evaluation = results.read_evaluation_data(config, folders)
-
-        graph, parameters = create_model(config)
-        optimizer = make_optimizer(config, parameters)
-        state = TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
-        encoder = Encoder(graph, parameters, config, tokenizer)
-        log = MetricsLog(workdir.metrics)
-        with Checkpoints(workdir.checkpoints, config.train.checkpoints_kept) as checkpoints:
-            state = _restore(checkpoints, state, log, say)
-            step_function = jax.jit(make_step(graph, optimizer, config), donate_argnums=0)
-            run = _Run(config, workdir, log, checkpoints, encoder, evaluation, say)
-            with _stop_signals() as stopping:
-                state, finished = run.steps(state, step_function, batches.from_step, stopping, profile_steps)
-            if not finished:
-                say(f"Stopped after step {int(state.step)}, which is saved; the same command goes on from there.")
-                return 0
-        encoder.use(state.parameters)
-        run.finish(tokenizer, began)
+        try:
+            _train(config, workdir, signals, profile_steps, say)
+        except KeyboardInterrupt:
+            say(f"Stopped by {signals.received}; what was saved is kept, and the same command goes on from there.")
+        except BaseException:
+            workdir.discard_unstarted()
+            raise
     return 0
+
+
+def _train(
+    config: Config, workdir: Workdir, signals: StopSignals, profile_steps: int, say: Callable[[str], None]
+) -> None:
+    began = time.monotonic()
+    folders = inputs.data_folders(config, _bar("writing the embedded world", "pair"))
+    source = inputs.training_source(config, folders)
+    for damage in source.damages:
+        say(f"damaged shard: {damage}")
+    tokenizer = inputs.tokenizer_for(config, workdir.tokenizer, source)
+    batches = inputs.training_batches(config, source, tokenizer)
+    evaluation = results.read_evaluation_data(config, folders)
+    if evaluation.num_bad:
+        say(f"{evaluation.num_bad} bad examples of the evaluation data are left out")
+
+    graph, parameters = create_model(config)
+    optimizer = make_optimizer(config, parameters)
+    state = TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
+    log = MetricsLog(workdir.metrics)
+    began -= _seconds_before(log)
+    with Checkpoints(workdir.checkpoints, config.train.checkpoints_kept) as checkpoints:
+        state = _restore(checkpoints, state, log, say)
+        encoder = Encoder(graph, state.parameters, config, tokenizer)
+        step_function = jax.jit(make_step(graph, optimizer, config), donate_argnums=0)
+        run = _Run(config, workdir, log, checkpoints, encoder, evaluation, began, say)
+        with signals.patiently():
+            state = run.steps(state, step_function, batches.from_step, signals, profile_steps)
+        if signals.received:
+            say(f"Stopped after step {int(state.step)}, which is saved; the same command goes on from there.")
+            return
+    encoder.use(state.parameters)
+    run.finish(tokenizer)
 
 
 class _Run:
@@ -99,10 +109,11 @@ class _Run:
         checkpoints: Checkpoints,
         encoder: Encoder,
         evaluation: results.EvaluationData,
+        began: float,
         say: Callable[[str], None],
     ) -> None:
         self.config, self.workdir, self.log, self.checkpoints = config, workdir, log, checkpoints
-        self.encoder, self.evaluation, self.say = encoder, evaluation, say
+        self.encoder, self.evaluation, self.began, self.say = encoder, evaluation, began, say
         self.schedule = make_schedule(config)
         self.num_bad = 0
 
@@ -110,121 +121,156 @@ class _Run:
         self,
         state: TrainState,
         step_function: Callable[..., tuple[TrainState, StepReport]],
-        batches: Callable[[int], Iterator[Batch]],
-        stopping: list[str],
+        batches: Callable[[int], Generator[Batch, None, None]],
+        signals: StopSignals,
         profile_steps: int,
-    ) -> tuple[TrainState, bool]:
-        """Step until the end or a signal; the state, and whether the end was reached."""
+    ) -> TrainState:
+        """Step until the end or a signal; the state then, which is saved."""
         settings = self.config.train
         first = int(state.step)
+        if first == settings.steps:
+            return state
         with contextlib.ExitStack() as stack:
             stream = stack.enter_context(contextlib.closing(batches(first)))
             bar = stack.enter_context(
-                tqdm(
-                    total=settings.steps,
-                    initial=first,
-                    unit="step",
-                    desc="training",
-                    dynamic_ncols=True,
-                    mininterval=0.5,
-                )
+                progress_bar("compiling the first step", total=settings.steps, done=first, unit="step")
             )
-            profile = stack.enter_context(_Profile(self.workdir.path / "profile", profile_steps, first))
+            profile = stack.enter_context(_Profile(self.workdir.path / "profile", profile_steps, first, self._tell))
             for step in range(first + 1, settings.steps + 1):
                 started = time.monotonic()
                 batch = next(stream)
                 profile.at(step)
-                state, step_report = step_function(state, batch.images, batch.tokens)
-                due = step % settings.checkpoint_every == 0 or step == settings.steps
-                evaluate = bool(settings.evaluate_every) and step % settings.evaluate_every == 0
-                top1 = None
-                pending = _Pending(step, jax.device_get(step_report), started, batch.bad)
-                self._check(pending)
+                state, device_report = step_function(state, batch.images, batch.tokens)
+                step_report = jax.device_get(device_report)
                 seconds = time.monotonic() - started
-                if evaluate and self.evaluation.zero_shot:
-                    top1 = results.zero_shot(self.encoder.use(state.parameters), self.evaluation.zero_shot).top1
-                self._write(pending, seconds, top1)
-                self._show(bar, pending, seconds, top1)
-                if due or stopping:
+                self._check_report(step, step_report)
+                save = step % settings.checkpoint_every == 0 or step == settings.steps or bool(signals.received)
+                if save:
+                    self._check_parameters(step, state.parameters)
+                top1 = self._evaluate(step, state.parameters)
+                self._write(step, step_report, batch.bad, seconds, top1)
+                self._show(bar, step, step_report, batch.bad, seconds, top1)
+                if save:
                     self.log.sync()
                     self.checkpoints.save(step, state)
-                if stopping and step < settings.steps:
-                    self.checkpoints.wait()
-                    return state, False
+                if save and signals.received:
+                    break
             self.checkpoints.wait()
-        return state, True
+        return state
 
-    def _check(self, pending: _Pending) -> None:
-        """Stop on a loss or gradient that is not finite, before anything of this step is saved."""
-        values = {**by_name(pending.report.loss), "gradient_norm": float(pending.report.gradient_norm)}
-        wrong = [name for name, value in values.items() if not math.isfinite(value)]
-        if wrong:
-            saved = self.checkpoints.steps()
-            good = f"the last good checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
-            raise TrainingError(
-                f"step {pending.step}: {', '.join(f'{name}={values[name]}' for name in wrong)}; {good}, in "
-                f"{self.workdir.checkpoints}. Look at metrics.jsonl before this step; a lower optimizer.learning_rate in a new "
-                "work folder is the usual remedy"
-            )
+    def _evaluate(self, step: int, parameters: Parameters) -> float | None:
+        """Zero-shot top-1 where `train.evaluate_every` asks for it."""
+        every = self.config.train.evaluate_every
+        if not every or step % every or self.evaluation.zero_shot is None:
+            return None
+        return results.zero_shot(self.encoder.use(parameters), self.evaluation.zero_shot).top1
 
-    def _write(self, pending: _Pending, seconds: float, top1: float | None) -> None:
-        routing = pending.report.routing
+    def _check_report(self, step: int, step_report: StepReport) -> None:
+        """Stop on a loss or gradient that is not finite, before anything of this step is written or saved."""
+        values = {**by_name(step_report.loss), "gradient_norm": float(step_report.gradient_norm)}
+        self._refuse(step, [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)])
+
+    def _check_parameters(self, step: int, parameters: Parameters) -> None:
+        """Stop before saving parameters that an update from a finite loss and gradient has ruined."""
+        finite = jax.device_get(_all_finite(parameters))
+        paths = [
+            (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(finite)
+        ]
+        self._refuse(step, [f"{name} is not finite after the update" for name, is_finite in paths if not is_finite])
+
+    def _refuse(self, step: int, wrong: list[str]) -> None:
+        if not wrong:
+            return
+        self.checkpoints.wait()
+        saved = self.checkpoints.steps()
+        good = f"the last good checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
+        raise TrainingError(
+            f"step {step}: {', '.join(wrong)}; {good}, in {self.workdir.checkpoints}. Look at metrics.jsonl before "
+            "this step; a lower optimizer.learning_rate in a new work folder is the usual remedy"
+        )
+
+    def _write(self, step: int, step_report: StepReport, bad: BadExamples, seconds: float, top1: float | None) -> None:
         figures: dict[str, Any] = {
-            **by_name(pending.report.loss),
-            "gradient_norm": pending.report.gradient_norm,
-            "learning_rate": self.schedule(pending.step - 1),
-            "scale": pending.report.scale,
+            **by_name(step_report.loss),
+            "gradient_norm": step_report.gradient_norm,
+            "learning_rate": self.schedule(step - 1),
+            "scale": step_report.scale,
             "step_seconds": seconds,
             "pairs_per_second": self.config.train.batch_size / seconds,
+            "elapsed_seconds": time.monotonic() - self.began,
             "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "bad_examples": pending.bad.num_bad,
-            "bad_first": [f"{bad.key}: {bad.reason}" for bad in pending.bad.first],
+            "bad_examples": bad.num_bad,
+            "bad_first": [_bad_text(example) for example in bad.first],
             "zero_shot_top1": top1,
         }
-        if routing is not None:
-            figures |= {name: np.asarray(value) for name, value in routing._asdict().items()}
+        if step_report.routing is not None:
+            figures |= {name: np.asarray(value) for name, value in step_report.routing._asdict().items()}
             for name in ("wanted", "kept"):  # counts, written as such
                 figures[name] = figures[name].astype(np.int64)
-        self.log.append(pending.step, figures)
+        self.log.append(step, figures)
 
-    def _show(self, bar: tqdm, pending: _Pending, seconds: float, top1: float | None) -> None:
-        bar.update(1)
-        if pending.bad.num_bad:
-            if not self.num_bad:
-                bad = pending.bad.first[0]
-                bar.write(f"step {pending.step}: bad example replaced by the next good one: {bad.key}: {bad.reason}")
-            self.num_bad += pending.bad.num_bad
+    def _show(
+        self, bar: tqdm, step: int, step_report: StepReport, bad: BadExamples, seconds: float, top1: float | None
+    ) -> None:
+        for example in bad.first[: max(0, BAD_SHOWN - self.num_bad)]:
+            self._tell(f"step {step}: bad example replaced by the next good one: {_bad_text(example)}")
+        self.num_bad += bad.num_bad
         if top1 is not None:
-            bar.write(f"step {pending.step}: zero-shot top-1 {top1:.1%}")
-        if pending.step % self.config.train.log_every == 0 or pending.step == self.config.train.steps:
-            shown = {"loss": f"{float(pending.report.loss.contrastive):.3f}"}
+            self._tell(f"step {step}: zero-shot top-1 {top1:.1%}")
+        if step % self.config.train.log_every == 0 or step == self.config.train.steps:
+            shown = {"loss": f"{float(step_report.loss.contrastive):.3f}"}
             shown["pairs/s"] = f"{self.config.train.batch_size / seconds:.0f}"
-            if pending.report.routing is not None:
-                image, text = np.asarray(pending.report.routing.success_rate).mean(axis=0)
+            if step_report.routing is not None:
+                image, text = np.asarray(step_report.routing.success_rate).mean(axis=0)
                 shown |= {"kept image": f"{image:.1%}", "kept text": f"{text:.1%}"}
             if self.num_bad:
                 shown["bad"] = str(self.num_bad)
-            bar.set_postfix(shown)
+            bar.set_postfix(shown, refresh=False)
+        bar.set_description("training", refresh=False)
+        bar.update(1)
 
-    def finish(self, tokenizer: Tokenizer, began: float) -> None:
-        """Evaluate, draw, and write the summary, whose presence marks the run as finished."""
+    def _tell(self, text: str) -> None:
+        """Say something while a bar is drawn."""
+        with tqdm.external_write_mode():
+            self.say(text)
+
+    def finish(self, tokenizer: Tokenizer) -> None:
+        """Evaluate, draw, and write the summary, whose presence marks the run as finished.
+
+        Killed at any moment before that, the next start comes here again with the parameters of the last checkpoint.
+        """
         self.say("evaluating (dropless) and drawing figures")
         metrics = read_metrics(self.workdir.metrics)
         scores = results.score(self.encoder, self.evaluation)
         last = results.last_steps(self.config, metrics)
         history = results.training_history(self.config, metrics, scores)
         results.draw(self.workdir.figures, self.config, history, last, self.encoder, self.evaluation, tokenizer)
-        train_seconds = sum(line["step_seconds"] for line in metrics)
-        content = results.summary(
-            self.config, scores, last, seconds=time.monotonic() - began, train_seconds=train_seconds
+        num_bad = sum(line["bad_examples"] for line in metrics)
+        if num_bad:
+            first = [text for line in metrics for text in line["bad_first"]][:BAD_SHOWN]
+            self.say(f"{num_bad} bad examples were replaced; the first: {'; '.join(first)}")
+        times = results.Times(
+            seconds=time.monotonic() - self.began, train_seconds=sum(line["step_seconds"] for line in metrics)
         )
-        bad = [line for line in metrics if line["bad_examples"]]
-        if bad:
-            count = sum(line["bad_examples"] for line in bad)
-            self.say(f"{count} bad examples were replaced; the first: {'; '.join(bad[0]['bad_first'])}")
+        content = results.summary(self.config, scores, last, times, num_bad=num_bad)
         write_json(self.workdir.summary, content)
         self.say("")
         self.say(report.summary_table({**content, "figures": str(self.workdir.figures)}))
+
+
+def _bad_text(bad: Bad) -> str:
+    return f"{bad.key}: {bad.reason}"
+
+
+@jax.jit
+def _all_finite(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)
+
+
+def _seconds_before(log: MetricsLog) -> float:
+    """Seconds that earlier commands of this run took, up to the last step that they logged."""
+    return 0.0 if log.last_step is None else float(read_metrics(log.path)[-1]["elapsed_seconds"])
 
 
 def _restore(checkpoints: Checkpoints, state: TrainState, log: MetricsLog, say: Callable[[str], None]) -> TrainState:
@@ -233,8 +279,13 @@ def _restore(checkpoints: Checkpoints, state: TrainState, log: MetricsLog, say: 
     if restored is None:
         log.truncate_after(0)
         return state
+    if log.last_step is None or log.last_step < restored.step:
+        raise WorkdirError(
+            f"{log.path} ends at step {log.last_step or 0}, but the newest good checkpoint is of step {restored.step}; "
+            "put the whole metrics.jsonl back, or start a new run with --workdir=DIR"
+        )
     for message in restored.skipped:
-        say(f"skipped a damaged checkpoint: {message}")
+        say(message)
     say(f"going on from the checkpoint of step {restored.step}")
     log.truncate_after(restored.step)
     return restored.state
@@ -246,7 +297,7 @@ def _bar(description: str, unit: str) -> Callable[[int, int], None]:
 
     def progress(done: int, total: int) -> None:
         if not bar:
-            bar.append(tqdm(total=total, unit=unit, desc=description, dynamic_ncols=True))
+            bar.append(progress_bar(description, total=total, unit=unit))
         bar[0].update(done - bar[0].n)
         if done == total:
             bar[0].close()
@@ -254,35 +305,11 @@ def _bar(description: str, unit: str) -> Callable[[int, int], None]:
     return progress
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[str]]:
-    """Note SIGTERM and SIGINT instead of dying of them; the loop looks at the list after each step.
-
-    A second signal has its usual effect, for those who cannot wait.
-    """
-    received: list[str] = []
-    handlers: dict[signal.Signals, Any] = {}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(signal.Signals(number).name)
-        print(f"\n{received[-1]}: saving after this step", file=sys.stderr)
-        for which, handler in handlers.items():
-            signal.signal(which, handler)
-
-    for which in (signal.SIGTERM, signal.SIGINT):
-        handlers[which] = signal.signal(which, note)
-    try:
-        yield received
-    finally:
-        for which, handler in handlers.items():
-            signal.signal(which, handler)
-
-
 class _Profile:
     """Traces `num_steps` steps with jax.profiler into a folder, after the first ones."""
 
-    def __init__(self, folder: Path, num_steps: int, first: int) -> None:
-        self._folder, self._running = folder, False
+    def __init__(self, folder: Path, num_steps: int, first: int, say: Callable[[str], None]) -> None:
+        self._folder, self._say, self._running = folder, say, False
         self._start = first + PROFILE_AFTER + 1 if num_steps else None
         self._stop = first + PROFILE_AFTER + 1 + num_steps
 
@@ -295,9 +322,13 @@ class _Profile:
             jax.profiler.start_trace(str(self._folder))
             self._running = True
         elif step == self._stop:
-            self.__exit__()
+            self._end()
 
     def __exit__(self, *error: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
+            self._say(f"the trace of steps {self._start} to {self._stop - 1} is in {self._folder}")

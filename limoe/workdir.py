@@ -3,6 +3,7 @@
     config.json      the settings; a run with other settings may not use the folder
     metrics.jsonl    one JSON object a step
     checkpoints/     see `limoe.checkpoint`
+    tokenizer.model  the tokenizer of the run
     figures/         pictures
     summary.json     written last: the run is finished when it is there
     .lock            held by the run that uses the folder, freed by the system however that run ends
@@ -29,9 +30,11 @@ from limoe.settings import differences, from_json, to_json
 _CONFIG = "config.json"
 _METRICS = "metrics.jsonl"
 _SUMMARY = "summary.json"
+_TOKENIZER = "tokenizer.model"
+_FIGURES = "figures"
 _LOCK = ".lock"
 # What `files.atomic_writer` leaves behind when it is killed.
-_LEFTOVERS = tuple(f".{name}.*.tmp" for name in (_CONFIG, _METRICS, _SUMMARY))
+_LEFTOVERS = tuple(f".{name}.*.tmp" for name in (_CONFIG, _METRICS, _SUMMARY, _TOKENIZER))
 
 
 class WorkdirError(RuntimeError):
@@ -72,7 +75,7 @@ class Workdir:
                 _refuse_other_config(folder, _read_config(folder), config)
             else:
                 files.write_bytes(folder / _CONFIG, to_json(config).encode())
-            for pattern in _LEFTOVERS:
+            for pattern in (*_LEFTOVERS, f"{_FIGURES}/.*.tmp"):
                 for leftover in folder.glob(pattern):
                     leftover.unlink()
             files.make_folder(workdir.figures)
@@ -101,7 +104,12 @@ class Workdir:
     @property
     def figures(self) -> Path:
         """The folder for pictures."""
-        return self.path / "figures"
+        return self.path / _FIGURES
+
+    @property
+    def tokenizer(self) -> Path:
+        """The file for the run's tokenizer."""
+        return self.path / _TOKENIZER
 
     @property
     def metrics(self) -> Path:
@@ -117,6 +125,20 @@ class Workdir:
     def finished(self) -> bool:
         """Whether the run in this folder came to its end: its summary is there."""
         return files.exists(self.summary)
+
+    def discard_unstarted(self) -> None:
+        """Removes what a run wrote that failed before its first step, so that other settings may have the folder.
+
+        A run that has logged a step or saved a checkpoint keeps everything.
+        """
+        started = files.exists(self.metrics) and self.metrics.stat().st_size
+        if started or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
+            return
+        for path in (self.path / _CONFIG, self.tokenizer, self.metrics):
+            path.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.figures):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def close(self) -> None:
         """Frees the folder for another run; a second call does nothing."""

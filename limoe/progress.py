@@ -1,0 +1,45 @@
+"""Progress for whoever watches: a bar on a terminal, a line now and then in a file or a pipe."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+# Bars that finish sooner are not shown at all.
+_DELAY_SECONDS = 1.0
+_SECONDS_BETWEEN_DRAWINGS, _SECONDS_BETWEEN_LINES = 0.5, 30.0
+
+
+class _Lines:
+    """Standard error with a line for each drawing of a bar, instead of a return to the start of the line."""
+
+    def write(self, text: str) -> None:
+        text = text.strip("\r\n ")
+        if text:
+            sys.stderr.write(f"{text}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress_bar(description: str, *, total: int, unit: str, done: int = 0) -> tqdm:
+    """A bar on standard error; where that is no terminal, a line every half minute and one at the end.
+
+    >>> with progress_bar("reading", total=10, unit="file", done=4) as bar:
+    ...     _ = bar.update(6)
+    >>> bar.n
+    10
+    """
+    watched = sys.stderr.isatty()
+    return tqdm(
+        desc=description,
+        total=total,
+        initial=done,
+        unit=unit,
+        file=sys.stderr if watched else _Lines(),
+        dynamic_ncols=watched,
+        mininterval=_SECONDS_BETWEEN_DRAWINGS if watched else _SECONDS_BETWEEN_LINES,
+        miniters=1,
+        delay=_DELAY_SECONDS,
+    )
