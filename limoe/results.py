@@ -134,7 +134,10 @@ def score(encoder: Encoder, data: EvaluationData) -> Scores:
 
 
 def bound(config: Config) -> float | None:
-    """Share of choices that a perfect router with independent tokens keeps at training capacity; None if dense."""
+    """Share of choices that a perfect router with independent tokens keeps at training capacity; None if dense.
+
+    Padding counts as tokens here, as it does for the capacity: where it is masked, the true bound lies a little higher.
+    """
     model = config.model
     if not model.moe_layers:
         return None
@@ -214,7 +217,7 @@ def draw(
         last.wanted,
         last.kept,
         moe_layers=model.moe_layers,
-        capacity_factor=model.capacity_factor,
+        capacity_factor=_factor_of_present_tokens(config, last.wanted),
     )
     pairs = data.retrieval or (data.zero_shot.pairs if data.zero_shot else None)
     if pairs is None:
@@ -225,6 +228,13 @@ def draw(
             folder / f"gallery_block{view.moe_layer}.png", pairs.images, view, patch_size=model.patch_size
         )
     report.draw_overview(folder / "overview.png", pairs.images, views[-1], history, patch_size=model.patch_size)
+
+
+def _factor_of_present_tokens(config: Config, wanted: np.ndarray) -> float:
+    """The capacity factor with respect to the tokens that were there: padding counts for capacity, but takes no place."""
+    model = config.model
+    present = wanted.sum() / (len(model.moe_layers) * model.num_choices)
+    return model.capacity_factor * config.train.batch_size * model.tokens_per_example / float(present)
 
 
 def layer_views(
