@@ -22,7 +22,7 @@ from limoe.tokenizer import Tokenizer
 
 # Training steps whose mean the summary's success rates and the figure of shares are.
 LAST_STEPS = 100
-EXAMPLES_SHOWN = 8
+EXAMPLES_SHOWN = 12
 
 
 class ZeroShotData(NamedTuple):
