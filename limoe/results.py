@@ -231,7 +231,7 @@ def draw(
 
 
 def _factor_of_present_tokens(config: Config, wanted: np.ndarray) -> float:
-    """The capacity factor with respect to the tokens that were there: padding counts for capacity, but takes no place."""
+    """The capacity factor in terms of the tokens that were there: padding counts for capacity, but takes no place."""
     model = config.model
     present = wanted.sum() / (len(model.moe_layers) * model.num_choices)
     return model.capacity_factor * config.train.batch_size * model.tokens_per_example / float(present)

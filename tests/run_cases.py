@@ -1,0 +1,166 @@
+"""A very small run, the cache that all tests of runs share, and how runs are started and compared."""
+
+import atexit
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import numpy as np
+from PIL import Image
+
+import limoe.train as trainer
+from limoe.checkpoint import Checkpoints
+from limoe.config import Config, DataConfig
+from limoe.data.world import World, write_world
+from limoe.encode import Encoder
+from limoe.presets import preset
+from limoe.settings import override
+from limoe.step import make_step
+from limoe.workdir import read_metrics
+
+ROOT = Path(__file__).parents[1]
+WORLD_PAIRS = 200
+STEPS = 12
+CHECKPOINT_EVERY = 4
+
+SETTINGS = (
+    *("model.depth=2", "model.moe_layers=1", "model.width=32", "model.mlp_width=64", "model.num_heads=2"),
+    *("model.num_experts=4", "model.image_size=16", "model.patch_size=8", "model.text_length=8"),
+    *("train.batch_size=16", f"train.steps={STEPS}", f"train.checkpoint_every={CHECKPOINT_EVERY}"),
+    *(
+        "optimizer.name=adamw",
+        "optimizer.learning_rate=0.001",
+        "optimizer.warmup_steps=2",
+        "optimizer.cooldown_steps=2",
+    ),
+    *("model.text_padding=mask", "train.evaluate_every=0", f"data.world_pairs={WORLD_PAIRS}"),
+)
+
+# What differs between two runs of the same bits.
+TIMES = {"step_seconds", "pairs_per_second", "elapsed_seconds", "memory_bytes", "seconds", "train_seconds"}
+
+
+@cache
+def cache_folder() -> str:
+    """A folder with the embedded world of these tests, written once and removed when Python ends."""
+    folder = tempfile.mkdtemp(prefix="limoe-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_world(World(num_pairs=WORLD_PAIRS), folder)
+    return folder
+
+
+def settings(*more: str) -> list[str]:
+    """The settings of a small run; `more` are added, or take the place of those of the same name."""
+    given = {text.partition("=")[0] for text in more}
+    own = (*SETTINGS, f"data.cache_dir={cache_folder()}")
+    return [*(text for text in own if text.partition("=")[0] not in given), *more]
+
+
+def config(*more: str, name: str = "tiny") -> Config:
+    return override(preset(name), settings(*more))
+
+
+class Ran(NamedTuple):
+    folder: Path
+    said: str
+
+
+def ran(folder: Path, *more: str, name: str = "tiny", profile_steps: int = 0) -> Ran:
+    """Train in this process. Runs of equal models share what was compiled, which is two thirds of their time."""
+    said: list[str] = []
+    with shared_compilation():
+        assert trainer.train(config(*more, name=name), folder, profile_steps=profile_steps, say=said.append) == 0
+    return Ran(folder, "\n".join(said))
+
+
+def shared_compilation() -> Any:
+    return mock.patch.multiple(trainer, make_step=_shared_step, Encoder=_SharedEncoder)
+
+
+_steps: dict[Config, Callable[..., Any]] = {}
+_encoders: dict[Config, tuple[Any, Any]] = {}
+
+
+def _compiled(config: Config) -> Config:
+    """The config with what no compiled function depends on set to one value."""
+    train = dataclasses.replace(config.train, checkpoint_every=1, evaluate_every=0, log_every=1, checkpoints_kept=2)
+    return dataclasses.replace(config, preset="any", data=DataConfig(), train=train)
+
+
+def _shared_step(graph: Any, optimizer: Any, config: Config) -> Callable[..., Any]:
+    return _steps.setdefault(_compiled(config), make_step(graph, optimizer, config))
+
+
+class _SharedEncoder(Encoder):
+    def __init__(self, graph: Any, parameters: Any, config: Config, tokenizer: Any):
+        super().__init__(graph, parameters, config, tokenizer)
+        self._embed, self._assign = _encoders.setdefault(_compiled(config), (self._embed, self._assign))
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "limoe", *words]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+    """Start a small run in a process of its own."""
+    words = command("train", f"--workdir={folder}", "--set", *settings(*more))
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, cwd=folder.parent, env=environment(), text=True, stdout=pipe, stderr=pipe)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return read_metrics(folder / "metrics.jsonl")
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """Everything about a finished run that does not depend on how long it took: bits, log, summary, pictures."""
+    return {
+        "state": final_state(folder),
+        "metrics": [_without_times(line) for line in metrics(folder)],
+        "summary": _without_times(summary(folder)),
+        "figures": {path.name for path in (folder / "figures").iterdir()},
+    }
+
+
+def _without_times(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in TIMES}
+
+
+def final_state(folder: Path) -> dict[str, bytes]:
+    """The bytes of every array of the newest checkpoint, by name."""
+    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+    newest = folder / "checkpoints" / f"step_{checkpoints.steps()[-1]:08d}"
+    stored = json.loads((newest / "contents.json").read_text())["arrays"]
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {
+        name: jax.ShapeDtypeStruct(tuple(facts["shape"]), facts["dtype"], sharding=device)
+        for name, facts in stored.items()
+    }
+    restored = checkpoints.restore(abstract)
+    assert restored is not None and not restored.skipped
+    return {name: np.asarray(array).tobytes() for name, array in restored.state.items()}
+
+
+def assert_figure(path: Path) -> None:
+    """The picture decodes and is not of one colour."""
+    with Image.open(path) as image:
+        assert image.format == "PNG" and min(image.size) > 100
+        assert np.asarray(image.convert("L")).std() > 5, path

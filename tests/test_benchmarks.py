@@ -1,0 +1,220 @@
+"""The dispatch benchmark: every baseline is right, a wrong one is found and not timed, what it writes is complete."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import dispatch, oracle, peers, selection, summary
+from benchmarks.cases import CASES, DISTRIBUTIONS, Case, draw_experts, make_inputs, small_twin
+from benchmarks.plot import save_plot
+from benchmarks.roofline import OPS, Device, Load, work
+from benchmarks.run import IMPLEMENTATIONS, Options, Problem, run_problem
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICE = Device("test", {"float32": 1e11, "bfloat16": 1e11}, 1e10, "given")
+SMALL = dataclasses.replace(small_twin(CASES["issue"]), name="case")
+# Two choices, two groups, expert widths that are no multiple of anything.
+ODD = Case("odd", 60, 2, 9, 21, 5, 2, 1.1)
+RUNNABLE = [name for name, peer in IMPLEMENTATIONS.items() if peer.why_not(SMALL, "float32", "cpu") is None]
+FIELDS = {
+    *("op", "pass", "case", "distribution", "dtype", "implementation", "device", "ms_median", "ms_p10", "ms_p90"),
+    *("tflops", "gbytes_per_s", "roofline_percent", "useful_rows", "temp_bytes", "compile_seconds", "ratio_to_dense"),
+    *("correct", "versions", "commit", "date"),
+}
+
+
+def run(problem: Problem, *implementations, check_only: bool = False) -> list:
+    chosen = implementations or tuple(IMPLEMENTATIONS[name] for name in RUNNABLE)
+    return list(run_problem(problem, Options(chosen, 2, check_only, lambda text: None), DEVICE))
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("op", OPS)
+def test_every_implementation_agrees_with_the_reference(op, name):
+    implementation = IMPLEMENTATIONS[name]
+    if op in implementation.operations:
+        # Gradients too: the small twin is always compared in full.
+        (result,) = run(Problem(op, "forward", ODD, "zipf", "float32"), implementation, check_only=True)
+        assert result.correct, result.fault
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_the_layer_in_other_passes_dtypes_and_distributions(name):
+    problems = [
+        Problem("layer", "backward", SMALL, "empty", "float32"),
+        Problem("layer", "forward", ODD, "hot", "bfloat16"),
+    ]
+    for problem in problems:
+        (result,) = run(problem, IMPLEMENTATIONS[name], check_only=True)
+        assert result.correct, result.fault
+
+
+def test_megablox_agrees_in_the_interpreter():
+    rng = np.random.default_rng(0)
+    rows, weight = rng.normal(size=(30, 8)).astype(np.float32), rng.normal(size=(3, 8, 24)).astype(np.float32)
+    sizes = np.array([7, 0, 23], np.int32)
+    mine = peers.megablox_matmul(jnp.asarray(rows), jnp.asarray(weight), jnp.asarray(sizes), interpret=True)
+    expected = np.concatenate([rows[:7] @ weight[0], rows[7:] @ weight[2]])
+    np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-5)
+
+
+def spoil(implementation, op: str, change):
+    """The implementation with one operation that is wrong."""
+    right = implementation.operations[op]
+    operations = {**implementation.operations, op: lambda case, *arguments: change(right(case, *arguments), arguments)}
+    return dataclasses.replace(implementation, name="spoilt", operations=operations)
+
+
+WRONG = {
+    "some rows": lambda out, arguments: out.at[::5].multiply(1.01),
+    "a dropped token's zero": lambda out, arguments: jnp.where(out == 0, 1e-7, out),
+    "not a number": lambda out, arguments: out.at[0, 0].set(jnp.nan),
+    "the gradient only": lambda out, arguments: out + (arguments[0] - jax.lax.stop_gradient(arguments[0])),
+}
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+def test_a_wrong_result_is_reported_and_not_timed(change):
+    ours, dense = IMPLEMENTATIONS["moe_kernels/xla"], IMPLEMENTATIONS["dense"]
+    wrong, right = run(Problem("layer", "both", SMALL, "hot", "float32"), spoil(ours, "layer", change), dense)
+    assert not wrong.correct and wrong.fault and wrong.ms_median is None and wrong.ratio_to_dense is None
+    assert right.correct and right.ms_median > 0
+
+
+def test_what_is_wrong_at_the_full_size_only_is_found():
+    case = dataclasses.replace(SMALL, tokens=2 * SMALL.tokens)
+    wrong = spoil(
+        IMPLEMENTATIONS["moe_kernels/xla"], "layer", lambda out, _: 2 * out if len(out) == case.tokens else out
+    )
+    (result,) = run(Problem("layer", "forward", case, "balanced", "float32"), wrong)
+    assert not result.correct and "sampled" in result.fault and result.ms_median is None
+
+
+def test_an_implementation_that_raises_is_reported():
+    def fail(out, arguments):
+        raise RuntimeError("no such instruction")
+
+    wrong = spoil(IMPLEMENTATIONS["moe_kernels/xla"], "layer", fail)
+    (result,) = run(Problem("layer", "both", SMALL, "balanced", "float32"), wrong)
+    assert not result.correct and "no such instruction" in result.fault
+
+
+def test_a_line_of_json_has_all_fields():
+    ours, dense = run(Problem("layer", "both", SMALL, "balanced", "float32"), *OURS_AND_DENSE)
+    line = json.loads(ours.to_json())
+    assert line.keys() == FIELDS
+    assert line["pass"] == "both" and line["correct"] is True and line["versions"]["jax"] == jax.__version__
+    assert 0 < line["ms_p10"] <= line["ms_median"] <= line["ms_p90"]
+    assert line["useful_rows"] == pytest.approx(32 / (8 * 16)) and dense.useful_rows == 1
+    assert dense.ratio_to_dense == 1 and line["temp_bytes"] > 0 and line["compile_seconds"] > 0
+
+
+OURS_AND_DENSE = (IMPLEMENTATIONS["moe_kernels/xla"], IMPLEMENTATIONS["dense"])
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_the_distribution_holds_and_the_router_follows_it(distribution):
+    case = CASES["tiny"]
+    counts = np.sort(np.bincount(draw_experts(case, distribution)[:, 0], minlength=case.experts))[::-1] / case.tokens
+    expected = {
+        "balanced": np.full(8, 1 / 8),
+        "zipf": 1 / np.arange(1, 9) / (1 / np.arange(1, 9)).sum(),
+        "hot": np.array([1 / 2, *[1 / 14] * 7]),
+        "empty": np.array([1 / 2, 1 / 2, *[0] * 6]),
+    }[distribution]
+    np.testing.assert_allclose(counts, expected, atol=1e-3)
+    # Raises if the router decides otherwise.
+    oracle.find_truth(ODD, make_inputs(ODD, distribution, "bfloat16"))
+
+
+def test_work_is_that_of_the_definition():
+    rows, d, f = 4_096, 512, 2_048
+    dense = work("expert_mlp", "both", CASES["issue"], Load(rows, 1), 4)
+    assert dense.flops == 3 * 2 * 2 * rows * d * f
+    layer = work("layer", "both", CASES["issue"], Load(rows, 32), 4)
+    assert 1 < layer.flops / dense.flops < 1.05
+    # Weights and their gradients, both matrices of 32 experts.
+    assert layer.bytes > 2 * 2 * 32 * d * f * 4 > 10 * dense.bytes / 4
+
+
+def test_the_exponent_of_a_sweep():
+    sizes = [case.tokens for case in selection.sweep("tokens", CASES["issue"])]
+    assert summary.exponent(sizes, [3e-6 * size**1.5 for size in sizes]) == pytest.approx(1.5)
+    assert [case.expert_width for case in selection.sweep("width", CASES["issue"])] == [256, 512, 1_024, 2_048]
+    assert [case.experts for case in selection.sweep("experts", CASES["llm-8x14336"])] == [2, 4, 8]
+
+
+def test_the_quick_suite_holds_what_the_readme_shows():
+    suite = [(problem.op, problem.passes, problem.case.name, problem.distribution) for problem in selection.quick()]
+    assert {("layer", "both", "issue", "balanced"), ("layer", "both", "issue", "zipf")} <= set(suite)
+    assert ("layer", "both", "issue-8groups", "balanced") in suite
+    assert {op for op, *_ in suite} == set(OPS) and len(set(suite)) == len(suite)
+
+
+def test_the_summary_and_the_picture(tmp_path):
+    results = [
+        result
+        for op in OPS
+        for result in run(
+            Problem(op, "forward" if op == "plan" else "both", SMALL, "balanced", "float32"), *OURS_AND_DENSE
+        )
+    ]
+    (share,) = summary.share_around_experts(results, "moe_kernels/xla")
+    (peak,) = summary.peak_memory(results, "moe_kernels/xla")
+    (against,) = summary.against_peers(results, "moe_kernels/xla")
+    assert "% of the layer" in share and "x the layer's inputs" in peak and "x the time of dense" in against
+    save_plot(results, str(tmp_path / "bars.png"))
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_section_is_replaced_and_the_rest_stays(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Figures\n")
+    dispatch.write_section(str(page), "first")
+    page.write_text(page.read_text() + "\nafter\n")
+    dispatch.write_section(str(page), "second")
+    assert page.read_text() == f"# Figures\n\n{dispatch.BEGIN}\nsecond\n{dispatch.END}\n\nafter\n"
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "benchmarks" / "dispatch.py"), *arguments]
+
+
+@pytest.mark.slow
+def test_it_runs_from_another_folder_and_ctrl_c_keeps_what_was_measured(tmp_path):
+    # The second problem would take minutes; the first one's lines are there before it is interrupted.
+    chosen = ["--case=tiny", "--case=h14", "--op=dispatch", "--pass=forward", "--repetitions=2"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(
+        command(*chosen, "--implementation=moe_kernels/xla", "--json=lines.jsonl"),
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines = tmp_path / "lines.jsonl"
+    deadline = time.monotonic() + 240
+    while not (lines.exists() and lines.read_text().endswith("\n")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "dispatch forward, tiny" in out and "stopped" in out
+    assert [json.loads(line)["case"] for line in lines.read_text().splitlines()] == ["tiny"]
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    done = subprocess.run(command("--case=nope"), capture_output=True, text=True)
+    assert done.returncode != 0 and "issue-8groups" in done.stderr

@@ -1,0 +1,148 @@
+"""Evaluation of runs and of given shards, the figures' data, and counts of the presets."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_cases import classes_json, colour_examples, picture, write_raw
+from run_cases import config, ran, summary
+
+from limoe import results
+from limoe.checkpoint import CheckpointError
+from limoe.data.files import DataError
+from limoe.data.shards import write_shard
+from limoe.describe import as_text, describe
+from limoe.evaluation import evaluate_run, evaluation_text
+from limoe.inputs import DataFolders, evaluation_folders
+from limoe.presets import PRESETS, preset
+from limoe.settings import override
+from limoe.workdir import Workdir, WorkdirError
+
+
+def silent(text: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ran(tmp_path_factory.mktemp("results") / "run", "train.steps=4").folder
+
+
+@pytest.mark.slow
+def test_a_run_on_its_own_data_scores_as_in_its_summary(run: Path) -> None:
+    result = evaluate_run(str(run), "", say=silent)
+    content = summary(run)
+    assert set(results.Scores._fields) | {"preset", "step", "data"} == set(result)
+    assert {name: result[name] for name in results.Scores._fields} == {
+        name: content[name] for name in results.Scores._fields
+    }
+    assert (result["preset"], result["step"], result["zero_shot_images"], result["retrieval_pairs"]) == (
+        *("tiny", 4, 480, 512),
+    )
+    text = evaluation_text(result)
+    assert "zero-shot, 480 images" in text and "text to image, 512 pairs: R@1" in text
+
+
+@pytest.mark.slow
+def test_given_shards_without_classes_give_retrieval_alone(run: Path, tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", colour_examples(12))
+    result = evaluate_run(str(run), str(tmp_path), say=silent)
+    assert result["zero_shot_top1"] is None and result["zero_shot_images"] == 0
+    # Only three captions: of 12 candidates, 10 cannot all be wrong.
+    assert result["retrieval_pairs"] == 12 and result["image_to_text_r10"] == 1
+    assert json.loads(json.dumps(result)) == result
+
+
+@pytest.mark.slow
+def test_given_shards_with_classes_count_each_bad_example_once(run: Path, tmp_path: Path) -> None:
+    examples = [
+        (example.key, picture(n), b"a caption", {"class": n % 3}) for n, example in enumerate(colour_examples(9))
+    ]
+    write_raw(tmp_path / "0.tar", [*examples, ("broken", b"no picture", b"a caption", {"class": 0})])
+    classes_json(tmp_path)
+    result = evaluate_run(str(run), str(tmp_path), say=silent)
+    assert (result["zero_shot_images"], result["retrieval_pairs"], result["evaluation_bad_examples"]) == (9, 9, 1)
+    assert result["zero_shot_chance"] == pytest.approx(1 / 3)
+    assert result["zero_shot_top5"] == 1  # of three classes
+    assert "1 bad examples left out" in evaluation_text(result)
+
+
+@pytest.mark.slow
+def test_evaluation_changes_nothing_in_the_folder(run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    evaluate_run(str(run), "", say=silent)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_what_cannot_be_evaluated(tmp_path: Path) -> None:
+    with pytest.raises(WorkdirError, match=r"it has no config\.json"):
+        evaluate_run(str(tmp_path), "", say=silent)
+    Workdir.open(tmp_path, config()).close()
+    with pytest.raises(CheckpointError, match="holds no checkpoint yet; train first"):
+        evaluate_run(str(tmp_path), "", say=silent)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [(7, "1 examples in .* have no class between 0 and 2"), (True, "have no class"), (-1, "class")],
+)
+def test_a_label_that_is_no_class(tmp_path: Path, label: Any, message: str) -> None:
+    write_raw(
+        tmp_path / "0.tar", [("a", picture(0), b"one", {"class": 1}), ("b", picture(1), b"two", {"class": label})]
+    )
+    classes_json(tmp_path)
+    with pytest.raises(DataError, match=message):
+        results.read_evaluation_data(config(), evaluation_folders(config(), str(tmp_path)))
+
+
+def test_evaluation_shards_without_a_usable_example(tmp_path: Path) -> None:
+    write_raw(tmp_path / "0.tar", [("a", b"nothing", b"one", None)])
+    with pytest.raises(DataError, match=r"none of the 1 examples in .* is usable, a: the image does not decode"):
+        results.read_evaluation_data(config(), DataFolders("", "", str(tmp_path)))
+
+
+def test_last_steps_are_the_mean_over_layers_and_the_last_hundred() -> None:
+    sparse = override(preset("tiny"), [])
+    lines = [
+        {"success_rate": [[0.0, 0.5], [1.0, 0.5]], "wanted": np.ones((2, 2, 8)), "kept": np.ones((2, 2, 8))}
+        for _ in range(100)
+    ]
+    first = {"success_rate": [[0.9, 0.9]] * 2, "wanted": np.zeros((2, 2, 8)), "kept": np.zeros((2, 2, 8))}
+    last = results.last_steps(sparse, [first, *lines])
+    assert (last.success_rate_image, last.success_rate_text) == (0.5, 0.5)
+    assert last.wanted is not None and (last.wanted == 1).all()
+    assert results.last_steps(preset("tiny-dense"), lines) == results.LastSteps(None, None, None, None)
+    assert results.bound(preset("tiny-dense")) is None
+    assert 0.9 < (results.bound(sparse) or 0) < 1
+
+
+# Paper, section 1: totals of the dense models, and of the largest sparse one.
+DENSE_PARAMETERS = {"s32": 43.7e6, "b32": 113.2e6, "b16": 111.6e6, "l16": 338.2e6, "h14": 675.0e6}
+
+
+@pytest.mark.parametrize("name", DENSE_PARAMETERS)
+def test_parameters_of_the_papers_sizes(name: str) -> None:
+    sparse, dense = describe(preset(name)), describe(preset(f"{name}-dense"))
+    assert dense.parameters_total == pytest.approx(DENSE_PARAMETERS[name], rel=0.005)
+    assert dense.parameters_per_token == dense.parameters_total == sparse.parameters_dense_twin
+    assert dense.parameters_experts == dense.parameters_routers == 0 and dense.moe_layers == ()
+    assert sparse.parameters_per_token == dense.parameters_total + sparse.parameters_routers
+    if name == "h14":
+        assert sparse.parameters_total == pytest.approx(5.554e9, rel=0.005)
+        assert sparse.parameters_per_token == pytest.approx(675.0e6, rel=0.005)
+        assert sparse.parameters_routers == pytest.approx(0.4915e6, rel=0.005)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_described(name: str) -> None:
+    found = describe(PRESETS[name])
+    again = json.loads(json.dumps(found._asdict()))
+    assert again["preset"] == name and all(
+        again[key] > 0 for key in ("parameters_total", "parameters_per_token", "flops_per_example")
+    )
+    # Every parameter but embeddings is in a matmul over at least the text's tokens.
+    assert found.flops_per_example > 6 * found.text_tokens * found.depth * 4 * found.width**2
+    assert math.isfinite(found.flops_per_example) and as_text(found).startswith(f"{name}: ")

@@ -1,0 +1,188 @@
+"""The train step: accumulation, noise, the dense twin, and gradients that reach every parameter."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from model_cases import FAST, small_batch, small_config, small_model
+
+from limoe.moe import MoeLayer, RoutingContext
+from limoe.optim import make_optimizer
+from limoe.settings import override
+from limoe.step import TrainState, gradient, make_step, step_key
+
+# Two repeats of (dense, experts) in one scan; four groups of two pairs.
+BASE = ("depth=4", "moe_layers=1,3", "batch_size=8", "num_choices=2", "local_image=true", "aux_weight=1")
+STEP = 3
+
+
+@functools.cache
+def gradient_function(*settings: str):
+    """A configuration and its compiled gradient; the parameters are those of one seed for all."""
+    config = small_config(*BASE, *settings)
+    graph, parameters = small_model(config)
+    function = lambda parameters, images, text, step: gradient(graph, parameters, images, text, step, config)  # noqa: E731
+    return config, parameters, jax.jit(function, compiler_options=FAST)
+
+
+@functools.cache
+def gradient_of(*settings: str):
+    config, parameters, function = gradient_function(*settings)
+    return function(parameters, *small_batch(config), jnp.int32(STEP))
+
+
+def norm(tree) -> float:
+    return float(np.sqrt(sum(np.sum(np.square(np.asarray(leaf, np.float64))) for leaf in jax.tree.leaves(tree))))
+
+
+def assert_same_gradient(actual, expected, *, terms: int) -> None:
+    """Every entry within 2 eps sqrt(terms) of the whole gradient, a few such sums in a row."""
+    bound = 8 * 2 * 2.0**-23 * np.sqrt(terms) * norm(expected)
+    jax.tree_util.tree_map_with_path(
+        lambda path, a, b: np.testing.assert_allclose(a, b, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path)),
+        actual,
+        expected,
+    )
+
+
+ACCUMULATION = [("softmax", 2), ("softmax", 4), ("sigmoid", 4)]
+
+
+@pytest.mark.parametrize(("contrastive", "chunks"), ACCUMULATION)
+def test_accumulation_is_the_gradient_of_the_whole_batch(contrastive, chunks):
+    grads, terms, routing = gradient_of(f"contrastive={contrastive}")
+    other_grads, other_terms, other_routing = gradient_of(f"contrastive={contrastive}", f"accumulation={chunks}")
+    # The same tokens find no room, and there are some.
+    np.testing.assert_array_equal(other_routing.kept, routing.kept)
+    np.testing.assert_array_equal(other_routing.sums.wanted, routing.sums.wanted)
+    assert (routing.kept < routing.sums.wanted).any()
+    assert routing.kept.shape[:2] == (2, 4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), other_terms, terms)
+    assert_same_gradient(other_grads, grads, terms=routing.sums.tokens.sum())
+
+
+def test_accumulation_of_the_dense_twin():
+    grads, terms, routing = gradient_of("moe_layers=()")
+    other_grads, other_terms, other_routing = gradient_of("moe_layers=()", "accumulation=2")
+    assert routing is None and other_routing is None
+    assert float(terms.auxiliary_total) == 0 and not any(terms.auxiliary)
+    np.testing.assert_allclose(other_terms.total, terms.total, rtol=1e-6)
+    assert_same_gradient(other_grads, grads, terms=100)
+
+
+def slices(path, leaf) -> np.ndarray:
+    """A parameter as [copies, ...]: one for each repeat of a scan, and for experts one for each of them."""
+    names = [str(getattr(key, "key", key)) for key in path]
+    leaf = np.asarray(leaf)
+    leading = int("segments" in names) + int(names[-1] in ("w1", "b1", "w2", "b2"))
+    return leaf.reshape(int(np.prod(leaf.shape[:leading])), -1)
+
+
+@pytest.mark.parametrize("settings", [(), ("contrastive=sigmoid", "accumulation=4")])
+def test_every_parameter_has_a_gradient(settings):
+    grads, _, _ = gradient_of(*(settings or ("contrastive=softmax",)))
+    largest = norm(grads)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        name = jax.tree_util.keystr(path)
+        sizes = np.abs(slices(path, leaf)).max(axis=1)
+        if name.endswith("['key']['bias']"):
+            # A softmax over keys does not see what is added to all of them.
+            assert (sizes < 1e-5 * largest).all(), name
+        else:
+            assert (sizes > 1e-7 * largest).all(), name
+    assert ("logit_bias" in grads) == ("contrastive=sigmoid" in settings)
+
+
+def test_the_auxiliary_loss_reaches_the_routers():
+    def routers(grads):
+        return np.asarray(grads["segments"][0]["blocks"][1]["moe"]["router"])
+
+    with_losses, _, _ = gradient_of("contrastive=softmax")
+    without, terms, _ = gradient_of("aux_weight=0")
+    assert float(terms.auxiliary_total) == 0 and float(terms.auxiliary.importance) > 0
+    for layer in range(2):
+        assert np.abs(routers(with_losses)[layer] - routers(without)[layer]).max() > 1e-3
+
+
+def test_a_small_step_downhill_lowers_the_loss_by_what_the_gradient_says():
+    config, parameters, function = gradient_function("contrastive=softmax")
+    batch = small_batch(config)
+    grads, before, routing = function(parameters, *batch, jnp.int32(STEP))
+    length = 1e-3
+    moved = jax.tree.map(lambda p, g: p - length / norm(grads) * g, parameters, grads)
+    _, after, other_routing = function(moved, *batch, jnp.int32(STEP))
+    np.testing.assert_array_equal(other_routing.kept, routing.kept)  # else the loss would have jumped
+    expected = -length * norm(grads)
+    assert float(after.total - before.total) == pytest.approx(expected, rel=0.05)
+
+
+def test_noise_is_a_function_of_seed_and_step():
+    config, parameters, function = gradient_function("contrastive=softmax")
+    batch = small_batch(config)
+    grads, _, routing = function(parameters, *batch, jnp.int32(STEP))
+    again, _, _ = function(parameters, *batch, jnp.int32(STEP))
+    jax.tree.map(np.testing.assert_array_equal, again, grads)
+    _, _, later = function(parameters, *batch, jnp.int32(STEP + 1))
+    assert (np.asarray(later.sums.largest_gate) != routing.sums.largest_gate).all()
+    np.testing.assert_array_equal(later.sums.tokens, routing.sums.tokens)
+
+    def key(settings, step):
+        return tuple(jax.random.key_data(step_key(override(config, settings), jnp.int32(step))).tolist())
+
+    assert key([], 1) == key(["learning_rate=0.1"], 1)
+    assert len({key([], 0), key([], 1), key(["train.seed=1"], 0), key(["train.seed=1"], 1)}) == 4
+
+
+def test_noise_and_random_order_are_functions_of_layer_and_group():
+    config = small_config(*BASE, "num_choices=1", "priority=random", "text_padding=keep").model
+    layer = MoeLayer(config, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    tokens = jnp.asarray(
+        np.random.default_rng(0).normal(size=(8, config.tokens_per_example, config.width)), jnp.float32
+    )
+
+    @functools.partial(jax.jit, compiler_options=FAST)
+    def run(state, tokens, seed, number, first_group):
+        context = RoutingContext(jax.random.key(seed), first_group)
+        return nnx.merge(graph, state)(tokens, None, context, number)
+
+    whole, routing = run(state, tokens, 0, 0, 0)
+    # Groups 2 and 3 alone, told that they are groups 2 and 3.
+    part, part_routing = run(state, tokens[4:], 0, 0, 2)
+    np.testing.assert_array_equal(part_routing.kept, routing.kept[2:])
+    np.testing.assert_allclose(part_routing.sums.largest_gate, routing.sums.largest_gate[2:], rtol=1e-6)
+    dropped = (np.asarray(whole) == 0).all(axis=2)
+    assert dropped.any()
+    np.testing.assert_array_equal((np.asarray(part) == 0).all(axis=2), dropped[4:])
+    # Every group draws its own, and so does every layer and every key.
+    same = jnp.tile(tokens[:2], (4, 1, 1))
+    base = run(state, same, 0, 0, 0)[1].sums.largest_gate.sum(1)
+    assert len(set(base.tolist())) == 4
+    for seed, number in ((0, 1), (1, 0)):
+        assert (run(state, same, seed, number, 0)[1].sums.largest_gate.sum(1) != base).all()
+
+
+def test_training_steps_lower_the_loss_and_report_what_they_did():
+    settings = ["aux_weight=0.04", "learning_rate=0.01", "warmup_steps=0", "cooldown_steps=0"]
+    config = override(small_config(*BASE), settings)
+    graph, parameters = small_model(config)
+    optimizer = make_optimizer(config, parameters)
+    step = jax.jit(make_step(graph, optimizer, config), donate_argnums=0, compiler_options=FAST)
+    state = TrainState(jnp.int32(0), parameters, optimizer.init(parameters))
+    batch = small_batch(config)
+    seen = []
+    for number in range(20):
+        old = jax.tree.leaves(state.parameters)
+        state, report = step(state, *batch)
+        assert int(state.step) == number + 1
+        assert all(leaf.is_deleted() for leaf in old)
+        seen.append(float(report.loss.total))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(report))
+        assert float(report.gradient_norm) > 0
+    assert seen[-1] < 0.8 * seen[0]
+    assert report.routing.wanted.shape == (2, 2, config.model.num_experts)
+    assert (np.asarray(report.routing.success_rate) <= 1).all()
+    assert float(report.scale) == pytest.approx(np.exp(float(state.parameters["log_scale"])), rel=0.05)

@@ -1,0 +1,438 @@
+"""A whole run: what it writes, and that stopped at any moment and started again it ends with the same bits."""
+
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from run_cases import (
+    CHECKPOINT_EVERY,
+    STEPS,
+    Ran,
+    assert_figure,
+    config,
+    final_state,
+    metrics,
+    ran,
+    result,
+    start,
+    summary,
+)
+
+import limoe.checkpoint
+import limoe.train as trainer
+from limoe import inputs
+from limoe.config import ConfigError
+from limoe.describe import describe
+from limoe.losses import AuxiliaryTerms
+from limoe.moe import RoutingFigures
+from limoe.results import bound
+from limoe.train import TrainingError, train
+from limoe.workdir import MetricsLog, WorkdirError
+
+SUMMARY_KEYS = {
+    *("preset", "steps", "seconds", "zero_shot_top1", "zero_shot_chance", "image_to_text_r1", "text_to_image_r1"),
+    *("success_rate_image", "success_rate_text", "success_rate_bound", "parameters_total", "parameters_per_token"),
+}
+TERMS = {"total", "contrastive", "auxiliary_total", *AuxiliaryTerms._fields}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """A run that nothing disturbed."""
+    return ran(tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture(scope="module")
+def expected(finished: Ran) -> dict[str, Any]:
+    return result(finished.folder)
+
+
+@pytest.mark.slow
+def test_the_log_has_each_step_once_with_every_figure(finished: Ran) -> None:
+    lines = metrics(finished.folder)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    names = {
+        *("step", "gradient_norm", "learning_rate", "scale", "step_seconds", "pairs_per_second", "elapsed_seconds"),
+        *("memory_bytes", "bad_examples", "bad_first", "zero_shot_top1"),
+    }
+    for line in lines:
+        assert set(line) == names | TERMS | set(RoutingFigures._fields)
+        assert all(line[name] is not None for name in names - {"zero_shot_top1"} | TERMS)
+        assert line["step_seconds"] > 0 and line["pairs_per_second"] == pytest.approx(16 / line["step_seconds"])
+        assert 50e6 < line["memory_bytes"] < 100e9
+        # One MoE layer; 16 pairs of 4 patches and 8 pieces, the padding of which is masked.
+        assert sum(line["wanted"][0][0]) == 16 * 4 and 16 <= sum(line["wanted"][0][1]) <= 16 * 8
+        kept = sum(line["kept"][0][0]) / sum(line["wanted"][0][0])
+        assert line["success_rate"][0][0] == pytest.approx(kept)
+    elapsed = [line["elapsed_seconds"] for line in lines]
+    assert all(before < after for before, after in itertools.pairwise(elapsed))
+    assert lines[-1]["learning_rate"] < lines[2]["learning_rate"]
+
+
+@pytest.mark.slow
+def test_the_folder_of_a_finished_run(finished: Ran) -> None:
+    names = {path.name for path in finished.folder.iterdir()} - {".lock"}
+    assert names == {"config.json", "metrics.jsonl", "checkpoints", "figures", "summary.json", "tokenizer.model"}
+    kept = [f"step_{step:08d}" for step in (STEPS - CHECKPOINT_EVERY, STEPS)]
+    assert sorted(path.name for path in (finished.folder / "checkpoints").iterdir()) == kept
+    figures = {"training", "examples", "expert_shares", "gallery_block1", "overview"}
+    assert {path.name for path in (finished.folder / "figures").iterdir()} == {f"{name}.png" for name in figures}
+    for path in (finished.folder / "figures").iterdir():
+        assert_figure(path)
+
+
+@pytest.mark.slow
+def test_the_summary(finished: Ran) -> None:
+    content, lines = summary(finished.folder), metrics(finished.folder)
+    assert set(content) >= SUMMARY_KEYS and all(content[name] is not None for name in SUMMARY_KEYS)
+    assert (content["preset"], content["steps"]) == ("tiny", STEPS)
+    assert content["zero_shot_chance"] == pytest.approx(1 / 24)
+    assert all(0 <= content[name] <= 1 for name in SUMMARY_KEYS if name.startswith(("zero", "image", "text")))
+    for number, modality in enumerate(("image", "text")):
+        rates = [line["success_rate"][0][number] for line in lines]
+        assert content[f"success_rate_{modality}"] == pytest.approx(sum(rates) / STEPS)
+    assert content["success_rate_bound"] == bound(config())
+    assert content["parameters_total"] == describe(config()).parameters_total
+    assert content["parameters_per_token"] == describe(config()).parameters_per_token
+    assert content["seconds"] > content["train_seconds"] > 0
+    assert content["training_bad_examples"] == content["evaluation_bad_examples"] == 0
+    assert f"tiny: {STEPS} steps in" in finished.said and "zero-shot top-1" in finished.said
+
+
+@pytest.mark.slow
+def test_a_finished_run_names_the_command_for_a_new_one(finished: Ran, expected: dict[str, Any]) -> None:
+    again = ran(finished.folder)
+    assert "is finished" in again.said and "limoe train --preset=tiny --workdir=" in again.said
+    assert result(finished.folder) == expected
+
+
+@pytest.mark.slow
+def test_the_folder_of_another_config_is_refused(finished: Ran, expected: dict[str, Any]) -> None:
+    with pytest.raises(WorkdirError, match=r"optimizer\.learning_rate \(0\.001 there, 0\.01 now\).*train\.seed \(0 "):
+        ran(finished.folder, "train.seed=3", "optimizer.learning_rate=0.01")
+    assert result(finished.folder) == expected
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals) -> None:
+    """Send this process a signal as soon as a step is in the log."""
+    append = MetricsLog.append
+
+    def and_signal(self: MetricsLog, here: int, figures: Any) -> None:
+        append(self, here, figures)
+        if here == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(MetricsLog, "append", and_signal)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 6), (signal.SIGINT, 1), (signal.SIGTERM, STEPS)])
+def test_a_signal_saves_and_the_restart_is_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, Any], number: signal.Signals, step: int
+) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        stop_after(patch, step, number)
+        stopped = ran(tmp_path / "run")
+    # The signal is seen after the step in whose middle it came, or after the next one.
+    saved = max(line["step"] for line in metrics(tmp_path / "run"))
+    assert step <= saved <= step + 1 and f"Stopped after step {saved}, which is saved" in stopped.said
+    assert (tmp_path / "run" / "checkpoints" / f"step_{saved:08d}").is_dir()
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    again = ran(tmp_path / "run")
+    assert f"going on from the checkpoint of step {saved}" in again.said
+    assert result(tmp_path / "run") == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["read_evaluation_data", "score"])
+def test_a_signal_outside_the_loop_ends_the_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, Any], where: str
+) -> None:
+    def interrupted(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.results, where, interrupted)
+        assert "Stopped by SIGTERM" in ran(tmp_path / "run").said
+    assert not (tmp_path / "run" / "summary.json").exists()
+    ran(tmp_path / "run")
+    assert result(tmp_path / "run") == expected
+
+
+class Snapshots:
+    """Copies of a work folder as a SIGKILL at that moment would leave it."""
+
+    def __init__(self, run: Path, folder: Path) -> None:
+        self._run, self._folder = run, folder
+
+    def take(self, name: str) -> None:
+        target = self._folder / name / "run"
+        if target.exists():
+            return
+        # The log last: it may only be ahead of the checkpoints.
+        shutil.copytree(self._run, target, ignore=shutil.ignore_patterns("metrics.jsonl"))
+        if (self._run / "metrics.jsonl").exists():
+            shutil.copy(self._run / "metrics.jsonl", target)
+
+    def before(self, monkeypatch: pytest.MonkeyPatch, owner: Any, function: str, name: str, call: int = 1) -> None:
+        """Take one before the given call of a function."""
+        original, calls = getattr(owner, function), itertools.count(1)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == call:
+                self.take(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, function, wrapped)
+
+
+@pytest.mark.slow
+def test_what_a_kill_leaves_at_any_moment_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, Any]
+) -> None:
+    snapshots = Snapshots(tmp_path / "whole" / "run", tmp_path)
+    with monkeypatch.context() as patch:
+        snapshots.before(patch, trainer, "create_model", "tokenizer written")
+        snapshots.before(patch, MetricsLog, "append", "before the first checkpoint", call=3)
+        snapshots.before(patch, MetricsLog, "append", "half a line", call=7)
+        snapshots.before(patch, limoe.checkpoint, "_sync", "first checkpoint being written", call=3)
+        snapshots.before(patch, limoe.checkpoint, "_sync", "checkpoint being written", call=30)
+        snapshots.before(patch, trainer.results, "score", "before the evaluation")
+        snapshots.before(patch, trainer.results.report, "draw_gallery", "while drawing")
+        snapshots.before(patch, trainer, "write_json", "before the summary")
+        ran(tmp_path / "whole" / "run")
+    assert result(tmp_path / "whole" / "run") == expected
+    with open(tmp_path / "half a line" / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "total": 2.')
+    leftover = tmp_path / "while drawing" / "run" / "figures" / ".gallery_block1.png.1-00.tmp"
+    leftover.write_bytes(b"half")
+    names = sorted(path.name for path in tmp_path.iterdir() if path.name != "whole")
+    assert len(names) == 8
+    for name in names:
+        ran(tmp_path / name / "run")
+        assert result(tmp_path / name / "run") == expected, name
+        assert not list((tmp_path / name / "run" / "checkpoints").glob(".partial*")), name
+    assert not leftover.exists()
+
+
+def wait_until(condition: Any, process: subprocess.Popen[str]) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_a_killed_process_started_again_ends_with_the_same_bits(tmp_path: Path, expected: dict[str, Any]) -> None:
+    folder, cache = tmp_path / "run", tmp_path / "cache"
+    chance = random.Random()
+    mine = f"data.cache_dir={cache}"
+
+    process = start(folder, mine)
+    wait_until(lambda: list(cache.rglob("*.tmp")), process)
+    time.sleep(chance.uniform(0, 0.3))
+    process.kill()
+    process.communicate()
+    assert not (folder / "summary.json").exists() and not (folder / "checkpoints").exists()
+
+    process = start(folder, mine)
+    log = folder / "metrics.jsonl"
+    wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") >= chance.randrange(1, STEPS), process)
+    time.sleep(chance.uniform(0, 0.05))
+    process.kill()
+    process.communicate()
+
+    process = start(folder, mine)
+    wait_until(lambda: (folder / "figures" / "training.png").exists(), process)
+    time.sleep(chance.uniform(0, 0.3))
+    process.kill()
+    process.communicate()
+
+    process = start(folder, mine)
+    said, complained = process.communicate()
+    assert process.returncode == 0, complained
+    assert f"going on from the checkpoint of step {STEPS}" in said or "is finished" in said
+    assert "Traceback" not in complained
+    assert result(folder) == expected
+
+
+@pytest.mark.slow
+def test_a_damaged_newest_checkpoint_falls_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, Any]
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 9, signal.SIGTERM)
+        ran(tmp_path / "run")
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 4
+    largest.write_bytes(content)
+    again = ran(tmp_path / "run")
+    assert f"skipped checkpoint {newest}" in again.said and "going on from the checkpoint of step 8" in again.said
+    assert result(tmp_path / "run") == expected
+    assert newest.with_name(f"{newest.name}.damaged").is_dir()
+
+
+@pytest.mark.slow
+def test_a_log_that_lost_its_end_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5, signal.SIGTERM)
+        ran(tmp_path / "run")
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:3]))
+    with pytest.raises(WorkdirError, match="ends at step 3, but the newest good checkpoint is of step"):
+        ran(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_seconds_count_all_commands_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5, signal.SIGTERM)
+        began = time.monotonic()
+        ran(tmp_path / "run")
+    log = tmp_path / "run" / "metrics.jsonl"
+    assert metrics(tmp_path / "run")[-1]["elapsed_seconds"] <= time.monotonic() - began
+    log.write_bytes(b"".join(_an_hour_later(log.read_bytes().splitlines(keepends=True))))
+    ran(tmp_path / "run")
+    assert 3600 < summary(tmp_path / "run")["seconds"] < 3600 + time.monotonic() - began
+
+
+def _an_hour_later(lines: list[bytes]) -> list[bytes]:
+    last, rest = lines[-1].split(b'"elapsed_seconds": ')
+    seconds, rest = rest.split(b",", 1)
+    return [*lines[:-1], last + b'"elapsed_seconds": ' + str(float(seconds) + 3600).encode() + b"," + rest]
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, step: int, harm: Any) -> None:
+    """Change what the compiled step returns for one step."""
+    steps = trainer._Run.steps
+
+    def with_harm(self: Any, state: Any, step_function: Any, *rest: Any) -> Any:
+        def harmful(*inputs: Any) -> Any:
+            after, report = step_function(*inputs)
+            return harm(after, report) if int(after.step) == step else (after, report)
+
+        return steps(self, state, harmful, *rest)
+
+    monkeypatch.setattr(trainer._Run, "steps", with_harm)
+
+
+def bad_loss(state: Any, report: Any) -> Any:
+    loss = report.loss._replace(auxiliary=report.loss.auxiliary._replace(load=jnp.float32(jnp.nan)))
+    return state, report._replace(loss=loss)
+
+
+def bad_parameters(state: Any, report: Any) -> Any:
+    parameters = {**state.parameters, "token_table": state.parameters["token_table"] * jnp.inf}
+    return state._replace(parameters=parameters), report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("harm", "message"), [(bad_loss, "step 8: load=nan"), (bad_parameters, "step 8: token_table is not finite")]
+)
+def test_what_is_not_finite_stops_the_run_and_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, Any], harm: Any, message: str
+) -> None:
+    with monkeypatch.context() as patch:
+        poisoned(patch, 8, harm)
+        with pytest.raises(TrainingError, match=f"{message}.*the last good checkpoint is step 4"):
+            ran(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000004"]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 8))
+    ran(tmp_path / "run")
+    assert result(tmp_path / "run") == expected
+
+
+@pytest.mark.slow
+def test_a_learning_rate_that_is_too_high(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"step \d+: .*(=nan|=inf|not finite).*a lower optimizer.learning_rate"):
+        ran(tmp_path / "run", "optimizer.learning_rate=1e38", "optimizer.clip_norm=0.0")
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_evaluation_on_the_way_changes_nothing_else(tmp_path: Path, expected: dict[str, Any]) -> None:
+    run = ran(tmp_path / "run", "train.evaluate_every=5")
+    shots = {line["step"]: line["zero_shot_top1"] for line in metrics(run.folder)}
+    assert [step for step, top1 in shots.items() if top1 is not None] == [5, 10]
+    assert f"step 5: zero-shot top-1 {shots[5]:.1%}" in run.said
+    assert final_state(run.folder) == expected["state"]
+    assert summary(run.folder)["zero_shot_top1"] == expected["summary"]["zero_shot_top1"]
+
+
+@pytest.mark.slow
+def test_memory_of_decoded_images_and_threads_change_no_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(inputs, "CACHE_BYTES", 50_000)  # a part of the world only
+    run = ran(tmp_path / "run", "data.threads=1")
+    assert final_state(run.folder) == expected["state"]
+
+
+@pytest.mark.slow
+def test_a_profile(tmp_path: Path) -> None:
+    run = ran(tmp_path / "run", profile_steps=2)
+    assert f"the trace of steps 6 to 7 is in {run.folder / 'profile'}" in run.said
+    assert list((run.folder / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.slow
+def test_a_dense_twin_has_no_routing(tmp_path: Path) -> None:
+    run = ran(tmp_path / "run", "model.moe_layers=()", "train.steps=5", name="tiny-dense")
+    assert {"success_rate", "wanted"}.isdisjoint(metrics(run.folder)[0])
+    content = summary(run.folder)
+    assert [content[f"success_rate_{name}"] for name in ("image", "text", "bound")] == [None] * 3
+    assert content["zero_shot_top1"] is not None and content["parameters_total"] == content["parameters_per_token"]
+    assert {path.name for path in (run.folder / "figures").iterdir()} == {"training.png", "examples.png"}
+
+
+@pytest.mark.slow
+def test_sigmoid_loss_with_accumulation_and_two_choices(tmp_path: Path) -> None:
+    run = ran(
+        tmp_path / "run",
+        *("loss.contrastive=sigmoid", "train.accumulation=2", "model.group_examples=4", "model.num_choices=2"),
+        *("optimizer.name=adafactor", "optimizer.learning_rate=0.01", "train.steps=8"),
+    )
+    lines = metrics(run.folder)
+    assert lines[-1]["contrastive"] < lines[0]["contrastive"]
+    assert sum(lines[0]["wanted"][0][0]) == 2 * 16 * 4
+    assert 0 < summary(run.folder)["success_rate_image"] <= 1
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_before_its_first_step_leaves_the_folder_free(tmp_path: Path) -> None:
+    model = tmp_path / "large.model"
+    shutil.copy(_tokenizer(tmp_path), model)
+    with pytest.raises(ConfigError, match=r"more than model\.vocab_size=20; set model\.vocab_size=\d+"):
+        ran(tmp_path / "run", f"data.tokenizer={model}", "model.vocab_size=20")
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock"}
+    ran(tmp_path / "run", "train.steps=4")  # other settings, in the same folder
+
+
+def _tokenizer(tmp_path: Path) -> Path:
+    source = inputs.training_source(config(), inputs.data_folders(config()))
+    inputs.tokenizer_for(config(), tmp_path / "made.model", source)
+    return tmp_path / "made.model"
+
+
+@pytest.mark.slow
+def test_two_runs_with_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def second(*args: Any) -> None:
+        with pytest.raises(WorkdirError, match="another run"):
+            train(config(), tmp_path / "run")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.inputs, "training_source", second)
+    assert train(config(), tmp_path / "run", say=lambda text: None) == 0
