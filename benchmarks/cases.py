@@ -1,0 +1,178 @@
+"""The problems of the dispatch benchmark: named sizes, how tokens spread over experts, and the arrays of one problem.
+
+Axes: T tokens, G groups, S tokens in a group, D width, F expert width, E experts, K choices, C capacity; M = T K.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from moe_kernels import MlpWeights, expert_capacity
+
+DISTRIBUTIONS = ("balanced", "zipf", "hot", "empty")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A size. Tokens are those of one device; a capacity factor of None means dropless."""
+
+    name: str
+    tokens: int
+    groups: int
+    width: int
+    expert_width: int
+    experts: int
+    choices: int
+    capacity_factor: float | None
+
+    @property
+    def group_size(self) -> int:
+        """Tokens in a group."""
+        return self.tokens // self.groups
+
+    @property
+    def capacity(self) -> int:
+        """Places of an expert in a group; S without a limit, since an expert gets at most one choice of a token."""
+        if self.capacity_factor is None:
+            return self.group_size
+        return expert_capacity(self.group_size, self.choices, self.experts, self.capacity_factor)
+
+
+def _limoe(name: str, width: int) -> list[Case]:
+    """16,384 tokens as one group (C 538) and as 8 groups (C 68)."""
+    return [
+        Case(name + suffix, 16_384, groups, width, 4 * width, 32, 1, 1.05)
+        for suffix, groups in (("", 1), ("-8groups", 8))
+    ]
+
+
+_ALL = [
+    Case("tiny", 6_656, 1, 128, 512, 8, 1, 1.05),
+    Case("issue", 4_096, 1, 512, 2_048, 32, 1, 1.05),
+    Case("issue-8groups", 4_096, 8, 512, 2_048, 32, 1, 1.05),
+    *_limoe("s32", 512),
+    *_limoe("b32", 768),
+    *_limoe("b16", 768),
+    *_limoe("l16", 1_024),
+    *_limoe("h14", 1_280),
+    # The sizes of Mixtral 8x7B and Qwen3-30B-A3B; their gated MLP has a third matrix, which is left out here.
+    Case("llm-8x14336", 8_192, 1, 4_096, 14_336, 8, 2, None),
+    Case("llm-128x768", 8_192, 1, 2_048, 768, 128, 8, None),
+]
+CASES = {case.name: case for case in _ALL}
+
+
+def small_twin(case: Case) -> Case:
+    """The same structure in a size that the loops of `reference` go through in well under a second.
+
+    >>> small_twin(CASES["issue-8groups"]).tokens, small_twin(CASES["issue-8groups"]).capacity
+    (256, 5)
+    """
+    experts = min(case.experts, max(8, 2 * case.choices))
+    return dataclasses.replace(case, name="small", tokens=32 * case.groups, width=8, expert_width=24, experts=experts)
+
+
+class Inputs(NamedTuple):
+    """The arrays of a problem; every implementation gets the same ones. Router and noise are float32."""
+
+    tokens: Float[Array, "T D"]
+    router: Float[Array, "D E"]
+    noise: Float[Array, "T E"]
+    """Added to the logits: it imposes `expert`, and spreads the gates so that no two are nearly equal."""
+    weights: MlpWeights
+    rows: Float[Array, "M D"]
+    """What expert_mlp, grouped_matmul and combine work on, in the order of choices (t * K + k)."""
+    d_tokens: Float[Array, "T D"]
+    """Cotangent of a result of one row a token."""
+    d_rows: Float[Array, "M D"]
+    d_hidden: Float[Array, "M F"]
+    d_gate: Float[Array, "T K"]
+    expert: np.ndarray
+    """[T, K], what the router will choose."""
+
+
+def draw_experts(case: Case, distribution: str, seed: int = 0) -> np.ndarray:
+    """Distinct experts [T, K] of every token, spread by a named distribution over each group.
+
+    balanced: the same number each, exactly where it divides. zipf: the first choices in proportion to 1 / rank. hot:
+    half of the first choices on one expert. empty: three quarters of the experts without a token. Raises ValueError for
+    another name.
+
+    >>> case = Case("x", 8, 1, 1, 1, 4, 1, None)
+    >>> np.bincount(draw_experts(case, "balanced")[:, 0]).tolist(), np.bincount(draw_experts(case, "hot")[:, 0]).max()
+    ([2, 2, 2, 2], np.int64(4))
+    """
+    share = _shares(case, distribution)
+    rng = np.random.default_rng(seed)
+    # A fixed order that is not that of the indices, so that the popular experts do not lie side by side.
+    names = np.random.default_rng(1).permutation(case.experts)
+    groups = []
+    for _ in range(case.groups):
+        ends = np.round(np.cumsum(share) * case.group_size).astype(int)
+        first = rng.permutation(np.repeat(np.arange(case.experts), np.diff(ends, prepend=0)))
+        if distribution == "balanced":
+            ranks = (first[:, None] + np.arange(case.choices)) % case.experts
+        else:
+            # Gumbel's trick: the largest log(share) + noise are a draw without replacement.
+            score = np.log(np.maximum(share, 1e-30)) + rng.gumbel(size=(case.group_size, case.experts))
+            score[np.arange(case.group_size), first] = np.inf
+            ranks = np.argsort(-score, axis=1, kind="stable")[:, : case.choices]
+        groups.append(names[ranks])
+    return np.concatenate(groups).astype(np.int32)
+
+
+def _shares(case: Case, distribution: str) -> np.ndarray:
+    """Share [E] of the first choices of every rank of expert."""
+    share = np.ones(case.experts)
+    if distribution == "zipf":
+        share = 1 / np.arange(1, case.experts + 1)
+    elif distribution == "hot":
+        share[0] = max(1, case.experts - 1)
+    elif distribution == "empty":
+        share[max(case.choices, case.experts // 4) :] = 0
+    elif distribution != "balanced":
+        raise ValueError(f"distribution {distribution!r} is not one of {', '.join(DISTRIBUTIONS)}")
+    return share / share.sum()
+
+
+def make_inputs(case: Case, distribution: str, dtype: str, seed: int = 0) -> Inputs:
+    """Draw the arrays of a problem. The router's own logits are small, so that the noise decides.
+
+    >>> inputs = make_inputs(small_twin(CASES["issue"]), "zipf", "bfloat16")
+    >>> inputs.tokens.dtype.name, inputs.router.dtype.name, inputs.weights.w1.shape
+    ('bfloat16', 'float32', (8, 8, 24))
+    """
+    t, d, f, e, k = case.tokens, case.width, case.expert_width, case.experts, case.choices
+    expert = draw_experts(case, distribution, seed)
+    keys = iter(jax.random.split(jax.random.key(seed), 16))
+
+    def normal(*shape: int, scale: float = 1.0, kind: str = dtype) -> Array:
+        return jax.random.normal(next(keys), shape, jnp.dtype(kind)) * jnp.asarray(scale, kind)
+
+    # The k-th choice gets 2 less than the one before; inside a choice the tokens differ by up to 1.
+    spread = np.random.default_rng(seed).permutation(t) / t
+    noise = np.zeros((t, e), np.float32)
+    np.put_along_axis(noise, expert, (2 * (k - np.arange(k)) + spread[:, None]).astype(np.float32), axis=1)
+    weights = MlpWeights(
+        w1=normal(e, d, f, scale=d**-0.5),
+        b1=normal(e, f, scale=0.1),
+        w2=normal(e, f, d, scale=f**-0.5),
+        b2=normal(e, d, scale=0.1),
+    )
+    return Inputs(
+        tokens=normal(t, d),
+        router=normal(d, e, scale=0.05 * d**-0.5, kind="float32"),
+        noise=jnp.asarray(noise),
+        weights=weights,
+        rows=normal(t * k, d),
+        d_tokens=normal(t, d),
+        d_rows=normal(t * k, d),
+        d_hidden=normal(t * k, f),
+        d_gate=normal(t, k, kind="float32"),
+        expert=expert,
+    )

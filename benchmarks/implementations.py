@@ -1,0 +1,141 @@
+"""What the benchmark compares: a table of implementations, each a few functions over its own way to lay out rows.
+
+Values that several implementations share are in the order of choices, `[M, D]` with M = T K and choice `t * K + k`.
+`place` brings them into an implementation's rows and `pick` back (0 for a choice without room); neither is timed.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from benchmarks.cases import Case
+from benchmarks.roofline import Op
+from moe_kernels import (
+    MlpWeights,
+    Plan,
+    Problem,
+    Routing,
+    RoutingSums,
+    combine,
+    dispatch,
+    expert_mlp,
+    grouped_matmul,
+    make_plan,
+    moe_mlp,
+    route,
+)
+from moe_kernels.backends import BACKENDS
+from moe_kernels.backends.base import Backend, SpanName
+from moe_kernels.backends.xla.matmul import TILE_ROWS
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """A row of the table. Every function takes the case first; `plan` is whatever its own `make_plan` returns.
+
+    `operations` holds, for each operation that it has, a function of the following arguments:
+    routing(tokens, router, noise), plan(expert, gate), dispatch(plan, tokens), combine(plan, rows, gate),
+    grouped_matmul(plan, rows, w1), expert_mlp(plan, rows, weights), layer(tokens, router, weights, noise).
+    """
+
+    name: str
+    operations: Mapping[Op, Callable[..., Any]] = dataclasses.field(hash=False)
+    place: Callable[[Case, Any, Array], Array]
+    pick: Callable[[Case, Any, Array], Array]
+    computed_rows: Callable[[Case, np.ndarray], int]
+    """Rows that its matmuls go through, from the number of kept rows [E] of every expert."""
+    why_not: Callable[[Case, str, str], str | None] = lambda case, dtype, platform: None
+    """The reason why it cannot run a case in a dtype on a platform, or None."""
+    is_dense: bool = False
+    """One MLP for all tokens, with the weights of the first expert: its own [D, F] and [F, D]."""
+
+
+def from_backend(backend: Backend) -> Implementation:
+    """The operations of moe_kernels, all by one back end."""
+    name = backend.name
+
+    def layer(
+        case: Case, tokens: Array, router: Array, weights: MlpWeights, noise: Float[Array, "T E"]
+    ) -> Float[Array, "T D"]:
+        return moe_mlp(
+            tokens,
+            router,
+            weights,
+            num_choices=case.choices,
+            capacity_factor=case.capacity_factor,
+            num_groups=case.groups,
+            noise=noise,
+            backend=name,
+        ).tokens
+
+    def routing(case: Case, tokens: Array, router: Array, noise: Array) -> Routing:
+        return route(tokens, router, num_choices=case.choices, num_groups=case.groups, noise=noise, backend=name)
+
+    return Implementation(
+        name=f"moe_kernels/{name}",
+        operations={
+            "routing": routing,
+            "plan": _plan,
+            "dispatch": lambda case, plan, tokens: dispatch(tokens, plan, backend=name),
+            "combine": lambda case, plan, rows, gate: combine(rows, gate, plan, backend=name),
+            "grouped_matmul": lambda case, plan, rows, weight: grouped_matmul(rows, weight, plan, backend=name),
+            "expert_mlp": lambda case, plan, rows, weights: expert_mlp(rows, weights, plan, backend=name),
+            "layer": layer,
+        },
+        place=_place,
+        pick=_pick,
+        computed_rows=_computed_rows,
+        why_not=lambda case, dtype, platform: _why_not(backend, case, dtype, platform),
+    )
+
+
+def _why_not(backend: Backend, case: Case, dtype: str, platform: str) -> str | None:
+    for span in get_args(SpanName):
+        if span not in backend.spans:
+            return f"has no {span}"
+        problem = Problem(span, platform, dtype, (case.tokens * case.choices, case.width), case.experts)
+        if reason := backend.why_not(problem):
+            return reason
+    return None
+
+
+def _plan(case: Case, expert: Int[Array, "T K"], gate: Float[Array, "T K"]) -> Plan:
+    by_group, by_expert = jnp.zeros((case.groups, 1)), jnp.zeros((case.groups, 1, case.experts))
+    sums = RoutingSums(by_group, by_expert, by_expert, by_group, by_group, by_expert, by_group)
+    return make_plan(
+        Routing(expert, gate, sums),
+        num_experts=case.experts,
+        num_groups=case.groups,
+        capacity=None if case.capacity_factor is None else case.capacity,
+        priority=gate[:, 0],
+    )
+
+
+def _place(case: Case, plan: Plan, choices: Array) -> Array:
+    padded = jnp.concatenate([choices, jnp.zeros_like(choices[:1])])
+    return padded[plan.source]
+
+
+def _pick(case: Case, plan: Plan, rows: Array) -> Array:
+    padded = jnp.concatenate([rows, jnp.zeros_like(rows[:1])])
+    return padded[plan.row.reshape(-1)]
+
+
+def _computed_rows(case: Case, kept: np.ndarray) -> int:
+    layout = jax.eval_shape(lambda e, g: _plan(case, e, g), *_choice_shapes(case)).layout
+    if layout.rows_per_expert is not None:
+        return layout.num_rows
+    return int(np.sum(-(-kept // TILE_ROWS) * TILE_ROWS))
+
+
+def _choice_shapes(case: Case) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    shape = (case.tokens, case.choices)
+    return jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+OURS = tuple(from_backend(backend) for backend in BACKENDS)

@@ -1,0 +1,185 @@
+"""A measured line: what it says, as JSON and as a table that a person reads."""
+
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from benchmarks.roofline import Device, Work, percent
+from benchmarks.timing import Program, paired_ratio
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One line. Figures are None where nothing was timed: a wrong result, or a run that only checks.
+
+    `tflops` and `gbytes_per_s` are of the work by definition (see roofline.py), `useful_rows` is the share of rows that
+    hold a choice among those that were computed, `ratio_to_dense` is paired round by round.
+    """
+
+    op: str
+    passes: str
+    case: str
+    distribution: str
+    dtype: str
+    implementation: str
+    device: str
+    ms_median: float | None
+    ms_p10: float | None
+    ms_p90: float | None
+    tflops: float | None
+    gbytes_per_s: float | None
+    roofline_percent: float | None
+    useful_rows: float | None
+    temp_bytes: int | None
+    compile_seconds: float | None
+    ratio_to_dense: float | None
+    correct: bool
+    versions: dict[str, str]
+    commit: str
+    date: str
+    fault: str = ""
+    """What is wrong, in words; not part of the JSON."""
+    peak_bytes: int = 0
+    """Arguments + results - aliased + temporary; not part of the JSON."""
+    needed_bytes: int = 0
+    """Inputs, outputs, gradients and routed rows of a layer forward and backward; not part of the JSON."""
+
+    def to_json(self) -> str:
+        """One line, with the fields that the README lists (`passes` is called `pass` there)."""
+        fields = dataclasses.asdict(self)
+        for name in ("fault", "peak_bytes", "needed_bytes"):
+            del fields[name]
+        return json.dumps({{"passes": "pass"}.get(name, name): value for name, value in fields.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    """What a line is about."""
+
+    op: str
+    passes: str
+    case: str
+    distribution: str
+    dtype: str
+    implementation: str
+
+
+def make_result(
+    label: Label,
+    program: Program | None,
+    dense: Program | None,
+    work: Work,
+    device: Device,
+    useful_rows: float | None,
+    needed_bytes: int,
+    fault: str | None,
+) -> Result:
+    """Sum up the repetitions of a program; None for one that is wrong before it was compiled at the full size."""
+    seconds = np.array([] if program is None else sorted(program.seconds.values()))
+    median = float(np.median(seconds)) if seconds.size else None
+
+    def milliseconds(quantile: float) -> float | None:
+        return 1e3 * float(np.quantile(seconds, quantile)) if seconds.size else None
+
+    return Result(
+        **dataclasses.asdict(label),
+        device=device.name,
+        ms_median=milliseconds(0.5),
+        ms_p10=milliseconds(0.1),
+        ms_p90=milliseconds(0.9),
+        tflops=None if median is None else work.flops / median / 1e12,
+        gbytes_per_s=None if median is None else work.bytes / median / 1e9,
+        roofline_percent=None if median is None else percent(work, median, device, label.dtype),
+        useful_rows=useful_rows,
+        temp_bytes=None if program is None else program.temp_bytes,
+        compile_seconds=None if program is None else program.compile_seconds,
+        ratio_to_dense=None if dense is None or program is None else paired_ratio(program.seconds, dense.seconds),
+        correct=fault is None,
+        versions=versions(),
+        commit=commit(),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        fault=fault or "",
+        peak_bytes=0 if program is None else program.peak_bytes,
+        needed_bytes=needed_bytes,
+    )
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions that a figure depends on."""
+    names = ("jax", "jaxlib", "tokamax", "libtpu", "jax-cuda13-plugin")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of the checkout, with -dirty if it was changed; "unknown" outside one."""
+    command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+_COLUMNS = f"{'implementation':16s} {'ms':>9s} {'p10 - p90':>17s} {'TFLOP/s':>8s} {'GB/s':>7s} {'% roofl.':>8s}"
+HEADER = f"{_COLUMNS} {'useful rows':>11s} {'x dense':>8s} {'temp MB':>8s} {'compile s':>9s}"
+
+
+def title(result: Result) -> str:
+    """The line above all results of one problem."""
+    return f"{result.op} {result.passes}, {result.case}, {result.distribution}, {result.dtype}"
+
+
+def line(result: Result) -> str:
+    """A line of the table."""
+    if not result.correct:
+        return f"{result.implementation:16s}     WRONG: {result.fault}; not timed"
+    if result.ms_median is None or result.temp_bytes is None or result.compile_seconds is None:
+        return f"{result.implementation:16s}   correct"
+    spread = f"{result.ms_p10:.2f} - {result.ms_p90:.2f}"
+    tflops = f"{result.tflops:.4f}" if result.tflops else ""
+    share = "" if result.roofline_percent is None else f"{result.roofline_percent:.1f}"
+    useful = "" if result.useful_rows is None else f"{100 * result.useful_rows:.1f}%"
+    ratio = "" if result.ratio_to_dense is None else f"{result.ratio_to_dense:.2f}"
+    return (
+        f"{result.implementation:16s} {result.ms_median:9.2f} {spread:>17s} {tflops:>8s} {result.gbytes_per_s:7.2f} "
+        f"{share:>8s} {useful:>11s} {ratio:>8s} {result.temp_bytes / 1e6:8.1f} {result.compile_seconds:9.2f}"
+    )
+
+
+def machine(device: Device) -> str:
+    """Where and with what it was measured, in one or two lines."""
+    peaks = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in device.flops.items())
+    roofline = f"{peaks}, memory {device.bandwidth / 1e9:.3g} GB/s" if peaks else "none"
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return (
+        f"{jax.default_backend()}: {_device_name(device)}; {packages}; commit {commit()}; "
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}\nroofline: {roofline} ({device.source})"
+    )
+
+
+def _device_name(device: Device) -> str:
+    if jax.default_backend() != "cpu":
+        return f"{jax.device_count()} x {device.name}"
+    # The name that Linux gives; elsewhere that of the architecture.
+    info = Path("/proc/cpuinfo")
+    names = [text for text in info.read_text().splitlines() if text.startswith("model name")] if info.exists() else []
+    name = names[0].partition(":")[2].strip() if names else platform.processor()
+    return f"{len(names) or '?'} cores of {name}"

@@ -1,0 +1,158 @@
+"""What an operation must compute and move by its definition, and what the device could do: the roofline.
+
+Work counts useful rows only (choices that found room), each array read or written once, and the weights of experts that
+have rows. So an implementation that computes padding, or moves data twice, is further from its roofline.
+"""
+
+import dataclasses
+import time
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.cases import Case
+
+Op = Literal["routing", "plan", "dispatch", "combine", "grouped_matmul", "expert_mlp", "layer"]
+Pass = Literal["forward", "backward", "both"]
+OPS: tuple[Op, ...] = get_args(Op)
+PASSES: tuple[Pass, ...] = get_args(Pass)
+
+
+class Work(NamedTuple):
+    """Floating-point operations and bytes."""
+
+    flops: float
+    bytes: float
+
+
+class Load(NamedTuple):
+    """How much of a case is real: choices that found room, and experts that have any."""
+
+    rows: int
+    experts: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Peaks of a device: FLOP/s by dtype (float32: exact products), bytes/s of its memory, and their source."""
+
+    name: str
+    flops: dict[str, float]
+    bandwidth: float
+    source: str
+
+
+# bfloat16 TFLOP/s, float32 TFLOP/s, GB/s; by the makers' data sheets, dense. A float32 product on a TPU takes six
+# bfloat16 passes.
+_SHEETS = {
+    "TPU v4": (275, 275 / 6, 1_228),
+    "TPU v5 lite": (197, 197 / 6, 819),
+    "TPU v5e": (197, 197 / 6, 819),
+    "TPU v5": (459, 459 / 6, 2_765),
+    "TPU v5p": (459, 459 / 6, 2_765),
+    "TPU v6 lite": (918, 918 / 6, 1_640),
+    "TPU v6e": (918, 918 / 6, 1_640),
+    "TPU7x": (2_307, 2_307 / 6, 7_380),
+    "NVIDIA A100-SXM4-40GB": (312, 19.5, 1_555),
+    "NVIDIA A100-SXM4-80GB": (312, 19.5, 2_039),
+    "NVIDIA H100 80GB HBM3": (989, 67, 3_350),
+    "NVIDIA H200": (989, 67, 4_800),
+    "NVIDIA B200": (2_250, 75, 8_000),
+}
+
+
+def work(op: Op, passes: Pass, case: Case, load: Load, itemsize: int) -> Work:
+    """Count an operation from its definition; a backward pass reads the inputs and the cotangent, and writes gradients.
+
+    >>> case = Case("x", 4, 1, 8, 16, 2, 1, None)
+    >>> work("expert_mlp", "forward", case, Load(4, 2), 4)
+    Work(flops=2048.0, bytes=2624.0)
+    >>> work("expert_mlp", "both", case, Load(4, 2), 4).flops
+    6144.0
+    """
+    t, d, f, e, k = case.tokens, case.width, case.expert_width, case.experts, case.choices
+    tokens, rows, hidden = (count * itemsize for count in (t * d, load.rows * d, load.rows * f))
+    matrix, biases = load.experts * d * f * itemsize, load.experts * (d + f) * itemsize
+    router, noise, gate, ids = 4 * d * e, 4 * t * e, 4 * t * k, 4 * t * k
+    both_matrices = 2 * matrix + biases
+    route_flops, matmul_flops, combine_flops = 2.0 * t * d * e, 2.0 * load.rows * d * f, 2.0 * load.rows * d
+    # For each: FLOPs forward, and bytes of what is differentiated, of what else is read, and of the result.
+    flops, arguments, constants, result = {
+        "routing": (route_flops, tokens + router, noise, gate + ids),
+        "plan": (0.0, 0, gate + ids, ids + 4 * load.rows),
+        "dispatch": (0.0, rows, ids, rows),
+        "combine": (combine_flops, rows + gate, ids, tokens),
+        "grouped_matmul": (matmul_flops, rows + matrix, 0, hidden),
+        "expert_mlp": (2 * matmul_flops, rows + both_matrices, 0, rows),
+        "layer": (route_flops + 2 * matmul_flops + combine_flops, tokens + router + both_matrices, noise, tokens),
+    }[op]
+    read = arguments + constants + result
+    if passes == "forward":
+        return Work(flops, float(read))
+    if passes == "backward":
+        return Work(2 * flops, float(read + arguments))
+    return Work(3 * flops, float(read + result + arguments))
+
+
+def needed_bytes(case: Case, rows: int, itemsize: int) -> int:
+    """Inputs, outputs, gradients and the routed rows (once) of a layer's forward and backward pass.
+
+    >>> needed_bytes(Case("x", 4, 1, 8, 16, 2, 1, None), 32, 4)
+    6432
+    """
+    tokens, router = case.tokens * case.width * itemsize, case.width * case.experts * 4
+    weights = case.experts * (2 * case.width * case.expert_width + case.width + case.expert_width) * itemsize
+    noise = case.tokens * case.experts * 4
+    # Four of one row a token: the tokens, the result, and the gradients of both.
+    return 4 * tokens + noise + 2 * (weights + router) + rows * case.width * itemsize
+
+
+def percent(done: Work, seconds: float, device: Device, dtype: str) -> float | None:
+    """Per cent of what the device could do, max(compute, memory); None where its peak is not known.
+
+    >>> percent(Work(1e9, 1e6), 0.01, Device("x", {"float32": 1e12}, 1e12, "given"), "float32")
+    10.0
+    """
+    if dtype not in device.flops:
+        return None
+    return 100 * max(done.flops / device.flops[dtype], done.bytes / device.bandwidth) / seconds
+
+
+def this_device(dtypes: tuple[str, ...]) -> Device:
+    """Look the device up, or measure a CPU: its largest rate over a large matmul and a large copy."""
+    kind = jax.devices()[0].device_kind
+    if kind in _SHEETS:
+        half, single, bandwidth = _SHEETS[kind]
+        return Device(kind, {"float32": single * 1e12, "bfloat16": half * 1e12}, bandwidth * 1e9, "data sheet")
+    if jax.default_backend() != "cpu":
+        return Device(kind, {}, float("inf"), "unknown device: no roofline")
+    size = 2_048
+    flops = {}
+    for dtype in dtypes:
+        matrix = jnp.ones((size, size), dtype)
+        product = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32).astype(a.dtype))
+        flops[dtype] = 2 * size**3 / _fastest(product, matrix)
+    large = jnp.ones(1 << 26, jnp.float32)
+    copy = jax.jit(lambda old, x: x + 1, donate_argnums=0, keep_unused=True)
+    return Device(kind, flops, 2 * large.nbytes / _fastest_donated(copy, large), "measured in this run")
+
+
+def _fastest(function, argument: jax.Array, repetitions: int = 5) -> float:  # noqa: ANN001
+    jax.block_until_ready(function(argument))
+    seconds = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        jax.block_until_ready(function(argument))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _fastest_donated(function, argument: jax.Array, repetitions: int = 5) -> float:  # noqa: ANN001
+    old = jax.block_until_ready(function(jnp.zeros_like(argument), argument))
+    seconds = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        old = jax.block_until_ready(function(old, argument))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

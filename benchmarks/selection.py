@@ -1,0 +1,84 @@
+"""Which problems a run goes through: the suites, a choice by name, and sweeps."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Literal
+
+from benchmarks.cases import CASES, DISTRIBUTIONS, DTYPES, Case
+from benchmarks.roofline import OPS, PASSES, Op, Pass
+from benchmarks.run import Problem
+
+Axis = Literal["tokens", "experts", "width"]
+_SWEEP_STEPS = 4
+
+
+def product(
+    ops: Sequence[Op],
+    passes: Sequence[Pass],
+    cases: Sequence[str],
+    distributions: Sequence[str],
+    dtypes: Sequence[str],
+) -> list[Problem]:
+    """Every combination, in an order that draws the arrays of a case once; the plan has a forward pass only."""
+    forward: Sequence[Pass] = ["forward"]
+    return [
+        Problem(op, a_pass, CASES[case], distribution, dtype)
+        for case, dtype, distribution, op in itertools.product(cases, dtypes, distributions, ops)
+        for a_pass in (forward if op == "plan" else passes)
+    ]
+
+
+def quick() -> list[Problem]:
+    """The layer in both groupings, balanced and Zipf, and each of its operations; every baseline at least once.
+
+    ragged_dot takes some 35 times as long as dense on a CPU, so it runs once; where a baseline would repeat what another
+    line says, it is left out.
+    """
+    others: list[Op] = [op for op in OPS if op != "layer"]
+    problems = product(["layer"], ["both"], ["issue"], ["balanced"], ["float32"])
+    problems += _without(("one-hot", "ragged_dot"), product(["layer"], ["both"], ["issue"], ["zipf"], ["float32"]))
+    problems += _without(
+        ("scatter", "ragged_dot"), product(["layer"], ["both"], ["issue-8groups"], ["balanced"], ["float32"])
+    )
+    around = product(others, ["both"], ["issue"], ["balanced"], ["float32"])
+    problems += _without(("ragged_dot",), [p for p in around if p.op not in ("grouped_matmul", "expert_mlp")])
+    matmuls = [problem for problem in around if problem.op in ("grouped_matmul", "expert_mlp")]
+    return problems + _without(("one-hot", "scatter", "ragged_dot"), matmuls)
+
+
+def _without(names: tuple[str, ...], problems: list[Problem]) -> list[Problem]:
+    return [dataclasses.replace(problem, without=names) for problem in problems]
+
+
+def cpu() -> list[Problem]:
+    """What a CPU runs in tens of minutes: all operations and passes on small sizes, the layer on S/32."""
+    small = product(OPS, PASSES, ["tiny", "issue"], DISTRIBUTIONS, ["float32"])
+    return small + product(
+        ["layer"], PASSES, ["issue-8groups", "s32", "s32-8groups"], ["balanced", "zipf"], ["float32"]
+    )
+
+
+def full() -> list[Problem]:
+    """Everything."""
+    return product(OPS, PASSES, list(CASES), DISTRIBUTIONS, DTYPES)
+
+
+SUITES = {"quick": quick, "cpu": cpu, "full": full}
+
+
+def sweep(axis: Axis, case: Case) -> list[Case]:
+    """Doublings of one axis that end at the case itself; F grows with the width.
+
+    >>> [case.tokens for case in sweep("tokens", CASES["issue"])]
+    [512, 1024, 2048, 4096]
+    """
+    cases = []
+    for step in reversed(range(_SWEEP_STEPS)):
+        change = {axis: getattr(case, axis) >> step}
+        if axis == "width":
+            change["expert_width"] = case.expert_width >> step
+        if change[axis] < (case.choices if axis == "experts" else case.groups if axis == "tokens" else 1):
+            continue
+        cases.append(dataclasses.replace(case, name=f"{case.name}, {axis} {change[axis]}", **change))
+    return cases

@@ -1,0 +1,76 @@
+"""What the lines say together: the share of routing, peak memory, growth, and which targets are reached."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from benchmarks.results import Result
+
+# The four operations around the experts, and the pass of each that a training step runs.
+_AROUND = {"routing": "both", "plan": "forward", "dispatch": "both", "combine": "both"}
+
+
+def share_around_experts(results: Sequence[Result], implementation: str) -> list[str]:
+    """Time of routing + plan + dispatch + combine (each run alone) in that of the layer, forward and backward.
+
+    A line for each problem of which all five were timed.
+    """
+    times = {
+        (r.op, r.passes, r.case, r.distribution, r.dtype): r for r in results if r.implementation == implementation
+    }
+    lines = []
+    for (op, passes, case, distribution, dtype), layer in times.items():
+        problem = (case, distribution, dtype)
+        around = [times.get((name, its_pass, *problem)) for name, its_pass in _AROUND.items()]
+        milliseconds = [result.ms_median for result in around if result is not None and result.ms_median is not None]
+        if (op, passes) == ("layer", "both") and layer.ms_median and len(milliseconds) == len(_AROUND):
+            share = sum(milliseconds) / layer.ms_median
+            parts = ", ".join(f"{name} {ms:.1f}" for name, ms in zip(_AROUND, milliseconds, strict=True))
+            lines.append(
+                f"{implementation}, {', '.join(problem)}: routing + plan + dispatch + combine take {100 * share:.1f}% "
+                f"of the layer's time{_target(layer, 'at most 10%')}; ms: {parts}"
+            )
+    return lines
+
+
+def peak_memory(results: Iterable[Result], implementation: str) -> list[str]:
+    """Peak memory of the layer against what it must hold; a line for each layer forward and backward."""
+    return [
+        f"{implementation}, {r.case}, {r.distribution}, {r.dtype}: peak memory {r.peak_bytes / 1e6:.0f} MB, "
+        f"{r.peak_bytes / r.needed_bytes:.2f}x the layer's inputs, outputs, gradients and routed rows"
+        f"{_target(r, 'at most 1.3x')}"
+        for r in results
+        if (r.op, r.passes, r.implementation) == ("layer", "both", implementation) and r.needed_bytes
+    ]
+
+
+def against_peers(results: Sequence[Result], implementation: str) -> list[str]:
+    """The layer forward and backward against every baseline, by their medians; a line for each problem."""
+    layers = [r for r in results if (r.op, r.passes) == ("layer", "both") and r.ms_median]
+    lines = []
+    for mine in (r for r in layers if r.implementation == implementation):
+        problem = (mine.case, mine.distribution, mine.dtype)
+        others = [
+            f"{r.ms_median / mine.ms_median:.2f}x as fast as {r.implementation}"
+            for r in layers
+            if r.ms_median and mine.ms_median
+            if (r.case, r.distribution, r.dtype) == problem and r.implementation not in (implementation, "dense")
+        ]
+        target = _target(mine, "at most 1.2x")
+        dense = [] if mine.ratio_to_dense is None else [f"{mine.ratio_to_dense:.2f}x the time of dense{target}"]
+        lines.append(f"{implementation}, {', '.join(problem)}: {', '.join(dense + others)}")
+    return lines
+
+
+def _target(result: Result, text: str) -> str:
+    """The targets are set for one case."""
+    return f" (target: {text})" if (result.case, result.dtype) == ("issue", "float32") else ""
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Slope of a straight line through log(values) over log(sizes): 1 for a cost that grows as its size does.
+
+    >>> round(exponent([1, 2, 4], [3, 12, 48]), 6)
+    2.0
+    """
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
