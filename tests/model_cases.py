@@ -17,8 +17,6 @@ from limoe.settings import override
 from limoe.step import abstract_model
 from moe_kernels import random_priority, router_noise
 
-# The compiler's own optimisation of machine code takes half of its time, and these programs run for milliseconds.
-FAST = {"xla_backend_optimization_level": 0}
 BASE = (
     *("depth=3", "width=8", "mlp_width=16", "num_heads=2", "patch_size=4", "image_size=8", "text_length=3"),
     *("vocab_size=11", "moe_layers=1", "num_experts=4", "group_examples=2", "capacity_factor=1.0", "batch_size=4"),

@@ -12,6 +12,9 @@ import numpy as np
 import reference
 from moe_kernels import MlpWeights, Routing, RoutingSums, make_plan
 
+# For programs that run for milliseconds: optimising their machine code takes half of the compiler's time.
+FAST = {"xla_backend_optimization_level": 0}
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:

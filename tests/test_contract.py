@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moe_cases import assert_close
+from moe_cases import FAST, assert_close
 
 import reference
 from moe_kernels import (
@@ -78,7 +78,7 @@ def layer_and_gradients(inputs, *, tokens, weights, mask, dy, capacity_factor, n
 
 
 STATIC = ("capacity_factor", "num_groups", "priority")
-layer = jax.jit(layer_and_gradients, static_argnames=STATIC)
+layer = jax.jit(layer_and_gradients, static_argnames=STATIC, compiler_options=FAST)
 
 
 def run(inputs: Inputs, capacity_factor, *, function=layer, **changes):
@@ -96,12 +96,14 @@ def assert_same(actual, expected, select=slice(None)) -> None:
 
 def test_the_layouts_are_what_their_names_say():
     inputs = Inputs()
-    routing = route(inputs.tokens, inputs.router, num_choices=CHOICES, num_groups=GROUPS)
 
     def layout(factor):
-        size = TOKENS // GROUPS
-        capacity = None if factor is None else expert_capacity(size, CHOICES, EXPERTS, factor)
-        return make_plan(routing, num_experts=EXPERTS, num_groups=GROUPS, capacity=capacity).layout
+        def plan():
+            routing = route(inputs.tokens, inputs.router, num_choices=CHOICES, num_groups=GROUPS)
+            capacity = None if factor is None else expert_capacity(TOKENS // GROUPS, CHOICES, EXPERTS, factor)
+            return make_plan(routing, num_experts=EXPERTS, num_groups=GROUPS, capacity=capacity)
+
+        return jax.eval_shape(plan).layout
 
     assert layout(BLOCK).rows_per_expert is not None
     assert layout(PACKED).rows_per_expert is None
@@ -169,7 +171,7 @@ spoil.defvjp(
 )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
 def chain(capacity, bad, tokens, gate, expert, weights, dy):
     """Dispatch, experts, grouped matmul, combine, with `bad` in the unused rows between any two of them."""
     plan = make_plan(Routing(expert, gate, NO_SUMS), num_experts=EXPERTS, num_groups=GROUPS, capacity=capacity)
@@ -244,7 +246,7 @@ def test_gates_that_are_not_finite_claim_nothing():
     assert np.isnan(y[3:6]).all() and np.isfinite(np.delete(y, [3, 4, 5], axis=0)).all()
 
 
-@functools.partial(jax.jit, static_argnames=STATIC)
+@functools.partial(jax.jit, static_argnames=STATIC, compiler_options=FAST)
 def layer_forward(inputs, **arguments):
     return layer_and_gradients(inputs, **arguments)[1]
 

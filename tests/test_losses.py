@@ -135,7 +135,7 @@ def test_every_term_and_its_gradient(scope, num_choices, seed):
 def test_the_batch_s_statistics_do_not_depend_on_the_groups():
     logits, noise, modality, mask = random_case(1)
     by_groups = [
-        auxiliary_terms(sums_of(logits, noise, modality, mask, num_groups=groups), config()) for groups in (1, 2, 3)
+        auxiliary_terms(sums_of(logits, noise, modality, mask, num_groups=groups), config()) for groups in (1, 3)
     ]
     for other in by_groups[1:]:
         np.testing.assert_allclose(np.stack(other), np.stack(by_groups[0]), rtol=1e-5)

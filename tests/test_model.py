@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.extend import core
-from model_cases import FAST, draws, reference_parameters, scaled, small_batch, small_config, small_model
+from model_cases import draws, reference_parameters, scaled, small_batch, small_config, small_model
+from moe_cases import FAST
 
 import reference
 from limoe.describe import describe
