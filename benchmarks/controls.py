@@ -2,10 +2,10 @@
 
     python benchmarks/controls.py [--controls=limoe,dense,shuffled,colour] [--folder=runs/controls] [--set key=value]
 
-limoe: the run of `limoe train`. dense: its dense twin, same data and steps. shuffled: the same run on captions that were
-shuffled among the images, which must stay at chance + 3 points. colour: nearest mean colour, without a model, which must
-stay under 40%. Each run is a work folder of its own and is taken up again if it was stopped; the whole takes about 15
-minutes on two CPU cores. Prints one table; the exit status is 1 if a target is missed.
+limoe: the run of `limoe train`. dense: its dense twin, same data and steps. shuffled: the same run on captions that
+were shuffled among the images, which must stay at chance + 3 points. colour: nearest mean colour, without a model,
+which must stay under 40%. Each run is a work folder of its own and is taken up again if it was stopped; the whole takes
+about 15 minutes on two CPU cores. Prints one table; the exit status is 1 if a target is missed.
 """
 
 import dataclasses

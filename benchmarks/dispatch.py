@@ -33,6 +33,7 @@ from absl import app, flags, logging  # noqa: E402
 from benchmarks import plot, selection, summary  # noqa: E402
 from benchmarks.cases import CASES, DISTRIBUTIONS, DTYPES  # noqa: E402
 from benchmarks.implementations import OURS  # noqa: E402
+from benchmarks.markdown import write_section  # noqa: E402
 from benchmarks.results import HEADER, Result, line, machine, title  # noqa: E402
 from benchmarks.roofline import OPS, PASSES, Device, Load, Op, Pass, this_device, work  # noqa: E402
 from benchmarks.run import IMPLEMENTATIONS, Options, Problem, run_problem  # noqa: E402
@@ -67,8 +68,6 @@ _PLOT = flags.DEFINE_string("plot", None, "PNG file for bars.")
 _MARKDOWN = flags.DEFINE_string(
     "markdown", None, "Markdown file whose section between the marks of this program is replaced, or added at the end."
 )
-
-BEGIN, END = "<!-- benchmarks/dispatch.py: begin -->", "<!-- benchmarks/dispatch.py: end -->"
 
 
 class Report:
@@ -132,19 +131,6 @@ def say_exponents(problems: Sequence[Problem], axis: str, report: Report) -> Non
             report.say(f"{name:16s} {summary.exponent(*zip(*points, strict=True)):5.2f}   (useful work: {grows:.2f})")
 
 
-def write_section(path: str, text: str) -> None:
-    """Replace what is between the marks in a file, or add it with its marks; the rest of the file stays as it is."""
-    file = Path(path)
-    old = file.read_text(encoding="utf-8") if file.exists() else ""
-    section = f"{BEGIN}\n{text}\n{END}"
-    before, begin, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if begin and end:
-        file.write_text(before + section + after, encoding="utf-8")
-    else:
-        file.write_text(f"{old.rstrip()}\n\n{section}\n".lstrip(), encoding="utf-8")
-
-
 def chosen_problems() -> list[Problem]:
     """The problems that the flags ask for."""
     if _SWEEP.value is None and not any(flag.value for flag in (_OP, _PASS, _CASE, _DISTRIBUTION, _DTYPE)):
@@ -179,7 +165,7 @@ def main(argv: list[str]) -> int:
         options = Options(tuple(IMPLEMENTATIONS[name] for name in names), _REPETITIONS.value, _CHECK.value, report.note)
         status = 0
         try:
-            device = this_device(tuple(dict.fromkeys(problem.dtype for problem in problems)))
+            device = this_device()
             report.say(machine(device))
             run_all(problems, options, device, report)
         except KeyboardInterrupt:

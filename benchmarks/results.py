@@ -9,7 +9,6 @@ import platform
 import subprocess
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from benchmarks.roofline import Device, Work, percent
@@ -165,21 +164,9 @@ def line(result: Result) -> str:
 
 
 def machine(device: Device) -> str:
-    """Where and with what it was measured, in one or two lines."""
-    peaks = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in device.flops.items())
-    roofline = f"{peaks}, memory {device.bandwidth / 1e9:.3g} GB/s" if peaks else "none"
+    """Where and with what it is measured, in two lines."""
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return (
-        f"{jax.default_backend()}: {_device_name(device)}; {packages}; commit {commit()}; "
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}\nroofline: {roofline} ({device.source})"
-    )
-
-
-def _device_name(device: Device) -> str:
-    if jax.default_backend() != "cpu":
-        return f"{jax.device_count()} x {device.name}"
-    # The name that Linux gives; elsewhere that of the architecture.
-    info = Path("/proc/cpuinfo")
-    names = [text for text in info.read_text().splitlines() if text.startswith("model name")] if info.exists() else []
-    name = names[0].partition(":")[2].strip() if names else platform.processor()
-    return f"{len(names) or '?'} cores of {name}"
+    date = datetime.datetime.now(datetime.UTC)
+    peaks = ", ".join(f"{dtype} {rate / 1e12:.4g} TFLOP/s" for dtype, rate in device.flops.items())
+    figures = f"{peaks}, memory {device.bandwidth / 1e9:.4g} GB/s, " if peaks else ""
+    return f"{device.name}; {packages}; commit {commit()}; {date:%Y-%m-%d}\nroofline: {figures}{device.source}"

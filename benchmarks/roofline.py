@@ -5,13 +5,19 @@ have rows. So an implementation that computes padding, or moves data twice, is f
 """
 
 import dataclasses
-import time
+import os
+import platform
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.cases import Case
+from benchmarks.timing import Program, compile_program
+
+# 17 GFLOP, and 256 MB read and written.
+_PROBE_WIDTH, _PROBE_ENTRIES = 2_048, 1 << 26
 
 Op = Literal["routing", "plan", "dispatch", "combine", "grouped_matmul", "expert_mlp", "layer"]
 Pass = Literal["forward", "backward", "both"]
@@ -119,40 +125,41 @@ def percent(done: Work, seconds: float, device: Device, dtype: str) -> float | N
     return 100 * max(done.flops / device.flops[dtype], done.bytes / device.bandwidth) / seconds
 
 
-def this_device(dtypes: tuple[str, ...]) -> Device:
-    """Look the device up, or measure a CPU: its largest rate over a large matmul and a large copy."""
+def this_device() -> Device:
+    """Look the device up. A CPU has no data sheet here: its peaks are measured beside every problem (see `probes`)."""
     kind = jax.devices()[0].device_kind
     if kind in _SHEETS:
         half, single, bandwidth = _SHEETS[kind]
         return Device(kind, {"float32": single * 1e12, "bfloat16": half * 1e12}, bandwidth * 1e9, "data sheet")
+    if jax.default_backend() == "cpu":
+        return Device(_cpu_name(), {}, float("inf"), "a large matmul and a large copy, measured beside every problem")
+    return Device(kind, {}, float("inf"), "none: the peaks of this device are not known")
+
+
+def _cpu_name() -> str:
+    """The name that Linux gives; elsewhere that of the architecture."""
+    info = Path("/proc/cpuinfo")
+    names = [text for text in info.read_text().splitlines() if text.startswith("model name")] if info.exists() else []
+    name = names[0].partition(":")[2].strip() if names else platform.processor()
+    return f"{os.cpu_count()} cores of {name}"
+
+
+def probes(dtype: str) -> list[Program]:
+    """A large matmul and a large copy, to be timed in turns with what they are the measure of."""
     if jax.default_backend() != "cpu":
-        return Device(kind, {}, float("inf"), "unknown device: no roofline")
-    size = 2_048
-    flops = {}
-    for dtype in dtypes:
-        matrix = jnp.ones((size, size), dtype)
-        product = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32).astype(a.dtype))
-        flops[dtype] = 2 * size**3 / _fastest(product, matrix)
-    large = jnp.ones(1 << 26, jnp.float32)
-    copy = jax.jit(lambda old, x: x + 1, donate_argnums=0, keep_unused=True)
-    return Device(kind, flops, 2 * large.nbytes / _fastest_donated(copy, large), "measured in this run")
+        return []
+    matrix = jnp.ones((_PROBE_WIDTH, _PROBE_WIDTH), dtype)
+    large = jnp.ones(_PROBE_ENTRIES, jnp.float32)
+    return [
+        compile_program("large matmul", lambda a: a @ a, (matrix,), dtype),
+        compile_program("large copy", lambda x: x + 1, (large,), dtype),
+    ]
 
 
-def _fastest(function, argument: jax.Array, repetitions: int = 5) -> float:  # noqa: ANN001
-    jax.block_until_ready(function(argument))
-    seconds = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        jax.block_until_ready(function(argument))
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-def _fastest_donated(function, argument: jax.Array, repetitions: int = 5) -> float:  # noqa: ANN001
-    old = jax.block_until_ready(function(jnp.zeros_like(argument), argument))
-    seconds = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        old = jax.block_until_ready(function(old, argument))
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+def with_probes(device: Device, timed: list[Program], dtype: str) -> Device:
+    """The device with the largest rates that the probes reached; itself if nothing was timed."""
+    if not timed or not all(probe.seconds for probe in timed):
+        return device
+    matmul, copy = (min(probe.seconds.values()) for probe in timed)
+    rates = {dtype: 2 * _PROBE_WIDTH**3 / matmul}
+    return dataclasses.replace(device, flops=rates, bandwidth=2 * 4 * _PROBE_ENTRIES / copy)

@@ -13,7 +13,7 @@ from benchmarks.implementations import OURS, Implementation
 from benchmarks.jobs import Job, Prepared, make_job, prepare
 from benchmarks.peers import PEERS
 from benchmarks.results import Label, Result, make_result
-from benchmarks.roofline import Device, Load, Op, Pass, needed_bytes, work
+from benchmarks.roofline import Device, Load, Op, Pass, needed_bytes, probes, with_probes, work
 from benchmarks.timing import Program, compile_program, time_programs
 
 IMPLEMENTATIONS = {implementation.name: implementation for implementation in (*OURS, *PEERS)}
@@ -72,12 +72,14 @@ def run_problem(problem: Problem, options: Options, device: Device) -> Iterator[
 
     # A wrong result is never timed.
     right = [program for name, program in programs.items() if program is not None and faults[name] is None]
+    beside = [] if options.check_only else probes(dtype)
     interrupted = False
     try:
         if right and not options.check_only:
-            time_programs(right, options.repetitions)
+            time_programs([*right, *beside], options.repetitions)
     except KeyboardInterrupt:
         interrupted = True
+    device = with_probes(device, beside, dtype)
     dense = programs.get("dense")
     load = full_truth(case, problem.distribution, dtype).load
     for implementation in chosen:

@@ -32,8 +32,8 @@ def product(
 def quick() -> list[Problem]:
     """The layer in both groupings, balanced and Zipf, and each of its operations; every baseline at least once.
 
-    ragged_dot takes some 35 times as long as dense on a CPU, so it runs once; where a baseline would repeat what another
-    line says, it is left out.
+    ragged_dot takes some 35 times as long as dense on a CPU, so it runs once; where a baseline would repeat what
+    another line says, it is left out.
     """
     others: list[Op] = [op for op in OPS if op != "layer"]
     problems = product(["layer"], ["both"], ["issue"], ["balanced"], ["float32"])

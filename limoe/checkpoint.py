@@ -58,8 +58,8 @@ class _LeafFacts(NamedTuple):
 
 
 def _is_not_orbax_chatter(record: logging.LogRecord) -> bool:
-    # Orbax logs some twenty INFO lines a save, and absl shows INFO once `absl.app.run` has started.
-    return record.levelno >= logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
+    # Orbax logs some twenty INFO lines a save, and with each failure a traceback of what it raises anyway.
+    return record.levelno == logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 absl_logging.get_absl_logger().addFilter(_is_not_orbax_chatter)

@@ -57,7 +57,7 @@ def evaluation_folders(config: Config, data: str) -> DataFolders:
     return data_folders(config)
 
 
-def tokenizer_for(config: Config, path: Path, source: ShardSource | None) -> Tokenizer:
+def tokenizer_for(config: Config, path: Path, source: ShardSource) -> Tokenizer:
     """The tokenizer of a run: the one at `path` if it is there, else the configured or a newly trained one, saved
     there.
 

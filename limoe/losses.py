@@ -120,23 +120,20 @@ def auxiliary_terms(sums: RoutingSums, config: Config) -> AuxiliaryTerms:
     return AuxiliaryTerms(*(jnp.sum(jnp.mean(term, axis=1)) for term in by_group))
 
 
-def auxiliary_weights(config: Config) -> AuxiliaryTerms:
+def auxiliary_weights(config: Config) -> dict[str, float]:
     """The weight of each term in the total: its own weight over the number of active terms, times `aux_weight`.
 
     The active losses are averaged, then multiplied by 0.04 (paper, section 3); a term that is off has weight 0.
 
     >>> from limoe.presets import preset
     >>> weights = auxiliary_weights(preset("b16"))
-    >>> round(weights.z * 6, 4), weights.local_image
+    >>> round(weights["z"] * 6, 4), weights["local_image"]
     (0.04, 0.0)
     """
     loss = config.loss
     names = [name for name in AuxiliaryTerms._fields if getattr(loss, name)]
     share = loss.aux_weight / max(len(names), 1)
-    weights = {
-        name: share * getattr(loss, f"{name}_weight") if name in names else 0.0 for name in AuxiliaryTerms._fields
-    }
-    return AuxiliaryTerms(**weights)
+    return {name: share * getattr(loss, f"{name}_weight") if name in names else 0.0 for name in AuxiliaryTerms._fields}
 
 
 def total_loss(
@@ -158,8 +155,11 @@ def total_loss(
     else:
         auxiliary = auxiliary_terms(routing.sums, config)
     # Selected, not multiplied: a term that is off must not carry its NaN into the total.
-    active = [weight * term for weight, term in zip(auxiliary_weights(config), auxiliary, strict=True) if weight != 0]
-    auxiliary_total = sum(active, start=jnp.float32(0))
+    weights = auxiliary_weights(config)
+    auxiliary_total = jnp.zeros((), jnp.float32)
+    for name, term in auxiliary._asdict().items():
+        if weights[name] != 0:
+            auxiliary_total += weights[name] * term
     return LossTerms(contrastive + auxiliary_total, contrastive, auxiliary_total, auxiliary)
 
 

@@ -13,6 +13,7 @@ from limoe.config import ModelConfig
 from moe_kernels import (
     SAVED_NAMES,
     MlpWeights,
+    Priority,
     RoutingFigures,
     RoutingSums,
     entropy_of_mean,
@@ -38,6 +39,15 @@ __all__ = [
 ]
 
 IMAGE, TEXT, NUM_MODALITIES = 0, 1, 2
+
+_PRIORITIES: dict[str, tuple[Priority, int]] = {
+    "bpr": ("bpr", IMAGE),
+    "arrival": ("arrival", IMAGE),
+    "random": ("random", IMAGE),
+    "image_first": ("modality", IMAGE),
+    "text_first": ("modality", TEXT),
+}
+"""The priority of each setting, and the modality that goes first where that is asked for."""
 
 
 class RoutingContext(NamedTuple):
@@ -117,7 +127,7 @@ class MoeLayer(nnx.Module):
                     num_experts=config.num_experts,
                     first_group=context.first_group,
                 )
-            first = {"image_first": IMAGE, "text_first": TEXT}.get(config.priority)
+            priority, first_modality = _PRIORITIES[config.priority]
             result = moe_mlp(
                 flat,
                 self.router[...],
@@ -125,13 +135,13 @@ class MoeLayer(nnx.Module):
                 num_choices=config.num_choices,
                 capacity_factor=config.capacity_factor,
                 num_groups=groups,
-                priority=config.priority if first is None else "modality",
+                priority=priority,
                 noise=noise,
                 noise_std=config.router_noise / config.num_experts if noise is not None else None,
                 mask=mask,
                 modality=modality,
                 num_modalities=NUM_MODALITIES,
-                first_modality=first or IMAGE,
+                first_modality=first_modality,
                 key=order_key,
                 first_group=context.first_group,
                 activation=config.activation,

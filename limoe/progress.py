@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 from tqdm import tqdm
 
-# Bars that finish sooner are not shown at all.
-_DELAY_SECONDS = 1.0
 _SECONDS_BETWEEN_DRAWINGS, _SECONDS_BETWEEN_LINES = 0.5, 30.0
 
 
@@ -23,8 +22,10 @@ class _Lines:
         sys.stderr.flush()
 
 
-def progress_bar(description: str, *, total: int, unit: str, done: int = 0) -> tqdm:
+def progress_bar(description: str, *, total: int, unit: str, done: int = 0, delay: float = 0.0) -> tqdm:
     """A bar on standard error; where that is no terminal, a line every half minute and one at the end.
+
+    It is not shown at all if it finishes within `delay` seconds.
 
     >>> with progress_bar("reading", total=10, unit="file", done=4) as bar:
     ...     _ = bar.update(6)
@@ -32,14 +33,17 @@ def progress_bar(description: str, *, total: int, unit: str, done: int = 0) -> t
     10
     """
     watched = sys.stderr.isatty()
+    terminal = shutil.get_terminal_size()
     return tqdm(
         desc=description,
         total=total,
         initial=done,
         unit=unit,
         file=sys.stderr if watched else _Lines(),
-        dynamic_ncols=watched,
+        # Not tqdm's own guess, which draws nothing on a terminal that does not know its size.
+        ncols=terminal.columns if watched else None,
+        nrows=terminal.lines if watched else None,
         mininterval=_SECONDS_BETWEEN_DRAWINGS if watched else _SECONDS_BETWEEN_LINES,
         miniters=1,
-        delay=_DELAY_SECONDS,
+        delay=delay,
     )

@@ -144,7 +144,7 @@ def make_step(
             gradient_norm=optax.tree.norm(grads),
             scale=jnp.exp(state.parameters["log_scale"]),
         )
-        parameters = optax.apply_updates(state.parameters, updates)
+        parameters = jax.tree.map(jnp.add, state.parameters, updates)
         return TrainState(state.step + 1, parameters, optimizer_state), report
 
     return train_step

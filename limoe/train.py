@@ -297,7 +297,7 @@ def _bar(description: str, unit: str) -> Callable[[int, int], None]:
 
     def progress(done: int, total: int) -> None:
         if not bar:
-            bar.append(progress_bar(description, total=total, unit=unit))
+            bar.append(progress_bar(description, total=total, unit=unit, delay=1.0))
         bar[0].update(done - bar[0].n)
         if done == total:
             bar[0].close()

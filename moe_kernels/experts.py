@@ -26,7 +26,7 @@ def grouped_matmul(
     >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     >>> plan = make_plan(route(x, jnp.eye(2)), num_experts=2, capacity=1)
     >>> weight = jnp.stack([jnp.eye(2), 3 * jnp.eye(2)])
-    >>> grouped_matmul(dispatch(x, plan), weight, plan)[16].tolist()
+    >>> grouped_matmul(dispatch(x, plan), weight, plan)[8].tolist()
     [0.0, 3.0]
     """
     check_rows("rows", rows, plan.layout.num_rows)
@@ -55,7 +55,7 @@ def expert_mlp(
     >>> plan = make_plan(route(x, jnp.eye(2)), num_experts=2)
     >>> weights = MlpWeights(jnp.ones((2, 2, 8)), None, jnp.ones((2, 8, 2)), None)
     >>> expert_mlp(dispatch(x, plan), weights, plan).shape
-    (32, 2)
+    (16, 2)
     """
     check_rows("rows", rows, plan.layout.num_rows)
     if activation not in get_args(Activation):

@@ -19,7 +19,7 @@ def dispatch(tokens: Float[Array, "T D"], plan: Plan, *, backend: str | None = N
     >>> from moe_kernels import make_plan, route
     >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     >>> rows = dispatch(x, make_plan(route(x, jnp.eye(2)), num_experts=2, capacity=1))
-    >>> rows[0].tolist(), rows[16].tolist()
+    >>> rows[0].tolist(), rows[8].tolist()
     ([1.0, 0.0], [0.0, 1.0])
     """
     check_rows("tokens", tokens, plan.layout.num_tokens)

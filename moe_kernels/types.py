@@ -71,7 +71,7 @@ class Runs(NamedTuple):
     >>> from moe_kernels import make_plan, route
     >>> runs = make_plan(route(jnp.eye(2), jnp.eye(2)), num_experts=2).runs
     >>> runs.first.tolist(), runs.size.tolist()
-    ([0, 16], [1, 1])
+    ([0, 8], [1, 1])
     """
 
     expert: Int[Array, " N"]
@@ -91,7 +91,7 @@ class Layout:
     >>> from moe_kernels import make_plan, route
     >>> layout = make_plan(route(jnp.eye(2), jnp.eye(2)), num_experts=2, capacity=1).layout
     >>> layout.num_rows, layout.rows_per_expert
-    (32, 16)
+    (16, 8)
     """
 
     num_tokens: int
@@ -109,7 +109,7 @@ class Plan(NamedTuple):
     >>> from moe_kernels import make_plan, route
     >>> plan = make_plan(route(jnp.ones((2, 2)), jnp.eye(2)), num_experts=2, capacity=1)
     >>> plan.row.tolist(), plan.kept.tolist()  # both want expert 0; the second token finds no room
-    ([[0], [32]], [[[1.0, 0.0]]])
+    ([[0], [16]], [[[1.0, 0.0]]])
     """
 
     row: Int[Array, "T K"]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import dispatch, oracle, peers, selection, summary
+from benchmarks import markdown, oracle, peers, selection, summary
 from benchmarks.cases import CASES, DISTRIBUTIONS, Case, draw_experts, make_inputs, small_twin
 from benchmarks.plot import save_plot
 from benchmarks.roofline import OPS, Device, Load, work
@@ -180,10 +180,10 @@ def test_the_summary_and_the_picture(tmp_path):
 def test_a_section_is_replaced_and_the_rest_stays(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# Figures\n")
-    dispatch.write_section(str(page), "first")
+    markdown.write_section(str(page), "first")
     page.write_text(page.read_text() + "\nafter\n")
-    dispatch.write_section(str(page), "second")
-    assert page.read_text() == f"# Figures\n\n{dispatch.BEGIN}\nsecond\n{dispatch.END}\n\nafter\n"
+    markdown.write_section(str(page), "second")
+    assert page.read_text() == f"# Figures\n\n{markdown.BEGIN}\nsecond\n{markdown.END}\n\nafter\n"
 
 
 def command(*arguments: str) -> list[str]:

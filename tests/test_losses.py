@@ -277,7 +277,7 @@ def test_the_total_is_the_weighted_mean_of_what_is_active(contrastive):
 
 def test_weights_of_the_paper():
     weights = auxiliary_weights(preset("b16"))
-    assert weights._asdict() == pytest.approx(dict.fromkeys(NAMES, 0.04 / 6) | {"local_image": 0.0})
+    assert weights == pytest.approx(dict.fromkeys(NAMES, 0.04 / 6) | {"local_image": 0.0})
 
 
 def test_a_term_that_is_off_does_not_spoil_the_total():
