@@ -177,7 +177,9 @@ def main(argv: list[str]) -> int:
     if _PLOT.value and report.results:
         plot.save_plot(report.results, _PLOT.value)
     if _MARKDOWN.value:
-        command = " ".join(["python benchmarks/dispatch.py", *(word for word in sys.argv[1:] if "=" in word)])
+        # Where somebody's files lie is no business of a document.
+        words = [word for word in sys.argv[1:] if not word.startswith(("--json", "--plot", "--markdown"))]
+        command = " ".join(["python benchmarks/dispatch.py", *words])
         write_section(_MARKDOWN.value, f"Printed by `{command}`:\n\n```text\n{chr(10).join(report.text).strip()}\n```")
     wrong = [result for result in report.results if not result.correct]
     if wrong:

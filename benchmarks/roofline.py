@@ -73,7 +73,7 @@ def work(op: Op, passes: Pass, case: Case, load: Load, itemsize: int) -> Work:
 
     >>> case = Case("x", 4, 1, 8, 16, 2, 1, None)
     >>> work("expert_mlp", "forward", case, Load(4, 2), 4)
-    Work(flops=2048.0, bytes=2624.0)
+    Work(flops=2048.0, bytes=2496.0)
     >>> work("expert_mlp", "both", case, Load(4, 2), 4).flops
     6144.0
     """
@@ -105,7 +105,7 @@ def needed_bytes(case: Case, rows: int, itemsize: int) -> int:
     """Inputs, outputs, gradients and the routed rows (once) of a layer's forward and backward pass.
 
     >>> needed_bytes(Case("x", 4, 1, 8, 16, 2, 1, None), 32, 4)
-    6432
+    6176
     """
     tokens, router = case.tokens * case.width * itemsize, case.width * case.experts * 4
     weights = case.experts * (2 * case.width * case.expert_width + case.width + case.expert_width) * itemsize

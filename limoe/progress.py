@@ -7,6 +7,8 @@ import sys
 
 from tqdm import tqdm
 
+# Brief, so that loss and success rates fit into 80 columns.
+_FORMAT = "{desc}{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"
 _SECONDS_BETWEEN_DRAWINGS, _SECONDS_BETWEEN_LINES = 0.5, 30.0
 
 
@@ -35,10 +37,11 @@ def progress_bar(description: str, *, total: int, unit: str, done: int = 0, dela
     watched = sys.stderr.isatty()
     terminal = shutil.get_terminal_size()
     return tqdm(
-        desc=description,
+        desc=f"{description}: ",
         total=total,
         initial=done,
         unit=unit,
+        bar_format=_FORMAT,
         file=sys.stderr if watched else _Lines(),
         # Not tqdm's own guess, which draws nothing on a terminal that does not know its size.
         ncols=terminal.columns if watched else None,

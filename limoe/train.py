@@ -219,14 +219,14 @@ class _Run:
         if top1 is not None:
             self._tell(f"step {step}: zero-shot top-1 {top1:.1%}")
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
-            shown = {"loss": f"{float(step_report.loss.contrastive):.3f}"}
-            shown["pairs/s"] = f"{self.config.train.batch_size / seconds:.0f}"
+            shown = [f"loss {float(step_report.loss.contrastive):.3f}"]
             if step_report.routing is not None:
                 image, text = np.asarray(step_report.routing.success_rate).mean(axis=0)
-                shown |= {"kept image": f"{image:.1%}", "kept text": f"{text:.1%}"}
+                shown.append(f"kept image {image:.1%} text {text:.1%}")
+            shown.append(f"{self.config.train.batch_size / seconds:.0f} pairs/s")
             if self.num_bad:
-                shown["bad"] = str(self.num_bad)
-            bar.set_postfix(shown, refresh=False)
+                shown.append(f"{self.num_bad} bad")
+            bar.set_postfix_str(", ".join(shown), refresh=False)
         bar.set_description("training", refresh=False)
         bar.update(1)
 

@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
+import pytest
 from jaxtyping import install_import_hook
 
 # From here on every annotated shape and dtype is checked at each call. It only sees modules imported after it; this
@@ -19,3 +20,19 @@ hypothesis.settings.register_profile("default", max_examples=30, **_common)
 hypothesis.settings.register_profile("ci", max_examples=30, derandomize=True, database=None, **_common)
 hypothesis.settings.register_profile("long", max_examples=1000, **_common)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory):
+    """A small training run that nothing disturbed, shared by all tests of the trainer."""
+    from run_cases import ran
+
+    return ran(tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture(scope="session")
+def expected(finished):
+    """What that run ended with, for runs that must end with the same bits."""
+    from run_cases import result
+
+    return result(finished.folder)

@@ -96,12 +96,21 @@ def plan_of(shape: Shape, expert, gate, priority):
 
 
 def assert_close(
-    actual, expected, *, length: int, name: str, roundings: float = 4, eps: float = 2.0**-23, scale=None
+    actual,
+    expected,
+    *,
+    length: int,
+    name: str,
+    roundings: float = 4,
+    eps: float = 2.0**-23,
+    scale=None,
+    floor: float = 0,
 ) -> None:
     """Compare row by row: each row within `roundings * 2 eps sqrt(length)` of its largest entry (or of `scale`).
 
     `length` is the longest sum that an entry goes through and `roundings` how many such sums follow on each other; a
-    row of zeros must be exactly zero. `scale` [rows] is the size of what was added up, for entries that cancel.
+    row of zeros must be exactly zero. `scale` [rows] is the size of what was added up, for entries that cancel; `floor`
+    is a lower bound of it for rows that are not zero, where the numbers behind them are of size 1.
     """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
@@ -110,6 +119,7 @@ def assert_close(
     rows = expected.reshape(-1, expected.shape[-1]) if expected.ndim else expected.reshape(1, 1)
     error = np.abs(actual.reshape(rows.shape) - rows)
     size = np.abs(rows).max(axis=1, keepdims=True) if scale is None else np.asarray(scale).reshape(-1, 1)
+    size = np.where(size > 0, np.maximum(size, floor), size)
     bound = roundings * 2 * eps * np.sqrt(max(length, 1)) * size
     worst = np.unravel_index(np.argmax(error - bound), error.shape)
     assert np.isfinite(error).all() and (error <= bound).all(), (

@@ -142,11 +142,11 @@ def test_a_bar_in_a_file_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "stderr", written)
     with progress_bar("counting", total=1000, unit="step") as bar:
         for _ in range(1000):
-            bar.set_postfix({"loss": "1.0"}, refresh=False)
+            bar.set_postfix_str("loss 1.0", refresh=False)
             bar.update(1)
     lines = written.getvalue().splitlines()
-    assert len(lines) == 2 and lines[0].startswith("counting:   0%")
-    assert lines[1].startswith("counting: 100%") and "loss=1.0" in lines[1]
+    assert len(lines) == 2 and lines[0].startswith("counting: 0/1000 ")
+    assert lines[1].startswith("counting: 1000/1000 ") and "loss 1.0" in lines[1]
 
 
 def test_a_bar_on_a_terminal_is_one_line_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -328,7 +328,8 @@ def test_half_precision_is_within_its_own_eps(dtype, capacity):
     out = reference.expert_mlp(rows, w64, twin, "gelu_tanh")
     back = reference.combine_gradient(out, gate, dy64, twin)
     gradient = reference.expert_mlp_gradient(rows, w64, back.rows, twin, "gelu_tanh")
-    bound = {"length": HIDDEN, "eps": float(jnp.finfo(dtype).eps), "roundings": 1}
+    # Half of eps is one rounding; matmuls accumulate in float32, so only rows, hidden layer and results are rounded.
+    bound = {"length": HIDDEN, "eps": float(jnp.finfo(dtype).eps) / 2, "roundings": 1}
     assert_close(y, reference.combine(out, gate, twin), name="y", **bound)
     assert_close(dx, reference.dispatch_gradient(gradient.rows, twin), name="dx", **bound)
     size = np.linalg.norm(dy64, axis=1) * np.linalg.norm(out, axis=1).max()

@@ -63,14 +63,16 @@ def test_dispatch_experts_combine(shape, seed, pattern, activation):
     experts = reference.expert_mlp_gradient(rows, w64, back.rows, twin, activation)
 
     length = max(shape.width, shape.hidden)
-    assert_close(y, reference.combine(out, gate, twin), length=length, name="y", roundings=8)
-    assert_close(dtokens, reference.dispatch_gradient(experts.rows, twin), length=length, name="dtokens", roundings=12)
+    assert_close(y, reference.combine(out, gate, twin), length=length, name="y", roundings=8, floor=0.3)
+    # One row of width 1 may come close to 0 (the slope of GELU crosses it), and is off only in relation to itself.
+    dx = reference.dispatch_gradient(experts.rows, twin)
+    assert_close(dtokens, dx, length=length, name="dtokens", roundings=12, floor=0.3)
     # An entry of dgate is a dot product that may cancel: measure it against its largest possible value.
     size = np.linalg.norm(dy, axis=1) * max(np.linalg.norm(out, axis=1).max(), 1e-30)
     assert_close(dgate, back.gate, length=length, name="dgate", roundings=12, scale=size)
     for name, mine, theirs in zip(w._fields, dw, experts.weights, strict=True):
         mine, theirs = (np.asarray(x).reshape(shape.experts, -1) for x in (mine, theirs))
-        assert_close(mine, theirs, length=length * shape.tokens, name=f"d{name}", roundings=8)
+        assert_close(mine, theirs, length=length * shape.tokens, name=f"d{name}", roundings=8, floor=0.3)
     unused = np.asarray(plan.runs.size) == 0
     assert all((np.asarray(x)[unused] == 0).all() for x in dw)
 
@@ -173,7 +175,7 @@ def test_the_whole_layer(shape, priority, noisy, seed):
         expert=np.asarray(routing.expert),
     )
     length = max(shape.width, shape.hidden, shape.experts)
-    assert_close(output.tokens, twin.tokens, length=length, name="y", roundings=16)
+    assert_close(output.tokens, twin.tokens, length=length, name="y", roundings=16, floor=0.3)
     np.testing.assert_array_equal(output.kept, twin.kept)
     for name, mine, theirs in zip(RoutingSums._fields, output.sums, twin.sums, strict=True):
         mine, theirs = np.asarray(mine), np.asarray(theirs)
@@ -193,7 +195,7 @@ def test_the_whole_layer(shape, priority, noisy, seed):
     )
     for name, mine, theirs in zip(w._fields, dw, back.weights, strict=True):
         mine, theirs = (np.asarray(x).reshape(shape.experts, -1) for x in (mine, theirs))
-        assert_close(mine, theirs, length=length * shape.tokens, name=f"d{name}", roundings=16)
+        assert_close(mine, theirs, length=length * shape.tokens, name=f"d{name}", roundings=16, floor=0.3)
 
 
 @given(st.sampled_from(SHAPES), st.integers(0, 10**6))
@@ -210,7 +212,7 @@ def test_experts_are_the_reference_s_where_logits_are_exact(shape, seed):
 
 def test_figures_are_what_they_say():
     shape = SHAPES[4]
-    tokens, router, w, noise, modality, mask, _, _ = layer_arguments(shape, 3)
+    tokens, router, w, noise, modality, mask, _, _ = jax.tree.map(jnp.asarray, layer_arguments(shape, 3))
     output = moe_mlp(
         tokens,
         router,
@@ -227,7 +229,7 @@ def test_figures_are_what_they_say():
     )
     figures = routing_figures(output.sums, output.kept)
     for m in range(2):
-        mine = (modality == m) & mask
+        mine = np.asarray((modality == m) & mask)
         p = np.stack([reference.softmax(row) for row in twin.clean_logits[mine]])
         assert np.isclose(figures.success_rate[m], np.asarray(output.kept)[:, m].sum() / mine.sum())
         assert np.isclose(figures.largest_gate[m], twin.gate[mine, 0].mean(), rtol=1e-5)
