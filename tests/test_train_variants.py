@@ -1,4 +1,4 @@
-"""Runs unlike the usual one: values that are not finite, evaluation on the way, a profile, a dense twin, other losses."""
+"""Runs unlike the usual one: values not finite, evaluation on the way, a profile, a dense twin, other losses."""
 
 import shutil
 from pathlib import Path
