@@ -91,14 +91,14 @@ def plan():
     return make_plan(route(X, ROUTER), num_experts=EXPERTS, capacity=2)
 
 
-ROWS = jnp.ones((3 * 16, WIDTH))
+ROWS = jnp.ones((3 * 8, WIDTH))
 OPERATION_MISTAKES = [
     (lambda: dispatch(X[:5], plan()), "tokens has shape (5, 4); the plan is for [6, D]"),
     (lambda: dispatch(X[0], plan()), "tokens has shape (4,); the plan is for [6, D]"),
-    (lambda: combine(ROWS[1:], jnp.ones((6, 1)), plan()), "rows has shape (47, 4); the plan is for [48, D]"),
+    (lambda: combine(ROWS[1:], jnp.ones((6, 1)), plan()), "rows has shape (23, 4); the plan is for [24, D]"),
     (lambda: combine(ROWS, jnp.ones((6, 2)), plan()), "gate has shape (6, 2); the plan is for [T, K] = (6, 1)"),
-    (lambda: expert_mlp(ROWS[1:], WEIGHTS, plan()), "rows has shape (47, 4); the plan is for [48, D]"),
-    (lambda: grouped_matmul(ROWS[1:], WEIGHTS.w1, plan()), "rows has shape (47, 4); the plan is for [48, D]"),
+    (lambda: expert_mlp(ROWS[1:], WEIGHTS, plan()), "rows has shape (23, 4); the plan is for [24, D]"),
+    (lambda: grouped_matmul(ROWS[1:], WEIGHTS.w1, plan()), "rows has shape (23, 4); the plan is for [24, D]"),
     (lambda: grouped_matmul(ROWS, WEIGHTS.w2, plan()), "weight has shape (3, 8, 4); it must be [3, 4, any]"),
     (lambda: grouped_matmul(ROWS, WEIGHTS.w1[0], plan()), "weight has shape (4, 8); it must be [3, 4, any]"),
     (lambda: make_plan(route(X, ROUTER), num_experts=3, num_groups=4), "num_groups=4; use a divisor of 6"),

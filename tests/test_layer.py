@@ -39,6 +39,16 @@ def experts_and_gradients(shape: Shape, activation, plan, tokens, gate, w: MlpWe
     return y, *pull(dy)
 
 
+def added_up(tokens, dy, expert, gate, w) -> np.ndarray:
+    """The sum of the absolute values behind each token's gradient [T]; the slope of GELU errs by what its argument does."""
+    size = np.zeros(len(tokens))
+    for t, k in np.ndindex(*expert.shape):
+        w1, b1, w2, _ = (np.abs(x[expert[t, k]]) for x in w)
+        hidden = np.abs(tokens[t]) @ w1 + b1
+        size[t] += gate[t, k] * ((np.abs(dy[t]) @ w2.T * (1 + hidden)) @ w1.T).max()
+    return size
+
+
 @given(
     st.sampled_from(SHAPES),
     st.integers(0, 10**6),
@@ -64,15 +74,16 @@ def test_dispatch_experts_combine(shape, seed, pattern, activation):
 
     length = max(shape.width, shape.hidden)
     assert_close(y, reference.combine(out, gate, twin), length=length, name="y", roundings=8, floor=0.3)
-    # One row of width 1 may come close to 0 (the slope of GELU crosses it), and is off only in relation to itself.
     dx = reference.dispatch_gradient(experts.rows, twin)
-    assert_close(dtokens, dx, length=length, name="dtokens", roundings=12, floor=0.3)
+    # A row may nearly vanish (the slope of GELU crosses 0), but not what it is the sum of.
+    size = np.where(dx.any(axis=1), added_up(tokens, dy, expert, gate, w64), 0)
+    assert_close(dtokens, dx, length=length, name="dtokens", scale=size)
     # An entry of dgate is a dot product that may cancel: measure it against its largest possible value.
     size = np.linalg.norm(dy, axis=1) * max(np.linalg.norm(out, axis=1).max(), 1e-30)
     assert_close(dgate, back.gate, length=length, name="dgate", roundings=12, scale=size)
     for name, mine, theirs in zip(w._fields, dw, experts.weights, strict=True):
         mine, theirs = (np.asarray(x).reshape(shape.experts, -1) for x in (mine, theirs))
-        assert_close(mine, theirs, length=length * shape.tokens, name=f"d{name}", roundings=8, floor=0.3)
+        assert_close(mine, theirs, length=length * shape.tokens, name=f"d{name}", roundings=8, floor=1)
     unused = np.asarray(plan.runs.size) == 0
     assert all((np.asarray(x)[unused] == 0).all() for x in dw)
 
@@ -195,7 +206,7 @@ def test_the_whole_layer(shape, priority, noisy, seed):
     )
     for name, mine, theirs in zip(w._fields, dw, back.weights, strict=True):
         mine, theirs = (np.asarray(x).reshape(shape.experts, -1) for x in (mine, theirs))
-        assert_close(mine, theirs, length=length * shape.tokens, name=f"d{name}", roundings=16, floor=0.3)
+        assert_close(mine, theirs, length=length * shape.tokens, name=f"d{name}", roundings=16, floor=1)
 
 
 @given(st.sampled_from(SHAPES), st.integers(0, 10**6))
