@@ -40,7 +40,7 @@ def experts_and_gradients(shape: Shape, activation, plan, tokens, gate, w: MlpWe
 
 
 def added_up(tokens, dy, expert, gate, w) -> np.ndarray:
-    """The sum of the absolute values behind each token's gradient [T]; the slope of GELU errs by what its argument does."""
+    """The sum of the absolute values behind each token's gradient [T]; GELU's slope errs by what its argument does."""
     size = np.zeros(len(tokens))
     for t, k in np.ndindex(*expert.shape):
         w1, b1, w2, _ = (np.abs(x[expert[t, k]]) for x in w)
