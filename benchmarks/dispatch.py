@@ -121,8 +121,9 @@ def say_exponents(problems: Sequence[Problem], axis: str, report: Report) -> Non
     """The fitted exponent of every implementation's time, beside that of the work."""
     first = problems[0]
     sizes = [getattr(problem.case, axis) for problem in problems]
-    flops = [work(p.op, p.passes, p.case, Load(p.case.tokens * p.case.choices, 1), 4).flops for p in problems]
-    grows = summary.exponent(sizes, flops) if len(sizes) > 1 and all(flops) else 0.0
+    useful = [work(p.op, p.passes, p.case, Load(p.case.tokens * p.case.choices, p.case.experts), 4) for p in problems]
+    # An operation that computes nothing moves bytes.
+    grows = summary.exponent(sizes, [amount.flops or amount.bytes for amount in useful]) if len(sizes) > 1 else 0.0
     report.say(f"\ntime of {first.op} {first.passes} as a power of {axis} ({sizes[0]} to {sizes[-1]})")
     for name in dict.fromkeys(result.implementation for result in report.results):
         times = {r.case: r.ms_median for r in report.results if r.implementation == name and r.ms_median}
