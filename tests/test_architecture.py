@@ -221,8 +221,6 @@ def test_the_packages_listed_are_the_packages_there():
 def test_the_command_exists():
     for target in PYPROJECT["project"]["scripts"].values():
         module, _, function = target.partition(":")
-        if module not in FILES:
-            pytest.skip(f"{module} is not written yet")
         assert callable(getattr(importlib.import_module(module), function))
 
 
