@@ -31,7 +31,10 @@ def grouped_matmul(
     """
     check_rows("rows", rows, plan.layout.num_rows)
     _check_weight("weight", weight, (plan.layout.num_experts, rows.shape[1], None))
-    span = backends.choose(backends.problem_of("grouped_matmul", rows, plan.layout.num_experts), backend)
+    problem = backends.problem_of(
+        "grouped_matmul", rows, plan.layout.num_experts, expert_width=weight.shape[2], layout=plan.layout
+    )
+    span = backends.choose(problem, backend)
     return apply(span, plan.layout, (rows, weight), (plan.runs,))
 
 
@@ -58,17 +61,24 @@ def expert_mlp(
     (16, 2)
     """
     check_rows("rows", rows, plan.layout.num_rows)
+    num_experts, expert_width = plan.layout.num_experts, weights.w1.shape[-1]
+    check_mlp(weights, num_experts, rows.shape[1], activation)
+    problem = backends.problem_of("expert_mlp", rows, num_experts, expert_width=expert_width, layout=plan.layout)
+    span = backends.choose(problem, backend)
+    return apply(span, MlpStatic(plan.layout, activation), (rows, weights), (plan.runs,))
+
+
+def check_mlp(weights: MlpWeights, num_experts: int, width: int, activation: Activation) -> None:
+    """Refuse weights that do not fit together or the rows, and an activation that does not exist."""
     if activation not in get_args(Activation):
         raise ValueError(f"activation={activation!r} is not one of {', '.join(get_args(Activation))}")
-    num_experts, width, expert_width = plan.layout.num_experts, rows.shape[1], weights.w1.shape[-1]
+    expert_width = weights.w1.shape[-1]
     _check_weight("weights.w1", weights.w1, (num_experts, width, None))
     _check_weight("weights.w2", weights.w2, (num_experts, expert_width, width))
     if weights.b1 is not None:
         _check_weight("weights.b1", weights.b1, (num_experts, expert_width))
     if weights.b2 is not None:
         _check_weight("weights.b2", weights.b2, (num_experts, width))
-    span = backends.choose(backends.problem_of("expert_mlp", rows, num_experts), backend)
-    return apply(span, MlpStatic(plan.layout, activation), (rows, weights), (plan.runs,))
 
 
 def _check_weight(name: str, array: Float[Array, "..."], expected: tuple[int | None, ...]) -> None:

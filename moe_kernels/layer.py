@@ -8,11 +8,13 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moe_kernels.experts import expert_mlp
+from moe_kernels import backends
+from moe_kernels.backends.base import MlpStatic, apply
+from moe_kernels.experts import check_mlp, expert_mlp
 from moe_kernels.permute import combine, dispatch
 from moe_kernels.plan import bpr_priority, expert_capacity, make_plan, modality_priority, random_priority
 from moe_kernels.routing import route
-from moe_kernels.types import Activation, CapacityFactor, MlpWeights, MoeOutput, Priority, Routing
+from moe_kernels.types import Activation, CapacityFactor, MlpWeights, MoeOutput, Plan, Priority, Routing
 
 # Names of values that every remat policy should save: routing is decided once, since a near tie could flip if
 # recomputed.
@@ -85,9 +87,31 @@ def moe_mlp(
         num_modalities=num_modalities,
     )
     plan = jax.tree.map(lambda leaf: checkpoint_name(leaf, "moe_plan"), plan)
+    return MoeOutput(_experts(tokens, routing.gate, weights, plan, activation, backend), routing.sums, plan.kept)
+
+
+def _experts(
+    tokens: Float[Array, "T D"],
+    gate: Float[Array, "T K"],
+    weights: MlpWeights,
+    plan: Plan,
+    activation: Activation,
+    backend: str | None,
+) -> Float[Array, "T D"]:
+    """Dispatch, experts and combine: in one span where a back end has it, else one after the other."""
+    problem = backends.problem_of(
+        "dispatch_mlp_combine",
+        tokens,
+        plan.layout.num_experts,
+        expert_width=weights.w1.shape[-1],
+        layout=plan.layout,
+    )
+    if (span := backends.find(problem, backend)) is not None:
+        check_mlp(weights, plan.layout.num_experts, tokens.shape[1], activation)
+        return apply(span, MlpStatic(plan.layout, activation), (tokens, gate, weights), (plan,))
     rows = dispatch(tokens, plan, backend=backend)
     rows = expert_mlp(rows, weights, plan, activation=activation, backend=backend)
-    return MoeOutput(combine(rows, routing.gate, plan, backend=backend), routing.sums, plan.kept)
+    return combine(rows, gate, plan, backend=backend)
 
 
 def _priority(

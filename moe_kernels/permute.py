@@ -23,7 +23,8 @@ def dispatch(tokens: Float[Array, "T D"], plan: Plan, *, backend: str | None = N
     ([1.0, 0.0], [0.0, 1.0])
     """
     check_rows("tokens", tokens, plan.layout.num_tokens)
-    span = backends.choose(backends.problem_of("dispatch", tokens, plan.layout.num_experts), backend)
+    problem = backends.problem_of("dispatch", tokens, plan.layout.num_experts, layout=plan.layout)
+    span = backends.choose(problem, backend)
     return apply(span, None, (tokens,), (plan,))
 
 
@@ -46,7 +47,8 @@ def combine(
     expected = (plan.layout.num_tokens, plan.layout.num_choices)
     if gate.shape != expected:
         raise ValueError(f"gate has shape {gate.shape}; the plan is for [T, K] = {expected}")
-    span = backends.choose(backends.problem_of("combine", rows, plan.layout.num_experts), backend)
+    problem = backends.problem_of("combine", rows, plan.layout.num_experts, layout=plan.layout)
+    span = backends.choose(problem, backend)
     return apply(span, None, (rows, gate), (plan,))
 
 

@@ -86,6 +86,8 @@ class Layout:
 
     `rows_per_expert` is the distance between the first rows of neighbouring experts where that is fixed (a capacity
     near the mean load), so that the rows are an `[E, rows_per_expert]` block; None where runs start at traced places.
+    An expert has `runs_per_expert` runs, adjacent and, in a block, equally far apart (one from each shard after an
+    exchange).
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import make_plan, route
@@ -100,6 +102,7 @@ class Layout:
     num_experts: int
     num_rows: int
     rows_per_expert: int | None
+    runs_per_expert: int = 1
 
 
 class Plan(NamedTuple):

@@ -2,26 +2,56 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 
 import jax
 
 from moe_kernels.backends.base import Backend, Problem, Span, SpanName
 from moe_kernels.backends.xla import XLA
+from moe_kernels.types import Layout
 
 BACKENDS: tuple[Backend, ...] = (XLA,)
 
-__all__ = ["BACKENDS", "choose", "explain", "problem_of"]
+__all__ = ["BACKENDS", "choose", "explain", "find", "problem_of"]
 
 
-def problem_of(span: SpanName, array: jax.Array, num_experts: int) -> Problem:
-    """Describe a call by its span and its main array, on the platform that JAX would use by default.
+def problem_of(
+    span: SpanName, array: jax.Array, num_experts: int, *, expert_width: int = 0, layout: Layout | None = None
+) -> Problem:
+    """Describe a call by its span and its main array, on the device that the call is traced for.
+
+    That is the device of the mesh inside `shard_map` or under `jax.set_mesh` (also when a program is compiled for a
+    chip that this machine does not have), else JAX's default device.
 
     >>> import jax.numpy as jnp
     >>> problem_of("dispatch", jnp.zeros((4, 8)), 2).shape
     (4, 8)
     """
-    return Problem(span, jax.default_backend(), str(array.dtype), tuple(array.shape), num_experts)
+    platform, chip, num_cores = _device()
+    return Problem(
+        span,
+        platform,
+        str(array.dtype),
+        tuple(array.shape),
+        num_experts,
+        expert_width=expert_width,
+        layout=layout,
+        chip=chip,
+        num_cores=num_cores,
+    )
+
+
+def _device() -> tuple[str, str, int]:
+    """Platform, device kind and TensorCores of the device that is traced for."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.platform, device.device_kind, device.num_cores or 1
+    chosen = getattr(jax.config, "jax_default_device")  # noqa: B009 (set by jax.default_device; not in JAX's stubs)
+    if isinstance(chosen, str):
+        chosen = jax.devices(chosen)[0]
+    chosen = chosen or jax.devices()[0]
+    return chosen.platform, chosen.device_kind, getattr(chosen, "num_cores", None) or 1
 
 
 def choose(problem: Problem, name: str | None = None) -> Span:
@@ -38,15 +68,29 @@ def choose(problem: Problem, name: str | None = None) -> Span:
             near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.3)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"backend {name!r} does not exist{hint} (back ends: {', '.join(known)})")
+        problem = dataclasses.replace(problem, named=True)
     reasons = []
     for backend in BACKENDS:
         if name is not None and backend.name != name:
             continue
         reason = _why_not(backend, problem)
         if reason is None:
-            return backend.spans[problem.span]
+            return backend.spans[problem.span](problem)
         reasons.append(f"{backend.name}: {reason}")
     raise ValueError(f"no back end takes {problem}: {'; '.join(reasons)}")
+
+
+def find(problem: Problem, name: str | None = None) -> Span | None:
+    """Give the span of a longer piece of the layer where the back end that takes its parts fills it, else None.
+
+    >>> find(Problem("dispatch_mlp_combine", "cpu", "float32", (4, 8), 2)) is None
+    True
+    """
+    problem = dataclasses.replace(problem, named=name is not None)
+    for backend in BACKENDS:
+        if name in (None, backend.name) and _why_not(backend, problem) is None:
+            return backend.spans[problem.span](problem)
+    return None
 
 
 def explain(problem: Problem) -> str:

@@ -12,12 +12,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_kernels.types import Activation, Layout
 
-SpanName = Literal["route", "dispatch", "grouped_matmul", "expert_mlp", "combine"]
+SpanName = Literal["route", "dispatch", "grouped_matmul", "expert_mlp", "combine", "dispatch_mlp_combine"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """The static facts by which a back end is chosen: what is asked for, on which platform, in which shape and dtype.
+
+    `shape` and `dtype` are those of the tokens or rows; `expert_width` is the F of a matmul's weights; `chip` is the
+    device kind as JAX names it ("TPU v5 lite"), empty if unknown; `named` says that the user asked for this back end by
+    name, which is how a kernel runs interpreted on a CPU.
 
     >>> Problem("dispatch", "cpu", "float32", (4, 8), 2).span
     'dispatch'
@@ -28,6 +32,11 @@ class Problem:
     dtype: str
     shape: tuple[int, ...]
     num_experts: int
+    expert_width: int = 0
+    layout: Layout | None = None
+    chip: str = ""
+    num_cores: int = 1
+    named: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +79,15 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """A row of the table of back ends. `why_not` is pure: None if the problem is taken, else the reason."""
+    """A row of the table of back ends. `why_not` is pure: None if the problem is taken, else the reason.
+
+    `spans` gives for each operation the function from a problem that is taken to its span; equal problems should get
+    the same span, so that JAX finds what it has traced before.
+    """
 
     name: str
     why_not: Callable[[Problem], str | None]
-    spans: dict[SpanName, Span] = dataclasses.field(hash=False)
+    spans: dict[SpanName, Callable[[Problem], Span]] = dataclasses.field(hash=False)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -10,6 +10,12 @@ from moe_kernels.backends.xla.routing import route_backward, route_forward
 
 FLOATS = ("float32", "bfloat16", "float16")
 
+_ROUTE = Span(route_forward, route_backward)
+_DISPATCH = Span(dispatch_forward, dispatch_backward)
+_GROUPED_MATMUL = Span(grouped_matmul_forward, grouped_matmul_backward)
+_EXPERT_MLP = Span(expert_mlp_forward, expert_mlp_backward)
+_COMBINE = Span(combine_forward, combine_backward)
+
 
 def why_not(problem: Problem) -> str | None:
     """Refuse what has no defined rounding: anything but float32, bfloat16 and float16.
@@ -26,10 +32,10 @@ XLA = Backend(
     name="xla",
     why_not=why_not,
     spans={
-        "route": Span(route_forward, route_backward),
-        "dispatch": Span(dispatch_forward, dispatch_backward),
-        "grouped_matmul": Span(grouped_matmul_forward, grouped_matmul_backward),
-        "expert_mlp": Span(expert_mlp_forward, expert_mlp_backward),
-        "combine": Span(combine_forward, combine_backward),
+        "route": lambda _: _ROUTE,
+        "dispatch": lambda _: _DISPATCH,
+        "grouped_matmul": lambda _: _GROUPED_MATMUL,
+        "expert_mlp": lambda _: _EXPERT_MLP,
+        "combine": lambda _: _COMBINE,
     },
 )

@@ -35,7 +35,9 @@ class MatmulSaved(NamedTuple):
 def used_rows(runs: Runs, layout: Layout) -> Bool[Array, "E P"]:
     """Which rows of the `[E, rows_per_expert]` block hold something."""
     assert layout.rows_per_expert is not None
-    return jnp.arange(layout.rows_per_expert, dtype=jnp.int32)[None, :] < runs.size[:, None]
+    rows_per_run = layout.rows_per_expert // layout.runs_per_expert
+    used = jnp.arange(rows_per_run, dtype=jnp.int32)[None, :] < runs.size[:, None]
+    return used.reshape(layout.num_experts, layout.rows_per_expert)
 
 
 def select_rows(used: Bool[Array, "..."], values: Float[Array, "... D"]) -> Float[Array, "... D"]:
