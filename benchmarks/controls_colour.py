@@ -19,8 +19,9 @@ import numpy as np
 from PIL import Image
 
 from limoe.data import files
+from limoe.data.files import cache_folder
 from limoe.data.shards import find_shards
-from limoe.data.world import COLOURS, HELD_OUT, SHAPES, TEXTURES, Triple, World, default_cache_folder, write_world
+from limoe.data.world import COLOURS, HELD_OUT, SHAPES, TEXTURES, Triple, World, write_world
 
 TARGET = 0.4
 NUM_FOLDS = 5
@@ -116,7 +117,7 @@ def main() -> None:
     """Prints the table; the exit status is 1 if any variant reaches the target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default="", help="folder of a written world; the default world, written if needed")
-    folder = parser.parse_args().folder or os.path.dirname(write_world(World(), default_cache_folder()).train)
+    folder = parser.parse_args().folder or os.path.dirname(write_world(World(), cache_folder()).train)
     if not files.is_folder(folder):
         parser.error(f"--folder={folder} is not a folder; give one that holds train/ and heldout/")
     accuracies = measure(folder)

@@ -20,6 +20,7 @@ to dense mean what it would in training. Both are measured with it.
 
 import contextlib
 import dataclasses
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -158,6 +159,8 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     # JAX tells at length which platforms it did not find.
     logging.set_verbosity(logging.WARNING)
+    # A shell that is not interactive starts background commands with Ctrl-C ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     problems = chosen_problems()
     names = _IMPLEMENTATION.value or list(IMPLEMENTATIONS)
     with contextlib.ExitStack() as stack:

@@ -131,7 +131,9 @@ def _pick(case: Case, plan: Plan, rows: Array) -> Array:
 def _computed_rows(case: Case, kept: np.ndarray) -> int:
     layout = jax.eval_shape(lambda e, g: _plan(case, e, g), *_choice_shapes(case)).layout
     if layout.rows_per_expert is not None:
-        return layout.num_rows
+        half = (layout.rows_per_expert + 1) // 2
+        heights = np.where(kept <= half, half, layout.rows_per_expert)
+        return int(np.sum(heights)) if jax.default_backend() == "cpu" else layout.num_rows
     return int(np.sum(-(-kept // TILE_ROWS) * TILE_ROWS))
 
 

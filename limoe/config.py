@@ -239,7 +239,7 @@ class OptimizerConfig(_Section):
     warmup_steps: int = setting("steps of linear warm-up", 10_000)
     cooldown_steps: int = setting("steps of linear cool-down to zero at the end", 10_000)
     timescale: float = setting("steps after the warm-up until the rate has fallen by sqrt(2)", 10_000.0)
-    weight_decay: float = setting("decoupled decay of kernels, times the learning rate, a step", 1e-5)
+    weight_decay: float = setting("share by which kernels shrink a step at the peak learning rate (decoupled)", 1e-5)
     clip_norm: float = setting("largest global norm of the gradient; 0 = no clipping", 1.0)
     momentum: float = setting("Adafactor: momentum, kept in bfloat16; 0 = none", 0.9)
     decay: float = setting("Adafactor: exponent of the second moment's decay 1 - t^-decay", 0.8)

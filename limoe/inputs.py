@@ -9,8 +9,9 @@ from typing import NamedTuple
 from limoe.config import Config, ConfigError
 from limoe.data import files
 from limoe.data.batches import Batches
+from limoe.data.files import cache_folder
 from limoe.data.source import CachedSource, ShardSource
-from limoe.data.world import World, default_cache_folder, write_world
+from limoe.data.world import World, write_world
 from limoe.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 # Captions that a tokenizer is trained from, spread evenly over the data.
@@ -38,7 +39,7 @@ def data_folders(config: Config, progress: Progress | None = None) -> DataFolder
     if config.data.shards:
         return DataFolders(config.data.shards, *_evaluation(config.data.eval_shards))
     world = World(seed=config.data.seed, num_pairs=config.data.world_pairs)
-    cache = config.data.cache_dir or default_cache_folder()
+    cache = cache_folder(config.data.cache_dir)
     folders = write_world(world, cache, progress)
     if config.data.eval_shards:
         return DataFolders(folders.train, *_evaluation(config.data.eval_shards))

@@ -102,7 +102,10 @@ def test_the_stamp_changes_with_the_file(tmp_path):
     assert files.stamp(path) == before._replace(modified_ns=before.modified_ns + 1)
 
 
-def test_the_cache_folder_is_the_given_one_or_the_users(monkeypatch):
+def test_the_cache_folder_is_the_given_one_the_environments_or_the_users(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    monkeypatch.delenv("LIMOE_CACHE", raising=False)
     assert files.cache_folder() == "/somewhere/limoe"
+    monkeypatch.setenv("LIMOE_CACHE", "/theirs")
+    assert files.cache_folder() == "/theirs"
     assert files.cache_folder("/mine") == "/mine"

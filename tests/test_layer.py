@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_cases import PATTERNS, SHAPES, Shape, assert_close, gates, plan_of, weights
+from moe_cases import PATTERNS, SHAPES, Shape, assert_close, gates, magnitudes, plan_of, weights
 
 import reference
 from moe_kernels import (
@@ -39,16 +39,6 @@ def experts_and_gradients(shape: Shape, activation, plan, tokens, gate, w: MlpWe
     return y, *pull(dy)
 
 
-def added_up(tokens, dy, expert, gate, w) -> np.ndarray:
-    """The sum of the absolute values behind each token's gradient [T]; GELU's slope errs by what its argument does."""
-    size = np.zeros(len(tokens))
-    for t, k in np.ndindex(*expert.shape):
-        w1, b1, w2, _ = (np.abs(x[expert[t, k]]) for x in w)
-        hidden = np.abs(tokens[t]) @ w1 + b1
-        size[t] += gate[t, k] * ((np.abs(dy[t]) @ w2.T * (1 + hidden)) @ w1.T).max()
-    return size
-
-
 @given(
     st.sampled_from(SHAPES),
     st.integers(0, 10**6),
@@ -73,17 +63,18 @@ def test_dispatch_experts_combine(shape, seed, pattern, activation):
     experts = reference.expert_mlp_gradient(rows, w64, back.rows, twin, activation)
 
     length = max(shape.width, shape.hidden)
-    assert_close(y, reference.combine(out, gate, twin), length=length, name="y", roundings=8, floor=0.3)
-    dx = reference.dispatch_gradient(experts.rows, twin)
-    # A row may nearly vanish (the slope of GELU crosses 0), but not what it is the sum of.
-    size = np.where(dx.any(axis=1), added_up(tokens, dy, expert, gate, w64), 0)
-    assert_close(dtokens, dx, length=length, name="dtokens", scale=size)
+    # Entries may cancel (in a sum over few terms, or where the slope of GELU crosses 0), but not what they are sums of.
+    behind = magnitudes(tokens, dy, expert, gate, twin.position >= 0, w)
+    assert_close(y, reference.combine(out, gate, twin), length=length, name="y", scale=behind.y)
+    assert_close(
+        dtokens, reference.dispatch_gradient(experts.rows, twin), length=length, name="dx", scale=behind.tokens
+    )
     # An entry of dgate is a dot product that may cancel: measure it against its largest possible value.
     size = np.linalg.norm(dy, axis=1) * max(np.linalg.norm(out, axis=1).max(), 1e-30)
     assert_close(dgate, back.gate, length=length, name="dgate", roundings=12, scale=size)
-    for name, mine, theirs in zip(w._fields, dw, experts.weights, strict=True):
-        mine, theirs = (np.asarray(x).reshape(shape.experts, -1) for x in (mine, theirs))
-        assert_close(mine, theirs, length=length * shape.tokens, name=f"d{name}", roundings=8, floor=1)
+    for name, mine, theirs, size in zip(w._fields, dw, experts.weights, behind.weights, strict=True):
+        mine, theirs, size = (np.asarray(x).reshape(shape.experts, -1) for x in (mine, theirs, size))
+        assert_close(mine, theirs, length=length * shape.tokens, name=f"d{name}", scale=size)
     unused = np.asarray(plan.runs.size) == 0
     assert all((np.asarray(x)[unused] == 0).all() for x in dw)
 
@@ -153,6 +144,21 @@ def layer_and_gradients(shape: Shape, priority, noisy, tokens, router, w, noise,
     return routing, output, pull((dy, dsums))
 
 
+def logits_magnitude(twin, dy, dsums, y_magnitude, noisy) -> np.ndarray:
+    """What the gradient of each token's logits [T] is the sum of, as an absolute value: one term for each field."""
+    num_experts = twin.routing.clean_logits.shape[1]
+    log_experts, largest = np.log(num_experts), float(np.abs(twin.routing.noisy_logits).max())
+    slopes = {
+        "probability": 2,
+        "entropy": 2 * (log_experts + 2 * largest),
+        "logsumexp_squared": 2 * (log_experts + largest),
+        "load": 2 * num_experts if noisy else 0,
+        "largest_gate": 2,
+    }
+    of_sums = sum(slope * np.abs(getattr(dsums, name)).max() for name, slope in slopes.items())
+    return np.sum(np.abs(dy) * y_magnitude, axis=1) + of_sums
+
+
 @given(
     st.sampled_from(SHAPES),
     st.sampled_from(["bpr", "arrival", "random", "modality"]),
@@ -186,27 +192,25 @@ def test_the_whole_layer(shape, priority, noisy, seed):
         expert=np.asarray(routing.expert),
     )
     length = max(shape.width, shape.hidden, shape.experts)
-    assert_close(output.tokens, twin.tokens, length=length, name="y", roundings=16, floor=0.3)
+    behind = magnitudes(tokens, dy, twin.routing.expert, twin.routing.gate, twin.plan.position >= 0, w)
+    # A softmax errs, relatively, by twice what its logits err by absolutely.
+    roundings = 4 + 2 * float(np.abs(twin.routing.noisy_logits).max())
+    assert_close(output.tokens, twin.tokens, length=length, name="y", scale=behind.y, roundings=roundings)
     np.testing.assert_array_equal(output.kept, twin.kept)
     for name, mine, theirs in zip(RoutingSums._fields, output.sums, twin.sums, strict=True):
         mine, theirs = np.asarray(mine), np.asarray(theirs)
         assert_close(mine.reshape(1, -1), theirs.reshape(1, -1), length=length * shape.tokens, name=name, roundings=8)
     back = reference.moe_layer_gradient(tokens, router, w, twin, dy, dsums)
-    # The largest logit decides how far rounding of logits is amplified: gradients of exp and of squares carry it.
-    amplified = 64 * max(1.0, float(np.abs(twin.routing.noisy_logits).max()))
-    assert_close(
-        np.asarray(dtokens).reshape(1, -1), back.tokens.reshape(1, -1), length=length, name="dx", roundings=amplified
-    )
-    assert_close(
-        np.asarray(drouter).reshape(1, -1),
-        back.router.reshape(1, -1),
-        length=shape.tokens,
-        name="drouter",
-        roundings=amplified,
-    )
-    for name, mine, theirs in zip(w._fields, dw, back.weights, strict=True):
-        mine, theirs = (np.asarray(x).reshape(shape.experts, -1) for x in (mine, theirs))
-        assert_close(mine, theirs, length=length * shape.tokens, name=f"d{name}", roundings=16, floor=1)
+    dlogits = logits_magnitude(twin, dy, dsums, behind.y, noisy)
+    size = behind.tokens + dlogits[:, None] * np.abs(router).sum(axis=1)
+    # The slope of the load's normal distribution errs by the logits' error over its width, 1 / E.
+    roundings_of_slope = roundings * (shape.experts if noisy else 1)
+    assert_close(dtokens, back.tokens, length=length, name="dx", scale=size, roundings=roundings_of_slope)
+    size = np.broadcast_to((np.abs(tokens).T @ dlogits)[:, None], router.shape)
+    assert_close(drouter, back.router, length=shape.tokens, name="drouter", scale=size, roundings=roundings_of_slope)
+    for name, mine, theirs, size in zip(w._fields, dw, back.weights, behind.weights, strict=True):
+        mine, theirs, size = (np.asarray(x).reshape(shape.experts, -1) for x in (mine, theirs, size))
+        assert_close(mine, theirs, length=length * shape.tokens, name=f"d{name}", scale=size, roundings=roundings)
 
 
 @given(st.sampled_from(SHAPES), st.integers(0, 10**6))

@@ -181,7 +181,7 @@ def test_decay_is_decoupled_and_on_kernels_only(optimizer_name):
     updates, _ = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
     rate = float(make_schedule(config)(0))
     for name, update in updates.items():
-        expected = -rate * 0.125 * 3.0 if name in DECAYED else 0.0
+        expected = -rate / 0.5 * 0.125 * 3.0 if name in DECAYED else 0.0
         np.testing.assert_allclose(np.asarray(update), expected, rtol=4 * EPS, err_msg=name)
 
 
@@ -268,7 +268,7 @@ def test_adamw_is_optax_s():
         make_schedule(config),
         b1=0.9,
         b2=config.optimizer.adam_beta2,
-        weight_decay=0.1,
+        weight_decay=0.1 / config.optimizer.learning_rate,
         mask={"kernel": True, "bias": False},
     )
     state = theirs.init(params)

@@ -26,7 +26,6 @@ from limoe.data.world import (
     Triple,
     World,
     caption,
-    default_cache_folder,
     render,
     scene,
     write_world,
@@ -259,14 +258,6 @@ def test_a_cache_that_cannot_be_a_folder_is_explained(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(files.StorageError, match=r"file.*; the embedded world needs about \d+ MB.*LIMOE_CACHE"):
         write_world(SMALL, tmp_path / "file")
-
-
-def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("LIMOE_CACHE", str(tmp_path / "mine"))
-    assert default_cache_folder() == str(tmp_path / "mine")
-    monkeypatch.delenv("LIMOE_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache_folder() == str(tmp_path / "limoe")
 
 
 def test_progress_counts_all_pairs(tmp_path):

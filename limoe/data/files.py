@@ -119,9 +119,12 @@ def make_folder(path: Path) -> None:
 
 
 def cache_folder(cache_dir: Path = "") -> str:
-    """Where to keep what can be made again: `cache_dir`, else `limoe` in the user's cache folder; not yet made."""
+    """Where to keep what can be made again, not yet made.
+
+    That is `cache_dir`, else the environment's `LIMOE_CACHE`, else `limoe` in the user's cache folder.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.fspath(cache_dir) or os.path.join(base, "limoe")
+    return os.fspath(cache_dir) or os.environ.get("LIMOE_CACHE") or os.path.join(base, "limoe")
 
 
 @contextlib.contextmanager

@@ -245,11 +245,6 @@ def scene(world: World, split: str, index: int) -> Scene:
     )
 
 
-def default_cache_folder() -> str:
-    """The folder that keeps worlds unless told otherwise: `LIMOE_CACHE`, else `limoe` in the user's cache folder."""
-    return files.cache_folder(os.environ.get("LIMOE_CACHE", ""))
-
-
 def _examples(world: World, split: str, first: int, end: int) -> Iterator[Example]:
     for index in range(first, end):
         here = scene(world, split, index)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 from moe_kernels.backends.base import Backend, Problem, Span
+from moe_kernels.backends.xla.block import OverExperts, batched, looped
 from moe_kernels.backends.xla.matmul import grouped_matmul_backward, grouped_matmul_forward
 from moe_kernels.backends.xla.mlp import expert_mlp_backward, expert_mlp_forward
 from moe_kernels.backends.xla.permute import combine_backward, combine_forward, dispatch_backward, dispatch_forward
@@ -12,9 +15,17 @@ FLOATS = ("float32", "bfloat16", "float16")
 
 _ROUTE = Span(route_forward, route_backward)
 _DISPATCH = Span(dispatch_forward, dispatch_backward)
-_GROUPED_MATMUL = Span(grouped_matmul_forward, grouped_matmul_backward)
-_EXPERT_MLP = Span(expert_mlp_forward, expert_mlp_backward)
 _COMBINE = Span(combine_forward, combine_backward)
+
+
+@functools.cache
+def _grouped_matmul(way: OverExperts) -> Span:
+    return Span(functools.partial(grouped_matmul_forward, way), functools.partial(grouped_matmul_backward, way))
+
+
+@functools.cache
+def _expert_mlp(way: OverExperts) -> Span:
+    return Span(functools.partial(expert_mlp_forward, way), functools.partial(expert_mlp_backward, way))
 
 
 def why_not(problem: Problem) -> str | None:
@@ -28,14 +39,18 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
+def _way(problem: Problem) -> OverExperts:
+    return looped if problem.platform == "cpu" else batched
+
+
 XLA = Backend(
     name="xla",
     why_not=why_not,
     spans={
         "route": lambda _: _ROUTE,
         "dispatch": lambda _: _DISPATCH,
-        "grouped_matmul": lambda _: _GROUPED_MATMUL,
-        "expert_mlp": lambda _: _EXPERT_MLP,
+        "grouped_matmul": lambda problem: _grouped_matmul(_way(problem)),
+        "expert_mlp": lambda problem: _expert_mlp(_way(problem)),
         "combine": lambda _: _COMBINE,
     },
 )

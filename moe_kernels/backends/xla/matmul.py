@@ -1,4 +1,4 @@
-"""Grouped matmul in plain XLA: one batched dot where rows form an `[E, rows]` block, else a loop over tiles of runs.
+"""Grouped matmul in plain XLA: expert by expert where rows form an `[E, rows]` block, else a loop over tiles of runs.
 
 A tile may overhang its run. In the forward pass and in dX the overhang is overwritten by the next run, because runs are
 worked in ascending order of rows; in dW the rows past the end are masked out of both factors. Nothing is expanded to
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_kernels.backends.xla.block import OverExperts
 from moe_kernels.types import Layout, Runs
 
 # Rows of a tile in the loop: on a 2-core CPU (November 2026, D 512, F 2048) smaller tiles pay more for slicing an
@@ -98,14 +99,15 @@ def add_at(total: Float[Array, "E ..."], expert: Int[Array, ""], part: Float[Arr
 
 
 def grouped_matmul_forward(
-    layout: Layout, rows: Float[Array, "R D"], weight: Float[Array, "E D F"], runs: Runs
+    over_experts: OverExperts, layout: Layout, rows: Float[Array, "R D"], weight: Float[Array, "E D F"], runs: Runs
 ) -> tuple[Float[Array, "R F"], MatmulSaved]:
     """`y = x W_e` for the rows of every expert e; unused rows hold anything finite inputs give."""
     cast = weight.astype(rows.dtype)
     if layout.rows_per_expert is not None:
-        block = rows.reshape(layout.num_experts, layout.rows_per_expert, rows.shape[1])
-        out = dot("epd,edf->epf", block, cast).astype(rows.dtype).reshape(rows.shape[0], weight.shape[2])
-        return out, MatmulSaved(rows, weight, runs)
+        used = used_rows(runs, layout)
+        block = rows.reshape(*used.shape, rows.shape[1])
+        (out,) = over_experts(lambda x, _, w: (dot("pd,df->pf", x[0], w).astype(rows.dtype),), (block,), used, cast)
+        return out.reshape(rows.shape[0], weight.shape[2]), MatmulSaved(rows, weight, runs)
 
     padded = overhang(rows)
 
@@ -118,7 +120,7 @@ def grouped_matmul_forward(
 
 
 def grouped_matmul_backward(
-    layout: Layout, saved: MatmulSaved, dout: Float[Array, "R F"]
+    over_experts: OverExperts, layout: Layout, saved: MatmulSaved, dout: Float[Array, "R F"]
 ) -> tuple[Float[Array, "R D"], Float[Array, "E D F"]]:
     """`dX_e = dY_e W_eᵀ` and `dW_e = X_eᵀ dY_e`, with unused rows masked in X and in dY; no rows: exactly 0."""
     rows, weight, runs = saved
@@ -127,8 +129,8 @@ def grouped_matmul_backward(
         used = used_rows(runs, layout)
         x = select_rows(used, rows.reshape(*used.shape, rows.shape[1]))
         dy = select_rows(used, dout.reshape(*used.shape, dout.shape[1]))
-        dx = dot("epf,edf->epd", dy, cast).astype(rows.dtype).reshape(rows.shape)
-        return dx, dot("epd,epf->edf", x, dy).astype(weight.dtype)
+        (dx,) = over_experts(lambda dy, _, w: (dot("pf,df->pd", dy[0], w).astype(rows.dtype),), (dy,), used, cast)
+        return dx.reshape(rows.shape), dot("epd,epf->edf", x, dy).astype(weight.dtype)
 
     padded, dpadded = overhang(rows), overhang(dout)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_kernels.backends.base import MlpStatic
+from moe_kernels.backends.xla.block import OverExperts
 from moe_kernels.backends.xla.matmul import Tile, add_at, dot, over_runs, over_tiles, overhang, select_rows, used_rows
 from moe_kernels.types import Activation, MlpWeights, Runs
 
@@ -50,19 +51,22 @@ def _plus(values: Float[Array, "... F"], bias: Float[Array, "... F"] | None) -> 
 
 
 def expert_mlp_forward(
-    static: MlpStatic, rows: Float[Array, "R D"], weights: MlpWeights, runs: Runs
+    over_experts: OverExperts, static: MlpStatic, rows: Float[Array, "R D"], weights: MlpWeights, runs: Runs
 ) -> tuple[Float[Array, "R D"], MlpSaved]:
     """`y = act(x w1_e + b1_e) w2_e + b2_e`; unused rows hold anything."""
     layout, dtype = static.layout, rows.dtype
     w1, w2 = weights.w1.astype(dtype), weights.w2.astype(dtype)
     if layout.rows_per_expert is not None:
-        x = rows.reshape(layout.num_experts, layout.rows_per_expert, rows.shape[1])
-        b1 = None if weights.b1 is None else weights.b1[:, None]
-        b2 = None if weights.b2 is None else weights.b2[:, None]
-        hidden = _plus(dot("epd,edf->epf", x, w1), b1).astype(dtype)
-        out = _plus(dot("epf,efd->epd", activate(hidden, static.activation), w2), b2)
-        hidden = hidden.reshape(rows.shape[0], w1.shape[2])
-        return out.astype(dtype).reshape(rows.shape), MlpSaved(rows, hidden, weights, runs)
+
+        def mlp(x: tuple[Array, ...], used: Array, w: MlpWeights) -> tuple[Array, Array]:
+            hidden = _plus(dot("pd,df->pf", x[0], w.w1), w.b1).astype(dtype)
+            out = _plus(dot("pf,fd->pd", activate(hidden, static.activation), w.w2), w.b2)
+            return hidden, out.astype(dtype)
+
+        used = used_rows(runs, layout)
+        block = rows.reshape(*used.shape, rows.shape[1])
+        hidden, out = over_experts(mlp, (block,), used, MlpWeights(w1, weights.b1, w2, weights.b2))
+        return out.reshape(rows.shape), MlpSaved(rows, hidden.reshape(rows.shape[0], w1.shape[2]), weights, runs)
 
     padded = overhang(rows)
 
@@ -85,7 +89,7 @@ def expert_mlp_forward(
 
 
 def expert_mlp_backward(
-    static: MlpStatic, saved: MlpSaved, dout: Float[Array, "R D"]
+    over_experts: OverExperts, static: MlpStatic, saved: MlpSaved, dout: Float[Array, "R D"]
 ) -> tuple[Float[Array, "R D"], MlpWeights]:
     """All five matmuls' worth of gradients; an expert without rows gets exactly 0."""
     rows, hidden, weights, runs = saved
@@ -95,15 +99,20 @@ def expert_mlp_backward(
         used = used_rows(runs, layout)
         dy = select_rows(used, dout.reshape(*used.shape, dout.shape[1]))
         h = hidden.reshape(*used.shape, hidden.shape[1])
-        dh = select_rows(used, _activate_backward(h, dot("epd,efd->epf", dy, w2), static.activation))
+
+        def mlp(arrays: tuple[Array, ...], used: Array, w: MlpWeights) -> tuple[Array, Array]:
+            dy, h = arrays
+            dh = select_rows(used, _activate_backward(h, dot("pd,fd->pf", dy, w.w2), static.activation))
+            return dh, dot("pf,df->pd", dh, w.w1).astype(dtype)
+
+        dh, drows = over_experts(mlp, (dy, h), used, MlpWeights(w1, None, w2, None))
         dweights = MlpWeights(
             w1=dot("epd,epf->edf", select_rows(used, rows.reshape(*used.shape, rows.shape[1])), dh),
             b1=jnp.sum(dh, axis=1, dtype=jnp.float32),
             w2=dot("epf,epd->efd", select_rows(used, activate(h, static.activation)), dy),
             b2=jnp.sum(dy, axis=1, dtype=jnp.float32),
         )
-        drows = dot("epf,edf->epd", dh, w1).astype(dtype).reshape(rows.shape)
-        return drows, _like(weights, dweights)
+        return drows.reshape(rows.shape), _like(weights, dweights)
 
     padded, dpadded = overhang(rows), overhang(dout)
 
