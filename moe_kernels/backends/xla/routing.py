@@ -103,7 +103,8 @@ def route_forward(
         _select_masked(tokens, inputs.mask), router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
     noisy = logits if inputs.noise is None else logits + inputs.noise
-    _, expert = jax.lax.top_k(noisy, static.num_choices)
+    # top_k puts -0.0 below 0.0, which are a tie.
+    _, expert = jax.lax.top_k(jnp.where(noisy == 0, jnp.float32(0), noisy), static.num_choices)
     # Named here, inside, so that a remat policy saves the decision itself and not a recomputed twin of it.
     expert = checkpoint_name(expert.astype(jnp.int32), "moe_routing")
     gate, sums = _gates_and_sums(logits, expert, static, inputs)
