@@ -73,8 +73,7 @@ def problem(tokens: int = TOKENS) -> Arguments:
     return arguments(0, tokens=tokens, groups=GROUPS, experts=EXPERTS, width=WIDTH, hidden=HIDDEN)
 
 
-@pytest.mark.parametrize("mesh_shape", [(1, 8), (2, 4)], ids=str)
-@pytest.mark.parametrize("num_chunks", [1, 2])
+@pytest.mark.parametrize(("mesh_shape", "num_chunks"), [((1, 8), 1), ((2, 4), 2)])
 def test_rows_are_exchanged_twice_forward_and_nothing_else_is(mesh_shape, num_chunks):
     mesh = mesh_of(*mesh_shape)
     found = kinds(program(layer_of(mesh, num_chunks=num_chunks), problem(), mesh))
