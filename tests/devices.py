@@ -56,9 +56,9 @@ def devices_of(item: pytest.Item) -> int | None:
 def run_child(items: list[pytest.Item], count: int) -> dict[str, Outcome]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", f"--junitxml={report}"]
+        words = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", ""]
         done = subprocess.run(
-            [*words, *(item.nodeid for item in items)],
+            [*words, f"--junitxml={report}", *(item.nodeid for item in items)],
             cwd=items[0].config.rootpath,
             env=os.environ | {VARIABLE: str(count), "JAX_PLATFORMS": "cpu"},
             capture_output=True,
