@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from moe_kernels import backends
 from moe_kernels.backends.base import MlpStatic, apply
 from moe_kernels.permute import check_rows
-from moe_kernels.types import Activation, MlpWeights, Plan
+from moe_kernels.types import Activation, Layout, MlpWeights, Plan, Runs
 
 
 def grouped_matmul(
@@ -61,11 +61,24 @@ def expert_mlp(
     (16, 2)
     """
     check_rows("rows", rows, plan.layout.num_rows)
-    num_experts, expert_width = plan.layout.num_experts, weights.w1.shape[-1]
+    return expert_mlp_over_runs(rows, weights, plan.runs, plan.layout, activation=activation, backend=backend)
+
+
+def expert_mlp_over_runs(
+    rows: Float[Array, "R D"],
+    weights: MlpWeights,
+    runs: Runs,
+    layout: Layout,
+    *,
+    activation: Activation,
+    backend: str | None,
+) -> Float[Array, "R D"]:
+    """`expert_mlp` for rows of which there is no plan here, because other shards sent them."""
+    num_experts, expert_width = layout.num_experts, weights.w1.shape[-1]
     check_mlp(weights, num_experts, rows.shape[1], activation)
-    problem = backends.problem_of("expert_mlp", rows, num_experts, expert_width=expert_width, layout=plan.layout)
+    problem = backends.problem_of("expert_mlp", rows, num_experts, expert_width=expert_width, layout=layout)
     span = backends.choose(problem, backend)
-    return apply(span, MlpStatic(plan.layout, activation), (rows, weights), (plan.runs,))
+    return apply(span, MlpStatic(layout, activation), (rows, weights), (runs,))
 
 
 def check_mlp(weights: MlpWeights, num_experts: int, width: int, activation: Activation) -> None:

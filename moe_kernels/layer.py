@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from collections.abc import Callable
+from typing import NamedTuple, get_args
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -58,6 +59,57 @@ def moe_mlp(
     >>> output.tokens.shape, bool((output.kept <= 4).all())
     ((8, 4), True)
     """
+    routing, plan = decide(
+        tokens,
+        router,
+        num_choices=num_choices,
+        capacity_factor=capacity_factor,
+        num_groups=num_groups,
+        priority=priority,
+        noise=noise,
+        noise_std=noise_std,
+        mask=mask,
+        modality=modality,
+        num_modalities=num_modalities,
+        first_modality=first_modality,
+        key=key,
+        first_group=first_group,
+        backend=backend,
+    )
+    return MoeOutput(_experts(tokens, routing.gate, weights, plan, activation, backend), routing.sums, plan.kept)
+
+
+class Decision(NamedTuple):
+    """Where every token goes: what the router chose, and who found room."""
+
+    routing: Routing
+    plan: Plan
+
+
+def decide(
+    tokens: Float[Array, "T D"],
+    router: Float[Array, "D E"],
+    *,
+    num_choices: int,
+    capacity_factor: CapacityFactor | None,
+    num_groups: int,
+    priority: Priority,
+    noise: Float[Array, "T E"] | None,
+    noise_std: float | None,
+    mask: Bool[Array, " T"] | None,
+    modality: Int[Array, " T"] | None,
+    num_modalities: int,
+    first_modality: int,
+    key: Key[Array, ""] | None,
+    first_group: int | Int[Array, ""],
+    backend: str | None,
+    round_rows: Callable[[int], int] | None = None,
+) -> Decision:
+    """Route and plan a layer, with the arguments of `moe_mlp`.
+
+    Where `round_rows` is given and capacity limited, rows are an `[E, rows]` block with the rows that it makes of the
+    most an expert can get.
+    """
     if priority not in get_args(Priority):
         raise ValueError(f"priority={priority!r} is not one of {', '.join(get_args(Priority))}")
     routing = route(
@@ -73,21 +125,22 @@ def moe_mlp(
         backend=backend,
     )
     group_size, num_experts = tokens.shape[0] // num_groups, router.shape[1]
+    capacity = (
+        None if capacity_factor is None else expert_capacity(group_size, num_choices, num_experts, capacity_factor)
+    )
     plan = make_plan(
         routing,
         num_experts=num_experts,
         num_groups=num_groups,
-        capacity=None
-        if capacity_factor is None
-        else expert_capacity(group_size, num_choices, num_experts, capacity_factor),
+        capacity=capacity,
         priority=_priority(
             priority, routing, num_groups, group_size, modality, num_modalities, first_modality, key, first_group
         ),
         modality=modality,
         num_modalities=num_modalities,
+        rows_per_expert=None if capacity is None or round_rows is None else round_rows(num_groups * capacity),
     )
-    plan = jax.tree.map(lambda leaf: checkpoint_name(leaf, "moe_plan"), plan)
-    return MoeOutput(_experts(tokens, routing.gate, weights, plan, activation, backend), routing.sums, plan.kept)
+    return Decision(routing, jax.tree.map(lambda leaf: checkpoint_name(leaf, "moe_plan"), plan))
 
 
 def _experts(

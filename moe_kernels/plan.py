@@ -93,13 +93,15 @@ def make_plan(
     priority: Float[Array, " T"] | None = None,
     modality: Int[Array, " T"] | None = None,
     num_modalities: int = 1,
+    rows_per_expert: int | None = None,
 ) -> Plan:
     """Give every choice its row, exactly `min(wanted, capacity)` of each group and expert (paper, section 2).
 
     All first choices claim places before all second ones; among equals the larger `priority [T]` claims first, then the
     lower token index (None: order of arrival). `capacity=None` keeps everything. Padding (gate 0) and tokens with gates
-    that are not finite claim nothing. Rows of an expert lie group after group without gaps, in claim order. Not
-    differentiable. Raises ValueError for shapes that do not fit.
+    that are not finite claim nothing. Rows of an expert lie group after group without gaps, in claim order, in an
+    `[E, rows_per_expert]` block if that is given (to be exchanged, say), else as costs least. Not differentiable.
+    Raises ValueError for shapes that do not fit.
 
     >>> from moe_kernels import route
     >>> import jax.numpy as jnp
@@ -124,7 +126,13 @@ def make_plan(
         raise ValueError(f"num_modalities={num_modalities} needs modality ids; pass modality=[T] integers")
 
     group_size = num_tokens // num_groups
-    layout = _layout(num_tokens, num_choices, num_groups, num_experts, capacity)
+    most = num_groups * min(group_size, group_size if capacity is None else capacity)
+    if rows_per_expert is not None and (rows_per_expert < most or rows_per_expert % ROW_ALIGNMENT):
+        raise ValueError(
+            f"rows_per_expert={rows_per_expert} must hold the {most} rows that an expert can get and be a multiple of "
+            f"{ROW_ALIGNMENT}; use None to leave it open"
+        )
+    layout = _layout(num_tokens, num_choices, num_groups, num_experts, most, rows_per_expert)
     routing, priority = jax.lax.stop_gradient((routing, priority))
     ranked = _sort(routing, priority, num_groups, num_experts)
     room = group_size if capacity is None else capacity
@@ -146,14 +154,16 @@ def make_plan(
     )
 
 
-def _layout(num_tokens: int, num_choices: int, num_groups: int, num_experts: int, capacity: int | None) -> Layout:
-    """An `[E, rows]` block where capacity keeps it near the number of choices, else runs packed one after the other."""
+def _layout(
+    num_tokens: int, num_choices: int, num_groups: int, num_experts: int, most: int, rows_per_expert: int | None
+) -> Layout:
+    """An `[E, rows]` block where that is asked for, or where at most `most` rows an expert keep it near the number of
+    choices; else runs packed one after the other."""
     align = lambda rows: -(-rows // ROW_ALIGNMENT) * ROW_ALIGNMENT  # noqa: E731
-    group_size = num_tokens // num_groups
+    per_expert = align(most) if rows_per_expert is None else rows_per_expert
     # An expert gets at most one choice of each token.
-    per_expert = align(num_groups * min(capacity or group_size, group_size))
     packed = align(num_tokens * num_choices) + num_experts * (ROW_ALIGNMENT - 1)
-    block = per_expert * num_experts <= BLOCK_LIMIT * max(packed, 1)
+    block = rows_per_expert is not None or per_expert * num_experts <= BLOCK_LIMIT * max(packed, 1)
     return Layout(
         num_tokens=num_tokens,
         num_choices=num_choices,
