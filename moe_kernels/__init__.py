@@ -1,7 +1,9 @@
 """Mixture-of-experts kernels for JAX: top-k routing, capacity-aware dispatch and combine, expert matmuls, gradients."""
 
+from moe_kernels import expert_parallel
 from moe_kernels.backends import explain
 from moe_kernels.backends.base import Problem
+from moe_kernels.expert_parallel import EXCHANGE_NAMES
 from moe_kernels.experts import expert_mlp, grouped_matmul
 from moe_kernels.figures import RoutingFigures, entropy_of_mean, routing_figures
 from moe_kernels.layer import SAVED_NAMES, moe_mlp
@@ -21,6 +23,7 @@ from moe_kernels.types import (
 )
 
 __all__ = [
+    "EXCHANGE_NAMES",
     "SAVED_NAMES",
     "Activation",
     "Layout",
@@ -39,6 +42,7 @@ __all__ = [
     "entropy_of_mean",
     "expert_capacity",
     "expert_mlp",
+    "expert_parallel",
     "explain",
     "grouped_matmul",
     "make_plan",

@@ -33,6 +33,7 @@ LEVELS = (
     ("permute",),
     ("experts",),
     ("layer",),
+    ("exchange",),
     ("expert_parallel",),
     ("",),
 )
