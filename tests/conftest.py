@@ -7,6 +7,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
 import pytest
+from devices import pytest_pyfunc_call  # noqa: F401 (a hook of pytest, found by its name)
 from jaxtyping import install_import_hook
 
 # From here on every annotated shape and dtype is checked at each call. It only sees modules imported after it; this

@@ -1,0 +1,171 @@
+"""Problems, meshes and readings of compiled programs that the tests of sharded code share."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_kernels import MlpWeights, MoeOutput, RoutingSums, expert_parallel, moe_mlp
+
+MODALITIES = 2
+# (data, expert): every way to arrange 1, 2, 4 and 8 devices.
+MESHES = [(data, count // data) for count in (1, 2, 4, 8) for data in (1, 2, 4, 8) if count % data == 0]
+COLLECTIVES = ("all-to-all", "all-reduce", "all-gather", "reduce-scatter", "collective-permute", "ragged-all-to-all")
+
+
+def mesh_of(*shape: int, names: tuple[str, ...] = ("data", "expert")) -> jax.sharding.Mesh:
+    devices = np.array(jax.devices()[: math.prod(shape)]).reshape(shape)
+    return jax.sharding.Mesh(devices, names)
+
+
+class Arguments(NamedTuple):
+    """All traced arguments of a layer and the cotangents of its results."""
+
+    tokens: jax.Array
+    router: jax.Array
+    weights: MlpWeights
+    noise: jax.Array
+    modality: jax.Array
+    mask: jax.Array
+    dtokens: jax.Array
+    dsums: RoutingSums
+
+
+class Result(NamedTuple):
+    """A layer's output and its gradients."""
+
+    output: MoeOutput
+    dtokens: jax.Array
+    drouter: jax.Array
+    dweights: MlpWeights
+
+
+def arguments(
+    seed: int,
+    *,
+    tokens: int,
+    groups: int,
+    experts: int,
+    width: int = 12,
+    hidden: int = 20,
+    wanted: tuple[int, ...] | None = None,
+) -> Arguments:
+    """A random problem; `wanted` names the experts that nearly all choices fall on."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    x, router = normal(tokens, width), normal(width, experts)
+    if wanted is not None:
+        # A feature that is 1 in every token and lifts the logits of those experts above the others.
+        x = x.at[:, 0].set(1.0)
+        router = router.at[0].set(jnp.zeros(experts).at[np.array(wanted)].set(20.0))
+    e, d, f = experts, width, hidden
+    by_group = {"tokens", "entropy", "logsumexp_squared", "largest_gate"}
+    shapes = {n: (groups, MODALITIES) + (() if n in by_group else (experts,)) for n in RoutingSums._fields}
+    return Arguments(
+        tokens=x,
+        router=router,
+        weights=MlpWeights(normal(e, d, f), normal(e, f), normal(e, f, d), normal(e, d)),
+        noise=normal(tokens, experts) / experts,
+        modality=jnp.asarray(rng.integers(0, MODALITIES, tokens), jnp.int32),
+        mask=jnp.asarray(rng.random(tokens) < 0.9),
+        dtokens=normal(tokens, width),
+        dsums=RoutingSums(**{name: normal(*shape) for name, shape in shapes.items()}),
+    )
+
+
+def run(layer, a: Arguments, **options) -> Result:
+    """A layer (sharded or not) and all its gradients; random order draws from the key of 7, groups counted from 3."""
+
+    def forward(tokens, router, weights):
+        output = layer(
+            tokens,
+            router,
+            weights,
+            noise=a.noise,
+            modality=a.modality,
+            mask=a.mask,
+            num_modalities=MODALITIES,
+            first_modality=1,
+            key=jax.random.key(7),
+            first_group=3,
+            **options,
+        )
+        return (output.tokens, output.sums), output
+
+    _, pull, output = jax.vjp(forward, a.tokens, a.router, a.weights, has_aux=True)
+    return Result(output, *pull((a.dtokens, a.dsums)))
+
+
+def unsharded(**options):
+    return functools.partial(run, moe_mlp, **options)
+
+
+def sharded(mesh: jax.sharding.Mesh, *, num_chunks: int = 1, **options):
+    return functools.partial(
+        run, functools.partial(expert_parallel.moe_mlp, mesh=mesh, num_chunks=num_chunks), **options
+    )
+
+
+class Collective(NamedTuple):
+    """A collective of a compiled program: its kind, the shapes of one device's operands and who takes part."""
+
+    kind: str
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def elements(self) -> int:
+        return sum(math.prod(shape) for _, shape in self.shapes)
+
+    @property
+    def dtypes(self) -> set[str]:
+        return {dtype for dtype, _ in self.shapes}
+
+
+def collectives(text: str) -> list[Collective]:
+    """The collectives in the text of a compiled program; those among one device each are left out."""
+    found = []
+    kinds = "|".join(COLLECTIVES)
+    for line in text.splitlines():
+        match = re.search(rf"= (.*?) ({kinds})(?:-start)?\(", line)
+        if match is None:
+            continue
+        shapes = tuple(
+            (dtype, tuple(int(n) for n in size.split(",") if n))
+            for dtype, size in re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+        )
+        groups = members(line)
+        if any(len(group) > 1 for group in groups):
+            found.append(Collective(match[2], shapes, groups))
+    return found
+
+
+def members(line: str) -> tuple[tuple[int, ...], ...]:
+    """Who takes part in a collective, in each of the ways that XLA writes it."""
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
+    if axes is not None:  # mesh['a'=2,'b'=4] {'b'}
+        sizes = {name: int(size) for name, size in re.findall(r"'([\w.]+)'=(\d+)", axes[1])}
+        names = [name.strip("' ") for name in axes[2].split(",")]
+        assert set(names) <= set(sizes), f"parts of axes are not read here: {line}"
+        inside = [list(sizes).index(name) for name in names]
+        outside = [n for n in range(len(sizes)) if n not in inside]
+        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values())).transpose(outside + inside)
+        return tuple(map(tuple, ids.reshape(-1, math.prod(sizes[name] for name in names)).tolist()))
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+    if iota is not None:  # [2,4]<=[4,2]T(1,0)
+        shape, source, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
+        assert shape is not None and source is not None
+        ids = np.arange(math.prod(source)).reshape(source)
+        return tuple(map(tuple, (ids if order is None else ids.transpose(order)).reshape(shape).tolist()))
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line)
+    assert listed is not None, f"no groups in {line}"
+    return tuple(tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", listed[1]))

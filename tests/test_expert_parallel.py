@@ -1,0 +1,131 @@
+"""Experts over a mesh: the same function as the layer on one device, for every mesh, load and option."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moe_cases import FAST, assert_close
+from sharding_cases import MESHES, Result, arguments, mesh_of, sharded, unsharded
+
+from moe_kernels import MlpWeights, RoutingSums, expert_parallel
+
+pytestmark = pytest.mark.devices(8)
+
+TOKENS, GROUPS, EXPERTS = 128, 8, 8
+OPTIONS = {"num_choices": 2, "num_groups": GROUPS, "capacity_factor": 1.0}
+# Which experts nearly all choices fall on: all of them; one; two on one shard of 4 or fewer, so that both choices of a
+# token meet there; those of the upper half, so that the lower shards get nothing or next to nothing.
+LOADS = [None, (5,), (2, 3), (4, 5, 6, 7)]
+
+
+@functools.cache
+def compiled(mesh_shape: tuple[int, int] | None, options: tuple):
+    layer = unsharded(**dict(options)) if mesh_shape is None else sharded(mesh_of(*mesh_shape), **dict(options))
+    return jax.jit(layer, compiler_options=FAST)
+
+
+def assert_same_layer(mine: Result, twin: Result, wanted) -> None:
+    """Drops and counts to the last one; values within the rounding of sums taken in another order."""
+    np.testing.assert_array_equal(mine.output.kept, twin.output.kept)
+    for name in ("tokens", "wanted"):
+        np.testing.assert_array_equal(getattr(mine.output.sums, name), getattr(twin.output.sums, name))
+    # A token is dropped here if and only if it is dropped there.
+    np.testing.assert_array_equal(np.any(mine.output.tokens != 0, 1), np.any(twin.output.tokens != 0, 1))
+    assert_close(mine.output.tokens, twin.output.tokens, length=20, name="y", roundings=8, floor=1)
+    for name, a, b in zip(RoutingSums._fields, mine.output.sums, twin.output.sums, strict=True):
+        assert_close(np.ravel(a)[None], np.ravel(b)[None], length=TOKENS, name=name)
+    # A lifted logit of 20 is known to 20 eps, and gates and their gradients no better than that.
+    amplified = 8 if wanted is None else 64
+    assert_close(np.ravel(mine.dtokens)[None], np.ravel(twin.dtokens)[None], length=20, name="dx", roundings=amplified)
+    assert_close(
+        np.ravel(mine.drouter)[None], np.ravel(twin.drouter)[None], length=TOKENS, name="dr", roundings=amplified
+    )
+    for name, a, b in zip(MlpWeights._fields, mine.dweights, twin.dweights, strict=True):
+        a, b = (np.asarray(x).reshape(len(x), -1) for x in (a, b))
+        assert_close(a, b, length=TOKENS, name=f"d{name}", roundings=8, floor=1)
+
+
+def check(mesh_shape, seed: int, wanted, **changes) -> None:
+    options = OPTIONS | changes
+    chunks = options.pop("num_chunks", 1)
+    a = arguments(seed, tokens=TOKENS, groups=GROUPS, experts=EXPERTS, wanted=wanted)
+    mine = compiled(mesh_shape, tuple((options | {"num_chunks": chunks}).items()))(a)
+    assert_same_layer(mine, compiled(None, tuple(options.items()))(a), wanted)
+
+
+@pytest.mark.parametrize("mesh_shape", MESHES, ids=str)
+@settings(max_examples=8)
+@given(seed=st.integers(0, 10**6), wanted=st.sampled_from(LOADS))
+def test_every_mesh_gives_what_one_device_gives(mesh_shape, seed, wanted):
+    check(mesh_shape, seed, wanted)
+
+
+@pytest.mark.parametrize("wanted", LOADS, ids=str)
+@pytest.mark.parametrize("changes", [{"num_chunks": 3, "capacity_factor": 2.0}, {"priority": "random"}], ids=str)
+def test_chunks_and_random_order_change_nothing(changes, wanted):
+    check((2, 4), 1, wanted, **changes)
+
+
+def test_slices_are_one_more_axis_of_tokens():
+    a = arguments(2, tokens=TOKENS, groups=GROUPS, experts=EXPERTS)
+    mesh = mesh_of(2, 2, 2, names=("slice", "data", "expert"))
+    mine = jax.jit(sharded(mesh, **OPTIONS), compiler_options=FAST)(a)
+    assert_same_layer(mine, compiled(None, tuple(OPTIONS.items()))(a), None)
+
+
+def test_the_order_of_token_axes_is_free():
+    a = arguments(2, tokens=TOKENS, groups=GROUPS, experts=EXPERTS)
+    mesh = mesh_of(2, 4)
+    layer = sharded(mesh, token_axes=("expert", "data"), **OPTIONS)
+    mine = jax.jit(layer, compiler_options=FAST)(a)
+    assert_same_layer(mine, compiled(None, tuple(OPTIONS.items()))(a), None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"router": 6, "mesh": (2, 4)},
+            r"6 experts cannot be split over 4 shards of mesh axis 'expert'; .* \[1, 2, 3, 6\]",
+        ),
+        ({"num_groups": 4}, r"num_groups=4 cannot be split over the 8 shards of mesh axes \('data', 'expert'\); use a"),
+        ({"num_chunks": 0}, r"num_chunks=0 must be at least 1"),
+        ({"expert_axis": "experts"}, r"expert_axis='experts' is not an axis of the mesh; choose one of \('data', 'exp"),
+        ({"token_axes": ("data",)}, r"token_axes=\('data',\) must be axes of the mesh .* and 'expert' one of them"),
+        ({"token_axes": ("data", "expert", "model")}, r"token_axes=.* must be axes of the mesh \('data', 'expert'\)"),
+        ({"priority": "best"}, r"priority='best' is not one of"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_the_mesh_is_refused(changes, message):
+    changes = dict(changes)
+    experts = changes.pop("router", EXPERTS)
+    a = arguments(0, tokens=TOKENS, groups=GROUPS, experts=experts)
+    mesh = mesh_of(2, 4)
+    with pytest.raises(ValueError, match=message):
+        expert_parallel.moe_mlp(a.tokens, a.router, a.weights, mesh=mesh, **OPTIONS | changes)
+
+
+@pytest.mark.full
+@pytest.mark.devices(32)
+@pytest.mark.parametrize("mesh_shape", [(1, 32), (4, 8)], ids=str)
+def test_32_devices(mesh_shape):
+    options = {"num_choices": 2, "num_groups": 64, "capacity_factor": 1.05}
+    for seed, wanted in enumerate([None, (5,), (2, 3)]):
+        a = arguments(seed, tokens=1024, groups=64, experts=32, wanted=wanted)
+        assert_same_layer(
+            jax.jit(sharded(mesh_of(*mesh_shape), **options))(a), jax.jit(unsharded(**options))(a), wanted
+        )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mesh_shape", MESHES, ids=str)
+@pytest.mark.parametrize("num_chunks", [1, 2, 4])
+@pytest.mark.parametrize("num_choices", [1, 2, 8])
+@pytest.mark.parametrize("priority", ["bpr", "arrival", "random", "modality"])
+def test_every_option_on_every_mesh(mesh_shape, num_chunks, num_choices, priority):
+    for seed, wanted in enumerate(LOADS):
+        check(mesh_shape, seed, wanted, num_chunks=num_chunks, num_choices=num_choices, priority=priority)
