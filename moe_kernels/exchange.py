@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from moe_kernels.plan import round_up
 from moe_kernels.types import Layout, Plan, Runs
 
 # A block is rounded up to the depth of the MXU (128 rows), or half or a quarter of it, where that adds at most a
@@ -35,14 +36,10 @@ def block_rows(rows: int, num_chunks: int) -> int:
     (256, 144, 160, 16)
     """
     for alignment in ALIGNMENTS:
-        rounded = _round_up(rows, alignment * num_chunks)
+        rounded = round_up(rows, alignment * num_chunks)
         if 20 * rounded <= 21 * rows:
             return rounded
-    return _round_up(rows, LEAST_ALIGNMENT * num_chunks)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+    return round_up(rows, LEAST_ALIGNMENT * num_chunks)
 
 
 def in_chunks(plan: Plan, num_chunks: int) -> Plan:

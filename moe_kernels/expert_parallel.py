@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moe_kernels import layer
-from moe_kernels.exchange import block_rows, in_chunks, received_chunks, send, send_back
-from moe_kernels.experts import expert_mlp_over_runs
+from moe_kernels import exchange, layer, ragged_exchange
+from moe_kernels.experts import check_mlp, expert_mlp_over_runs
 from moe_kernels.permute import combine, dispatch
+from moe_kernels.routing import check_route
 from moe_kernels.types import Activation, CapacityFactor, MlpWeights, MoeOutput, Priority
 
 # Names of the exchanged rows. A remat policy that saves them beside SAVED_NAMES exchanges twice in the backward pass of
@@ -38,6 +39,7 @@ def moe_mlp(
     expert_axis: str = "expert",
     token_axes: Sequence[str] | None = None,
     num_chunks: int = 1,
+    buffer_factor: CapacityFactor | None = None,
     num_choices: int = 1,
     capacity_factor: CapacityFactor | None = None,
     num_groups: int = 1,
@@ -50,6 +52,7 @@ def moe_mlp(
     first_modality: int = 0,
     key: Key[Array, ""] | None = None,
     first_group: int | Int[Array, ""] = 0,
+    group_stride: int | None = None,
     activation: Activation = "gelu_tanh",
     backend: str | None = None,
 ) -> MoeOutput:
@@ -57,11 +60,19 @@ def moe_mlp(
 
     Tokens (with noise, mask and modality) are split over `token_axes`, by default all axes of the mesh in its order,
     and experts over `expert_axis`, one of them; weights are whole on every index of the other axes, and the router
-    everywhere. All other arguments are of the whole layer as in `moe_kernels.moe_mlp`. Sums and `kept` have their
-    groups split like the tokens. Rows are exchanged among the devices that differ in `expert_axis` alone, twice forward
-    and twice backward, in `num_chunks` pieces of equal size that may overlap with the experts of other pieces. Take
-    gradients of this function, not of something inside its `shard_map`. Raises ValueError for arguments that do not fit
-    the mesh.
+    everywhere. All other arguments are of the whole layer as in `moe_kernels.moe_mlp`. Groups are numbered from
+    `first_group` on; a shard's first one is `group_stride` after that of the shard before it (default: its number of
+    groups), for callers that work only some groups of each shard at a time. Sums and `kept` have their groups split
+    like the tokens.
+
+    Rows are exchanged among the devices that differ in `expert_axis` alone, twice forward and twice backward, in
+    `num_chunks` pieces of equal size that may overlap with the experts of other pieces. Without a capacity limit each
+    device exchanges as many rows as there are, in one piece, and has room for all that could arrive, or for
+    `buffer_factor` times what it sends itself: choices that find no room there are dropped, last groups first, and show
+    as the difference between `sums.wanted` and `kept`. What overflows depends on the mesh; nothing else does.
+
+    Take gradients of this function, not of something inside its `shard_map`. Raises ValueError for arguments that do
+    not fit the mesh.
 
     >>> import jax, jax.numpy as jnp
     >>> from moe_kernels import MlpWeights
@@ -73,6 +84,9 @@ def moe_mlp(
     """
     axes = _token_axes(mesh, expert_axis, token_axes)
     shards = math.prod(mesh.shape[axis] for axis in axes)
+    check_route(tokens, router, num_choices, num_groups, noise, modality, num_modalities, mask)
+    check_mlp(weights, router.shape[1], tokens.shape[1], activation)
+    _check_options(router.shape[1], mesh.shape[expert_axis], expert_axis, num_chunks, capacity_factor, buffer_factor)
     if num_groups % shards:
         raise ValueError(
             f"num_groups={num_groups} cannot be split over the {shards} shards of mesh axes {axes}; "
@@ -80,6 +94,7 @@ def moe_mlp(
         )
     by_token, whole = PartitionSpec(axes), PartitionSpec()
     groups_here = num_groups // shards
+    stride = groups_here if group_stride is None else group_stride
 
     def on_shard(
         tokens: Array,
@@ -97,6 +112,7 @@ def moe_mlp(
             weights,
             expert_axis=expert_axis,
             num_chunks=num_chunks,
+            buffer_factor=buffer_factor,
             num_choices=num_choices,
             capacity_factor=capacity_factor,
             num_groups=groups_here,
@@ -108,7 +124,7 @@ def moe_mlp(
             num_modalities=num_modalities,
             first_modality=first_modality,
             key=key,
-            first_group=first_group + groups_here * jax.lax.axis_index(axes),
+            first_group=first_group + stride * jax.lax.axis_index(axes),
             activation=activation,
             backend=backend,
         )
@@ -131,6 +147,7 @@ def moe_mlp_on_shard(
     *,
     expert_axis: str,
     num_chunks: int = 1,
+    buffer_factor: CapacityFactor | None = None,
     num_choices: int = 1,
     capacity_factor: CapacityFactor | None = None,
     num_groups: int = 1,
@@ -152,10 +169,8 @@ def moe_mlp_on_shard(
     batch), the whole router, and the weights of its E / shards experts; so are the result's tokens and sums. Raises
     ValueError for a number of experts that cannot be split over the axis.
     """
-    shards, num_experts = jax.lax.axis_size(expert_axis), router.shape[-1]
-    check_experts(num_experts, shards, expert_axis)
-    if num_chunks < 1:
-        raise ValueError(f"num_chunks={num_chunks} must be at least 1; use 1 for one exchange of everything")
+    shards = jax.lax.axis_size(expert_axis)
+    _check_options(router.shape[-1], shards, expert_axis, num_chunks, capacity_factor, buffer_factor)
     options = {
         "num_choices": num_choices,
         "capacity_factor": capacity_factor,
@@ -173,30 +188,54 @@ def moe_mlp_on_shard(
     }
     if shards == 1:
         return layer.moe_mlp(tokens, router, weights, activation=activation, **options)
+    run_experts = functools.partial(expert_mlp_over_runs, activation=activation, backend=backend)
     if capacity_factor is None:
-        raise ValueError("capacity_factor=None over several shards is not there yet; give a capacity factor")
+        routing, plan = layer.decide(tokens, router, **options)
+        shipped = ragged_exchange.plan_exchange(
+            routing, plan, modality, num_modalities, axis=expert_axis, buffer_factor=buffer_factor
+        )
+        plan = shipped.plan
+        rows = ragged_exchange.send(dispatch(tokens, plan, backend=backend), shipped, expert_axis)
+        rows = run_experts(rows, weights, *shipped.received)
+        back = ragged_exchange.send_back(rows, shipped, expert_axis)
+        return MoeOutput(combine(back, routing.gate, plan, backend=backend), routing.sums, plan.kept)
     routing, plan = layer.decide(
-        tokens, router, **options, round_rows=functools.partial(block_rows, num_chunks=num_chunks)
+        tokens, router, **options, round_rows=functools.partial(exchange.block_rows, num_chunks=num_chunks)
     )
-    received = received_chunks(plan, expert_axis, num_chunks)
-    plan = in_chunks(plan, num_chunks)
+    received = exchange.received_chunks(plan, expert_axis, num_chunks)
+    plan = exchange.in_chunks(plan, num_chunks)
     returned = []
     for chunk, rows in zip(received, jnp.split(dispatch(tokens, plan, backend=backend), num_chunks), strict=True):
-        there = send(rows, chunk, expert_axis)
-        there = expert_mlp_over_runs(there, weights, chunk.runs, chunk.layout, activation=activation, backend=backend)
-        returned.append(send_back(there, chunk, expert_axis))
+        rows = run_experts(exchange.send(rows, chunk, expert_axis), weights, *chunk)
+        returned.append(exchange.send_back(rows, chunk, expert_axis))
     back = checkpoint_name(jnp.concatenate(returned), "moe_returned")
     return MoeOutput(combine(back, routing.gate, plan, backend=backend), routing.sums, plan.kept)
 
 
-def check_experts(num_experts: int, shards: int, axis: str) -> None:
-    """Refuse a number of experts that cannot be split evenly."""
+def _check_options(
+    num_experts: int,
+    shards: int,
+    axis: str,
+    num_chunks: int,
+    capacity_factor: CapacityFactor | None,
+    buffer_factor: CapacityFactor | None,
+) -> None:
+    """Refuse what the exchange cannot do."""
     if num_experts % shards:
         divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
         raise ValueError(
             f"{num_experts} experts cannot be split over {shards} shards of mesh axis {axis!r}; "
             f"use a mesh with one of {divisors} there"
         )
+    if num_chunks < 1:
+        raise ValueError(f"num_chunks={num_chunks} must be at least 1; use 1 for one exchange of everything")
+    if buffer_factor is not None and capacity_factor is not None:
+        raise ValueError(
+            f"buffer_factor={buffer_factor} is for a layer without a capacity limit; leave it out, or use "
+            f"capacity_factor=None instead of {capacity_factor}"
+        )
+    if buffer_factor is not None and not Fraction(str(buffer_factor)) > 0:
+        raise ValueError(f"buffer_factor={buffer_factor} must be positive; use None for room for everything")
 
 
 def _token_axes(mesh: Mesh | AbstractMesh, expert_axis: str, token_axes: Sequence[str] | None) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,18 @@ def modality_priority(modality: Int[Array, " T"], first_modality: int) -> Float[
     return (modality == first_modality).astype(jnp.float32)
 
 
+Number = TypeVar("Number", int, Array)
+
+
+def round_up(value: Number, multiple: int) -> Number:
+    """The next multiple.
+
+    >>> round_up(9, 8)
+    16
+    """
+    return -(-value // multiple) * multiple
+
+
 class _Sorted(NamedTuple):
     """The choices of each group in claim order (expert, then choice, then priority, then token)."""
 
@@ -141,7 +153,7 @@ def make_plan(
     if layout.rows_per_expert is not None:
         first = jnp.arange(num_experts, dtype=jnp.int32) * layout.rows_per_expert
     else:
-        aligned = (size + (ROW_ALIGNMENT - 1)) // ROW_ALIGNMENT * ROW_ALIGNMENT
+        aligned = round_up(size, ROW_ALIGNMENT)
         first = jnp.cumsum(aligned, dtype=jnp.int32) - aligned
     offset = jnp.cumsum(kept, axis=0, dtype=jnp.int32) - kept
     row = _rows_of_choices(ranked, kept, first + offset, layout)
@@ -149,7 +161,7 @@ def make_plan(
         row=row.reshape(num_tokens, num_choices),
         source=_sources_of_rows(ranked, kept, offset, first, size, layout),
         runs=Runs(jnp.arange(num_experts, dtype=jnp.int32), first, size),
-        kept=_kept_by_modality(routing, row, modality, num_modalities, layout),
+        kept=kept_by_modality(routing, row, modality, num_modalities, layout),
         layout=layout,
     )
 
@@ -159,17 +171,16 @@ def _layout(
 ) -> Layout:
     """An `[E, rows]` block where that is asked for, or where at most `most` rows an expert keep it near the number of
     choices; else runs packed one after the other."""
-    align = lambda rows: -(-rows // ROW_ALIGNMENT) * ROW_ALIGNMENT  # noqa: E731
-    per_expert = align(most) if rows_per_expert is None else rows_per_expert
+    per_expert = round_up(most, ROW_ALIGNMENT) if rows_per_expert is None else rows_per_expert
     # An expert gets at most one choice of each token.
-    packed = align(num_tokens * num_choices) + num_experts * (ROW_ALIGNMENT - 1)
+    packed = round_up(num_tokens * num_choices, ROW_ALIGNMENT) + num_experts * (ROW_ALIGNMENT - 1)
     block = rows_per_expert is not None or per_expert * num_experts <= BLOCK_LIMIT * max(packed, 1)
     return Layout(
         num_tokens=num_tokens,
         num_choices=num_choices,
         num_groups=num_groups,
         num_experts=num_experts,
-        num_rows=per_expert * num_experts if block else align(packed),
+        num_rows=per_expert * num_experts if block else round_up(packed, ROW_ALIGNMENT),
         rows_per_expert=per_expert if block else None,
     )
 
@@ -235,7 +246,7 @@ def _sources_of_rows(
     return jnp.where(used, group * choices_in_group + choice, layout.num_groups * choices_in_group)
 
 
-def _kept_by_modality(
+def kept_by_modality(
     routing: Routing, row: Int[Array, "G Q"], modality: Int[Array, " T"] | None, num_modalities: int, layout: Layout
 ) -> Float[Array, "G M E"]:
     """Count the choices that found room, by comparison and sum (fused by XLA, no one-hot tensor is stored)."""

@@ -34,6 +34,7 @@ LEVELS = (
     ("experts",),
     ("layer",),
     ("exchange",),
+    ("ragged_exchange",),
     ("expert_parallel",),
     ("",),
 )
