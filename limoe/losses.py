@@ -6,11 +6,14 @@ computed and always in the result; what is switched off has weight 0 in the tota
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from limoe.config import Config
 from limoe.moe import IMAGE, TEXT, LayerRouting, RoutingSums, entropy_of_mean
@@ -38,16 +41,19 @@ class LossTerms(NamedTuple):
 
 
 def softmax_contrastive(
-    image: Float[Array, "B P"], text: Float[Array, "B P"], scale: Float[Array, ""]
+    image: Float[Array, "B P"], text: Float[Array, "B P"], scale: Float[Array, ""], *, mesh: Mesh | None = None
 ) -> Float[Array, ""]:
     """Mean over both directions of the cross-entropy of each pair among the whole batch, in float32 (paper, section 3).
 
     `L_j = -1/2 log softmax_k(s <i_j, t_k>)_j - 1/2 log softmax_k(s <i_k, t_j>)_j`; embeddings are L2-normalised.
+    On a mesh, whose devices split the rows, each compares its own with all others: `[B / devices, B]` numbers.
 
     >>> import jax.numpy as jnp
     >>> round(float(softmax_contrastive(jnp.eye(2), jnp.eye(2), jnp.float32(0.0))), 4)
     0.6931
     """
+    if mesh is not None:
+        return jnp.mean(_by_rows(_softmax_terms, mesh, image, text, scale))
     logits = scale * _similarity(image, text)
     pairs = jnp.diagonal(logits)
     to_text = jax.nn.logsumexp(logits, axis=1) - pairs
@@ -56,20 +62,76 @@ def softmax_contrastive(
 
 
 def sigmoid_contrastive(
-    image: Float[Array, "B P"], text: Float[Array, "B P"], scale: Float[Array, ""], bias: Float[Array, ""]
+    image: Float[Array, "B P"],
+    text: Float[Array, "B P"],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    *,
+    mesh: Mesh | None = None,
 ) -> Float[Array, ""]:
     """Each of the B² pairs as a decision of its own: `-1/B sum_jk log sigmoid(±(s <i_j, t_k> + b))` (Zhai et al. 2023).
+
+    `mesh` as in `softmax_contrastive`.
 
     >>> import jax.numpy as jnp
     >>> round(float(sigmoid_contrastive(jnp.eye(2), jnp.eye(2), jnp.float32(0.0), jnp.float32(0.0))), 4)
     1.3863
     """
+    if mesh is not None:
+        return jnp.mean(_by_rows(_sigmoid_terms, mesh, image, text, scale, bias))
     logits = scale * _similarity(image, text) + bias
     signs = 2 * jnp.eye(logits.shape[0], dtype=logits.dtype) - 1
     return -jnp.sum(jax.nn.log_sigmoid(signs * logits)) / logits.shape[0]
 
 
-def _similarity(image: Float[Array, "B P"], text: Float[Array, "B P"]) -> Float[Array, "B B"]:
+class _Rows(NamedTuple):
+    """One device's rows of the batch, and how to get everybody's."""
+
+    image: Float[Array, "N P"]
+    text: Float[Array, "N P"]
+    first: Int[Array, ""]
+    gather: Callable[[Array], Array]
+
+
+def _by_rows(
+    terms: Callable[..., Float[Array, " N"]],
+    mesh: Mesh,
+    image: Float[Array, "B P"],
+    text: Float[Array, "B P"],
+    *scalars: Float[Array, ""],
+) -> Float[Array, " B"]:
+    """The term of every row, each computed where the row is; the gradient of a gather is a reduce-scatter."""
+    axes = tuple(mesh.axis_names)
+
+    def here(image: Array, text: Array, *scalars: Array) -> Array:
+        first = image.shape[0] * jax.lax.axis_index(axes)
+        return terms(
+            _Rows(image, text, first, functools.partial(jax.lax.all_gather, axis_name=axes, tiled=True)), *scalars
+        )
+
+    rows, whole = PartitionSpec(axes), PartitionSpec()
+    # No psum in here: gradients through one would depend on what check_vma knows. The mean is taken outside.
+    sharded = jax.shard_map(
+        here, mesh=mesh, in_specs=(rows, rows, *[whole] * len(scalars)), out_specs=rows, check_vma=False
+    )
+    return sharded(image, text, *scalars)
+
+
+def _softmax_terms(rows: _Rows, scale: Float[Array, ""]) -> Float[Array, " N"]:
+    pairs = scale * jnp.sum(rows.image * rows.text, axis=1)
+    to_text = jax.nn.logsumexp(scale * _similarity(rows.image, rows.gather(rows.text)), axis=1) - pairs
+    to_image = jax.nn.logsumexp(scale * _similarity(rows.text, rows.gather(rows.image)), axis=1) - pairs
+    return (to_text + to_image) / 2
+
+
+def _sigmoid_terms(rows: _Rows, scale: Float[Array, ""], bias: Float[Array, ""]) -> Float[Array, " N"]:
+    logits = scale * _similarity(rows.image, rows.gather(rows.text)) + bias
+    own = rows.first + jnp.arange(logits.shape[0])
+    signs = jnp.where(own[:, None] == jnp.arange(logits.shape[1]), 1.0, -1.0).astype(logits.dtype)
+    return -jnp.sum(jax.nn.log_sigmoid(signs * logits), axis=1)
+
+
+def _similarity(image: Float[Array, "N P"], text: Float[Array, "B P"]) -> Float[Array, "N B"]:
     # HIGHEST: the default of a float32 dot is bfloat16 on TPU and tf32 on GPU.
     return jnp.dot(image, text.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
@@ -143,13 +205,17 @@ def total_loss(
     scale: Float[Array, ""],
     bias: Float[Array, ""] | None,
     config: Config,
+    mesh: Mesh | None = None,
 ) -> LossTerms:
-    """The loss of the whole step from its embeddings and routing sums; a dense model has auxiliary terms 0."""
+    """The loss of the whole step from its embeddings and routing sums; a dense model has auxiliary terms 0.
+
+    `mesh` says that the rows of the embeddings are split over all of its devices.
+    """
     if config.loss.contrastive == "sigmoid":
         assert bias is not None
-        contrastive = sigmoid_contrastive(image, text, scale, bias)
+        contrastive = sigmoid_contrastive(image, text, scale, bias, mesh=mesh)
     else:
-        contrastive = softmax_contrastive(image, text, scale)
+        contrastive = softmax_contrastive(image, text, scale, mesh=mesh)
     if routing is None:
         auxiliary = AuxiliaryTerms(*(jnp.float32(0) for _ in AuxiliaryTerms._fields))
     else:
