@@ -35,7 +35,7 @@ def assert_same_layer(mine: Result, twin: Result, wanted) -> None:
         np.testing.assert_array_equal(getattr(mine.output.sums, name), getattr(twin.output.sums, name))
     # A token is dropped here if and only if it is dropped there.
     np.testing.assert_array_equal(np.any(mine.output.tokens != 0, 1), np.any(twin.output.tokens != 0, 1))
-    assert_close(mine.output.tokens, twin.output.tokens, length=20, name="y", roundings=8, floor=1)
+    close_in_rows(mine.output.tokens, twin.output.tokens, length=20, name="y")
     for name, a, b in zip(RoutingSums._fields, mine.output.sums, twin.output.sums, strict=True):
         assert_close(np.ravel(a)[None], np.ravel(b)[None], length=TOKENS, name=name)
     # A lifted logit of 20 is known to 20 eps, and gates and their gradients no better than that.
@@ -45,8 +45,13 @@ def assert_same_layer(mine: Result, twin: Result, wanted) -> None:
         np.ravel(mine.drouter)[None], np.ravel(twin.drouter)[None], length=TOKENS, name="dr", roundings=amplified
     )
     for name, a, b in zip(MlpWeights._fields, mine.dweights, twin.dweights, strict=True):
-        a, b = (np.asarray(x).reshape(len(x), -1) for x in (a, b))
-        assert_close(a, b, length=TOKENS, name=f"d{name}", roundings=8, floor=1)
+        close_in_rows(*(np.asarray(x).reshape(len(x), -1) for x in (a, b)), length=TOKENS, name=f"d{name}")
+
+
+def close_in_rows(mine, twin, *, length: int, name: str) -> None:
+    """Within what rounds off the largest entry of all rows, which are alike; a row of zeros is one here too."""
+    scale = np.full(len(twin), np.abs(twin).max())
+    assert_close(mine, twin, length=length, name=name, roundings=8, scale=scale)
 
 
 def check(mesh_shape, seed: int, wanted, **changes) -> None:
@@ -71,7 +76,7 @@ def test_chunks_and_random_order_change_nothing(changes, wanted):
 
 
 @pytest.mark.parametrize("wanted", LOADS, ids=str)
-@pytest.mark.parametrize("mesh_shape", [(1, 2), (2, 4), (1, 8)], ids=str)
+@pytest.mark.parametrize("mesh_shape", [(2, 4), (1, 8)], ids=str)
 def test_without_a_limit_everything_is_kept_wherever_it_goes(mesh_shape, wanted):
     check(mesh_shape, 3, wanted, capacity_factor=None)
 
@@ -99,17 +104,10 @@ def test_what_overflows_a_buffer_is_dropped_and_counted(wanted):
     np.testing.assert_array_equal(same, there | ~claims)
 
 
-def test_slices_are_one_more_axis_of_tokens():
+def test_slices_are_one_more_axis_of_tokens_and_the_order_of_axes_is_free():
     a = arguments(2, tokens=TOKENS, groups=GROUPS, experts=EXPERTS)
     mesh = mesh_of(2, 2, 2, names=("slice", "data", "expert"))
-    mine = jax.jit(sharded(mesh, **OPTIONS), compiler_options=FAST)(a)
-    assert_same_layer(mine, compiled(None, tuple(OPTIONS.items()))(a), None)
-
-
-def test_the_order_of_token_axes_is_free():
-    a = arguments(2, tokens=TOKENS, groups=GROUPS, experts=EXPERTS)
-    mesh = mesh_of(2, 4)
-    layer = sharded(mesh, token_axes=("expert", "data"), **OPTIONS)
+    layer = sharded(mesh, token_axes=("expert", "slice", "data"), **OPTIONS)
     mine = jax.jit(layer, compiler_options=FAST)(a)
     assert_same_layer(mine, compiled(None, tuple(OPTIONS.items()))(a), None)
 
@@ -154,9 +152,9 @@ def test_32_devices(mesh_shape):
 
 @pytest.mark.full
 @pytest.mark.parametrize("mesh_shape", MESHES, ids=str)
-@pytest.mark.parametrize("num_chunks", [1, 2, 4])
-@pytest.mark.parametrize("num_choices", [1, 2, 8])
-@pytest.mark.parametrize("priority", ["bpr", "arrival", "random", "modality"])
+@pytest.mark.parametrize(
+    ("num_chunks", "num_choices", "priority"), [(1, 1, "arrival"), (2, 2, "modality"), (4, 8, "random"), (3, 1, "bpr")]
+)
 def test_every_option_on_every_mesh(mesh_shape, num_chunks, num_choices, priority):
     for seed, wanted in enumerate(LOADS):
         check(mesh_shape, seed, wanted, num_chunks=num_chunks, num_choices=num_choices, priority=priority)
