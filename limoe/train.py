@@ -22,10 +22,11 @@ from limoe.data.batches import BadExamples, Batch
 from limoe.data.source import Bad
 from limoe.encode import Encoder
 from limoe.losses import by_name
-from limoe.optim import make_optimizer, make_schedule
+from limoe.mesh import joined, place
+from limoe.optim import make_schedule
 from limoe.presets import preset
 from limoe.progress import progress_bar
-from limoe.step import Parameters, StepReport, TrainState, create_model, make_step
+from limoe.step import Parameters, StepReport, TrainState, compile_step, new_state, prepare
 from limoe.stopping import StopSignals
 from limoe.tokenizer import Tokenizer
 from limoe.workdir import MetricsLog, Workdir, WorkdirError, read_metrics, write_json
@@ -79,15 +80,14 @@ def _train(
     if evaluation.num_bad:
         say(f"{evaluation.num_bad} bad examples of the evaluation data are left out")
 
-    graph, parameters = create_model(config)
-    optimizer = make_optimizer(config, parameters)
-    state = TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
+    placement = place(config.mesh)
+    training = prepare(config, placement)
     log = MetricsLog(workdir.metrics)
     began -= _seconds_before(log)
     with Checkpoints(workdir.checkpoints, config.train.checkpoints_kept) as checkpoints:
-        state = _restore(checkpoints, state, log, say)
-        encoder = Encoder(graph, state.parameters, config, tokenizer)
-        step_function = jax.jit(make_step(graph, optimizer, config), donate_argnums=0)
+        state = _restore(checkpoints, training.abstract, log, say) or new_state(config, training, placement)
+        encoder = Encoder(training.graph, state.parameters, config, tokenizer, placement=placement)
+        step_function = compile_step(training, config, placement)
         run = _Run(config, workdir, log, checkpoints, encoder, evaluation, began, say)
         with signals.patiently():
             state = run.steps(state, step_function, batches.from_step, signals, profile_steps)
@@ -140,7 +140,8 @@ class _Run:
                 started = time.monotonic()
                 batch = next(stream)
                 profile.at(step)
-                state, device_report = step_function(state, batch.images, batch.tokens)
+                rows = [joined(part, self.encoder.placement) for part in (batch.images, batch.tokens)]
+                state, device_report = step_function(state, *rows)
                 step_report = jax.device_get(device_report)
                 seconds = time.monotonic() - started
                 self._check_report(step, step_report)
@@ -273,12 +274,14 @@ def _seconds_before(log: MetricsLog) -> float:
     return 0.0 if log.last_step is None else float(read_metrics(log.path)[-1]["elapsed_seconds"])
 
 
-def _restore(checkpoints: Checkpoints, state: TrainState, log: MetricsLog, say: Callable[[str], None]) -> TrainState:
-    """The state of the newest good checkpoint, or the given new one; the log is cut to the same step."""
-    restored = checkpoints.restore(state)
+def _restore(
+    checkpoints: Checkpoints, abstract: TrainState, log: MetricsLog, say: Callable[[str], None]
+) -> TrainState | None:
+    """The state of the newest good checkpoint, None without one; the log is cut to the same step."""
+    restored = checkpoints.restore(abstract)
     if restored is None:
         log.truncate_after(0)
-        return state
+        return None
     if log.last_step is None or log.last_step < restored.step:
         raise WorkdirError(
             f"{log.path} ends at step {log.last_step or 0}, but the newest good checkpoint is of step {restored.step}; "
