@@ -1,4 +1,4 @@
-"""The command line: `limoe train`, `limoe eval`, `limoe describe`."""
+"""The command line: `limoe train`, `limoe eval`, `limoe describe`, `limoe plan`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ _JSON = flags.DEFINE_bool("json", False, "print one JSON object")
 _PROFILE = flags.DEFINE_integer(
     "profile", 0, "steps to trace with jax.profiler into WORKDIR/profile, after the first five; 0 = none", lower_bound=0
 )
+_TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the TPU pod, kind and chips along each side, as in v5p:8x8x8")
+_BATCH = flags.DEFINE_integer("batch", None, "plan: pairs of a step, instead of the preset's", lower_bound=2)
+_SEARCH = flags.DEFINE_bool("search", False, "plan: try meshes, rematerialisation and chunking, show the best")
 
 USAGE = """limoe: train and evaluate a language-image mixture of experts.
 
@@ -41,6 +44,8 @@ USAGE = """limoe: train and evaluate a language-image mixture of experts.
       Evaluate the newest checkpoint: zero-shot classification and retrieval.
   limoe describe [--preset=tiny] [--set key=value ...] [--json]
       Parameters and FLOPs of a configuration; nothing is allocated.
+  limoe plan --preset=h14 --topology=v5p:8x8x8 [--batch=PAIRS] [--set key=value ...] [--search] [--json]
+      Compile the train step for a TPU pod that is not here: whether it fits, and how fast it can be (modelled).
   limoe settings [--preset=tiny]
       All settings that --set takes, with value, type and unit.
   limoe --help
@@ -156,11 +161,28 @@ def _evaluate(settings: list[str]) -> int:
     return 0
 
 
-_FLAGS = ("preset", "workdir", "set", "profile", "data", "json")
+def _plan(settings: list[str]) -> int:
+    from limoe.plan_report import as_text
+    from limoe.plan_search import search
+    from limoe.planner import plan
+
+    if _TOPOLOGY.value is None:
+        raise UsageError("plan needs --topology=KIND:SHAPE, such as --topology=v5p:8x8x8")
+    if _BATCH.value is not None:
+        settings = [*settings, f"train.batch_size={_BATCH.value}"]
+    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    config = _config(settings)
+    result = search(config, _TOPOLOGY.value, say=say) if _SEARCH.value else plan(config, _TOPOLOGY.value)
+    print(json.dumps(result.as_json()) if _JSON.value else as_text(result))
+    return 0
+
+
+_FLAGS = ("preset", "workdir", "set", "profile", "data", "json", "topology", "batch", "search")
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], tuple[str, ...]]] = {
     "train": (_train, ("preset", "workdir", "set", "profile")),
     "eval": (_evaluate, ("workdir", "data", "json")),
     "describe": (_describe, ("preset", "set", "json")),
+    "plan": (_plan, ("preset", "topology", "batch", "set", "search", "json")),
     "settings": (_settings, ("preset",)),
 }
 

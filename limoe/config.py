@@ -133,10 +133,10 @@ class ModelConfig(_Section):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "type of the matmuls; auto = bfloat16 on TPU and GPU, float32 on CPU", "auto"
     )
-    remat: Literal["none", "blocks"] = setting(
-        "blocks: recompute each block in the backward pass to save memory", "none"
+    remat: Literal["none", "attention", "blocks"] = setting(
+        "what the backward pass computes again to save memory: attention's scores, or blocks whole but for routing",
+        "none",
     )
-
     scan_unroll: int = setting(
         "periods of a segment of equal blocks that are written out in a row; more = faster on CPU, longer to compile", 1
     )

@@ -69,10 +69,13 @@ class Attention(nnx.Module):
             for project in (self.query, self.key, self.value)
         ]
         image = self.config.num_image_tokens
+        attend = jax.nn.dot_product_attention
+        if self.config.remat == "attention":
+            attend = jax.checkpoint(attend)
         parts = []
         for span in (slice(0, image), slice(image, None)):
             mask = None if present is None else present[:, None, None, span]
-            parts.append(jax.nn.dot_product_attention(*(h[:, span] for h in heads), mask=mask))
+            parts.append(attend(*(h[:, span] for h in heads), mask=mask))
         return self.out(rearrange(jnp.concatenate(parts, axis=1), "b s h d -> b s (h d)"))
 
 

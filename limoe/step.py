@@ -216,7 +216,14 @@ def compile_step(
     step = make_step(training.graph, training.optimizer, config, placement)
     if placement is None:
         return jax.jit(step, donate_argnums=0)
+    # Else libtpu compiles exchanges of rows as steps of their own, however many chunks there are.
+    on_tpu = placement.mesh.devices.flat[0].platform == "tpu"
+    options = {"xla_tpu_enable_async_all_to_all": True} if on_tpu else None
     state, rows = jax.tree.map(lambda leaf: leaf.sharding, training.abstract), placement.rows
     return jax.jit(
-        step, donate_argnums=0, in_shardings=(state, rows, rows), out_shardings=(state, placement.everywhere)
+        step,
+        donate_argnums=0,
+        in_shardings=(state, rows, rows),
+        out_shardings=(state, placement.everywhere),
+        compiler_options=options,
     )
