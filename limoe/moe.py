@@ -133,8 +133,11 @@ class MoeLayer(nnx.Module):
     def _spread(self, *args: Any, **options: Any) -> MoeOutput:
         """`moe_mlp` on the mesh."""
         assert self.placement is not None
-        mesh, chunks = self.placement.mesh, self.placement.config.exchange_chunks
-        return expert_parallel.moe_mlp(*args, mesh=mesh, expert_axis=EXPERT, num_chunks=chunks, **options)
+        # Without a capacity limit, as in evaluation, rows are exchanged in one piece.
+        chunks = self.placement.config.exchange_chunks if "capacity_factor" in options else 1
+        return expert_parallel.moe_mlp(
+            *args, mesh=self.placement.mesh, expert_axis=EXPERT, num_chunks=chunks, **options
+        )
 
     def _training(self, context: RoutingContext, layer: Int[Array, ""], batch: int, length: int) -> dict[str, Any]:
         """Capacity, noise and order of the training step."""
