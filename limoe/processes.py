@@ -63,6 +63,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             raise
         # No cluster was found: one process does it all.
     except RuntimeError as error:
+        if missing and "must be called before" in str(error):
+            return  # the program that calls us has used JAX already, so it is no fresh process of a cluster
         raise ConfigError(
             f"the {num_processes or ''} processes did not come together within {JOIN_SECONDS} s: {error}; is each of "
             f"them started, and does it reach the coordinator {coordinator or 'of the cluster'}?"
