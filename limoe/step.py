@@ -137,7 +137,9 @@ def gradient(
 
     def loss(parameters: Parameters, encoded: Encoded) -> tuple[Float[Array, ""], LossTerms]:
         scale, bias = jnp.exp(parameters["log_scale"]), parameters.get("logit_bias")
-        terms = total_loss(encoded.embeddings.image, encoded.embeddings.text, encoded.routing, scale, bias, config)
+        mesh = None if placement is None else placement.mesh
+        image, text = encoded.embeddings
+        terms = total_loss(image, text, encoded.routing, scale, bias, config, mesh)
         return terms.total, terms
 
     if chunks == 1:
