@@ -404,13 +404,10 @@ class Config:
                 f"devices cannot share {chunk} pairs (train.batch_size={self.train.batch_size} / train.accumulation="
                 f"{self.train.accumulation}) equally; use a batch size that they divide"
             )
-        if not self.model.moe_layers:
-            return
-        if experts % mesh.expert:
-            divisors = [str(n) for n in range(1, experts + 1) if experts % n == 0]
+        if self.model.moe_layers and experts % mesh.expert:
             raise ConfigError(
                 f"mesh.expert={mesh.expert} devices cannot share model.num_experts={experts} experts equally; "
-                f"use one of {', '.join(divisors)}"
+                f"use one of {', '.join(str(n) for n in range(1, experts + 1) if experts % n == 0)}"
             )
 
     def _check_groups(self) -> None:
@@ -425,11 +422,10 @@ class Config:
                 f"(model.group_examples=0); set model.group_examples to a divisor of the chunk of {chunk} examples"
             )
         if group and chunk % group:
-            shares = f" / {devices} devices" if devices > 1 else ""
             raise ConfigError(
                 f"model.group_examples={group} does not divide the chunk of {chunk} examples (train.batch_size="
-                f"{self.train.batch_size} / train.accumulation={self.train.accumulation}{shares}), so a routing group "
-                f"would be cut; use a divisor of {chunk}"
+                f"{self.train.batch_size} / train.accumulation={self.train.accumulation} / {devices} devices), so a "
+                f"routing group would be cut; use a divisor of {chunk}"
             )
 
     def _check_losses(self) -> None:

@@ -262,27 +262,54 @@ def _cost(program: Program, run: Run, pod: Pod, placement: Placement) -> _Cost:
     )
 
 
+@dataclass
+class _Pending:
+    """Something asynchronous between its start and its done."""
+
+    seconds: float
+    is_copy: bool
+    left: float
+
+    def cover(self, spare: float) -> float:
+        """Use spare time of an instruction that runs meanwhile; what remains of it."""
+        used = min(spare, self.left)
+        self.left -= used
+        return spare - used
+
+
 def _times(program: Program, pod: Pod, placement: Placement) -> tuple[Times, int]:
-    """Times of a step, and the FLOPs of its matmuls."""
+    """Times of a step, and the FLOPs of its matmuls.
+
+    Between start and done other instructions cover an exchange with all of their time, and a copy to or from the
+    memory on the chip with the time in which they leave the main memory alone; each second covers one second of each.
+    """
     compute = hbm = busy = exchange = hidden = 0.0
     flops = 0
-    pending: dict[tuple[str, str], list[float]] = {}  # (computation, start) -> [its time, what ran since]
+    pending: dict[tuple[str, str], _Pending] = {}
     for run in program.runs():
-        cost = _cost(program, run, pod, placement)
-        here = max(cost.compute, cost.hbm)
-        compute, hbm, busy = compute + cost.compute * run.trips, hbm + cost.hbm * run.trips, busy + here * run.trips
+        cost, instruction = _cost(program, run, pod, placement), run.instruction
+        compute, hbm = compute + cost.compute * run.trips, hbm + cost.hbm * run.trips
         exchange, flops = exchange + cost.exchange * run.trips, flops + cost.flops * run.trips
-        for started in pending.values():
-            started[1] += here
-        name = run.instruction.opcode
-        if cost.exchange and name.endswith("-start"):
-            pending[run.computation.name, run.instruction.name] = [cost.exchange, 0.0]
-        elif cost.exchange and name == "fusion":
+        name = instruction.opcode
+        if name == "copy-start" or (cost.exchange and name.endswith("-start")):
+            is_copy = name == "copy-start"
+            seconds = cost.hbm if is_copy else cost.exchange
+            pending[run.computation.name, instruction.name] = _Pending(seconds, is_copy, seconds)
+            continue
+        if name.endswith("-done") and instruction.operands:
+            done = pending.pop((run.computation.name, instruction.operands[0]), None)
+            if done is not None and done.is_copy:
+                busy += done.left * run.trips
+            elif done is not None:
+                hidden += (done.seconds - done.left) * run.trips
+            continue
+        here = max(cost.compute, cost.hbm)
+        busy += here * run.trips
+        if cost.exchange and name == "fusion":
             hidden += min(cost.exchange, here) * run.trips
-        elif name.endswith("-done") and run.instruction.operands:
-            started = pending.pop((run.computation.name, run.instruction.operands[0]), None)
-            if started is not None:
-                hidden += min(started) * run.trips
+        spare = {True: here - cost.hbm, False: here}
+        for waiting in pending.values():
+            spare[waiting.is_copy] = waiting.cover(spare[waiting.is_copy])
     return Times(compute, hbm, busy, exchange, hidden), flops
 
 

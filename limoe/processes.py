@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import NoReturn
@@ -28,6 +29,8 @@ HEARTBEAT_SECONDS = 10
 JOIN_SECONDS = 300
 EXIT_STATUS = 75  # "temporary failure": the same command goes on
 _POLL_SECONDS = 1.0
+# What is wrong is mostly wrong everywhere; without the first process the others are aborted before they can say it.
+_SECONDS_FOR_THE_SAME_ERROR = 3.0
 
 # Runs beside a process until that ends; only what is killed or aborted ends without a word.
 _LAST_WORDS = """
@@ -133,7 +136,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._count, self._index = jax.process_count(), jax.process_index()
-        self._over = threading.Event()
+        self._over, self._together = threading.Event(), True
         self._beside: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Watch:
@@ -148,16 +151,22 @@ class Watch:
             threading.Thread(target=self._look, daemon=True).start()
         return self
 
+    def part(self) -> None:
+        """This process ends before the others, which will notice."""
+        self._together = False
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._count == 1:
             return
-        if error is None:
+        if error is None and self._together:
             wait_for_all("the end")
         self._over.set()
         if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and _is_broken_exchange(str(error)):
             self._leave("lost the connection to another one in the middle of an exchange")
+        if error is not None and self._index == 0:
+            time.sleep(_SECONDS_FOR_THE_SAME_ERROR)
         self._say_goodbye()
 
     def _look(self) -> None:

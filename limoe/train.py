@@ -52,7 +52,7 @@ def train(config: Config, folder: str | Path, *, profile_steps: int = 0, say: Ca
     """
     first = processes.is_first()
     say = say if first else _silent
-    with processes.Watch(), _open(folder, config) as workdir, StopSignals() as signals:
+    with processes.Watch() as watch, _open(folder, config) as workdir, StopSignals() as signals:
         if processes.from_first(workdir.finished):
             say(f"The run in {folder} is finished; its result is in {workdir.summary}.")
             again = " and the same --set" if config != preset(config.preset) else ""
@@ -63,6 +63,7 @@ def train(config: Config, folder: str | Path, *, profile_steps: int = 0, say: Ca
             _train(config, workdir, signals, profile_steps, say)
         except KeyboardInterrupt:
             say(f"Stopped by {signals.received}; what was saved is kept, and the same command goes on from there.")
+            watch.part()
         except BaseException:
             if first:
                 workdir.discard_unstarted()
