@@ -22,13 +22,24 @@ _CALLED = re.compile(r"(?:calls|body|condition|to_apply|branch_computations)=\{?
 _FREE = frozenset(
     {
         *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
-        *("copy-done", "async-start", "async-update", "async-done", "after-all", "opt-barrier", "add-dependency"),
-        *("partition-id", "replica-id"),
+        *(
+            "copy-done",
+            "slice-done",
+            "async-start",
+            "async-update",
+            "async-done",
+            "after-all",
+            "opt-barrier",
+            "add-dependency",
+        ),
+        *("partition-id", "replica-id", "call-start", "call-done"),
     }
 )
+COPIES = ("copy-start", "slice-start")
+"""Asynchronous copies between the main memory and the one on the chip."""
 # Custom calls that reserve memory or order others.
 _NOTHING_DONE = re.compile(r'custom_call_target="(AllocateBuffer|PrepareAsyncCall\w+|Sharding)"')
-_DESCEND = {"while", "call", "conditional", "async-start"}
+_DESCEND = {"while", "call", "call-start", "conditional", "async-start"}
 
 
 class HloError(ValueError):
@@ -219,8 +230,10 @@ class Program:
         if instruction.opcode in _FREE or _NOTHING_DONE.search(instruction.rest):
             return 0
         operands = [computation.by_name[name] for name in instruction.operands if name in computation.by_name]
-        if instruction.opcode == "copy-start":
-            return sum(shape.bytes for shape in instruction.shapes[:2] if shape.in_hbm)
+        if instruction.opcode in COPIES:
+            # Its result names source and target; of a slice the source counts as the slice.
+            pair = instruction.shapes[:2]
+            return sum(shape.in_hbm for shape in pair) * min(shape.bytes for shape in pair)
         if instruction.opcode == "fusion":
             fused = self.computations[instruction.called[0]]
             read = sum(

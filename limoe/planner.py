@@ -20,7 +20,7 @@ from flax import nnx
 
 from limoe.config import Config, ConfigError
 from limoe.describe import describe
-from limoe.hlo import Program, Run
+from limoe.hlo import COPIES, Program, Run
 from limoe.hlo_work import axes_of, collectives, matmuls
 from limoe.mesh import Placement, place
 from limoe.model import scale_images
@@ -291,8 +291,8 @@ def _times(program: Program, pod: Pod, placement: Placement) -> tuple[Times, int
         compute, hbm = compute + cost.compute * run.trips, hbm + cost.hbm * run.trips
         exchange, flops = exchange + cost.exchange * run.trips, flops + cost.flops * run.trips
         name = instruction.opcode
-        if name == "copy-start" or (cost.exchange and name.endswith("-start")):
-            is_copy = name == "copy-start"
+        if name in COPIES or (cost.exchange and name.endswith("-start")):
+            is_copy = name in COPIES
             seconds = cost.hbm if is_copy else cost.exchange
             pending[run.computation.name, instruction.name] = _Pending(seconds, is_copy, seconds)
             continue
