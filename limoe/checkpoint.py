@@ -10,8 +10,9 @@ It is written under another name (`.partial-...`), every file and folder in it i
 renamed: a folder with the final name is complete, whenever the process or the machine stopped. The digests are there
 because Orbax restores a flipped bit without a word; they are compared before Orbax reads anything.
 
-One process writes: every array must be fully addressable by it. For several hosts only two places change, the copy to
-the host in `Checkpoints.save` and the two calls of Orbax; names, seal, commit and fall-back stay (done by process 0).
+With several processes (one folder that all of them reach) every one writes and reads its own parts of the arrays, all
+at once and before `save` returns; names, seal, commit and fall-back are the business of the first one. An array is
+stored whole, so it can be read into any other split over devices.
 """
 
 import hashlib
@@ -32,11 +33,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
+from limoe.processes import from_first, is_first, wait_for_all
+
 _STATE = "state"
 _CONTENTS = "contents.json"
 _DIGESTS = "digests.json"
 _PARTIAL = ".partial-"
 _DAMAGED = ".damaged"
+_NONE = -1
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -98,7 +102,7 @@ class Checkpoints:
         self._newest: int | None = None  # the step that this object saved or restored last
         self._writer: threading.Thread | None = None
         self._failure: Exception | None = None
-        if read_only:
+        if read_only or not is_first():
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -145,6 +149,9 @@ class Checkpoints:
                 f"{self.folder} already holds step {present[-1]}, so step {step} cannot be saved in it; "
                 "restore that checkpoint first, or use another folder"
             )
+        if jax.process_count() > 1:
+            self._write_together(step, leaves)
+            return
         # Copies, because on a CPU `device_get` returns views, and an array that is viewed cannot be donated.
         host = {name: np.array(leaf) for name, leaf in jax.device_get(leaves).items()}
         # Not a daemon, because stopped inside native code it could crash the end of the program.
@@ -180,16 +187,14 @@ class Checkpoints:
         """
         self.wait()
         skipped: list[tuple[Path, str]] = []
-        for step in reversed(self.steps()):
-            folder = self._path(step)
-            damage = _damage(folder)
-            if damage is None:
-                state = _read(folder, step, abstract_state)
-                if not self._read_only:
-                    _set_aside([path for path, _ in skipped])
-                self._newest = step
-                return Restored(step, state, tuple(f"skipped checkpoint {path}: {why}" for path, why in skipped))
-            skipped.append((folder, damage))
+        sound = self._newest_sound(skipped) if is_first() else None
+        step = from_first(_NONE if sound is None else sound)
+        if step != _NONE:
+            state = _read(self._path(step), step, abstract_state)
+            if not self._read_only:
+                _set_aside([path for path, _ in skipped])
+            self._newest = step
+            return Restored(step, state, tuple(f"skipped checkpoint {path}: {why}" for path, why in skipped))
         if self.folder.is_dir():
             skipped += [(path, "set aside before") for path in sorted(self.folder.glob(f"*{_DAMAGED}*"))]
         if skipped:
@@ -198,6 +203,15 @@ class Checkpoints:
                 f"no checkpoint in {self.folder} can be trusted ({listed}); put a copy of one back, "
                 "or move this folder away or choose another work folder to train from the start"
             )
+        return None
+
+    def _newest_sound(self, skipped: list[tuple[Path, str]]) -> int | None:
+        """The newest checkpoint whose files are as they were written; newer ones are added to `skipped`."""
+        for step in reversed(self.steps()):
+            damage = _damage(self._path(step))
+            if damage is None:
+                return step
+            skipped.append((self._path(step), damage))
         return None
 
     def __enter__(self) -> "Checkpoints":
@@ -232,10 +246,7 @@ class Checkpoints:
             self._failure.__cause__ = error
             return
         try:
-            for old in self.steps()[: -self._keep]:
-                # Renamed first: killed in the middle of a removal, it would look like a damaged checkpoint.
-                self._path(old).rename(self._partial_path(old))
-                shutil.rmtree(self._partial_path(old))
+            self._remove_old()
         except OSError as error:
             self._failure = CheckpointError(
                 f"checkpoint {self._path(step)} is written, but an older one in {self.folder} could not be removed: "
@@ -243,22 +254,51 @@ class Checkpoints:
             )
             self._failure.__cause__ = error
 
+    def _write_together(self, step: int, leaves: Mapping[str, jax.Array]) -> None:
+        """Save in step with the other processes: each writes its parts, the first one seals and commits."""
+        partial = self._partial_path(step)
+        if is_first():
+            partial.mkdir()
+        wait_for_all(f"{partial.name} is there")
+        _save_arrays(partial, leaves)
+        wait_for_all(f"{partial.name} is written")
+        if is_first():
+            self._commit(step, {name: _LeafFacts(leaf.shape, str(leaf.dtype)) for name, leaf in leaves.items()})
+            self._remove_old()
+        self._newest = step
+        wait_for_all(f"{partial.name} is committed")
+
     def _partial_path(self, step: int) -> Path:
         return self.folder / f"{_PARTIAL}{self._path(step).name}"
+
+    def _remove_old(self) -> None:
+        for old in self.steps()[: -self._keep]:
+            # Renamed first: killed in the middle of a removal, it would look like a damaged checkpoint.
+            self._path(old).rename(self._partial_path(old))
+            shutil.rmtree(self._partial_path(old))
 
     def _write(self, step: int, host: Mapping[str, np.ndarray]) -> None:
         partial = self._partial_path(step)
         partial.mkdir()
-        arrays = {name: array for name, array in host.items() if array.size}  # Orbax refuses arrays without elements
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            checkpointer.save(partial / _STATE, ocp.args.PyTreeSave(arrays))
-        facts = {name: _LeafFacts(array.shape, str(array.dtype))._asdict() for name, array in host.items()}
-        (partial / _CONTENTS).write_text(json.dumps({"step": step, "arrays": facts}, indent=1))
+        _save_arrays(partial, host)
+        self._commit(step, {name: _LeafFacts(array.shape, str(array.dtype)) for name, array in host.items()})
+
+    def _commit(self, step: int, facts: Mapping[str, _LeafFacts]) -> None:
+        """Seal what was written and give it its name."""
+        partial = self._partial_path(step)
+        arrays = {name: leaf._asdict() for name, leaf in facts.items()}
+        (partial / _CONTENTS).write_text(json.dumps({"step": step, "arrays": arrays}, indent=1))
         (partial / _DIGESTS).write_text(json.dumps(_digests(partial), indent=1))
         for path in (partial, *partial.rglob("*")):
             _sync(path)
         partial.rename(self._path(step))
         _sync(self.folder)
+
+
+def _save_arrays(partial: Path, arrays: Mapping[str, Any]) -> None:
+    some = {name: array for name, array in arrays.items() if array.size}  # Orbax refuses arrays without elements
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(partial / _STATE, ocp.args.PyTreeSave(some))
 
 
 def _named_leaves(tree: object) -> dict[str, Any]:
@@ -286,8 +326,6 @@ def _check_leaf(name: str, leaf: object) -> None:
         raise ValueError(
             f"{name!r} in the state is weakly typed; give its dtype where it is made, as in jnp.float32(1)"
         )
-    if not leaf.is_fully_addressable:
-        raise ValueError(f"{name!r} in the state is spread over several processes; checkpoints are written by one")
 
 
 def _digests(folder: Path) -> dict[str, dict[str, int | str]]:
@@ -339,7 +377,7 @@ def _read(folder: Path, step: int, abstract_state: Any) -> Any:
     wanted = {name: _LeafFacts(tuple(leaf.shape), str(leaf.dtype)) for name, leaf in abstract.items()}
     if stored != wanted:
         _refuse_other_arrays(folder, stored, wanted)
-    restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name, leaf in abstract.items() if leaf.size}
+    restore_args = {name: _how_to_read(leaf) for name, leaf in abstract.items() if leaf.size}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
             arrays = checkpointer.restore(
@@ -352,10 +390,22 @@ def _read(folder: Path, step: int, abstract_state: Any) -> Any:
             ) from error
     leaves = []
     for name, leaf in abstract.items():
+        if name in arrays and isinstance(arrays[name], jax.Array):
+            leaves.append(arrays[name])
+            continue
         array = arrays[name] if leaf.size else np.zeros(leaf.shape, leaf.dtype)
         assert (array.shape, array.dtype) == (leaf.shape, leaf.dtype), name
         leaves.append(jax.device_put(array, leaf.sharding, may_alias=False))
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+
+
+def _how_to_read(leaf: Any) -> ocp.RestoreArgs:
+    """Whole into memory; with several processes each its own parts."""
+    if jax.process_count() == 1:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(
+        restore_type=jax.Array, sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
+    )
 
 
 def _refuse_other_arrays(folder: Path, stored: Mapping[str, _LeafFacts], wanted: Mapping[str, _LeafFacts]) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The command line: `limoe train`, `limoe eval`, `limoe describe`."""
+"""The command line: `limoe train`, `limoe eval`, `limoe describe`, `limoe plan`."""
 
 from __future__ import annotations
 
@@ -31,16 +31,26 @@ _JSON = flags.DEFINE_bool("json", False, "print one JSON object")
 _PROFILE = flags.DEFINE_integer(
     "profile", 0, "steps to trace with jax.profiler into WORKDIR/profile, after the first five; 0 = none", lower_bound=0
 )
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "train: address HOST:PORT of process 0, for several processes")
+_NUM_PROCESSES = flags.DEFINE_integer("num-processes", None, "train: processes that train together", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process-id", None, "train: number of this one, from 0", lower_bound=0)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the TPU pod, kind and chips along each side, as in v5p:8x8x8")
+_BATCH = flags.DEFINE_integer("batch", None, "plan: pairs of a step, instead of the preset's", lower_bound=2)
+_SEARCH = flags.DEFINE_bool("search", False, "plan: try meshes, rematerialisation and chunking, show the best")
 
 USAGE = """limoe: train and evaluate a language-image mixture of experts.
 
   limoe train [--preset=tiny] [--workdir=runs/PRESET] [--set key=value ...] [--profile=STEPS]
       Train, evaluate, and write figures and summary.json into the work folder. Without arguments: the tiny model on the
       embedded world, a few minutes on two CPU cores. The same command goes on with an interrupted run.
+      On several hosts: the same command on each; TPU pods, Slurm and GKE are recognised, elsewhere add
+      --coordinator=HOST:PORT --num-processes=P --process-id=0..P-1.
   limoe eval --workdir=DIR [--data=SHARDS] [--json]
       Evaluate the newest checkpoint: zero-shot classification and retrieval.
   limoe describe [--preset=tiny] [--set key=value ...] [--json]
       Parameters and FLOPs of a configuration; nothing is allocated.
+  limoe plan --preset=h14 --topology=v5p:8x8x8 [--batch=PAIRS] [--set key=value ...] [--search] [--json]
+      Compile the train step for a TPU pod that is not here: whether it fits, and how fast it can be (modelled).
   limoe settings [--preset=tiny]
       All settings that --set takes, with value, type and unit.
   limoe --help
@@ -131,9 +141,11 @@ def _settings(settings: list[str]) -> int:
 
 
 def _train(settings: list[str]) -> int:
+    from limoe import processes
     from limoe.train import train
 
     config = _config(settings)
+    processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     folder = _WORKDIR.value or str(Path("runs") / config.preset)
     return train(config, folder, profile_steps=_PROFILE.value)
 
@@ -156,11 +168,30 @@ def _evaluate(settings: list[str]) -> int:
     return 0
 
 
-_FLAGS = ("preset", "workdir", "set", "profile", "data", "json")
+def _plan(settings: list[str]) -> int:
+    from limoe.plan_report import as_text
+    from limoe.plan_search import search
+    from limoe.planner import plan
+
+    if _TOPOLOGY.value is None:
+        raise UsageError("plan needs --topology=KIND:SHAPE, such as --topology=v5p:8x8x8")
+    if _BATCH.value is not None:
+        settings = [*settings, f"train.batch_size={_BATCH.value}"]
+    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    config = _config(settings)
+    result = search(config, _TOPOLOGY.value, say=say) if _SEARCH.value else plan(config, _TOPOLOGY.value)
+    print(json.dumps(result.as_json()) if _JSON.value else as_text(result))
+    return 0
+
+
+_FLAGS = ("preset", "workdir", "set", "profile", "data", "json", "topology", "batch", "search")
+_PROCESS_FLAGS = ("coordinator", "num-processes", "process-id")
+_FLAGS += _PROCESS_FLAGS
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], tuple[str, ...]]] = {
-    "train": (_train, ("preset", "workdir", "set", "profile")),
+    "train": (_train, ("preset", "workdir", "set", "profile", *_PROCESS_FLAGS)),
     "eval": (_evaluate, ("workdir", "data", "json")),
     "describe": (_describe, ("preset", "set", "json")),
+    "plan": (_plan, ("preset", "topology", "batch", "set", "search", "json")),
     "settings": (_settings, ("preset",)),
 }
 

@@ -133,10 +133,10 @@ class ModelConfig(_Section):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "type of the matmuls; auto = bfloat16 on TPU and GPU, float32 on CPU", "auto"
     )
-    remat: Literal["none", "blocks"] = setting(
-        "blocks: recompute each block in the backward pass to save memory", "none"
+    remat: Literal["none", "attention", "blocks"] = setting(
+        "what the backward pass computes again to save memory: attention's scores, or blocks whole but for routing",
+        "none",
     )
-
     scan_unroll: int = setting(
         "periods of a segment of equal blocks that are written out in a row; more = faster on CPU, longer to compile", 1
     )
@@ -316,6 +316,35 @@ class TrainConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshConfig(_Section):
+    """How devices share the work; training gives the same result on every mesh."""
+
+    section = "mesh"
+
+    data: int = setting("devices that share examples only: each holds the same experts", 1)
+    expert: int = setting("devices that share examples and experts; a divisor of model.num_experts", 1)
+    slice: int = setting("pod slices; rows are exchanged inside a slice only", 1)
+    fully_sharded: bool = setting(
+        "split what is not an expert, and its optimiser state, over mesh.data instead of copying it", False
+    )
+
+    exchange_chunks: int = setting(
+        "pieces of an exchange of rows between experts' devices; with more, one travels while another is worked on", 1
+    )
+    keep_exchanged: bool = setting(
+        "with model.remat: keep exchanged rows for the backward pass instead of exchanging them again", True
+    )
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the whole mesh."""
+        return self.slice * self.data * self.expert
+
+    def _check(self) -> None:
+        self._require_positive("data", "expert", "slice", "exchange_chunks")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """All settings of a run.
 
@@ -333,6 +362,7 @@ class Config:
     optimizer: OptimizerConfig
     data: DataConfig
     train: TrainConfig
+    mesh: MeshConfig = MeshConfig()
 
     @property
     def num_groups(self) -> int:
@@ -360,23 +390,42 @@ class Config:
                 f"optimizer.cooldown_steps={self.optimizer.cooldown_steps} do not fit into "
                 f"train.steps={self.train.steps}; lower them or raise train.steps"
             )
+        self._check_mesh()
         if self.model.moe_layers:
             self._check_groups()
             self._check_losses()
 
+    def _check_mesh(self) -> None:
+        """Every device has whole experts and equally many whole groups of each chunk."""
+        mesh, chunk, experts = self.mesh, self.train.chunk_size, self.model.num_experts
+        if chunk % mesh.num_devices:
+            raise ConfigError(
+                f"mesh.slice={mesh.slice} x mesh.data={mesh.data} x mesh.expert={mesh.expert} = {mesh.num_devices} "
+                f"devices cannot share {chunk} pairs (train.batch_size={self.train.batch_size} / train.accumulation="
+                f"{self.train.accumulation}) equally; use a batch size that they divide"
+            )
+        if self.model.moe_layers and experts % mesh.expert:
+            raise ConfigError(
+                f"mesh.expert={mesh.expert} devices cannot share model.num_experts={experts} experts equally; "
+                f"use one of {', '.join(str(n) for n in range(1, experts + 1) if experts % n == 0)}"
+            )
+
     def _check_groups(self) -> None:
         """Groups are whole and never cut by accumulation, so that routing does not depend on the number of chunks."""
-        group, chunk = self.model.group_examples, self.train.chunk_size
-        if group == 0 and self.train.accumulation > 1:
+        group, devices = self.model.group_examples, self.mesh.num_devices
+        chunk = self.train.chunk_size // devices
+        cutting = [f"train.accumulation={self.train.accumulation}"] * (self.train.accumulation > 1)
+        cutting += [f"a mesh of {devices} devices"] * (devices > 1)
+        if group == 0 and cutting:
             raise ConfigError(
-                f"train.accumulation={self.train.accumulation} would cut the one routing group of the whole batch "
+                f"{' and '.join(cutting)} would cut the one routing group of the whole batch "
                 f"(model.group_examples=0); set model.group_examples to a divisor of the chunk of {chunk} examples"
             )
         if group and chunk % group:
             raise ConfigError(
                 f"model.group_examples={group} does not divide the chunk of {chunk} examples (train.batch_size="
-                f"{self.train.batch_size} / train.accumulation={self.train.accumulation}), so a routing group would be "
-                f"cut; use a divisor of {chunk}"
+                f"{self.train.batch_size} / train.accumulation={self.train.accumulation} / {devices} devices), so a "
+                f"routing group would be cut; use a divisor of {chunk}"
             )
 
     def _check_losses(self) -> None:

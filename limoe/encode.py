@@ -12,6 +12,7 @@ from flax import nnx
 
 from limoe.config import Config
 from limoe.data.source import Bad, Decoded, Source
+from limoe.mesh import Placement, spread
 from limoe.model import Embeddings, scale_images
 from limoe.moe import Assignment
 from limoe.step import Parameters
@@ -61,9 +62,12 @@ class Encoder:
         config: Config,
         tokenizer: Tokenizer,
         *,
+        placement: Placement | None = None,
         batch_size: int = 128,
     ) -> None:
-        self._config, self._tokenizer, self._batch_size = config, tokenizer, batch_size
+        num_devices = 1 if placement is None else placement.size
+        self._config, self._tokenizer, self.placement = config, tokenizer, placement
+        self._batch_size = -(-batch_size // num_devices) * num_devices
 
         def embed(parameters: Parameters, images: jax.Array, text: jax.Array) -> Embeddings:
             return nnx.merge(graph, parameters)(scale_images(images), text, None).embeddings
@@ -71,7 +75,9 @@ class Encoder:
         def assign(parameters: Parameters, images: jax.Array, text: jax.Array) -> Assignment:
             return nnx.merge(graph, parameters).assignments(scale_images(images), text)
 
-        self._embed, self._assign = jax.jit(embed), jax.jit(assign)
+        # Results whole on every device, so that every process has them.
+        everywhere = None if placement is None else placement.everywhere
+        self._embed, self._assign = (jax.jit(function, out_shardings=everywhere) for function in (embed, assign))
         self.use(parameters)
 
     def use(self, parameters: Parameters) -> Encoder:
@@ -104,8 +110,10 @@ class Encoder:
         width = self._config.model.width
         return np.concatenate([*parts, np.zeros((0, width), np.float32)])[: len(images)]
 
-    def _batches(self, images: np.ndarray, text: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _batches(
+        self, images: np.ndarray, text: np.ndarray
+    ) -> Iterator[tuple[np.ndarray | jax.Array, np.ndarray | jax.Array]]:
         """Batches of one size, the last one filled up with copies of the last row."""
         for first in range(0, len(images), self._batch_size):
             rows = np.minimum(np.arange(first, first + self._batch_size), len(images) - 1)
-            yield images[rows], text[rows]
+            yield spread(images[rows], self.placement), spread(text[rows], self.placement)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from limoe import inputs, results
 from limoe.checkpoint import CheckpointError, Checkpoints
+from limoe.config import MeshConfig
 from limoe.encode import Encoder
-from limoe.optim import make_optimizer
-from limoe.step import TrainState, abstract_model
+from limoe.step import prepare
 from limoe.tokenizer import load_tokenizer
 from limoe.workdir import Workdir
 
@@ -24,23 +22,17 @@ def evaluate_run(folder: str, data: str, *, say: Callable[[str], None]) -> dict[
     Nothing in the folder is changed. Raises CheckpointError without a checkpoint, and what reading raises.
     """
     workdir = Workdir.existing(folder)
-    config = workdir.config
-    graph, abstract_parameters = abstract_model(config)
-    optimizer = make_optimizer(config, abstract_parameters)
-
-    def new_state() -> TrainState:
-        parameters = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_parameters)
-        return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
-
-    state = jax.eval_shape(new_state)
-    restored = Checkpoints(workdir.checkpoints, config.train.checkpoints_kept, read_only=True).restore(state)
+    config = replace(workdir.config, mesh=MeshConfig())  # one device is enough, whatever trained it
+    training = prepare(config)
+    checkpoints = Checkpoints(workdir.checkpoints, config.train.checkpoints_kept, read_only=True)
+    restored = checkpoints.restore(training.abstract)
     if restored is None:
         raise CheckpointError(f"{workdir.checkpoints} holds no checkpoint yet; train first")
     for message in restored.skipped:
         say(message)
     tokenizer = load_tokenizer(workdir.tokenizer, length=config.model.text_length)
     evaluation = results.read_evaluation_data(config, inputs.evaluation_folders(config, data))
-    encoder = Encoder(graph, restored.state.parameters, config, tokenizer)
+    encoder = Encoder(training.graph, restored.state.parameters, config, tokenizer)
     scores = results.score(encoder, evaluation)
     return {"preset": config.preset, "step": restored.step, "data": data, **scores._asdict()}
 

@@ -87,13 +87,15 @@ def training_source(config: Config, folders: DataFolders) -> ShardSource:
     return ShardSource(folders.train, image_size=config.model.image_size, cache_dir=config.data.cache_dir)
 
 
-def training_batches(config: Config, source: ShardSource, tokenizer: Tokenizer) -> Batches:
-    """The global batches of a run, decoded in threads, decoded images kept in memory where they fit."""
+def training_batches(config: Config, source: ShardSource, tokenizer: Tokenizer, rows: range | None = None) -> Batches:
+    """The global batches of a run, or some rows of them, decoded in threads, decoded images kept in memory where they
+    fit."""
     return Batches(
         CachedSource(source, max_bytes=CACHE_BYTES),
         tokenizer.encode,
         batch_size=config.train.batch_size,
         seed=config.data.seed,
+        rows=rows,
         threads=config.data.threads,
         max_bad_share=config.data.max_bad_share,
     )

@@ -12,7 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 from limoe.config import Config, ModelConfig
-from limoe.moe import SAVED_NAMES, Assignment, LayerRouting, MoeLayer, RoutingContext
+from limoe.mesh import Placement, by_rows, gathered
+from limoe.moe import Assignment, LayerRouting, MoeLayer, RoutingContext, saved_names
 from limoe.segments import Segment, cut
 
 PAD_ID = 0
@@ -68,10 +69,13 @@ class Attention(nnx.Module):
             for project in (self.query, self.key, self.value)
         ]
         image = self.config.num_image_tokens
+        attend = jax.nn.dot_product_attention
+        if self.config.remat == "attention":
+            attend = jax.checkpoint(attend)
         parts = []
         for span in (slice(0, image), slice(image, None)):
             mask = None if present is None else present[:, None, None, span]
-            parts.append(jax.nn.dot_product_attention(*(h[:, span] for h in heads), mask=mask))
+            parts.append(attend(*(h[:, span] for h in heads), mask=mask))
         return self.out(rearrange(jnp.concatenate(parts, axis=1), "b s h d -> b s (h d)"))
 
 
@@ -93,14 +97,16 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """A pre-LayerNorm Transformer block, with a dense MLP or with experts."""
 
-    def __init__(self, config: ModelConfig, *, experts: bool, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: ModelConfig, *, experts: bool, rngs: nnx.Rngs, placement: Placement | None = None
+    ) -> None:
         norm = {"epsilon": config.layer_norm_epsilon, "dtype": compute_dtype(config), "rngs": rngs}
         self.norm1 = nnx.LayerNorm(config.width, **norm)
         self.attention = Attention(config, rngs=rngs)
         self.norm2 = nnx.LayerNorm(config.width, **norm)
         self.experts = experts
         if experts:
-            self.moe = MoeLayer(config, rngs=rngs)
+            self.moe = MoeLayer(config, rngs=rngs, placement=placement)
         else:
             self.mlp = Mlp(config, rngs=rngs)
 
@@ -126,8 +132,10 @@ class Block(nnx.Module):
 class Period(nnx.Module):
     """One period of a segment: a few blocks in a row."""
 
-    def __init__(self, config: ModelConfig, pattern: tuple[bool, ...], *, rngs: nnx.Rngs) -> None:
-        self.blocks = nnx.List([Block(config, experts=experts, rngs=rngs) for experts in pattern])
+    def __init__(
+        self, config: ModelConfig, pattern: tuple[bool, ...], *, rngs: nnx.Rngs, placement: Placement | None = None
+    ) -> None:
+        self.blocks = nnx.List([Block(config, experts=experts, rngs=rngs, placement=placement) for experts in pattern])
 
     def __call__(
         self,
@@ -150,12 +158,14 @@ class Limoe(nnx.Module):
 
     One tower for patches and text tokens; attention within a modality, experts shared by both; mean pooling, one
     projection a modality, L2 normalisation. Parameters in float32. Scalars of the loss (`log_scale`, with the sigmoid
-    loss `logit_bias`) are parameters too.
+    loss `logit_bias`) are parameters too. With a placement, examples are split over all devices of its mesh and
+    experts over one axis (see `limoe.mesh`).
     """
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, placement: Placement | None = None) -> None:
         model = config.model
         self.config = model
+        self.placement = placement
         self.segments_cut: tuple[Segment, ...] = cut(model.depth, model.moe_layers)
         dtype = compute_dtype(model)
         position = nnx.initializers.normal(0.02)
@@ -163,7 +173,7 @@ class Limoe(nnx.Module):
         self.token_table = nnx.Param(position(rngs.params(), (model.vocab_size, model.width), jnp.float32))
         self.image_position = nnx.Param(position(rngs.params(), (model.num_image_tokens, model.width), jnp.float32))
         self.text_position = nnx.Param(position(rngs.params(), (model.text_length, model.width), jnp.float32))
-        self.segments = nnx.List([_stacked(model, segment, rngs) for segment in self.segments_cut])
+        self.segments = nnx.List([_stacked(model, segment, rngs, placement) for segment in self.segments_cut])
         self.norm = nnx.LayerNorm(model.width, epsilon=model.layer_norm_epsilon, dtype=dtype, rngs=rngs)
         project = {"use_bias": False, "dtype": dtype, "rngs": rngs}
         self.image_projection = nnx.Linear(model.width, model.width, **project)
@@ -218,7 +228,7 @@ class Limoe(nnx.Module):
         patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
         image = self.patch(patches) + self.image_position[...].astype(dtype)
         words = self.token_table[...].astype(dtype)[text] + self.text_position[...].astype(dtype)
-        return jnp.concatenate([image, words], axis=1)
+        return by_rows(jnp.concatenate([image, words], axis=1), self.placement)
 
     def _run(
         self,
@@ -232,10 +242,13 @@ class Limoe(nnx.Module):
         graph, state = nnx.split(period)
 
         def once(x: Array, state: PyTree, layer: Array) -> tuple[Array, list[LayerRouting]]:
+            # Here, not around the loop: one period at a time is whole.
+            state = gathered(state, self.placement)
             return nnx.merge(graph, state)(x, present, context, layer)
 
         if self.config.remat == "blocks":
-            once = jax.checkpoint(once, policy=jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES))
+            names = saved_names(self.placement)
+            once = jax.checkpoint(once, policy=jax.checkpoint_policies.save_only_these_names(*names))
         if segment.repeats == 1:
             x, reports = once(x, state, jnp.int32(layer))
             return x, [jax.tree.map(lambda leaf: leaf[None], report) for report in reports]
@@ -265,15 +278,15 @@ class Limoe(nnx.Module):
         )
 
 
-def _stacked(config: ModelConfig, segment: Segment, rngs: nnx.Rngs) -> Period:
+def _stacked(config: ModelConfig, segment: Segment, rngs: nnx.Rngs, placement: Placement | None) -> Period:
     """A period whose parameters carry a leading axis of repeats (none if it occurs once)."""
     if segment.repeats == 1:
-        return Period(config, segment.pattern, rngs=rngs)
+        return Period(config, segment.pattern, rngs=rngs, placement=placement)
 
     @nnx.split_rngs(splits=segment.repeats)
     @nnx.vmap(in_axes=(0,), out_axes=0)
     def create(rngs: nnx.Rngs) -> Period:
-        return Period(config, segment.pattern, rngs=rngs)
+        return Period(config, segment.pattern, rngs=rngs, placement=placement)
 
     return create(rngs)
 

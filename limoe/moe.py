@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,17 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from limoe.config import ModelConfig
+from limoe.mesh import EXPERT, Placement, by_rows
 from moe_kernels import (
+    EXCHANGE_NAMES,
     SAVED_NAMES,
     MlpWeights,
+    MoeOutput,
     Priority,
     RoutingFigures,
     RoutingSums,
     entropy_of_mean,
+    expert_parallel,
     moe_mlp,
     route,
     router_noise,
@@ -26,7 +30,6 @@ from moe_kernels import (
 __all__ = [
     "IMAGE",
     "NUM_MODALITIES",
-    "SAVED_NAMES",
     "TEXT",
     "Assignment",
     "LayerRouting",
@@ -36,6 +39,7 @@ __all__ = [
     "RoutingSums",
     "entropy_of_mean",
     "layer_figures",
+    "saved_names",
 ]
 
 IMAGE, TEXT, NUM_MODALITIES = 0, 1, 2
@@ -50,6 +54,12 @@ _PRIORITIES: dict[str, tuple[Priority, int]] = {
 """The priority of each setting, and the modality that goes first where that is asked for."""
 
 
+def saved_names(placement: Placement | None) -> tuple[str, ...]:
+    """Names of the values of a layer that are kept for the backward pass when the rest is computed again."""
+    keeps = placement is not None and placement.config.keep_exchanged
+    return SAVED_NAMES + EXCHANGE_NAMES if keeps else SAVED_NAMES
+
+
 class RoutingContext(NamedTuple):
     """What routing depends on beside the tokens; None instead of it means evaluation: dropless, without noise."""
 
@@ -57,6 +67,8 @@ class RoutingContext(NamedTuple):
     """A function of the run's seed and the step."""
     first_group: Int[Array, ""] | int
     """Index within the step's batch of the first group of this chunk."""
+    group_stride: int = 0
+    """On a mesh: from the first group of a device to that of the next one, within the step's batch."""
 
 
 class LayerRouting(NamedTuple):
@@ -79,8 +91,8 @@ class MoeLayer(nnx.Module):
     Tokens `[B, S, D]`: of each example image tokens first, then text. Parameters in float32, no bias in the router.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        self.config = config
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, placement: Placement | None = None) -> None:
+        self.config, self.placement = config, placement
         experts, width, hidden = config.num_experts, config.width, config.mlp_width
         fan_in = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=(0,))
         self.router = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (width, experts), jnp.float32))
@@ -100,53 +112,66 @@ class MoeLayer(nnx.Module):
         group)."""
         config = self.config
         batch, length, width = tokens.shape
-        modality = self._modality(batch)
-        weights = MlpWeights(self.w1[...], self.b1[...], self.w2[...], self.b2[...])
-        flat = tokens.reshape(batch * length, width)
-        mask = None if present is None else present.reshape(-1)
         if context is None:
-            result = moe_mlp(
-                flat,
-                self.router[...],
-                weights,
-                num_choices=config.num_choices,
-                mask=mask,
-                modality=modality,
-                num_modalities=NUM_MODALITIES,
-                activation=config.activation,
-            )
+            # Nothing is dropped, so it does not matter which groups there are.
+            options: dict[str, Any] = {"num_groups": 1 if self.placement is None else self.placement.size}
         else:
-            groups = batch // (config.group_examples or batch)
-            noise_key, order_key = jax.random.split(jax.random.fold_in(context.key, layer))
-            noise = None
-            if config.router_noise > 0:
-                noise = config.router_noise * router_noise(
-                    noise_key,
-                    num_groups=groups,
-                    group_size=batch * length // groups,
-                    num_experts=config.num_experts,
-                    first_group=context.first_group,
-                )
-            priority, first_modality = _PRIORITIES[config.priority]
-            result = moe_mlp(
-                flat,
-                self.router[...],
-                weights,
-                num_choices=config.num_choices,
-                capacity_factor=config.capacity_factor,
-                num_groups=groups,
-                priority=priority,
-                noise=noise,
-                noise_std=config.router_noise / config.num_experts if noise is not None else None,
-                mask=mask,
-                modality=modality,
-                num_modalities=NUM_MODALITIES,
-                first_modality=first_modality,
-                key=order_key,
-                first_group=context.first_group,
-                activation=config.activation,
-            )
+            options = self._training(context, layer, batch, length)
+        result = (moe_mlp if self.placement is None else self._spread)(
+            tokens.reshape(batch * length, width),
+            self.router[...],
+            MlpWeights(self.w1[...], self.b1[...], self.w2[...], self.b2[...]),
+            num_choices=config.num_choices,
+            mask=None if present is None else present.reshape(-1),
+            modality=self._modality(batch),
+            num_modalities=NUM_MODALITIES,
+            activation=config.activation,
+            **options,
+        )
         return result.tokens.reshape(tokens.shape), LayerRouting(result.sums, result.kept)
+
+    def _spread(self, *args: Any, **options: Any) -> MoeOutput:
+        """`moe_mlp` on the mesh."""
+        assert self.placement is not None
+        # Without a capacity limit, as in evaluation, rows are exchanged in one piece.
+        chunks = self.placement.config.exchange_chunks if "capacity_factor" in options else 1
+        return expert_parallel.moe_mlp(
+            *args, mesh=self.placement.mesh, expert_axis=EXPERT, num_chunks=chunks, **options
+        )
+
+    def _training(self, context: RoutingContext, layer: Int[Array, ""], batch: int, length: int) -> dict[str, Any]:
+        """Capacity, noise and order of the training step."""
+        config = self.config
+        groups = batch // (config.group_examples or batch)
+        noise_key, order_key = jax.random.split(jax.random.fold_in(context.key, layer))
+        noise = None
+        if config.router_noise > 0:
+            noise = config.router_noise * self._noise(noise_key, groups, batch * length // groups, context)
+        priority, first_modality = _PRIORITIES[config.priority]
+        options = {
+            "capacity_factor": config.capacity_factor,
+            "num_groups": groups,
+            "priority": priority,
+            "noise": noise,
+            "noise_std": config.router_noise / config.num_experts if noise is not None else None,
+            "first_modality": first_modality,
+            "key": order_key,
+            "first_group": context.first_group,
+        }
+        return options if self.placement is None else {**options, "group_stride": context.group_stride}
+
+    def _noise(self, key: Key[Array, ""], groups: int, group_size: int, context: RoutingContext) -> Float[Array, "T E"]:
+        """Noise of the groups of this call, drawn where they lie."""
+        shards = 1 if self.placement is None else self.placement.size
+        first = context.first_group + context.group_stride * jnp.arange(shards, dtype=jnp.int32)
+        draw = lambda first: router_noise(  # noqa: E731
+            key,
+            num_groups=groups // shards,
+            group_size=group_size,
+            num_experts=self.config.num_experts,
+            first_group=first,
+        )
+        return by_rows(jax.vmap(draw)(first).reshape(groups * group_size, self.config.num_experts), self.placement)
 
     def first_choice(
         self, tokens: Float[Array, "B S D"], present: Bool[Array, "B S"] | None

@@ -24,10 +24,12 @@ class _Lines:
         sys.stderr.flush()
 
 
-def progress_bar(description: str, *, total: int, unit: str, done: int = 0, delay: float = 0.0) -> tqdm:
+def progress_bar(
+    description: str, *, total: int, unit: str, done: int = 0, delay: float = 0.0, shown: bool = True
+) -> tqdm:
     """A bar on standard error; where that is no terminal, a line every half minute and one at the end.
 
-    It is not shown at all if it finishes within `delay` seconds.
+    It is not shown at all if it finishes within `delay` seconds, or if `shown` is false.
 
     >>> with progress_bar("reading", total=10, unit="file", done=4) as bar:
     ...     _ = bar.update(6)
@@ -49,4 +51,5 @@ def progress_bar(description: str, *, total: int, unit: str, done: int = 0, dela
         mininterval=_SECONDS_BETWEEN_DRAWINGS if watched else _SECONDS_BETWEEN_LINES,
         miniters=1,
         delay=delay,
+        disable=not shown,
     )

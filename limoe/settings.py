@@ -12,6 +12,7 @@ from limoe.config import (
     ConfigError,
     DataConfig,
     LossConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
@@ -28,6 +29,7 @@ SECTIONS: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "data": DataConfig,
     "train": TrainConfig,
+    "mesh": MeshConfig,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import resource
+import tempfile
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -15,17 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from limoe import inputs, report, results
+from limoe import inputs, processes, report, results
 from limoe.checkpoint import Checkpoints
 from limoe.config import Config
 from limoe.data.batches import BadExamples, Batch
 from limoe.data.source import Bad
 from limoe.encode import Encoder
 from limoe.losses import by_name
-from limoe.optim import make_optimizer, make_schedule
+from limoe.mesh import joined, place
+from limoe.optim import make_schedule
 from limoe.presets import preset
 from limoe.progress import progress_bar
-from limoe.step import Parameters, StepReport, TrainState, create_model, make_step
+from limoe.step import Parameters, StepReport, TrainState, compile_step, new_state, prepare
 from limoe.stopping import StopSignals
 from limoe.tokenizer import Tokenizer
 from limoe.workdir import MetricsLog, Workdir, WorkdirError, read_metrics, write_json
@@ -48,8 +50,10 @@ def train(config: Config, folder: str | Path, *, profile_steps: int = 0, say: Ca
     the step that is going on and a checkpoint of it. Raises TrainingError when a loss, a gradient or the parameters are
     not finite, WorkdirError, CheckpointError, DataError, StorageError and ConfigError as their modules say.
     """
-    with Workdir.open(folder, config) as workdir, StopSignals() as signals:
-        if workdir.finished:
+    first = processes.is_first()
+    say = say if first else _silent
+    with processes.Watch() as watch, _open(folder, config) as workdir, StopSignals() as signals:
+        if processes.from_first(workdir.finished):
             say(f"The run in {folder} is finished; its result is in {workdir.summary}.")
             again = " and the same --set" if config != preset(config.preset) else ""
             say(f"Start a new one with: limoe train --preset={config.preset} --workdir=NEW_FOLDER{again}")
@@ -59,39 +63,52 @@ def train(config: Config, folder: str | Path, *, profile_steps: int = 0, say: Ca
             _train(config, workdir, signals, profile_steps, say)
         except KeyboardInterrupt:
             say(f"Stopped by {signals.received}; what was saved is kept, and the same command goes on from there.")
+            watch.part()
         except BaseException:
-            workdir.discard_unstarted()
+            if first:
+                workdir.discard_unstarted()
             raise
     return 0
+
+
+def _silent(text: str) -> None:
+    """What the processes say that are not the first one."""
+
+
+def _open(folder: str | Path, config: Config) -> Workdir:
+    """The work folder, which the first process makes and locks for all."""
+    with processes.first_before_others("the work folder is there"):
+        return Workdir.open(folder, config) if processes.is_first() else Workdir.existing(folder)
 
 
 def _train(
     config: Config, workdir: Workdir, signals: StopSignals, profile_steps: int, say: Callable[[str], None]
 ) -> None:
     began = time.monotonic()
-    folders = inputs.data_folders(config, _bar("writing the embedded world", "pair"))
-    source = inputs.training_source(config, folders)
-    for damage in source.damages:
-        say(f"damaged shard: {damage}")
-    tokenizer = inputs.tokenizer_for(config, workdir.tokenizer, source)
-    batches = inputs.training_batches(config, source, tokenizer)
+    with processes.first_before_others("data and tokenizer are there"):
+        folders = inputs.data_folders(config, _bar("writing the embedded world", "pair"))
+        source = inputs.training_source(config, folders)
+        for damage in source.damages:
+            say(f"damaged shard: {damage}")
+        tokenizer = inputs.tokenizer_for(config, workdir.tokenizer, source)
+    rows = processes.rows_of_this_process(config.train.batch_size)
+    batches = inputs.training_batches(config, source, tokenizer, rows)
     evaluation = results.read_evaluation_data(config, folders)
     if evaluation.num_bad:
         say(f"{evaluation.num_bad} bad examples of the evaluation data are left out")
 
-    graph, parameters = create_model(config)
-    optimizer = make_optimizer(config, parameters)
-    state = TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
-    log = MetricsLog(workdir.metrics)
+    placement = place(config.mesh)
+    training = prepare(config, placement)
+    log = MetricsLog(workdir.metrics) if processes.is_first() else None
     began -= _seconds_before(log)
     with Checkpoints(workdir.checkpoints, config.train.checkpoints_kept) as checkpoints:
-        state = _restore(checkpoints, state, log, say)
-        encoder = Encoder(graph, state.parameters, config, tokenizer)
-        step_function = jax.jit(make_step(graph, optimizer, config), donate_argnums=0)
+        state = _restore(checkpoints, training.abstract, log, say) or new_state(config, training, placement)
+        encoder = Encoder(training.graph, state.parameters, config, tokenizer, placement=placement)
+        step_function = compile_step(training, config, placement)
         run = _Run(config, workdir, log, checkpoints, encoder, evaluation, began, say)
         with signals.patiently():
             state = run.steps(state, step_function, batches.from_step, signals, profile_steps)
-        if signals.received:
+        if run.stopped:
             say(f"Stopped after step {int(state.step)}, which is saved; the same command goes on from there.")
             return
     encoder.use(state.parameters)
@@ -105,7 +122,7 @@ class _Run:
         self,
         config: Config,
         workdir: Workdir,
-        log: MetricsLog,
+        log: MetricsLog | None,
         checkpoints: Checkpoints,
         encoder: Encoder,
         evaluation: results.EvaluationData,
@@ -116,6 +133,7 @@ class _Run:
         self.encoder, self.evaluation, self.began, self.say = encoder, evaluation, began, say
         self.schedule = make_schedule(config)
         self.num_bad = 0
+        self.stopped = False
 
     def steps(
         self,
@@ -133,27 +151,40 @@ class _Run:
         with contextlib.ExitStack() as stack:
             stream = stack.enter_context(contextlib.closing(batches(first)))
             bar = stack.enter_context(
-                progress_bar("compiling the first step", total=settings.steps, done=first, unit="step")
+                progress_bar(
+                    "compiling the first step",
+                    total=settings.steps,
+                    done=first,
+                    unit="step",
+                    shown=self.log is not None,
+                )
             )
             profile = stack.enter_context(_Profile(self.workdir.path / "profile", profile_steps, first, self._tell))
             for step in range(first + 1, settings.steps + 1):
                 started = time.monotonic()
                 batch = next(stream)
                 profile.at(step)
-                state, device_report = step_function(state, batch.images, batch.tokens)
+                rows = [joined(part, self.encoder.placement) for part in (batch.images, batch.tokens)]
+                state, device_report = step_function(state, *rows)
                 step_report = jax.device_get(device_report)
                 seconds = time.monotonic() - started
                 self._check_report(step, step_report)
-                save = step % settings.checkpoint_every == 0 or step == settings.steps or bool(signals.received)
+                # Whoever got the signal: all save after the same step.
+                wishes, num_bad = processes.added_up(int(bool(signals.received)), batch.bad.num_bad)
+                bad = batch.bad._replace(num_bad=num_bad)
+                self.stopped = wishes > 0
+                save = step % settings.checkpoint_every == 0 or step == settings.steps or self.stopped
                 if save:
                     self._check_parameters(step, state.parameters)
                 top1 = self._evaluate(step, state.parameters)
-                self._write(step, step_report, batch.bad, seconds, top1)
-                self._show(bar, step, step_report, batch.bad, seconds, top1)
+                if self.log is not None:
+                    self._write(self.log, step, step_report, bad, seconds, top1)
+                    self._show(bar, step, step_report, bad, seconds, top1)
+                    if save:
+                        self.log.sync()
                 if save:
-                    self.log.sync()
                     self.checkpoints.save(step, state)
-                if save and signals.received:
+                if self.stopped:
                     break
             self.checkpoints.wait()
         return state
@@ -190,7 +221,9 @@ class _Run:
             "this step; a lower optimizer.learning_rate in a new work folder is the usual remedy"
         )
 
-    def _write(self, step: int, step_report: StepReport, bad: BadExamples, seconds: float, top1: float | None) -> None:
+    def _write(
+        self, log: MetricsLog, step: int, step_report: StepReport, bad: BadExamples, seconds: float, top1: float | None
+    ) -> None:
         figures: dict[str, Any] = {
             **by_name(step_report.loss),
             "gradient_norm": step_report.gradient_norm,
@@ -208,7 +241,7 @@ class _Run:
             figures |= {name: np.asarray(value) for name, value in step_report.routing._asdict().items()}
             for name in ("wanted", "kept"):  # counts, written as such
                 figures[name] = figures[name].astype(np.int64)
-        self.log.append(step, figures)
+        log.append(step, figures)
 
     def _show(
         self, bar: tqdm, step: int, step_report: StepReport, bad: BadExamples, seconds: float, top1: float | None
@@ -245,7 +278,13 @@ class _Run:
         scores = results.score(self.encoder, self.evaluation)
         last = results.last_steps(self.config, metrics)
         history = results.training_history(self.config, metrics, scores)
-        results.draw(self.workdir.figures, self.config, history, last, self.encoder, self.evaluation, tokenizer)
+        with contextlib.ExitStack() as stack:
+            # All processes compute what is drawn, each with its part of the model.
+            mine = processes.is_first()
+            figures = self.workdir.figures if mine else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            results.draw(figures, self.config, history, last, self.encoder, self.evaluation, tokenizer)
+        if not mine:
+            return
         num_bad = sum(line["bad_examples"] for line in metrics)
         if num_bad:
             first = [text for line in metrics for text in line["bad_first"]][:BAD_SHOWN]
@@ -268,17 +307,21 @@ def _all_finite(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)
 
 
-def _seconds_before(log: MetricsLog) -> float:
+def _seconds_before(log: MetricsLog | None) -> float:
     """Seconds that earlier commands of this run took, up to the last step that they logged."""
-    return 0.0 if log.last_step is None else float(read_metrics(log.path)[-1]["elapsed_seconds"])
+    return 0.0 if log is None or log.last_step is None else float(read_metrics(log.path)[-1]["elapsed_seconds"])
 
 
-def _restore(checkpoints: Checkpoints, state: TrainState, log: MetricsLog, say: Callable[[str], None]) -> TrainState:
-    """The state of the newest good checkpoint, or the given new one; the log is cut to the same step."""
-    restored = checkpoints.restore(state)
+def _restore(
+    checkpoints: Checkpoints, abstract: TrainState, log: MetricsLog | None, say: Callable[[str], None]
+) -> TrainState | None:
+    """The state of the newest good checkpoint, None without one; the log is cut to the same step."""
+    restored = checkpoints.restore(abstract)
+    if log is None:
+        return None if restored is None else restored.state
     if restored is None:
         log.truncate_after(0)
-        return state
+        return None
     if log.last_step is None or log.last_step < restored.step:
         raise WorkdirError(
             f"{log.path} ends at step {log.last_step or 0}, but the newest good checkpoint is of step {restored.step}; "

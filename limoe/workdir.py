@@ -206,7 +206,8 @@ def _read_config(folder: Path) -> Config:
 
 
 def _refuse_other_config(folder: Path, there: Config, here: Config) -> None:
-    names = differences(there, here)
+    # The mesh may change on the way: neither the result nor what a checkpoint holds depends on it.
+    names = [name for name in differences(there, here) if not name.startswith("mesh.")]
     if names:
         listed = ", ".join(f"{name} ({_setting(there, name)} there, {_setting(here, name)} now)" for name in names)
         raise WorkdirError(

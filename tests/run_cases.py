@@ -25,7 +25,7 @@ from limoe.data.world import World, write_world
 from limoe.encode import Encoder
 from limoe.presets import preset
 from limoe.settings import override
-from limoe.step import make_step
+from limoe.step import compile_step
 from limoe.workdir import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +84,7 @@ def ran(folder: Path, *more: str, name: str = "tiny", profile_steps: int = 0) ->
 
 
 def shared_compilation() -> Any:
-    return mock.patch.multiple(trainer, make_step=_shared_step, Encoder=_SharedEncoder)
+    return mock.patch.multiple(trainer, compile_step=_shared_step, Encoder=_SharedEncoder)
 
 
 _steps: dict[Config, Callable[..., Any]] = {}
@@ -97,13 +97,13 @@ def _compiled(config: Config) -> Config:
     return dataclasses.replace(config, preset="any", data=DataConfig(), train=train)
 
 
-def _shared_step(graph: Any, optimizer: Any, config: Config) -> Callable[..., Any]:
-    return _steps.setdefault(_compiled(config), make_step(graph, optimizer, config))
+def _shared_step(training: Any, config: Config, placement: Any) -> Callable[..., Any]:
+    return _steps.setdefault(_compiled(config), compile_step(training, config, placement))
 
 
 class _SharedEncoder(Encoder):
-    def __init__(self, graph: Any, parameters: Any, config: Config, tokenizer: Any):
-        super().__init__(graph, parameters, config, tokenizer)
+    def __init__(self, graph: Any, parameters: Any, config: Config, tokenizer: Any, *, placement: Any):
+        super().__init__(graph, parameters, config, tokenizer, placement=placement)
         self._embed, self._assign = _encoders.setdefault(_compiled(config), (self._embed, self._assign))
 
 

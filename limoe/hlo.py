@@ -1,0 +1,342 @@
+"""A compiled program as XLA prints it: its computations, what runs how often, matmuls, memory traffic and collectives.
+
+XLA's own totals count the body of a loop once. Here everything is multiplied by the loop's trips, which are read from
+its condition.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+_BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+_HEADER = re.compile(r"^(ENTRY )?%?(\S+) \(.*\{$")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|body|condition|to_apply|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
+# What moves no bytes by itself.
+_FREE = frozenset(
+    {
+        *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
+        *(
+            "copy-done",
+            "slice-done",
+            "async-start",
+            "async-update",
+            "async-done",
+            "after-all",
+            "opt-barrier",
+            "add-dependency",
+        ),
+        *("partition-id", "replica-id", "call-start", "call-done"),
+    }
+)
+COPIES = ("copy-start", "slice-start")
+"""Asynchronous copies between the main memory and the one on the chip."""
+# Custom calls that reserve memory or order others.
+_NOTHING_DONE = re.compile(r'custom_call_target="(AllocateBuffer|PrepareAsyncCall\w+|Sharding)"')
+_DESCEND = {"while", "call", "call-start", "conditional", "async-start"}
+
+
+class HloError(ValueError):
+    """The text of a program is not as expected; the message says what was met."""
+
+
+class Shape(NamedTuple):
+    """An array: dtype, sizes, bytes with the padding of its tiles, and whether it lies in the chip's main memory."""
+
+    dtype: str
+    sizes: tuple[int, ...]
+    bytes: int
+    in_hbm: bool
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    rest: str = field(repr=False)
+    """Attributes, and before them the text between the parentheses."""
+    is_root: bool = False
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """Computations that it names, in the order written."""
+        return tuple(name for found in _CALLED.findall(self.rest) for name in _NAME.findall(found))
+
+    def attribute(self, name: str) -> str | None:
+        """The text of an attribute without blanks in it."""
+        found = re.search(rf"[ ,]{name}=([^ ,]+(?:,[^ =]+)*)", self.rest)
+        return found[1].rstrip(",") if found else None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the result."""
+        return sum(shape.bytes for shape in self.shapes)
+
+    @property
+    def hbm_bytes(self) -> int:
+        """Bytes of the parts of the result that lie in the chip's main memory."""
+        return sum(shape.bytes for shape in self.shapes if shape.in_hbm)
+
+
+class Run(NamedTuple):
+    """An instruction that runs, and how often a step runs it."""
+
+    instruction: Instruction
+    computation: Computation
+    trips: int
+
+
+@dataclass
+class Computation:
+    """Instructions in the order in which they are scheduled."""
+
+    name: str
+    instructions: list[Instruction]
+
+    @cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        """The instructions by their names."""
+        return {instruction.name: instruction for instruction in self.instructions}
+
+    @cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        """Who takes each instruction's result."""
+        users: dict[str, list[Instruction]] = {}
+        for instruction in self.instructions:
+            for operand in dict.fromkeys(instruction.operands):
+                users.setdefault(operand, []).append(instruction)
+        return users
+
+    @cached_property
+    def parameters(self) -> list[Instruction]:
+        """Its parameters by number."""
+        found = [i for i in self.instructions if i.opcode == "parameter"]
+        return sorted(found, key=lambda i: int(i.rest[: i.rest.index(")")]))
+
+    @property
+    def root(self) -> Instruction:
+        """What it returns."""
+        return next(i for i in self.instructions if i.is_root)
+
+
+class Program:
+    """A compiled program.
+
+    >>> program = Program('''
+    ... ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+    ...   %x = f32[8,4]{1,0} parameter(0)
+    ...   ROOT %y = f32[8,4]{1,0} negate(%x)
+    ... }
+    ... ''')
+    >>> [(run.instruction.opcode, program.traffic(run)) for run in program.runs() if program.traffic(run)]
+    [('negate', 256)]
+    """
+
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, Computation] = {}
+        entry = ""
+        lines: list[Instruction] | None = None
+        for line in text.splitlines():
+            if header := _HEADER.match(line):
+                lines = []
+                self.computations[header[2]] = Computation(header[2], lines)
+                entry = header[2] if header[1] else entry
+            elif lines is not None and line.startswith("  ") and " = " in line:
+                lines.append(_instruction(line))
+        if not entry:
+            raise HloError("the text has no ENTRY computation; is it that of a compiled program?")
+        self.entry = self.computations[entry]
+
+    def runs(self) -> Iterator[Run]:
+        """Every instruction that runs, in order, fusions and collectives whole; bodies of loops with their trips.
+
+        Of a conditional every branch is listed.
+        """
+        yield from self._runs(self.entry, 1)
+
+    def _runs(self, computation: Computation, trips: int) -> Iterator[Run]:
+        for instruction in computation.instructions:
+            yield Run(instruction, computation, trips)
+            if instruction.opcode not in _DESCEND:
+                continue
+            if instruction.opcode == "while":
+                condition, body = self._condition_and_body(instruction)
+                yield from self._runs(body, trips * self.trips(instruction, computation, condition))
+            else:
+                for name in instruction.called:
+                    yield from self._runs(self.computations[name], trips)
+
+    def _condition_and_body(self, loop: Instruction) -> tuple[Computation, Computation]:
+        names = [re.search(rf"{key}=%([\w.\-]+)", loop.rest) for key in ("condition", "body")]
+        assert names[0] and names[1], loop.name
+        return self.computations[names[0][1]], self.computations[names[1][1]]
+
+    def trips(self, loop: Instruction, computation: Computation, condition: Computation) -> int:
+        """How often a loop runs: `known_trip_count` where XLA says it, else by `counter < constant` from its start.
+
+        Raises HloError for a loop whose condition is of another form (none of ours is).
+        """
+        if known := re.search(r'known_trip_count"?:\{"n":"?(\d+)', loop.rest):
+            return int(known[1])
+        compare = condition.root
+        if compare.opcode == "fusion":
+            condition = self.computations[compare.called[0]]
+            compare = condition.root
+        ends = [condition.by_name.get(name) for name in compare.operands]
+        limit = next((_constant(end) for end in ends if end is not None and end.opcode == "constant"), None)
+        if compare.opcode != "compare" or "direction=LT" not in compare.rest or limit is None:
+            raise HloError(
+                f"the loop {loop.name} runs while {compare.opcode}({', '.join(compare.operands)}), which is "
+                "not counter < constant, so its trips are not known"
+            )
+        return max(limit - self._start(loop, computation, ends), 0)
+
+    def _start(self, loop: Instruction, computation: Computation, ends: list[Instruction | None]) -> int:
+        """The counter before the first trip: the constant in the loop's tuple that its condition reads."""
+        reads = next((end for end in ends if end is not None and end.opcode == "get-tuple-element"), None)
+        index = int(reads.attribute("index") or 0) if reads is not None else 0
+        first = computation.by_name.get(loop.operands[0])
+        while first is not None and first.opcode in ("tuple", "copy", "copy-done", "copy-start", "bitcast"):
+            name = first.operands[index if first.opcode == "tuple" else 0]
+            first = computation.by_name.get(name)
+        value = _constant(first) if first is not None and first.opcode == "constant" else None
+        return value or 0
+
+    def inside(self, instruction: Instruction) -> Iterator[tuple[Instruction, Computation]]:
+        """The instruction's parts: of a fusion all that is fused, of anything else itself alone (without a
+        computation's meaning)."""
+        for name in instruction.called if instruction.opcode == "fusion" else ():
+            fused = self.computations[name]
+            for part in fused.instructions:
+                yield part, fused
+                yield from self.inside(part)
+
+    def traffic(self, run: Run) -> int:
+        """Bytes that one run of an instruction reads from and writes to the chip's main memory.
+
+        A slice of an array, also inside a fusion, counts as the slice, and so does an update in place.
+        """
+        instruction, computation = run.instruction, run.computation
+        if instruction.opcode in _FREE or _NOTHING_DONE.search(instruction.rest):
+            return 0
+        operands = [computation.by_name[name] for name in instruction.operands if name in computation.by_name]
+        if instruction.opcode in COPIES:
+            # Its result names source and target; of a slice the source counts as the slice.
+            pair = instruction.shapes[:2]
+            return sum(shape.in_hbm for shape in pair) * min(shape.bytes for shape in pair)
+        if instruction.opcode == "fusion":
+            fused = self.computations[instruction.called[0]]
+            read = sum(
+                min(self._read(fused, number), 2**62) if operand.hbm_bytes else 0
+                for number, operand in enumerate(operands)
+            )
+            return read + self._written(fused, instruction)
+        if instruction.opcode in ("dynamic-slice", "gather", "slice"):
+            return 2 * instruction.hbm_bytes
+        if instruction.opcode in ("dynamic-update-slice", "scatter"):
+            return 2 * operands[-1 if instruction.opcode == "scatter" else 1].hbm_bytes
+        return sum(operand.hbm_bytes for operand in operands) + instruction.hbm_bytes
+
+    def _read(self, fused: Computation, number: int) -> int:
+        """Bytes of a fusion's operand that it reads."""
+        parameter = fused.parameters[number]
+        total = 0
+        for user in fused.users.get(parameter.name, []):
+            if user.opcode in ("dynamic-slice", "slice") or (
+                user.opcode == "gather" and user.operands[0] == parameter.name
+            ):
+                total += user.bytes
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+                pass
+            elif user.opcode == "bitcast" and user.name in fused.users:
+                total += self._read_through(fused, user, parameter.bytes)
+            elif user.opcode == "fusion":
+                nested = self.computations[user.called[0]]
+                total += max(
+                    self._read(nested, place) for place, name in enumerate(user.operands) if name == parameter.name
+                )
+            else:
+                return parameter.bytes
+        return min(total, parameter.bytes)
+
+    def _read_through(self, fused: Computation, view: Instruction, whole: int) -> int:
+        users = fused.users[view.name]
+        if all(user.opcode == "dynamic-slice" for user in users):
+            return sum(user.bytes for user in users)
+        if all(user.opcode == "dynamic-update-slice" and user.operands[0] == view.name for user in users):
+            return 0
+        return whole
+
+    def _written(self, fused: Computation, instruction: Instruction) -> int:
+        """Bytes of a fusion's results that it writes: of an update in place, the update."""
+        root = fused.root
+        results = [fused.by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        total = 0
+        for result, shape in zip(results, instruction.shapes, strict=False):
+            if not shape.in_hbm:
+                continue
+            while result.opcode == "bitcast":
+                result = fused.by_name[result.operands[0]]
+            if result.opcode == "dynamic-update-slice":
+                total += min(fused.by_name[result.operands[1]].bytes, shape.bytes)
+            elif result.opcode == "fusion" and len(instruction.shapes) == 1:
+                total += self._written(self.computations[result.called[0]], instruction)
+            else:
+                total += shape.bytes
+        return total
+
+
+def _constant(instruction: Instruction) -> int | None:
+    found = re.match(r"(-?\d+)\)", instruction.rest)
+    return int(found[1]) if found else None
+
+
+def _instruction(line: str) -> Instruction:
+    left, _, right = line.strip().partition(" = ")
+    end = _closing(right, 0) + 1 if right.startswith("(") else right.index(" ")
+    kind, right = right[:end], right[end:].lstrip()
+    opcode, _, rest = right.partition("(")
+    operands = rest[: _closing("(" + rest, 0) - 1]
+    return Instruction(
+        name=left.removeprefix("ROOT ").removeprefix("%"),
+        opcode=opcode,
+        shapes=tuple(_shape(*found) for found in _SHAPE.findall(kind)),
+        operands=tuple(_NAME.findall(operands)),
+        rest=rest,
+        is_root=left.startswith("ROOT "),
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at `start` closes."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += (text[place] == "(") - (text[place] == ")")
+        if not depth:
+            return place
+    raise HloError(f"a parenthesis does not close in {text[:80]!r}")
+
+
+def _shape(dtype: str, sizes: str, layout: str) -> Shape:
+    """An array from its text, as in `bf16[8,100]{1,0:T(8,128)(2,1)S(1)}`."""
+    dims = tuple(int(size) for size in sizes.split(",") if size)
+    order, _, tiling = layout.partition(":")
+    padded = [dims[int(axis)] for axis in order.split(",") if axis]  # from the fastest axis on
+    if tile := re.match(r"T\(([\d,]+)\)", tiling):
+        for place, multiple in enumerate(reversed([int(size) for size in tile[1].split(",")])):
+            if place < len(padded):
+                padded[place] = -(-padded[place] // multiple) * multiple
+    digits = re.search(r"\d+", dtype)
+    bits = _BITS[dtype] if dtype in _BITS else int(digits[0]) if digits else 0
+    memory = re.search(r"S\((\d+)\)", tiling)
+    return Shape(dtype, dims, math.prod(padded if padded else dims) * bits // 8, memory is None or memory[1] == "0")

@@ -1,0 +1,368 @@
+"""`limoe plan`: the real train step, compiled ahead of time for a TPU pod that is not here, and what follows from it.
+
+Nothing runs. Memory is what the compiler assigned to the program that would run; FLOPs, bytes and exchanges are counted
+in the compiled program with the trips of its loops; times are a model: each instruction takes the longer of its matmuls
+at peak (padded to the matrix unit) and its traffic at full bandwidth.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from limoe.config import Config, ConfigError
+from limoe.describe import describe
+from limoe.hlo import COPIES, Program, Run
+from limoe.hlo_work import axes_of, collectives, matmuls
+from limoe.mesh import Placement, place
+from limoe.model import scale_images
+from limoe.moe import RoutingContext
+from limoe.pods import Pod, exchange_seconds, find_pod
+from limoe.step import Training, compile_step, prepare, step_key
+
+SECONDS_OF_A_DAY = 86_400
+
+
+class Memory(NamedTuple):
+    """Bytes of one device, as the compiler assigned them; `activations` are what the backward pass keeps (computed from
+    the model), `temporary` the rest of what the step needs besides its arguments."""
+
+    parameters: int
+    optimizer: int
+    batch: int
+    activations: int
+    temporary: int
+    program: int
+
+
+class Times(NamedTuple):
+    """Modelled seconds of a step."""
+
+    compute: float
+    """Matmuls at peak, padded to the matrix unit."""
+    hbm: float
+    """Traffic of the main memory at full bandwidth."""
+    busy: float
+    """Instruction by instruction the longer of the two."""
+    exchange: float
+    """All exchanges between devices."""
+    hidden: float
+    """The part of exchanges that other work covers in the compiled schedule."""
+
+    @property
+    def step(self) -> float:
+        """The whole step."""
+        return self.busy + self.exchange - self.hidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a configuration amounts to on a pod; every time is modelled. Figures are of one device unless they say
+    otherwise."""
+
+    preset: str
+    topology: str
+    num_devices: int
+    num_chips: int
+    mesh: dict[str, int]
+    settings: dict[str, Any]
+    """What a search may vary: rematerialisation and chunking."""
+    batch_size: int
+    steps: int
+    fits: bool
+    memory: Memory | None
+    """None where the compiler gave up because the program does not fit."""
+    memory_per_chip_bytes: int
+    hbm_bytes: int
+    flops_per_step: int
+    model_flops_per_step: int
+    collective_bytes: dict[str, dict[str, int]]
+    """Bytes by kind of collective and by mesh axes."""
+    num_collectives: dict[str, dict[str, int]]
+    times: Times | None
+    modelled_step_seconds: float | None
+    modelled_mfu: float | None
+    compile_seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields of `limoe plan --json`."""
+        tree = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        seconds = self.modelled_step_seconds
+        return {
+            **tree,
+            "memory": None if self.memory is None else self.memory._asdict(),
+            "times": None if self.times is None else {**self.times._asdict(), "step": self.times.step},
+            "modelled_pairs_per_second": seconds and self.batch_size / seconds,
+            "modelled_days": seconds and self.steps * seconds / SECONDS_OF_A_DAY,
+            "modelled_chip_hours": seconds and self.steps * seconds * self.num_chips / 3600,
+        }
+
+
+def plan(config: Config, topology: str) -> Plan:
+    """Compile the train step of a configuration for a pod and count what is in it.
+
+    With a mesh of one device in the configuration the mesh is chosen: as many devices along `expert` as there are
+    experts, if that fits. Raises ConfigError for a topology or mesh that does not fit and without TPU compiler.
+    """
+    pod = find_pod(topology, config.mesh.slice)
+    config = on_pod(config, pod)
+    placement = place(config.mesh, pod.devices)
+    assert placement is not None
+    training = prepare(config, placement)
+    began = time.monotonic()
+    try:
+        compiled = lower(training, config, placement).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return _too_large(config, pod, str(error), time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return _account(config, pod, placement, training, compiled, seconds)
+
+
+def on_pod(config: Config, pod: Pod) -> Config:
+    """The configuration as it would run there: bfloat16 unless another dtype is set, and a mesh of all devices."""
+    count = len(pod.devices)
+    if config.model.compute_dtype == "auto":
+        config = replace(config, model=replace(config.model, compute_dtype="bfloat16"))
+    mesh = config.mesh
+    if mesh.data == mesh.expert == 1:
+        within = count // mesh.slice
+        experts = config.model.num_experts if config.model.moe_layers else 1
+        expert = max(n for n in range(1, within + 1) if within % n == 0 and experts % n == 0)
+        return replace(config, mesh=replace(mesh, data=within // expert, expert=expert))
+    if mesh.num_devices != count:
+        raise ConfigError(
+            f"mesh.slice={mesh.slice} x mesh.data={mesh.data} x mesh.expert={mesh.expert} = {mesh.num_devices} does "
+            f"not use the {count} devices of {pod.name}; set them so, or leave them out to have them chosen"
+        )
+    return config
+
+
+def lower(training: Training, config: Config, placement: Placement) -> jax.stages.Lowered:
+    """The train step for TPUs, from shapes alone."""
+    model, batch = config.model, config.train.batch_size
+    images = jax.ShapeDtypeStruct((batch, model.image_size, model.image_size, 3), jnp.uint8, sharding=placement.rows)
+    text = jax.ShapeDtypeStruct((batch, model.text_length), jnp.int32, sharding=placement.rows)
+    step: Any = compile_step(training, config, placement)
+    # So that back ends are chosen for the pod's chip also outside of shard_map.
+    with jax.set_mesh(placement.mesh):
+        return step.trace(training.abstract, images, text).lower(lowering_platforms=("tpu",))
+
+
+def _account(
+    config: Config, pod: Pod, placement: Placement, training: Training, compiled: jax.stages.Compiled, seconds: float
+) -> Plan:
+    program = Program(compiled.as_text() or "")
+    times, flops = _times(program, pod, placement)
+    volumes, counts = _exchanges(program, placement)
+    memory = _memory(config, placement, training, compiled)
+    model_flops = describe(config).flops_per_example * config.train.batch_size
+    peak = pod.chip.bf16_flops * len(pod.devices)
+    return Plan(
+        **_facts(config, pod),
+        fits=sum(memory) <= pod.chip.hbm_bytes,
+        memory=memory,
+        memory_per_chip_bytes=sum(memory),
+        flops_per_step=flops,
+        model_flops_per_step=model_flops,
+        collective_bytes=volumes,
+        num_collectives=counts,
+        times=times,
+        modelled_step_seconds=times.step,
+        modelled_mfu=model_flops / peak / times.step,
+        compile_seconds=seconds,
+    )
+
+
+def _facts(config: Config, pod: Pod) -> dict[str, Any]:
+    mesh = config.mesh
+    return {
+        "preset": config.preset,
+        "topology": pod.name,
+        "num_devices": len(pod.devices),
+        "num_chips": pod.num_chips,
+        "mesh": {"slice": mesh.slice, "data": mesh.data, "expert": mesh.expert},
+        "settings": {
+            "model.remat": config.model.remat,
+            "mesh.fully_sharded": mesh.fully_sharded,
+            "mesh.exchange_chunks": mesh.exchange_chunks,
+            "mesh.keep_exchanged": mesh.keep_exchanged,
+            "train.accumulation": config.train.accumulation,
+        },
+        "batch_size": config.train.batch_size,
+        "steps": config.train.steps,
+        "hbm_bytes": pod.chip.hbm_bytes,
+    }
+
+
+def _too_large(config: Config, pod: Pod, message: str, seconds: float) -> Plan:
+    """The plan of a program that the compiler refused because it does not fit; other errors are raised."""
+    used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    if used is None:
+        raise ConfigError(f"the TPU compiler refused the step for {pod.name}: {message}")
+    return Plan(
+        **_facts(config, pod),
+        fits=False,
+        memory=None,
+        memory_per_chip_bytes=int(float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1)),
+        flops_per_step=0,
+        model_flops_per_step=describe(config).flops_per_example * config.train.batch_size,
+        collective_bytes={},
+        num_collectives={},
+        times=None,
+        modelled_step_seconds=None,
+        modelled_mfu=None,
+        compile_seconds=seconds,
+    )
+
+
+def _exchanges(program: Program, placement: Placement) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
+    shape = dict(placement.mesh.shape)
+    volumes: dict[str, Counter[str]] = defaultdict(Counter)
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for run in program.runs():
+        for collective in collectives(program, run.instruction, run.computation):
+            axes = axes_of(collective.groups, shape)
+            volumes[collective.kind][axes] += collective.bytes * run.trips
+            counts[collective.kind][axes] += run.trips
+    plain = lambda found: {kind: dict(axes) for kind, axes in found.items()}  # noqa: E731
+    return plain(volumes), plain(counts)
+
+
+class _Cost(NamedTuple):
+    compute: float
+    hbm: float
+    exchange: float
+    flops: int
+
+
+def _cost(program: Program, run: Run, pod: Pod, placement: Placement) -> _Cost:
+    """Of one run of an instruction."""
+    found = matmuls(program, run.instruction, run.computation)
+    chip = pod.chip
+    # A float32 product takes six passes of bfloat16 ones.
+    padded = sum(product.on_array(chip.array_side) * (6 if product.dtype == "f32" else 1) for product in found)
+    exchanges = collectives(program, run.instruction, run.computation)
+    together = sum(
+        exchange_seconds(one.kind, one.bytes, one.groups[0], pod, placement.mesh) for one in exchanges if one.groups
+    )
+    alone = exchanges and run.instruction.opcode != "fusion"
+    return _Cost(
+        compute=padded / chip.bf16_flops,
+        hbm=0.0 if alone else program.traffic(run) / chip.hbm_bandwidth,
+        exchange=together,
+        flops=sum(product.flops for product in found),
+    )
+
+
+@dataclass
+class _Pending:
+    """Something asynchronous between its start and its done."""
+
+    seconds: float
+    is_copy: bool
+    left: float
+
+    def cover(self, spare: float) -> float:
+        """Use spare time of an instruction that runs meanwhile; what remains of it."""
+        used = min(spare, self.left)
+        self.left -= used
+        return spare - used
+
+
+def _times(program: Program, pod: Pod, placement: Placement) -> tuple[Times, int]:
+    """Times of a step, and the FLOPs of its matmuls.
+
+    Between start and done other instructions cover an exchange with all of their time, and a copy to or from the
+    memory on the chip with the time in which they leave the main memory alone; each second covers one second of each.
+    """
+    compute = hbm = busy = exchange = hidden = 0.0
+    flops = 0
+    pending: dict[tuple[str, str], _Pending] = {}
+    for run in program.runs():
+        cost, instruction = _cost(program, run, pod, placement), run.instruction
+        compute, hbm = compute + cost.compute * run.trips, hbm + cost.hbm * run.trips
+        exchange, flops = exchange + cost.exchange * run.trips, flops + cost.flops * run.trips
+        name = instruction.opcode
+        if name in COPIES or (cost.exchange and name.endswith("-start")):
+            is_copy = name in COPIES
+            seconds = cost.hbm if is_copy else cost.exchange
+            pending[run.computation.name, instruction.name] = _Pending(seconds, is_copy, seconds)
+            continue
+        if name.endswith("-done") and instruction.operands:
+            done = pending.pop((run.computation.name, instruction.operands[0]), None)
+            if done is not None and done.is_copy:
+                busy += done.left * run.trips
+            elif done is not None:
+                hidden += (done.seconds - done.left) * run.trips
+            continue
+        here = max(cost.compute, cost.hbm)
+        busy += here * run.trips
+        if cost.exchange and name == "fusion":
+            hidden += min(cost.exchange, here) * run.trips
+        spare = {True: here - cost.hbm, False: here}
+        for waiting in pending.values():
+            spare[waiting.is_copy] = waiting.cover(spare[waiting.is_copy])
+    return Times(compute, hbm, busy, exchange, hidden), flops
+
+
+def _memory(config: Config, placement: Placement, training: Training, compiled: jax.stages.Compiled) -> Memory:
+    stats: Any = compiled.memory_analysis()
+    parameters = _bytes_of(training.abstract.parameters)
+    optimizer = _bytes_of(training.abstract.optimizer)
+    everything = (
+        stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
+    )
+    model = config.model
+    pair = model.image_size**2 * 3 + 4 * model.text_length
+    batch = config.train.batch_size // placement.size * pair
+    rest = everything - parameters - optimizer - batch
+    activations = min(kept_for_backward(config, training, placement), rest)
+    return Memory(parameters, optimizer, batch, activations, rest - activations, stats.generated_code_size_in_bytes)
+
+
+def _bytes_of(tree: Any) -> int:
+    """Bytes of one device's part of a tree."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def kept_for_backward(config: Config, training: Training, placement: Placement) -> int:
+    """Bytes of one device that the tower's forward pass keeps for the backward pass, by JAX's own bookkeeping.
+
+    The compiler may keep less (it recomputes what is cheap), never more.
+    """
+    model, chunk = config.model, config.train.chunk_size
+    images = jax.ShapeDtypeStruct((chunk, model.image_size, model.image_size, 3), jnp.uint8)
+    text = jax.ShapeDtypeStruct((chunk, model.text_length), jnp.int32)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), training.abstract.parameters)
+
+    def residuals(parameters: Any, images: jax.Array, text: jax.Array) -> Any:
+        def encode(parameters: Any) -> Any:
+            key = step_key(config, jnp.int32(0))
+            stride = config.num_groups // placement.size if model.moe_layers else 0
+            return nnx.merge(training.graph, parameters)(
+                scale_images(images), text, RoutingContext(key, jnp.int32(0), stride)
+            )
+
+        return jax.tree.leaves(jax.vjp(encode, parameters)[1])
+
+    with jax.set_mesh(placement.mesh):
+        kept = jax.eval_shape(residuals, shapes, images, text)
+    own = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(shapes))
+    total = 0
+    for leaf in kept:
+        if own[leaf.shape, leaf.dtype] > 0:  # a parameter itself
+            own[leaf.shape, leaf.dtype] -= 1
+        elif not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            total += int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
+    return total // placement.size

@@ -1,0 +1,243 @@
+"""`limoe plan`: pods that exist or do not, the model of exchanges, the search, real compilations for small pods."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from model_cases import small_config
+
+from limoe import pods
+from limoe.cli import main
+from limoe.config import Config, ConfigError
+from limoe.mesh import AXES
+from limoe.plan_report import as_text
+from limoe.plan_search import search
+from limoe.planner import Memory, Plan, Times, on_pod, plan
+from limoe.pods import CHIPS, Pod, exchange_seconds, find_pod, topologies
+from limoe.presets import preset
+from limoe.settings import override
+
+KEYS = {
+    *("fits", "memory_per_chip_bytes", "hbm_bytes", "flops_per_step", "collective_bytes", "modelled_step_seconds"),
+    *("modelled_mfu", "compile_seconds"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a plan asks of a device."""
+
+    coords: tuple[int, ...]
+    process_index: int = 0
+    slice_index: int = 0
+
+
+def paper_pod(kind: str, *sides: int) -> Pod:
+    """A pod without the compiler: devices with their places, in the order of libtpu's hosts of 2 x 2 chips."""
+    grid = np.stack(np.meshgrid(*[np.arange(side) for side in sides], indexing="ij"), axis=-1).reshape(-1, len(sides))
+    host = [tuple(reversed((place // [2, 2, 1][: len(sides)]).tolist())) for place in grid]
+    order = sorted(range(len(grid)), key=lambda n: (host[n], tuple(reversed(grid[n].tolist()))))
+    devices = tuple(Device((*grid[n].tolist(), 0)[:3]) for n in order)
+    return Pod(f"{kind}:{'x'.join(map(str, sides))}", CHIPS[kind], sides, devices)
+
+
+def test_pods_that_do_not_exist():
+    with pytest.raises(ConfigError, match=r"v9:2x2 is no TPU pod; kinds are v4, v5e, v5p, v6e, tpu7x"):
+        find_pod("v9:2x2")
+    with pytest.raises(ConfigError, match=r"v6e:3x3 does not exist; v6e has v6e:2x2, v6e:2x4, .*, v6e:16x16$"):
+        find_pod("v6e:3x3")
+    assert "v5p:8x8x8" in topologies("v5p") and "v5p:16x16x24" in topologies("v5p")
+
+
+def test_without_the_compiler_the_extra_is_named(monkeypatch):
+    from jax.experimental import topologies as compile_only
+
+    def absent(**kwargs):
+        raise RuntimeError("JAX TPU support not installed")
+
+    monkeypatch.setattr(compile_only, "get_topology_desc", absent)
+    monkeypatch.setattr(pods, "_describe_to_libtpu", lambda: None)
+    with pytest.raises(
+        ConfigError, match=r"TPU compiler \(libtpu\).*extra aot: pip install '\.\[aot\]'.*not installed"
+    ):
+        find_pod("v5p:2x2x1")
+
+
+def test_bad_commands(capsys):
+    assert main(["plan", "--preset=b16"]) == 2
+    assert "--topology=KIND:SHAPE" in capsys.readouterr().err
+    assert main(["plan", "--topology=v5p:5x5x5"]) == 1
+    assert "v5p has v5p:2x2x1" in capsys.readouterr().err
+    assert main(["train", "--topology=v5p:2x2x1"]) == 2
+
+
+def test_the_mesh_is_chosen_or_must_fit():
+    pod = paper_pod("v5p", 4, 4, 4)
+    chosen = on_pod(preset("b16"), pod)
+    assert (chosen.mesh.data, chosen.mesh.expert, chosen.model.compute_dtype) == (2, 32, "bfloat16")
+    assert on_pod(preset("b16-dense"), pod).mesh.data == 64
+    assert on_pod(override(preset("b16"), ["mesh.data=64"]), pod).mesh.expert == 1
+    with pytest.raises(ConfigError, match=r"= 8 does not use the 64 devices of v5p:4x4x4"):
+        on_pod(override(preset("b16"), ["mesh.expert=8"]), pod)
+
+
+def exchange(kind: str, size: int, pod: Pod, group: int) -> float:
+    mesh = Mesh(np.array(pod.devices).reshape(1, -1, group), AXES)
+    return exchange_seconds(kind, size, tuple(range(group)), pod, mesh) - pods.LATENCY
+
+
+def test_exchanges_take_what_the_narrowest_cut_allows():
+    pod, size = paper_pod("v5p", 8, 8, 8), 90_000_000
+    # 32 chips are 8 x 4 x 1: a closed ring of 8 moves size * 8 / (4 * 2 links), a line of 4 the same.
+    assert exchange("all-to-all", size, pod, 32) == pytest.approx(size / 90e9)
+    # 512 chips: rings of 8 in three dimensions, two links each.
+    assert exchange("all-gather", size, pod, 512) == pytest.approx(511 / 512 * size / (6 * 90e9))
+    assert exchange("all-reduce", size, pod, 512) == pytest.approx(2 * exchange("all-gather", size, pod, 512), rel=0.01)
+    # A side of 8 of 16 chips is a line.
+    flat = paper_pod("v6e", 16, 16)
+    assert exchange("all-to-all", size, flat, 32) == pytest.approx(size * 16 / (4 * 2 * 90e9))
+    assert exchange_seconds("all-to-all", 0, (0, 1), flat, Mesh(np.array(flat.devices).reshape(1, 8, 32), AXES)) == 0
+
+
+def made_up(config: Config, seconds: float | None, memory: int) -> Plan:
+    pod = paper_pod("v5p", 2, 2, 1)
+    mesh = config.mesh
+    return Plan(
+        preset=config.preset,
+        topology=pod.name,
+        num_devices=4,
+        num_chips=4,
+        mesh={"slice": 1, "data": mesh.data, "expert": mesh.expert},
+        settings={"model.remat": config.model.remat, "mesh.exchange_chunks": mesh.exchange_chunks},
+        batch_size=config.train.batch_size,
+        steps=config.train.steps,
+        fits=memory <= pod.chip.hbm_bytes,
+        memory=Memory(1, 2, 3, 4, 5, 6) if seconds else None,
+        memory_per_chip_bytes=memory,
+        hbm_bytes=pod.chip.hbm_bytes,
+        flops_per_step=10**12,
+        model_flops_per_step=4 * 10**12,
+        collective_bytes={"all-to-all": {"expert": 10**6}},
+        num_collectives={"all-to-all": {"expert": 5}},
+        times=Times(seconds, seconds / 2, seconds, 0.0, 0.0) if seconds else None,
+        modelled_step_seconds=seconds,
+        modelled_mfu=0.5 if seconds else None,
+        compile_seconds=2.0,
+    )
+
+
+def test_the_search_finds_the_fastest_that_fits(monkeypatch):
+    monkeypatch.setattr("limoe.plan_search.find_pod", lambda name, slices: paper_pod("v5p", 2, 2, 1))
+    seen, said = [], []
+
+    def planned(config: Config, topology: str) -> Plan:
+        key = (config.model.remat, config.mesh.expert, config.mesh.exchange_chunks)
+        seen.append(key)
+        seconds = {"none": 1.0, "attention": 2.0, "blocks": 3.0}[key[0]] - 0.1 * key[2] + 0.2 * (key[1] - 2) ** 2
+        return made_up(config, seconds, 200 * 2**30 if key[0] == "none" else 2**30)
+
+    config = small_config("batch_size=16", "group_examples=1")
+    best = search(config, "v5p:2x2x1", say=said.append, planned=planned)
+    assert (best.settings["model.remat"], best.mesh["expert"], best.settings["mesh.exchange_chunks"]) == (
+        *("attention", 2),
+        4,
+    )
+    assert {expert for _, expert, _ in seen} == {1, 2, 4} and len(said) == len(seen) == len(set(seen))
+    assert "does not fit" in said[0] and "modelled" in said[-1]
+
+
+def test_the_search_among_what_does_not_fit(monkeypatch):
+    monkeypatch.setattr("limoe.plan_search.find_pod", lambda name, slices: paper_pod("v5p", 2, 2, 1))
+    planned = lambda config, _: made_up(config, None, (200 - 50 * (config.model.remat == "blocks")) * 2**30)  # noqa: E731
+    best = search(small_config("batch_size=16", "group_examples=1"), "v5p:2x2x1", say=lambda _: None, planned=planned)
+    assert best.settings["model.remat"] == "blocks" and not best.fits
+    assert "DOES NOT FIT" in as_text(best) and "model.remat=blocks" in as_text(best)
+
+
+def test_the_text_says_modelled():
+    text = as_text(made_up(small_config(), 0.25, 2**30))
+    assert "fits, 1.00 GiB of 95.74 GiB" in text and "modelled (not measured)" in text
+    assert "all-to-all over expert" in text and "50.0%" in text
+    fields = made_up(small_config(), 0.25, 2**30).as_json()
+    assert set(fields) >= KEYS | {"modelled_pairs_per_second", "modelled_days", "modelled_chip_hours"}
+    assert json.loads(json.dumps(fields))["times"]["step"] == 0.25
+
+
+# Blocks of the B pattern, small, and on as many devices as a host has; float32 would be another kernel.
+SMALL = ("depth=4", "moe_layers=1,3", "width=128", "mlp_width=256", "batch_size=16", "group_examples=1")
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """Plans of small models for four chips, each compiled once."""
+    plans: dict[tuple[str, ...], Plan] = {}
+
+    def of(*settings: str) -> Plan:
+        if settings not in plans:
+            config = small_config(*SMALL, "compute_dtype=bfloat16", *settings)
+            plans[settings] = plan(config, "v5p:2x2x1")
+        return plans[settings]
+
+    return of
+
+
+@pytest.mark.aot
+def test_a_real_plan(planned):
+    found = planned()
+    fields = found.as_json()
+    assert set(fields) >= KEYS and found.fits and fields["mesh"] == {"slice": 1, "data": 1, "expert": 4}
+    assert 0 < found.memory_per_chip_bytes < 10**9 and sum(found.memory or ()) == found.memory_per_chip_bytes
+    # What the model needs, and little more than the padding of places in experts.
+    share = found.model_flops_per_step / found.num_devices
+    assert share * 0.95 < found.flops_per_step < share * 2
+    assert 0 < found.modelled_step_seconds < 1 and 0 < found.modelled_mfu < 1
+
+
+@pytest.mark.aot
+def test_rolled_loops_count_like_their_unrolled_twin(planned):
+    rolled, written_out = planned("scan_unroll=1"), planned("scan_unroll=2")
+    assert rolled.flops_per_step == written_out.flops_per_step
+    assert rolled.collective_bytes["all-to-all"] == written_out.collective_bytes["all-to-all"]
+    for kind in ("compute", "hbm"):
+        assert getattr(rolled.times, kind) == pytest.approx(getattr(written_out.times, kind), rel=0.15)
+
+
+# Two layers; each exchanges rows twice and counts once forward, rows twice backward.
+EXPECTED = {
+    (): 2 * 5,
+    ("remat=blocks",): 2 * 5,
+    ("remat=blocks", "mesh.keep_exchanged=false", "mesh.data=1", "mesh.expert=4"): 2 * 7,
+}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("settings", EXPECTED)
+def test_the_exchanges_are_the_expected_ones_and_no_others(planned, settings):
+    found = planned(*settings)
+    assert found.num_collectives["all-to-all"] == {"expert": EXPECTED[settings]}
+    rows = 4 * 4 * 16 * 128 * 2  # four experts, four groups a device with 16 places each, width 128, bfloat16
+    at_least = (EXPECTED[settings] - 2) * rows
+    assert at_least <= found.collective_bytes["all-to-all"]["expert"] <= 1.05 * at_least
+    # Gathered are embeddings for the loss, a few numbers a pair; tokens and experts never are.
+    assert sum(found.collective_bytes.get("all-gather", {}).values()) <= 4 * 16 * 128 * 4
+
+
+@pytest.mark.aot
+def test_a_program_that_does_not_fit_is_a_plan_not_an_error():
+    config = small_config(*SMALL, "compute_dtype=bfloat16", "batch_size=131072")
+    model = dataclasses.replace(config.model, width=4096, mlp_width=4096, num_heads=32)
+    found = plan(dataclasses.replace(config, model=model), "v5e:2x2")
+    assert not found.fits and found.memory_per_chip_bytes > found.hbm_bytes
+
+
+@pytest.mark.aot
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [("b16", "v5p:4x4x4"), ("l16", "v5p:4x4x8"), ("h14", "v5p:8x8x8"), ("h14", "v6e:16x16")],
+)
+def test_the_paper_fits_its_pods(name, topology):
+    found = plan(preset(name), topology)
+    assert found.fits and found.compile_seconds < 600

@@ -1,0 +1,87 @@
+"""Two real processes: the losses of one, one agreed step on SIGTERM, a soon end when one is killed."""
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from process_cases import MESH, Team
+from run_cases import metrics, ran, summary
+
+from limoe.checkpoint import Checkpoints
+from limoe.cli import main
+from limoe.config import ConfigError
+from limoe.losses import LossTerms
+from limoe.processes import HEARTBEAT_SECONDS, join
+
+SECONDS_TO_LEAVE = 30
+
+
+def committed(folder: Path) -> tuple[int, ...]:
+    return Checkpoints(folder / "checkpoints", read_only=True).steps()
+
+
+def assert_same_curve(folder: Path, twin: Path) -> None:
+    mine, expected = metrics(folder), metrics(twin)
+    assert [line["step"] for line in mine] == [line["step"] for line in expected]
+    for line, other in zip(mine, expected, strict=True):
+        assert line["wanted"] == other["wanted"] and line["kept"] == other["kept"]
+        for name in ("total", *LossTerms._fields[:3], "gradient_norm"):
+            # The same sums in another order, through ten updates.
+            assert line[name] == pytest.approx(other[name], rel=1e-4), (line["step"], name)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_lose_one_and_still_end_like_one(tmp_path):
+    """SIGTERM on one host, then SIGKILL of one process, then the rest: the whole log is that of a single process."""
+    folder = tmp_path / "run"
+    with Team(folder) as team:
+        team.wait_for_step(2)
+        team.send(1, signal.SIGTERM)
+        ended = [team.end(number) for number in range(2)]
+    assert [one.status for one in ended] == [0, 0], ended
+    saved = len(metrics(folder))
+    assert 2 <= saved < 8 and committed(folder)[-1] == saved
+    assert f"Stopped after step {saved}, which is saved" in ended[0].said
+    assert "Stopped" not in ended[1].said  # one process speaks for all
+
+    with Team(folder) as team:
+        team.wait_for_step(saved + 1)
+        team.send(1, signal.SIGKILL)
+        left = team.end(0)
+    assert left.status not in (0, 1) and left.seconds < SECONDS_TO_LEAVE
+    assert "limoe: process 0 of 2" in left.said and "Start the same command on every host again" in left.said
+
+    with Team(folder) as team:
+        ended = [team.end(number) for number in range(2)]
+    assert [one.status for one in ended] == [0, 0], ended
+    assert f"going on from the checkpoint of step {committed(folder)[0]}" in ended[0].said or committed(folder)
+    single = ran(tmp_path / "single", *(text for text in MESH if not text.startswith("mesh.")))
+    assert_same_curve(folder, single.folder)
+    scores, expected = summary(folder), summary(single.folder)
+    assert scores["success_rate_text"] == pytest.approx(expected["success_rate_text"])
+    assert np.isclose(scores["zero_shot_top1"], expected["zero_shot_top1"], atol=0.05)
+
+
+@pytest.mark.full
+def test_the_first_process_is_killed(tmp_path):
+    with Team(tmp_path / "run") as team:
+        team.wait_for_step(2)
+        team.send(0, signal.SIGKILL)
+        left = team.end(1)
+    assert left.status != 0 and left.seconds < SECONDS_TO_LEAVE
+    assert "limoe: process 1 of 2" in left.said and "Start the same command on every host again" in left.said
+
+
+def test_heartbeats_leave_time_for_the_others():
+    assert HEARTBEAT_SECONDS <= SECONDS_TO_LEAVE
+
+
+def test_flags_that_do_not_say_enough(capsys):
+    with pytest.raises(ConfigError, match=r"--process-id is missing; give all of --coordinator, --num-processes"):
+        join("localhost:1", 2, None)
+    with pytest.raises(ConfigError, match=r"--process-id=2 is not one of --num-processes=2; count from 0"):
+        join("localhost:1", 2, 2)
+    assert main(["train", "--coordinator=localhost:1"]) == 1
+    assert "--num-processes, --process-id is missing" in capsys.readouterr().err
+    assert main(["describe", "--process-id=0"]) == 2
