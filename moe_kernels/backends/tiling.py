@@ -1,0 +1,213 @@
+"""Block sizes from arithmetic over a TPU's fast memory: pure functions of shapes and the chip."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+
+from moe_kernels.types import Layout
+
+MIB = 2**20
+# Rows of two bfloat16 in a register: pieces start at multiples of it.
+PIECE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Facts of one TensorCore: bytes of VMEM, MACs a cycle, rows under which a matmul mostly loads weights."""
+
+    vmem: int
+    depth: int
+    matmul_rows: int
+    """Rows of one matmul in the loop; more shares a load of weights among more rows and takes longer to compile."""
+
+
+CHIPS = {
+    "TPU v4": Chip(vmem=16 * MIB, depth=128, matmul_rows=288),
+    "TPU v5 lite": Chip(vmem=128 * MIB, depth=128, matmul_rows=288),
+    "TPU v5": Chip(vmem=64 * MIB, depth=128, matmul_rows=288),
+    "TPU v6 lite": Chip(vmem=128 * MIB, depth=256, matmul_rows=576),
+    "TPU7x": Chip(vmem=64 * MIB, depth=256, matmul_rows=576),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RowTiles:
+    """How rows are cut: `rows` of an item in VMEM, `copied` the most that it fetches, worked on in `pieces`.
+
+    Pieces descend; the first is repeated in a loop, the others take what is left.
+    """
+
+    rows: int
+    copied: int
+    pieces: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Block sizes of a kernel: rows, and the part of the F axis that is in VMEM at a time (`padded` is F rounded up)."""
+
+    rows: RowTiles
+    chunk: int
+    padded: int
+    vmem: int
+    """Bytes that it needs, at most."""
+
+    @property
+    def num_chunks(self) -> int:
+        return self.padded // self.chunk
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple.
+
+    >>> round_up(17, 16)
+    32
+    """
+    return -(-value // multiple) * multiple
+
+
+def pieces(largest: int) -> tuple[int, ...]:
+    """A piece and its halves down to 16 rows.
+
+    >>> pieces(272)
+    (272, 144, 80, 48, 32, 16)
+    """
+    sizes = [largest]
+    while sizes[-1] > PIECE:
+        sizes.append(round_up(sizes[-1] // 2, PIECE) if sizes[-1] // 2 > PIECE else PIECE)
+    return tuple(sizes)
+
+
+@functools.lru_cache
+def covers(sizes: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """For 0, 16, 32, ... rows: the cheapest set of pieces that covers them, as bits (bit 0 is the first piece).
+
+    A piece costs its rows, or `depth` if that is more: the time that loading the weights takes.
+
+    >>> covers((64, 32, 16), 32)  # one piece of 64 is as fast as 32 + 16 and 32 + 32 do not exist twice
+    (0, 4, 2, 1, 1)
+    """
+    chosen = []
+    for rows in range(0, sizes[0] + 1, PIECE):
+        options = (
+            (sum(max(size, depth) for size in part), sum(part), sum(1 << sizes.index(size) for size in part))
+            for n in range(min(4, len(sizes) + 1))
+            for part in itertools.combinations(sizes, n)
+            if rows <= sum(part) <= sizes[0]
+        )
+        chosen.append(min(options)[2])
+    return tuple(chosen)
+
+
+def computed_rows(count: int, tiles: RowTiles, depth: int) -> int:
+    """Rows that matmuls run over for an item of `count` rows.
+
+    >>> computed_rows(70, RowTiles(128, 128, (64, 32, 16)), 16)
+    80
+    """
+    whole, tail = divmod(count, tiles.pieces[0])
+    bits = covers(tiles.pieces, depth)[-(-tail // PIECE)]
+    return whole * tiles.pieces[0] + sum(size for n, size in enumerate(tiles.pieces) if bits >> n & 1)
+
+
+def _row_tiles(layout: Layout, matmul_rows: int) -> Iterator[RowTiles]:
+    """Ways to cut the rows, those that fetch weights least often first."""
+    if layout.rows_per_expert is not None:
+        most, parts = max(layout.rows_per_expert, PIECE), itertools.count(1)
+    else:
+        # Any expert may get all rows; beyond this many, weights are fetched again, which hides under the matmuls.
+        most, parts = min(round_up(max(layout.num_rows, PIECE), PIECE), 8 * matmul_rows), itertools.count(1)
+    previous = 0
+    for part in parts:
+        rows = round_up(-(-most // part), PIECE)
+        if rows == previous:
+            return
+        previous = rows
+        steps = -(-rows // matmul_rows)
+        piece = round_up(-(-rows // steps), PIECE)
+        copied = min(rows, layout.rows_per_expert or layout.num_rows)
+        yield RowTiles(round_up(rows, piece), copied, pieces(piece))
+
+
+def _chunks(expert_width: int) -> Iterator[tuple[int, int]]:
+    """Chunks of F and F rounded up to them, the largest first; more than 7% of padding is never worth it."""
+    if expert_width <= 1024:
+        yield expert_width, expert_width
+    for chunk in (1024, 768, 640, 512, 384, 256, 128):
+        padded = round_up(expert_width, chunk)
+        if chunk < expert_width and (padded <= 1.07 * expert_width or chunk == 128):
+            yield chunk, padded
+
+
+def _choose(layout: Layout, expert_width: int, chip: Chip, need: Callable[[RowTiles, int], int]) -> Tiles | None:
+    """The first way to cut the rows for which a chunk of F fits, and the largest chunk; None if nothing fits."""
+    for enough in (512, 128, 1):
+        for rows in _row_tiles(layout, chip.matmul_rows):
+            for chunk, padded in _chunks(expert_width):
+                vmem = need(rows, chunk)
+                if vmem <= chip.vmem - MIB and chunk >= min(enough, expert_width):
+                    return Tiles(rows, chunk, padded, vmem)
+    return None
+
+
+def _bytes(rows: int, columns: int, itemsize: int) -> int:
+    """VMEM of an array: rows padded to registers, columns to 128 lanes."""
+    return round_up(rows, 32 // itemsize) * round_up(columns, 128) * itemsize
+
+
+@functools.lru_cache
+def mlp_forward_tiles(
+    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
+) -> Tiles | None:
+    """Block sizes of the fused forward pass, or None where not even the smallest fit.
+
+    >>> tiles = mlp_forward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, CHIPS["TPU v6 lite"])
+    >>> tiles.rows.rows, tiles.chunk
+    (544, 1024)
+    """
+
+    def need(rows: RowTiles, chunk: int) -> int:
+        weights = _bytes(width, chunk, weight_itemsize) + _bytes(chunk, width, weight_itemsize)
+        cast = _bytes(width, chunk, itemsize) + _bytes(chunk, width, itemsize)
+        biases = 2 * 8 * 4 * (round_up(chunk, 128) + round_up(width, 128))
+        held = 2 * _bytes(rows.rows, width, itemsize) + _bytes(rows.rows, width, 4)
+        values = _bytes(rows.pieces[0], chunk, 4) + _bytes(rows.pieces[0], chunk, itemsize)
+        return 2 * weights + (cast if itemsize != weight_itemsize else 0) + biases + held + values
+
+    return _choose(layout, expert_width, chip, need)
+
+
+@functools.lru_cache
+def mlp_backward_tiles(
+    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
+) -> Tiles | None:
+    """Block sizes of the fused backward pass, or None where not even the smallest fit.
+
+    >>> tiles = mlp_backward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, CHIPS["TPU v6 lite"])
+    >>> tiles.rows.rows, tiles.chunk
+    (544, 1024)
+    """
+
+    def need(rows: RowTiles, chunk: int) -> int:
+        pair = lambda size: _bytes(width, chunk, size) + _bytes(chunk, width, size)  # noqa: E731
+        out = 4 if one_item(layout, rows) is False else weight_itemsize
+        sums = 0 if out == 4 else pair(4)
+        cast = pair(itemsize) if itemsize != weight_itemsize else 0
+        biases = 4 * 8 * 4 * (round_up(chunk, 128) + round_up(width, 128))
+        held = 4 * _bytes(rows.rows, width, itemsize) + _bytes(rows.rows, width, 4)
+        values = 2 * _bytes(rows.pieces[0], chunk, 4) + 3 * _bytes(rows.pieces[0], chunk, itemsize)
+        return 2 * pair(weight_itemsize) + cast + 2 * pair(out) + sums + biases + held + values
+
+    return _choose(layout, expert_width, chip, need)
+
+
+def one_item(layout: Layout, rows: RowTiles) -> bool:
+    """Whether every expert's rows are always one item, so that its weight gradients are written once.
+
+    >>> one_item(Layout(64, 1, 1, 4, 64, 16), RowTiles(16, 16, (16,)))
+    True
+    """
+    return layout.rows_per_expert is not None and layout.rows_per_expert <= rows.rows
