@@ -23,12 +23,12 @@ class Schedule(NamedTuple):
 
     expert: Int[Array, " Q"]
     fetched: Int[Array, " Q"]
-    """Expert whose weights are in fast memory: its own, or the last (else next) used one, so that nothing is fetched."""
+    """Expert whose weights are in VMEM: its own, or the last (else next) one with rows, so that nothing is fetched."""
     after: Int[Array, " Q"]
     """Whether an item with rows came before on this core."""
     first: Int[Array, " Q"]
     """First row."""
-    count: Int[Array, " Q"]
+    size: Int[Array, " Q"]
     """Rows up to the last used one; 0 for an item with nothing to do."""
     offset: Int[Array, " Q"]
     """Rows of the expert before this item."""
@@ -57,7 +57,7 @@ def make_schedule(layout: Layout, runs: Runs, *, tile_rows: int, num_cores: int 
 
     >>> runs = Runs(jnp.arange(3), jnp.array([0, 40, 40]), jnp.array([33, 0, 8]))
     >>> schedule = make_schedule(Layout(64, 1, 1, 3, 64, None), runs, tile_rows=32)
-    >>> schedule.expert[:4].tolist(), schedule.first[:4].tolist(), schedule.count.tolist()
+    >>> schedule.expert[:4].tolist(), schedule.first[:4].tolist(), schedule.size.tolist()
     ([0, 0, 1, 2], [0, 32, 40, 40], [32, 1, 0, 8, 0])
     """
     num_experts, per_expert = layout.num_experts, layout.runs_per_expert
@@ -91,5 +91,15 @@ def make_schedule(layout: Layout, runs: Runs, *, tile_rows: int, num_cores: int 
     next_used = jnp.argmax(count > 0, axis=1).astype(jnp.int32)[:, None]
     fetched = jnp.take_along_axis(expert, jnp.where(last >= 0, last, next_used), axis=1)
     part = jnp.where(real, jnp.where(number == 0, STARTS, ADDS), PADDING)
-    fields = (expert, fetched, last >= 0, first[expert, 0] + offset, count, offset, part)
-    return Schedule(*(field.astype(jnp.int32).reshape(-1) for field in fields), inside.reshape(-1), size.reshape(-1))
+    flat = lambda values: values.astype(jnp.int32).reshape(-1)  # noqa: E731
+    return Schedule(
+        expert=flat(expert),
+        fetched=flat(fetched),
+        after=flat(last >= 0),
+        first=flat(first[expert, 0] + offset),
+        size=flat(count),
+        offset=flat(offset),
+        part=flat(part),
+        run_first=flat(inside),
+        run_size=flat(size),
+    )

@@ -12,11 +12,16 @@ from moe_kernels.types import Layout
 MIB = 2**20
 # Rows of two bfloat16 in a register: pieces start at multiples of it.
 PIECE = 16
+# Rows of an item at most. An expert with more of them has its weights fetched again for each item, which hides under
+# the matmuls: 2304 rows are that many multiply-adds for each weight. Packed runs seldom have as many.
+MOST_ROWS, MOST_PACKED = 2304, 1152
+# The compiler's own needs (spilled values, alignment), as libtpu 0.0.42 reports them over what is counted here.
+MARGIN = 1.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Facts of one TensorCore: bytes of VMEM, MACs a cycle, rows under which a matmul mostly loads weights."""
+    """Facts of one TensorCore: bytes of VMEM, and rows under which a matmul spends its time on loading weights."""
 
     vmem: int
     depth: int
@@ -47,7 +52,7 @@ class RowTiles:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Block sizes of a kernel: rows, and the part of the F axis that is in VMEM at a time (`padded` is F rounded up)."""
+    """Block sizes of a kernel: rows, and the part of the F axis in VMEM at a time (`padded` is F rounded up to it)."""
 
     rows: RowTiles
     chunk: int
@@ -57,6 +62,7 @@ class Tiles:
 
     @property
     def num_chunks(self) -> int:
+        """Chunks of F."""
         return self.padded // self.chunk
 
 
@@ -115,14 +121,11 @@ def computed_rows(count: int, tiles: RowTiles, depth: int) -> int:
 
 def _row_tiles(layout: Layout, matmul_rows: int) -> Iterator[RowTiles]:
     """Ways to cut the rows, those that fetch weights least often first."""
-    if layout.rows_per_expert is not None:
-        most, parts = max(layout.rows_per_expert, PIECE), itertools.count(1)
-    else:
-        # Any expert may get all rows; beyond this many, weights are fetched again, which hides under the matmuls.
-        most, parts = min(round_up(max(layout.num_rows, PIECE), PIECE), 8 * matmul_rows), itertools.count(1)
+    whole = max(layout.rows_per_expert or layout.num_rows, PIECE)
+    parts = itertools.count(-(-whole // (MOST_ROWS if layout.rows_per_expert else MOST_PACKED)))
     previous = 0
     for part in parts:
-        rows = round_up(-(-most // part), PIECE)
+        rows = round_up(-(-whole // part), PIECE)
         if rows == previous:
             return
         previous = rows
@@ -144,12 +147,13 @@ def _chunks(expert_width: int) -> Iterator[tuple[int, int]]:
 
 def _choose(layout: Layout, expert_width: int, chip: Chip, need: Callable[[RowTiles, int], int]) -> Tiles | None:
     """The first way to cut the rows for which a chunk of F fits, and the largest chunk; None if nothing fits."""
-    for enough in (512, 128, 1):
-        for rows in _row_tiles(layout, chip.matmul_rows):
-            for chunk, padded in _chunks(expert_width):
-                vmem = need(rows, chunk)
-                if vmem <= chip.vmem - MIB and chunk >= min(enough, expert_width):
-                    return Tiles(rows, chunk, padded, vmem)
+    options = list(_row_tiles(layout, chip.matmul_rows))
+    # All rows of an expert at once come before longer chunks: its weight gradients are then written once.
+    for rows, enough in ((options[0], 256), *((rows, enough) for enough in (512, 256, 1) for rows in options)):
+        for chunk, padded in _chunks(expert_width):
+            vmem = int(need(rows, chunk) * MARGIN)
+            if vmem <= chip.vmem - MIB and chunk >= min(enough, expert_width):
+                return Tiles(rows, chunk, padded, vmem)
     return None
 
 

@@ -31,6 +31,7 @@ class Target:
 
     @property
     def facts(self) -> Chip:
+        """What block sizes are chosen by."""
         return CHIPS[self.chip]
 
 
@@ -50,7 +51,7 @@ class Grid:
         """Expert and chunk whose weights an item needs; the last ones again where it has no rows."""
         schedule, at = unflatten(scalars).schedule, self.item(core, item)
         idle = jnp.where(schedule.after[at] > 0, self.chunks - 1, 0)
-        return schedule.fetched[at], jnp.where(schedule.count[at] > 0, chunk, idle)
+        return schedule.fetched[at], jnp.where(schedule.size[at] > 0, chunk, idle)
 
     def columns(self, core: Any, item: Any, chunk: Any, *scalars: Any) -> tuple[Any, int, Any]:
         """Block of an `[E, rows, F]` array: all rows and the chunk of F."""

@@ -129,10 +129,10 @@ def _forward(tiles: Tiles, static: MlpStatic, grid: Grid, scalars: Scalars, refs
     core, item, chunk = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     at, slot = grid.item(core, item), jax.lax.rem(item, 2)
     rows, dtype = refs.buffer.at[slot], refs.buffer.dtype
-    busy = scalars.schedule.count[at] > 0
+    busy = scalars.schedule.size[at] > 0
 
     def copies(at: Scalar, slot: Scalar, array: Any, semaphores: Any) -> RowCopies:
-        first, count = scalars.schedule.first[at], scalars.schedule.count[at]
+        first, count = scalars.schedule.first[at], scalars.schedule.size[at]
         return RowCopies(array, refs.buffer.at[slot], semaphores.at[slot], first, count, tiles.rows.copied)
 
     pl.when((item == 0) & (chunk == 0))(lambda: copies(at, slot, refs.rows, refs.fetched).fetch())

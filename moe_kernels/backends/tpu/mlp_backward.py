@@ -71,7 +71,7 @@ def run_backward(
         body.run()
 
     hbm = pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)
-    w1, b1, w2, b2 = padded_weights(weights, tiles.padded)
+    w1, b1, w2, _ = padded_weights(weights, tiles.padded)
     num_items = grid.cores * grid.items
     small = (8, 128)
     run = launch(
@@ -114,8 +114,7 @@ def run_backward(
     )
     scalars = scalars_of(layout, runs, tiles, target)
     drows, dw1, dw2, db1, db2 = run(scalars, rows, dout, w1, b1, w2)
-    sums = (_by_expert(db[:, 0], scalars.schedule, layout, once) for db in (db1, db2))
-    db1, db2 = sums
+    db1, db2 = (_by_expert(db[:, 0], scalars.schedule, layout, once) for db in (db1, db2))
     expert_width = weights.w1.shape[2]
     return drows, MlpWeights(
         dw1[:, :, :expert_width].astype(weights.w1.dtype),
@@ -176,11 +175,11 @@ class _Backward(NamedTuple):
 
     def run(self) -> None:
         """One step of the grid."""
-        grid, refs, tiles, schedule = self.grid, self.refs, self.tiles, self.scalars.schedule
+        grid, refs, schedule = self.grid, self.refs, self.scalars.schedule
         core, item, chunk = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         at, slot = grid.item(core, item), jax.lax.rem(item, 2)
         part = schedule.part[at]
-        busy = schedule.count[at] > 0
+        busy = schedule.size[at] > 0
 
         pl.when((item == 0) & (chunk == 0))(lambda: self._fetch(at, slot))
         pl.when((chunk == 0) & busy)(lambda: self._begin(at, slot))
@@ -226,7 +225,7 @@ class _Backward(NamedTuple):
 
     def _copies(self, at: Scalar, slot: Scalar, array: Any, buffer: Any, semaphores: Any) -> RowCopies:
         schedule = self.scalars.schedule
-        first, count = schedule.first[at], schedule.count[at]
+        first, count = schedule.first[at], schedule.size[at]
         return RowCopies(array, buffer.at[slot], semaphores.at[slot], first, count, self.tiles.rows.copied)
 
     def _results(self, at: Scalar, slot: Scalar) -> RowCopies:

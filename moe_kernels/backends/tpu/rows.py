@@ -29,7 +29,7 @@ class Scalars(NamedTuple):
 
 def pieces_of(scalars: Scalars, at: Scalar, tiles: RowTiles) -> tuple[Scalar, Scalar]:
     """How often the first piece is repeated for item `at`, and the bits of the other ones."""
-    count, largest = scalars.schedule.count[at], tiles.pieces[0]
+    count, largest = scalars.schedule.size[at], tiles.pieces[0]
     whole = jax.lax.div(count, largest)
     bits = scalars.covers[jax.lax.div(count - whole * largest + (PIECE - 1), PIECE)]
     return whole + (bits & 1), bits
@@ -111,14 +111,14 @@ def used_rows(scalars: Scalars, at: Scalar, layout: Layout, shape: tuple[int, in
     schedule, per_expert = scalars.schedule, layout.runs_per_expert
     row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     if per_expert == 1:
-        return row < schedule.count[at]
+        return row < schedule.size[at]
     row = row + schedule.offset[at]
     used = jnp.zeros(shape, jnp.bool_)
     for n in range(per_expert):
         run = schedule.expert[at] * per_expert + n
         first = schedule.run_first[run]
         used |= (row >= first) & (row < first + schedule.run_size[run])
-    return used & (row < schedule.offset[at] + schedule.count[at])
+    return used & (row < schedule.offset[at] + schedule.size[at])
 
 
 def dot(a: Float[Array, "..."], b: Float[Array, "..."], contract: tuple[int, int]) -> Float[Array, "..."]:

@@ -1,0 +1,119 @@
+"""The fused expert MLP of the TPU back end, interpreted, against the reference and the table of nasty cases."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import nasty_cases as nasty
+import numpy as np
+import pytest
+from moe_cases import FAST, assert_close
+
+from moe_kernels.backends.base import MlpStatic
+from moe_kernels.backends.tiling import RowTiles, Tiles
+from moe_kernels.backends.tpu.launch import Target
+from moe_kernels.backends.tpu.mlp import run_forward
+from moe_kernels.backends.tpu.mlp_backward import run_backward
+
+TARGET = Target("TPU v6 lite", interpret=True)
+# Small enough that every case has several pieces, and most of them several items and chunks.
+
+
+def tiles_of(rows: nasty.Rows, held: int, pieces: tuple[int, ...], chunk: int, padded: int = 0) -> Tiles:
+    copied = min(held, rows.layout.rows_per_expert or rows.num_rows)
+    return Tiles(RowTiles(held, copied, pieces), chunk, padded or rows.hidden, vmem=0)
+
+
+# A whole expert as one item of one piece, and of several; several items with one chunk of F, and with several.
+CASES = {
+    "one row": (nasty.TINY, tiles_of(nasty.TINY, 16, (16,), 1)),
+    "one piece": (nasty.PATTERNS_BLOCK, tiles_of(nasty.PATTERNS_BLOCK, 16, (16,), 16)),
+    "several pieces": (nasty.TILES_BLOCK, tiles_of(nasty.TILES_BLOCK, 144, (48, 32, 16), 16)),
+    "packed, one chunk": (nasty.TILES_PACKED, tiles_of(nasty.TILES_PACKED, 128, (64, 32, 16), 16)),
+    "packed, one piece an item": (nasty.PATTERNS_PACKED, tiles_of(nasty.PATTERNS_PACKED, 16, (16,), 16)),
+    "odd widths": (nasty.ODD_BLOCK, tiles_of(nasty.ODD_BLOCK, 32, (32, 16), 128, 384)),
+    "several chunks, several items": (nasty.ODD_PACKED, tiles_of(nasty.ODD_PACKED, 32, (16,), 128, 384)),
+    "half a lane's width": (nasty.HALF_BLOCK, tiles_of(nasty.HALF_BLOCK, 16, (16,), 320)),
+    "several runs": (nasty.SEVERAL_RUNS, tiles_of(nasty.SEVERAL_RUNS, 32, (32, 16), 32)),
+}
+EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), compiler_options=FAST)
+def mlp(rows, tiles, target, activation, given, size):
+    """Output and gradients."""
+    static, runs = MlpStatic(rows.layout, activation), rows.runs(size)
+    out = run_forward(tiles, target, static, given.rows, given.weights, runs)
+    return out, *run_backward(tiles, target, static, given.rows, given.weights, runs, given.dout)
+
+
+def check(rows, given, size, found, activation="gelu_tanh") -> None:
+    out, drows, dweights = found
+    dtype = str(given.rows.dtype)
+    wanted, used = nasty.expected_mlp(rows, given, size, activation), rows.used(np.asarray(size))
+    assert out.dtype == drows.dtype == given.rows.dtype
+    assert [w.dtype for w in dweights] == [w.dtype for w in given.weights]
+    # In bfloat16 half of eps is one rounding, of rows, of the hidden layer (twice) and of results.
+    bound = {"length": rows.width + rows.hidden, "eps": EPS[dtype] / (1 if dtype == "float32" else 2), "roundings": 1}
+    if dtype == "float32":
+        bound["roundings"] = 4
+    assert_close(np.asarray(out, np.float64)[used], wanted.out[used], name="out", floor=1, **bound)
+    assert_close(np.asarray(drows, np.float64)[used], wanted.drows[used], name="drows", floor=1, **bound)
+    bound["length"] += max(size, default=0)
+    for name, mine, theirs in zip(dweights._fields, dweights, wanted.dweights, strict=True):
+        mine, theirs = (np.asarray(a, np.float64).reshape(rows.experts, -1) for a in (mine, theirs))
+        assert_close(mine, theirs, name=f"d{name}", floor=1, **bound)
+
+
+def cases(names=None, dtypes=nasty.DTYPES):
+    for name, (rows, tiles) in CASES.items():
+        if names is None or name in names:
+            yield from (pytest.param(rows, tiles, *dtype, id=f"{name}, {'/'.join(dtype)}") for dtype in dtypes)
+
+
+def check_case(rows, tiles, dtype, weight_dtype, activation="gelu_tanh", target=TARGET) -> None:
+    given = nasty.operands(rows, dtype=dtype, weight_dtype=weight_dtype)
+    for size in nasty.SIZES.get(rows, ()):
+        found = mlp(rows, tiles, target, activation, given, np.array(size, np.int32))
+        check(rows, given, size, found, activation)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tiles", "dtype", "weight_dtype"),
+    [
+        *cases(["several pieces", "several chunks, several items"], [("float32", "float32")]),
+        *cases(["packed, one chunk", "odd widths"], [("bfloat16", "float32")]),
+        *cases(["one row", "half a lane's width", "several runs"], [("bfloat16", "bfloat16")]),
+    ],
+)
+def test_values_and_gradients(rows, tiles, dtype, weight_dtype):
+    check_case(rows, tiles, dtype, weight_dtype)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu_erf"])
+@pytest.mark.parametrize(("rows", "tiles", "dtype", "weight_dtype"), cases())
+def test_values_and_gradients_of_all(rows, tiles, dtype, weight_dtype, activation):
+    check_case(rows, tiles, dtype, weight_dtype, activation)
+
+
+@pytest.mark.parametrize("name", ["one piece", "packed, one piece an item"])
+def test_every_pattern_of_empty_experts(name):
+    rows, tiles = CASES[name]
+    given = nasty.operands(rows)
+    for size in nasty.empty_patterns(rows):
+        found = mlp(rows, tiles, TARGET, "gelu_tanh", given, size)
+        for gradient in found[2]:
+            empty = np.asarray(gradient)[size == 0]
+            assert (empty == 0).all() and np.isfinite(gradient).all()
+    for size in nasty.empty_patterns(rows)[::37]:
+        check(rows, given, size, mlp(rows, tiles, TARGET, "gelu_tanh", given, size))
+
+
+def test_the_exact_gelu():
+    check_case(*CASES["one piece"], "float32", "float32", "gelu_erf")
+    rows, tiles = CASES["one piece"]
+    given, size = nasty.operands(rows), (3, 0, 16, 1, 8, 9, 15, 2)
+    exact = mlp(rows, tiles, TARGET, "gelu_erf", given, np.array(size))
+    check(rows, given, size, exact, "gelu_erf")
+    assert not np.array_equal(exact[0], mlp(rows, tiles, TARGET, "gelu_tanh", given, np.array(size))[0])
