@@ -211,6 +211,46 @@ def mlp_backward_tiles(
     return _choose(layout, expert_width, chip, need)
 
 
+@functools.lru_cache
+def matmul_forward_tiles(
+    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
+) -> Tiles | None:
+    """Block sizes of a grouped matmul, or None where not even the smallest fit.
+
+    >>> matmul_forward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, CHIPS["TPU v6 lite"]).chunk
+    1024
+    """
+
+    def need(rows: RowTiles, chunk: int) -> int:
+        cast = _bytes(width, chunk, itemsize) if itemsize != weight_itemsize else 0
+        held = 2 * _bytes(rows.rows, width, itemsize) + 2 * _bytes(rows.rows, chunk, itemsize)
+        return 2 * _bytes(width, chunk, weight_itemsize) + cast + held + _bytes(rows.pieces[0], chunk, 4)
+
+    return _choose(layout, expert_width, chip, need)
+
+
+@functools.lru_cache
+def matmul_backward_tiles(
+    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
+) -> Tiles | None:
+    """Block sizes of both gradients of a grouped matmul, or None where not even the smallest fit.
+
+    >>> matmul_backward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, CHIPS["TPU v6 lite"]).chunk
+    1024
+    """
+
+    def need(rows: RowTiles, chunk: int) -> int:
+        out = weight_itemsize if one_item(layout, rows) else 4
+        sums = 0 if out == 4 else _bytes(width, chunk, 4)
+        cast = _bytes(width, chunk, itemsize) if itemsize != weight_itemsize else 0
+        held = 2 * _bytes(rows.rows, width, itemsize) + 2 * _bytes(rows.rows, chunk, itemsize)
+        weights = 2 * (_bytes(width, chunk, weight_itemsize) + _bytes(width, chunk, out)) + cast + sums
+        values = _bytes(rows.pieces[0], width, 4) + _bytes(rows.rows, chunk, itemsize) + _bytes(width, chunk, 4)
+        return weights + held + _bytes(rows.rows, width, 4) + values
+
+    return _choose(layout, expert_width, chip, need)
+
+
 def one_item(layout: Layout, rows: RowTiles) -> bool:
     """Whether every expert's rows are always one item, so that its weight gradients are written once.
 

@@ -6,8 +6,16 @@ import functools
 from typing import Any
 
 from moe_kernels.backends.base import Backend, Problem, Span
-from moe_kernels.backends.tiling import CHIPS, MIB, mlp_backward_tiles, mlp_forward_tiles
+from moe_kernels.backends.tiling import (
+    CHIPS,
+    MIB,
+    matmul_backward_tiles,
+    matmul_forward_tiles,
+    mlp_backward_tiles,
+    mlp_forward_tiles,
+)
 from moe_kernels.backends.tpu.launch import STAND_IN, Target
+from moe_kernels.backends.tpu.matmul import grouped_matmul_backward, grouped_matmul_forward
 from moe_kernels.backends.tpu.mlp import expert_mlp_forward
 from moe_kernels.backends.tpu.mlp_backward import expert_mlp_backward
 from moe_kernels.backends.tpu.rows import ROW_ALIGNMENT
@@ -15,6 +23,10 @@ from moe_kernels.backends.tpu.rows import ROW_ALIGNMENT
 ITEMSIZES = {"float32": 4, "bfloat16": 2}
 # Weights may be float32 whatever the rows are; a problem does not say, so blocks must fit in the larger case too.
 LARGEST_WEIGHT = 4
+TILES = {
+    "expert_mlp": (mlp_forward_tiles, mlp_backward_tiles),
+    "grouped_matmul": (matmul_forward_tiles, matmul_backward_tiles),
+}
 
 
 def why_not(problem: Problem) -> str | None:
@@ -29,7 +41,7 @@ def why_not(problem: Problem) -> str | None:
         return f"dtype {problem.dtype} is none of {tuple(ITEMSIZES)}"
     if problem.platform == "tpu" and problem.chip not in CHIPS:
         return f"chip {problem.chip!r} is none of {tuple(CHIPS)}"
-    if problem.span in ("expert_mlp", "grouped_matmul"):
+    if problem.span in TILES:
         return _rows_misfit(problem) or _vmem_misfit(problem)
     return None
 
@@ -47,7 +59,7 @@ def _rows_misfit(problem: Problem) -> str | None:
 def _vmem_misfit(problem: Problem) -> str | None:
     assert problem.layout is not None
     chip = CHIPS[_target(problem).chip]
-    for choose in (mlp_forward_tiles, mlp_backward_tiles):
+    for choose in TILES[problem.span]:
         sizes = (problem.shape[-1], problem.expert_width, ITEMSIZES[problem.dtype], LARGEST_WEIGHT)
         if choose(problem.layout, *sizes, chip) is None:
             return (
@@ -73,6 +85,7 @@ TPU = Backend(
     name="tpu",
     why_not=why_not,
     spans={
+        "grouped_matmul": lambda problem: _span(grouped_matmul_forward, grouped_matmul_backward, _target(problem)),
         "expert_mlp": lambda problem: _span(expert_mlp_forward, expert_mlp_backward, _target(problem)),
     },
 )

@@ -21,6 +21,7 @@ from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.schedule import PADDING, STARTS, Schedule
 from moe_kernels.backends.tiling import Tiles, mlp_backward_tiles, one_item
 from moe_kernels.backends.tpu.gelu import gelu_and_slope
+from moe_kernels.backends.tpu.gradients import Gradient, Gradients, gradient_dtype, gradient_slots
 from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, unflatten
 from moe_kernels.backends.tpu.mlp import MlpSaved, padded_weights, weight_specs
 from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of, used_rows
@@ -60,15 +61,11 @@ def run_backward(
     grid = grid_of(layout, tiles, target)
     cast = weights.w1.dtype != rows.dtype
     once = one_item(layout, tiles.rows)
-    # Sums that come back from HBM to be added to must not have been rounded.
-    dtype = weights.w1.dtype if once else jnp.dtype(jnp.float32)
+    dtype, slots = gradient_dtype(weights.w1.dtype, once), gradient_slots(grid, once)
     summed = dtype != jnp.float32
-    # With one chunk the sums of an expert's next item are read back in the very next step.
-    slots = 2 if once or grid.chunks > 1 else 1
 
     def kernel(*refs: Any) -> None:
-        body = _Backward(tiles, static, grid, once, slots, unflatten(refs[:NUM_SCALARS]), _Refs(*refs[NUM_SCALARS:]))
-        body.run()
+        _Backward(tiles, static, grid, once, unflatten(refs[:NUM_SCALARS]), _Refs(*refs[NUM_SCALARS:])).run()
 
     hbm = pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)
     w1, b1, w2, _ = padded_weights(weights, tiles.padded)
@@ -169,7 +166,6 @@ class _Backward(NamedTuple):
     static: MlpStatic
     grid: Grid
     once: bool
-    slots: int
     scalars: Scalars
     refs: _Refs
 
@@ -178,7 +174,6 @@ class _Backward(NamedTuple):
         grid, refs, schedule = self.grid, self.refs, self.scalars.schedule
         core, item, chunk = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         at, slot = grid.item(core, item), jax.lax.rem(item, 2)
-        part = schedule.part[at]
         busy = schedule.size[at] > 0
 
         pl.when((item == 0) & (chunk == 0))(lambda: self._fetch(at, slot))
@@ -189,22 +184,18 @@ class _Backward(NamedTuple):
             pl.when(item > 0)(lambda: self._results(at - 1, 1 - slot).written())
             pl.when(item + 1 < grid.items)(lambda: self._fetch(at + 1, 1 - slot))
 
-        step = item * grid.chunks + chunk
-        out_slot = jax.lax.rem(step, self.slots)
-        pl.when(step >= self.slots)(lambda: self._wait_for(core, step - self.slots))
-
-        @pl.when((part != PADDING) & jnp.logical_not(busy))
-        def _() -> None:
-            for ref in (refs.dw1_out, refs.dw2_out):
-                ref[out_slot] = jnp.zeros(ref.shape[1:], ref.dtype)
+        step, gradients = item * grid.chunks + chunk, self._gradients()
+        out_slot = gradients.slot(step)
+        pl.when(step >= gradients.num_slots)(lambda: gradients.wait(core, step - gradients.num_slots))
+        pl.when(busy)(lambda: self._work(at, slot, chunk, out_slot))
 
         @pl.when(jnp.logical_not(busy))
         def _() -> None:
+            gradients.zero(out_slot)
             refs.db1[...] = jnp.zeros(refs.db1.shape, jnp.float32)
             pl.when(chunk == 0)(self._no_db2)
 
-        pl.when(busy)(lambda: self._work(at, slot, chunk, out_slot))
-        pl.when(part != PADDING)(lambda: self._each_dw(at, chunk, out_slot, lambda copy: copy.start()))
+        gradients.write(at, chunk, out_slot)
 
         @pl.when(chunk == grid.chunks - 1)
         def _() -> None:
@@ -217,8 +208,8 @@ class _Backward(NamedTuple):
             @pl.when(item == grid.items - 1)
             def _() -> None:
                 self._results(at, slot).written()
-                for last in range(min(self.slots, grid.items * grid.chunks)):
-                    self._wait_for(core, step - last)
+                for last in range(min(gradients.num_slots, grid.items * grid.chunks)):
+                    gradients.wait(core, step - last)
 
     def _no_db2(self) -> None:
         self.refs.db2[...] = jnp.zeros(self.refs.db2.shape, jnp.float32)
@@ -248,26 +239,15 @@ class _Backward(NamedTuple):
         refs.db2[0] = jnp.sum(dy.astype(jnp.float32), axis=0, keepdims=True)
         refs.dx[...] = jnp.zeros(refs.dx.shape, jnp.float32)
 
-    def _each_dw(self, at: Scalar, chunk: Scalar, slot: Scalar, act: Any, *, back: bool = False) -> None:
-        """The copies of a chunk of both weight gradients out of VMEM, or back into it."""
-        refs, size, expert = self.refs, self.tiles.chunk, self.scalars.schedule.expert[at]
-        if self.grid.chunks == 1:
-            far1, far2 = refs.dw1.at[expert], refs.dw2.at[expert]
-        else:
-            own = pl.ds(pl.multiple_of(chunk * size, size), size)
-            far1, far2 = refs.dw1.at[expert, :, own], refs.dw2.at[expert, own]
-        for far, near in ((far1, refs.dw1_out.at[slot]), (far2, refs.dw2_out.at[slot])):
-            if back:
-                act(pltpu.make_async_copy(far, near, refs.dw_fetched))
-            else:
-                act(pltpu.make_async_copy(near, far, refs.dw_written.at[slot]))
-
-    def _wait_for(self, core: Scalar, step: Scalar) -> None:
-        """Wait until the weight gradients of an earlier step are written, if it wrote any."""
-        at = self.grid.item(core, jax.lax.div(step, self.grid.chunks))
-        chunk, slot = jax.lax.rem(step, self.grid.chunks), jax.lax.rem(step, self.slots)
-        written = self.scalars.schedule.part[at] != PADDING
-        pl.when(written)(lambda: self._each_dw(at, chunk, slot, lambda copy: copy.wait()))
+    def _gradients(self) -> Gradients:
+        refs = self.refs
+        weights = (
+            Gradient(refs.dw1, refs.dw1_out, refs.dw1_sum, columns=True),
+            Gradient(refs.dw2, refs.dw2_out, refs.dw2_sum, columns=False),
+        )
+        return Gradients(
+            self.grid, self.scalars, self.tiles.chunk, self.once, weights, refs.dw_written, refs.dw_fetched
+        )
 
     def _work(self, at: Scalar, slot: Scalar, chunk: Scalar, out_slot: Scalar) -> None:
         refs, rows = self.refs, self.tiles.rows
@@ -297,20 +277,9 @@ class _Backward(NamedTuple):
             dw1[...], dw2[...], refs.db1[0] = g1.astype(dw1.dtype), g2.astype(dw2.dtype), db1
 
         def piecewise() -> None:
-            sum1, sum2 = (dw1, dw2) if dw1.dtype == jnp.float32 else (refs.dw1_sum, refs.dw2_sum)
-            if self.once:
-                sum1[...], sum2[...] = jnp.zeros(sum1.shape, jnp.float32), jnp.zeros(sum2.shape, jnp.float32)
-            else:
-
-                @pl.when(starts)
-                def _() -> None:
-                    sum1[...], sum2[...] = jnp.zeros(sum1.shape, jnp.float32), jnp.zeros(sum2.shape, jnp.float32)
-
-                @pl.when(jnp.logical_not(starts))
-                def _() -> None:
-                    self._each_dw(at, chunk, out_slot, lambda copy: copy.start(), back=True)
-                    self._each_dw(at, chunk, out_slot, lambda copy: copy.wait(), back=True)
-
+            chunks = self._gradients()
+            sum1, sum2 = (weight.sums(out_slot) for weight in chunks.weights)
+            chunks.begin(at, chunk, out_slot)
             refs.db1[...] = jnp.zeros(refs.db1.shape, jnp.float32)
 
             def add(offset: Scalar, size: int) -> None:
@@ -320,8 +289,7 @@ class _Backward(NamedTuple):
                 refs.db1[0] += db1
 
             over_pieces(repeats, bits, rows, add, first=single is None or not self.once)
-            if sum1 is not dw1:
-                dw1[...], dw2[...] = sum1[...].astype(dw1.dtype), sum2[...].astype(dw2.dtype)
+            chunks.finish(out_slot)
 
         if single is None:
             piecewise()

@@ -70,6 +70,8 @@ class RowCopies(NamedTuple):
     first: Scalar
     count: Scalar
     copied: int
+    columns: Any = None
+    """A slice of the columns of the array in HBM; None for all."""
 
     def fetch(self) -> None:
         """Start to read."""
@@ -91,7 +93,8 @@ class RowCopies(NamedTuple):
         """All rows in one copy, else one copy for each binary digit of their number: sizes of copies are static."""
 
         def copy(offset: Scalar, size: int) -> None:
-            far = self.hbm.at[pl.ds(pl.multiple_of(self.first + offset, ROW_ALIGNMENT), size)]
+            own = pl.ds(pl.multiple_of(self.first + offset, ROW_ALIGNMENT), size)
+            far = self.hbm.at[own] if self.columns is None else self.hbm.at[own, self.columns]
             act(far, self.vmem.at[pl.ds(_multiple(offset, min(PIECE, size)), size)])
 
         rows = jax.lax.div(self.count + (ROW_ALIGNMENT - 1), ROW_ALIGNMENT) * ROW_ALIGNMENT
