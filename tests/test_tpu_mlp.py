@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import nasty_cases as nasty
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from moe_cases import FAST, assert_close
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tiling import RowTiles, Tiles
 from moe_kernels.backends.tpu.launch import Target
-from moe_kernels.backends.tpu.mlp import run_forward
-from moe_kernels.backends.tpu.mlp_backward import run_backward
+from moe_kernels.backends.tpu.mlp import expert_mlp_forward, run_forward
+from moe_kernels.backends.tpu.mlp_backward import expert_mlp_backward, run_backward
 
 TARGET = Target("TPU v6 lite", interpret=True)
 # Small enough that every case has several pieces, and most of them several items and chunks.
@@ -114,3 +115,71 @@ def test_the_exact_gelu():
     exact = mlp(rows, tiles, TARGET, "gelu_erf", given, np.array(size))
     check(rows, given, size, exact, "gelu_erf")
     assert not np.array_equal(exact[0], mlp(rows, tiles, TARGET, "gelu_tanh", given, np.array(size))[0])
+
+
+def spoil(given, used, bad):
+    """The operands with `bad` in every row that belongs to no run."""
+    unused = jnp.asarray(~used)[:, None]
+    return given._replace(rows=jnp.where(unused, bad, given.rows), dout=jnp.where(unused, bad, given.dout))
+
+
+POISONED = [("one piece", (3, 0, 15, 16, 1, 7, 8, 9)), ("packed, one piece an item", (3, 0, 15, 17, 1, 7, 8, 9))]
+
+
+@pytest.mark.parametrize("bad", nasty.POISONS)
+@pytest.mark.parametrize(("name", "size"), POISONED)
+def test_what_is_not_an_experts_own_never_reaches_it(name, size, bad):
+    rows, tiles = CASES[name]
+    given, used = nasty.operands(rows), rows.used(np.array(size))
+    run = functools.partial(mlp, rows, tiles, TARGET, "gelu_tanh")
+    clean, spoilt = (run(g, np.array(size)) for g in (given, spoil(given, used, bad)))
+    for mine, theirs in zip(clean[:2], spoilt[:2], strict=True):
+        np.testing.assert_array_equal(np.asarray(theirs)[used], np.asarray(mine)[used])
+    jax.tree.map(np.testing.assert_array_equal, spoilt[2], clean[2])
+
+    # A broken row, and an expert with broken weights.
+    runs = rows.runs(np.array(size))
+    broken, row = 3, int(runs.first[3]) + 2
+    other_rows = used & (np.arange(rows.num_rows) != row)
+    others = np.arange(rows.experts) != broken
+    worse = run(given._replace(rows=given.rows.at[row].set(bad), dout=given.dout.at[row].set(bad)), np.array(size))
+    for mine, theirs in zip(clean[:2], worse[:2], strict=True):
+        np.testing.assert_array_equal(np.asarray(theirs)[other_rows], np.asarray(mine)[other_rows])
+    assert not np.isfinite(worse[2].w1[broken]).all()
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[others], b[others]), worse[2], clean[2])
+    own = np.zeros(rows.num_rows, bool)
+    own[int(runs.first[broken]) :][: size[broken]] = True
+    for field in given.weights._fields:
+        weights = given.weights._replace(**{field: getattr(given.weights, field).at[broken].set(bad)})
+        worse = run(given._replace(weights=weights), np.array(size))
+        np.testing.assert_array_equal(np.asarray(worse[0])[used & ~own], np.asarray(clean[0])[used & ~own])
+        np.testing.assert_array_equal(np.asarray(worse[1])[used & ~own], np.asarray(clean[1])[used & ~own])
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[others], b[others]), worse[2], clean[2])
+
+
+def test_the_same_input_twice_gives_the_same_bits_and_vmap_is_one_after_the_other():
+    rows, tiles = CASES["packed, one piece an item"]
+    sizes = nasty.empty_patterns(rows)[[255, 77]]
+    given = [nasty.operands(rows, seed=seed) for seed in (0, 1)]
+    run = functools.partial(mlp, rows, tiles, TARGET, "gelu_tanh")
+    one_by_one = [run(*arguments) for arguments in zip(given, sizes, strict=True)]
+    jax.tree.map(np.testing.assert_array_equal, run(given[0], sizes[0]), one_by_one[0])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *given)
+    together = jax.jit(jax.vmap(run), compiler_options=FAST)(stacked, sizes)
+    for n, alone in enumerate(one_by_one):
+        used = rows.used(sizes[n])
+        for mine, theirs in zip(alone[:2], together[:2], strict=True):
+            np.testing.assert_array_equal(np.asarray(theirs)[n][used], np.asarray(mine)[used])
+        jax.tree.map(lambda a, b, n=n: np.testing.assert_array_equal(b[n], a), alone[2], together[2])
+
+
+def test_without_rows_and_without_biases():
+    rows = nasty.EMPTY
+    given = nasty.operands(rows)
+    weights = given.weights._replace(b1=None, b2=None)
+    static = MlpStatic(rows.layout, "gelu_tanh")
+    runs = rows.runs(np.zeros(rows.experts, np.int32))
+    out, saved = expert_mlp_forward(TARGET, static, given.rows, weights, runs)
+    drows, dweights = expert_mlp_backward(TARGET, static, saved, given.dout)
+    assert out.shape == drows.shape == (0, rows.width)
+    assert dweights.b1 is None and dweights.b2 is None and not dweights.w1.any() and not dweights.w2.any()

@@ -127,15 +127,15 @@ def _row_tiles(layout: Layout, matmul_rows: int) -> Iterator[RowTiles]:
     whole = max(layout.rows_per_expert or layout.num_rows, PIECE)
     parts = itertools.count(-(-whole // (MOST_ROWS if layout.rows_per_expert else MOST_PACKED)))
     previous = 0
-    for part in parts:
-        rows = round_up(-(-whole // part), PIECE)
+    while previous != PIECE:
+        rows = round_up(-(-whole // next(parts)), PIECE)
         if rows == previous:
-            return
+            continue
         previous = rows
         steps = -(-rows // matmul_rows)
         piece = round_up(-(-rows // steps), PIECE)
-        copied = min(rows, layout.rows_per_expert or layout.num_rows)
-        yield RowTiles(round_up(rows, piece), copied, pieces(piece))
+        held = round_up(rows, piece)
+        yield RowTiles(held, min(held, layout.rows_per_expert or layout.num_rows), pieces(piece))
 
 
 def _chunks(expert_width: int) -> Iterator[tuple[int, int]]:
