@@ -8,10 +8,11 @@ import difflib
 import jax
 
 from moe_kernels.backends.base import Backend, Problem, Span, SpanName
+from moe_kernels.backends.tpu import TPU
 from moe_kernels.backends.xla import XLA
 from moe_kernels.types import Layout
 
-BACKENDS: tuple[Backend, ...] = (XLA,)
+BACKENDS: tuple[Backend, ...] = (TPU, XLA)
 
 __all__ = ["BACKENDS", "choose", "explain", "find", "problem_of"]
 
@@ -97,7 +98,7 @@ def explain(problem: Problem) -> str:
     """Say line by line which back end a problem gets, and why the others do not take it.
 
     >>> explain(Problem("dispatch", "cpu", "float32", (4, 8), 2))
-    'xla: chosen'
+    'tpu: no, has no dispatch\nxla: chosen'
     """
     lines, chosen = [], False
     for backend in BACKENDS:

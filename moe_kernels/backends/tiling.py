@@ -1,0 +1,260 @@
+"""Block sizes from arithmetic over a TPU's fast memory: pure functions of shapes and the chip."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+
+from moe_kernels.types import Layout
+
+MIB = 2**20
+# Rows of two bfloat16 in a register: pieces start at multiples of it.
+PIECE = 16
+# Rows of an item at most. An expert with more of them has its weights fetched again for each item, which hides under
+# the matmuls: 2304 rows are that many multiply-adds for each weight. Packed runs seldom have as many.
+MOST_ROWS, MOST_PACKED = 2304, 1152
+# What the compiler keeps in VMEM besides the arrays of a kernel, fitted to what libtpu 0.0.42 reports (modelled): a
+# share of it all for alignment and bookkeeping; the values between matmuls are counted kernel by kernel.
+MARGIN, SLACK = 1.03, MIB // 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Facts of one TensorCore: bytes of VMEM, and rows under which a matmul spends its time on loading weights."""
+
+    vmem: int
+    depth: int
+    matmul_rows: int
+    """Rows of one matmul in the loop; more shares a load of weights among more rows and takes longer to compile."""
+    spilled: int
+    """Bytes of VMEM that the compiler takes for each entry of a forward pass's hidden layer."""
+
+
+CHIPS = {
+    "TPU v4": Chip(vmem=16 * MIB, depth=128, matmul_rows=288, spilled=4),
+    "TPU v5 lite": Chip(vmem=128 * MIB, depth=128, matmul_rows=288, spilled=4),
+    "TPU v5": Chip(vmem=64 * MIB, depth=128, matmul_rows=288, spilled=4),
+    "TPU v6 lite": Chip(vmem=128 * MIB, depth=256, matmul_rows=576, spilled=6),
+    "TPU7x": Chip(vmem=64 * MIB, depth=256, matmul_rows=576, spilled=2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RowTiles:
+    """How rows are cut: `rows` of an item in VMEM, `copied` the most that it fetches, worked on in `pieces`.
+
+    Pieces descend; the first is repeated in a loop, the others take what is left.
+    """
+
+    rows: int
+    copied: int
+    pieces: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Block sizes of a kernel: rows, and the part of the F axis in VMEM at a time (`padded` is F rounded up to it)."""
+
+    rows: RowTiles
+    chunk: int
+    padded: int
+    vmem: int
+    """Bytes that it needs, at most."""
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of F."""
+        return self.padded // self.chunk
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple.
+
+    >>> round_up(17, 16)
+    32
+    """
+    return -(-value // multiple) * multiple
+
+
+def pieces(largest: int) -> tuple[int, ...]:
+    """A piece and its halves down to 16 rows.
+
+    >>> pieces(272)
+    (272, 144, 80, 48, 32, 16)
+    """
+    sizes = [largest]
+    while sizes[-1] > PIECE:
+        sizes.append(round_up(sizes[-1] // 2, PIECE) if sizes[-1] // 2 > PIECE else PIECE)
+    return tuple(sizes)
+
+
+@functools.lru_cache
+def covers(sizes: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """For 0, 16, 32, ... rows: the cheapest set of pieces that covers them, as bits (bit 0 is the first piece).
+
+    A piece costs its rows, or `depth` if that is more: the time that loading the weights takes.
+
+    >>> covers((64, 32, 16), 32)  # one piece of 64 is as fast as 32 + 16 and 32 + 32 do not exist twice
+    (0, 4, 2, 1, 1)
+    """
+    chosen = []
+    for rows in range(0, sizes[0] + 1, PIECE):
+        options = (
+            (sum(max(size, depth) for size in part), sum(part), sum(1 << sizes.index(size) for size in part))
+            for n in range(min(4, len(sizes) + 1))
+            for part in itertools.combinations(sizes, n)
+            if rows <= sum(part) <= sizes[0]
+        )
+        chosen.append(min(options)[2])
+    return tuple(chosen)
+
+
+def computed_rows(count: int, tiles: RowTiles, depth: int) -> int:
+    """Rows that matmuls run over for an item of `count` rows.
+
+    >>> computed_rows(70, RowTiles(128, 128, (64, 32, 16)), 16)
+    80
+    """
+    whole, tail = divmod(count, tiles.pieces[0])
+    bits = covers(tiles.pieces, depth)[-(-tail // PIECE)]
+    return whole * tiles.pieces[0] + sum(size for n, size in enumerate(tiles.pieces) if bits >> n & 1)
+
+
+def _row_tiles(layout: Layout, matmul_rows: int) -> Iterator[RowTiles]:
+    """Ways to cut the rows, those that fetch weights least often first."""
+    whole = max(layout.rows_per_expert or layout.num_rows, PIECE)
+    parts = itertools.count(-(-whole // (MOST_ROWS if layout.rows_per_expert else MOST_PACKED)))
+    previous = 0
+    while previous != PIECE:
+        rows = round_up(-(-whole // next(parts)), PIECE)
+        if rows == previous:
+            continue
+        previous = rows
+        steps = -(-rows // matmul_rows)
+        piece = round_up(-(-rows // steps), PIECE)
+        held = round_up(rows, piece)
+        yield RowTiles(held, min(held, layout.rows_per_expert or layout.num_rows), pieces(piece))
+
+
+def _chunks(expert_width: int) -> Iterator[tuple[int, int]]:
+    """Chunks of F and F rounded up to them, the largest first; more than 7% of padding is never worth it."""
+    if expert_width <= 1024:
+        yield expert_width, expert_width
+    for chunk in (1024, 768, 640, 512, 384, 256, 128):
+        padded = round_up(expert_width, chunk)
+        if chunk < expert_width and (padded <= 1.07 * expert_width or chunk == 128):
+            yield chunk, padded
+
+
+def _choose(layout: Layout, expert_width: int, chip: Chip, need: Callable[[RowTiles, int], int]) -> Tiles | None:
+    """The first way to cut the rows for which a chunk of F fits, and the largest chunk; None if nothing fits."""
+    options = list(_row_tiles(layout, chip.matmul_rows))
+    # All rows of an expert at once come before longer chunks: its weight gradients are then written once.
+    for rows, enough in ((options[0], 256), *((rows, enough) for enough in (512, 256, 1) for rows in options)):
+        for chunk, padded in _chunks(expert_width):
+            vmem = int(need(rows, chunk) * MARGIN) + SLACK
+            if vmem <= chip.vmem - MIB and chunk >= min(enough, expert_width):
+                return Tiles(rows, chunk, padded, vmem)
+    return None
+
+
+def _bytes(rows: int, columns: int, itemsize: int) -> int:
+    """VMEM of an array: rows padded to registers, columns to 128 lanes."""
+    return round_up(rows, 32 // itemsize) * round_up(columns, 128) * itemsize
+
+
+@functools.lru_cache
+def mlp_forward_tiles(
+    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
+) -> Tiles | None:
+    """Block sizes of the fused forward pass, or None where not even the smallest fit.
+
+    >>> tiles = mlp_forward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, CHIPS["TPU v6 lite"])
+    >>> tiles.rows.rows, tiles.chunk
+    (544, 1024)
+    """
+
+    def need(rows: RowTiles, chunk: int) -> int:
+        weights = _bytes(width, chunk, weight_itemsize) + _bytes(chunk, width, weight_itemsize)
+        cast = _bytes(width, chunk, itemsize) + _bytes(chunk, width, itemsize)
+        biases = 2 * 8 * 4 * (round_up(chunk, 128) + round_up(width, 128))
+        held = 2 * _bytes(rows.rows, width, itemsize) + _bytes(rows.rows, width, 4)
+        values = chip.spilled * rows.pieces[0] * round_up(chunk, 128) * itemsize // 2
+        return 2 * weights + (cast if itemsize != weight_itemsize else 0) + biases + held + values
+
+    return _choose(layout, expert_width, chip, need)
+
+
+@functools.lru_cache
+def mlp_backward_tiles(
+    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
+) -> Tiles | None:
+    """Block sizes of the fused backward pass, or None where not even the smallest fit.
+
+    >>> tiles = mlp_backward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, CHIPS["TPU v6 lite"])
+    >>> tiles.rows.rows, tiles.chunk
+    (544, 1024)
+    """
+
+    def need(rows: RowTiles, chunk: int) -> int:
+        pair = lambda size: _bytes(width, chunk, size) + _bytes(chunk, width, size)  # noqa: E731
+        out = weight_itemsize if one_item(layout, rows) else 4
+        sums = 0 if out == 4 else pair(4)
+        cast = pair(itemsize) if itemsize != weight_itemsize else 0
+        biases = 4 * 8 * 4 * (round_up(chunk, 128) + round_up(width, 128))
+        held = 4 * _bytes(rows.rows, width, itemsize) + _bytes(rows.rows, width, 4)
+        values = 3 * _bytes(rows.pieces[0], chunk, 4) + 5 * _bytes(rows.pieces[0], width, 4) // 2
+        return 2 * pair(weight_itemsize) + cast + 2 * pair(out) + sums + biases + held + values
+
+    return _choose(layout, expert_width, chip, need)
+
+
+@functools.lru_cache
+def matmul_forward_tiles(
+    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
+) -> Tiles | None:
+    """Block sizes of a grouped matmul, or None where not even the smallest fit.
+
+    >>> matmul_forward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, CHIPS["TPU v6 lite"]).chunk
+    1024
+    """
+
+    def need(rows: RowTiles, chunk: int) -> int:
+        cast = _bytes(width, chunk, itemsize) if itemsize != weight_itemsize else 0
+        held = 2 * _bytes(rows.rows, width, itemsize) + 2 * _bytes(rows.rows, chunk, itemsize)
+        return 2 * _bytes(width, chunk, weight_itemsize) + cast + held + _bytes(rows.pieces[0], chunk, 4)
+
+    return _choose(layout, expert_width, chip, need)
+
+
+@functools.lru_cache
+def matmul_backward_tiles(
+    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
+) -> Tiles | None:
+    """Block sizes of both gradients of a grouped matmul, or None where not even the smallest fit.
+
+    >>> matmul_backward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, CHIPS["TPU v6 lite"]).chunk
+    1024
+    """
+
+    def need(rows: RowTiles, chunk: int) -> int:
+        out = weight_itemsize if one_item(layout, rows) else 4
+        sums = 0 if out == 4 else _bytes(width, chunk, 4)
+        cast = _bytes(width, chunk, itemsize) if itemsize != weight_itemsize else 0
+        held = 2 * _bytes(rows.rows, width, itemsize) + 2 * _bytes(rows.rows, chunk, itemsize)
+        weights = 2 * (_bytes(width, chunk, weight_itemsize) + _bytes(width, chunk, out)) + cast + sums
+        values = _bytes(rows.pieces[0], width, 4) + _bytes(rows.rows, chunk, itemsize) + _bytes(width, chunk, 4)
+        return weights + held + _bytes(rows.rows, width, 4) + values
+
+    return _choose(layout, expert_width, chip, need)
+
+
+def one_item(layout: Layout, rows: RowTiles) -> bool:
+    """Whether every expert's rows are always one item, so that its weight gradients are written once.
+
+    >>> one_item(Layout(64, 1, 1, 4, 64, 16), RowTiles(16, 16, (16,)))
+    True
+    """
+    return layout.rows_per_expert is not None and layout.rows_per_expert <= rows.rows

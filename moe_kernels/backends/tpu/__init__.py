@@ -1,0 +1,91 @@
+"""The TPU back end: Pallas kernels for the Mosaic compiler; interpreted on other platforms when asked for by name."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from moe_kernels.backends.base import Backend, Problem, Span
+from moe_kernels.backends.tiling import (
+    CHIPS,
+    MIB,
+    matmul_backward_tiles,
+    matmul_forward_tiles,
+    mlp_backward_tiles,
+    mlp_forward_tiles,
+)
+from moe_kernels.backends.tpu.launch import STAND_IN, Target
+from moe_kernels.backends.tpu.matmul import grouped_matmul_backward, grouped_matmul_forward
+from moe_kernels.backends.tpu.mlp import expert_mlp_forward
+from moe_kernels.backends.tpu.mlp_backward import expert_mlp_backward
+from moe_kernels.backends.tpu.rows import ROW_ALIGNMENT
+
+ITEMSIZES = {"float32": 4, "bfloat16": 2}
+# Weights may be float32 whatever the rows are; a problem does not say, so blocks must fit in the larger case too.
+LARGEST_WEIGHT = 4
+TILES = {
+    "expert_mlp": (mlp_forward_tiles, mlp_backward_tiles),
+    "grouped_matmul": (matmul_forward_tiles, matmul_backward_tiles),
+}
+
+
+def why_not(problem: Problem) -> str | None:
+    """Refuse other platforms (unless asked for by name), dtypes that the MXU has no matmul for, and what cannot fit.
+
+    >>> why_not(Problem("expert_mlp", "cpu", "float32", (16, 8), 2))
+    'platform cpu is not tpu; named, it runs interpreted'
+    """
+    if problem.platform != "tpu" and not problem.named:
+        return f"platform {problem.platform} is not tpu; named, it runs interpreted"
+    if problem.dtype not in ITEMSIZES:
+        return f"dtype {problem.dtype} is none of {tuple(ITEMSIZES)}"
+    if problem.platform == "tpu" and problem.chip not in CHIPS:
+        return f"chip {problem.chip!r} is none of {tuple(CHIPS)}"
+    if problem.span in TILES:
+        return _rows_misfit(problem) or _vmem_misfit(problem)
+    return None
+
+
+def _rows_misfit(problem: Problem) -> str | None:
+    layout = problem.layout
+    if layout is None:
+        return "the layout of the rows is not known"
+    spacing = layout.num_rows if layout.rows_per_expert is None else layout.rows_per_expert // layout.runs_per_expert
+    if spacing % ROW_ALIGNMENT:
+        return f"runs of {spacing} rows do not start at multiples of {ROW_ALIGNMENT}"
+    return None
+
+
+def _vmem_misfit(problem: Problem) -> str | None:
+    assert problem.layout is not None
+    chip = CHIPS[_target(problem).chip]
+    for choose in TILES[problem.span]:
+        sizes = (problem.shape[-1], problem.expert_width, ITEMSIZES[problem.dtype], LARGEST_WEIGHT)
+        if choose(problem.layout, *sizes, chip) is None:
+            return (
+                f"width {problem.shape[-1]} with expert width {problem.expert_width} does not fit the "
+                f"{chip.vmem // MIB} MiB of VMEM of {_target(problem).chip}"
+            )
+    return None
+
+
+def _target(problem: Problem) -> Target:
+    if problem.platform != "tpu":
+        return Target(STAND_IN, interpret=True)
+    return Target(problem.chip, problem.num_cores)
+
+
+@functools.lru_cache
+def _span(forward: Any, backward: Any, target: Target) -> Span:
+    """One span for each target, so that JAX finds what it has traced before."""
+    return Span(functools.partial(forward, target), functools.partial(backward, target))
+
+
+TPU = Backend(
+    name="tpu",
+    why_not=why_not,
+    spans={
+        "grouped_matmul": lambda problem: _span(grouped_matmul_forward, grouped_matmul_backward, _target(problem)),
+        "expert_mlp": lambda problem: _span(expert_mlp_forward, expert_mlp_backward, _target(problem)),
+    },
+)

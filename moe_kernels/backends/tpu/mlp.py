@@ -1,0 +1,176 @@
+"""The expert MLP as one kernel, forward: `y = act(x w1 + b1) w2 + b2`, the hidden layer never in HBM.
+
+Grid (core, item, chunk of F). The rows of an item stay in VMEM while chunks of its expert's weights stream through, so
+each weight is read once for an item; `y` is added up in float32 and starts as the bias. The rows of the next item are
+fetched, and those of the last one written, under the matmuls. Results leave from the buffer that the rows came in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from moe_kernels.backends.base import MlpStatic
+from moe_kernels.backends.tiling import Tiles, mlp_forward_tiles
+from moe_kernels.backends.tpu.gelu import gelu
+from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, unflatten
+from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of
+from moe_kernels.types import MlpWeights, Runs
+
+
+class MlpSaved(NamedTuple):
+    """What the backward pass needs: it computes the hidden layer again."""
+
+    rows: Float[Array, "R D"]
+    weights: MlpWeights
+    runs: Runs
+
+
+def expert_mlp_forward(
+    target: Target, static: MlpStatic, rows: Float[Array, "R D"], weights: MlpWeights, runs: Runs
+) -> tuple[Float[Array, "R D"], MlpSaved]:
+    """`y = act(x w1_e + b1_e) w2_e + b2_e`; unused rows hold anything."""
+    saved = MlpSaved(rows, weights, runs)
+    if rows.shape[0] == 0:
+        return rows, saved
+    tiles = mlp_forward_tiles(
+        static.layout,
+        rows.shape[1],
+        weights.w1.shape[2],
+        rows.dtype.itemsize,
+        weights.w1.dtype.itemsize,
+        target.facts,
+    )
+    assert tiles is not None, "refused by why_not"
+    return run_forward(tiles, target, static, rows, weights, runs), saved
+
+
+def run_forward(
+    tiles: Tiles, target: Target, static: MlpStatic, rows: Float[Array, "R D"], weights: MlpWeights, runs: Runs
+) -> Float[Array, "R D"]:
+    """The forward pass with given block sizes."""
+    width, chunk, held = rows.shape[1], tiles.chunk, tiles.rows.rows
+    grid = grid_of(static.layout, tiles, target)
+    cast = weights.w1.dtype != rows.dtype
+
+    def kernel(*refs: Any) -> None:
+        _forward(tiles, static, grid, unflatten(refs[:NUM_SCALARS]), _Forward(*refs[NUM_SCALARS:]))
+
+    hbm = pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)
+    run = launch(
+        kernel,
+        "expert_mlp_forward",
+        grid,
+        target,
+        tiles,
+        in_specs=[hbm, *weight_specs(grid, width, chunk)],
+        out_specs=[hbm],
+        out_shape=[jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
+        scratch=[
+            pltpu.VMEM((2, held, width), rows.dtype),
+            pltpu.VMEM((held, width), jnp.float32),
+            pltpu.VMEM((width, chunk) if cast else (8, 128), rows.dtype),
+            pltpu.VMEM((chunk, width) if cast else (8, 128), rows.dtype),
+            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SemaphoreType.DMA((2,)),
+        ],
+    )
+    (out,) = run(scalars_of(static.layout, runs, tiles, target), rows, *padded_weights(weights, tiles.padded))
+    return out
+
+
+def weight_specs(grid: Grid, width: int, chunk: int) -> list[pl.BlockSpec]:
+    """Chunks of w1 `[E, D, F]`, b1 `[E, 1, F]`, w2 `[E, F, D]`, and b2 `[E, 1, D]`."""
+    return [
+        pl.BlockSpec((1, width, chunk), grid.columns),
+        pl.BlockSpec((1, 1, chunk), grid.columns),
+        pl.BlockSpec((1, chunk, width), grid.chunk_rows),
+        pl.BlockSpec((1, 1, width), grid.whole),
+    ]
+
+
+def padded_weights(weights: MlpWeights, padded: int) -> tuple[Array, Array, Array, Array]:
+    """Weights with F rounded up (zero columns of w1 meet zero rows of w2), and biases `[E, 1, ...]` in float32."""
+    experts, width, expert_width = weights.w1.shape
+    more = padded - expert_width
+    b1 = jnp.zeros((experts, expert_width), jnp.float32) if weights.b1 is None else weights.b1.astype(jnp.float32)
+    b2 = jnp.zeros((experts, width), jnp.float32) if weights.b2 is None else weights.b2.astype(jnp.float32)
+    w1, w2 = weights.w1, weights.w2
+    if more:
+        w1, b1 = jnp.pad(w1, ((0, 0), (0, 0), (0, more))), jnp.pad(b1, ((0, 0), (0, more)))
+        w2 = jnp.pad(w2, ((0, 0), (0, more), (0, 0)))
+    return w1, b1[:, None], w2, b2[:, None]
+
+
+class _Forward(NamedTuple):
+    """Arrays of the kernel."""
+
+    rows: Any
+    w1: Any
+    b1: Any
+    w2: Any
+    b2: Any
+    out: Any
+    buffer: Any
+    """Two items' rows, then results."""
+    total: Any
+    w1_cast: Any
+    w2_cast: Any
+    fetched: Any
+    written: Any
+
+
+def _forward(tiles: Tiles, static: MlpStatic, grid: Grid, scalars: Scalars, refs: _Forward) -> None:
+    core, item, chunk = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    at, slot = grid.item(core, item), jax.lax.rem(item, 2)
+    rows, dtype = refs.buffer.at[slot], refs.buffer.dtype
+    busy = scalars.schedule.size[at] > 0
+
+    def copies(at: Scalar, slot: Scalar, array: Any, semaphores: Any) -> RowCopies:
+        first, count = scalars.schedule.first[at], scalars.schedule.size[at]
+        return RowCopies(array, refs.buffer.at[slot], semaphores.at[slot], first, count, tiles.rows.copied)
+
+    pl.when((item == 0) & (chunk == 0))(lambda: copies(at, slot, refs.rows, refs.fetched).fetch())
+    pl.when(chunk == 0)(lambda: copies(at, slot, refs.rows, refs.fetched).fetched())
+
+    # One chunk later than possible, so that the results of the last item have left the buffer without a wait.
+    @pl.when(chunk == min(1, grid.chunks - 1))
+    def _() -> None:
+        pl.when(item > 0)(lambda: copies(at - 1, 1 - slot, refs.out, refs.written).written())
+        pl.when(item + 1 < grid.items)(lambda: copies(at + 1, 1 - slot, refs.rows, refs.fetched).fetch())
+
+    # Not where the first matmul adds: a branch in the loop over rows keeps the MXU waiting.
+    @pl.when(busy & (chunk == 0))
+    def _() -> None:
+        refs.total[...] = jnp.broadcast_to(refs.b2[0], refs.total.shape)
+
+    w1, w2 = refs.w1.at[0], refs.w2.at[0]
+    if refs.w1.dtype != dtype:
+        w1, w2 = refs.w1_cast, refs.w2_cast
+
+        @pl.when(busy)
+        def _() -> None:
+            w1[...], w2[...] = refs.w1[0].astype(dtype), refs.w2[0].astype(dtype)
+
+    def work(offset: Scalar, size: int) -> None:
+        own = pl.ds(offset, size)
+        hidden = (dot(rows[own], w1[...], (1, 0)) + refs.b1[0]).astype(dtype)
+        activated = gelu(hidden.astype(jnp.float32), static.activation).astype(dtype)
+        refs.total[own] += dot(activated, w2[...], (1, 0))
+
+    over_pieces(*pieces_of(scalars, at, tiles.rows), tiles.rows, work)
+
+    @pl.when(chunk == grid.chunks - 1)
+    def _() -> None:
+        @pl.when(busy)
+        def _() -> None:
+            rows[...] = refs.total[...].astype(dtype)
+
+        results = copies(at, slot, refs.out, refs.written)
+        results.write()
+        pl.when(item == grid.items - 1)(results.written)

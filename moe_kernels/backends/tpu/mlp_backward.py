@@ -1,0 +1,298 @@
+"""The expert MLP as one kernel, backward, with the hidden layer computed again: five matmuls for each chunk of F.
+
+With `h = x w1 + b1`, `a = act(h)`: `dh = (dy w2ᵀ) act'(h)`, `dx = dh w1ᵀ`, `dw1 = xᵀ dh`, `dw2 = aᵀ dy`, `db1 = Σ dh`,
+`db2 = Σ dy`. Grid (core, item, chunk of F) as in the forward pass; `dx` is added up in float32 over chunks and leaves
+from the buffer that `dy` came in. Where one piece covers an item, weight gradients leave straight from the MXU; else
+they are added up in float32 over pieces and, for an expert of several items, over items through HBM. Rows that belong
+to no run are zeroed in `x` and in `dy` before any matmul. Biases' gradients leave as one sum an item.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from moe_kernels.backends.base import MlpStatic
+from moe_kernels.backends.schedule import PADDING, STARTS, Schedule
+from moe_kernels.backends.tiling import Tiles, mlp_backward_tiles, one_item
+from moe_kernels.backends.tpu.gelu import gelu_and_slope
+from moe_kernels.backends.tpu.gradients import Gradient, Gradients, gradient_dtype, gradient_slots
+from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, unflatten
+from moe_kernels.backends.tpu.mlp import MlpSaved, padded_weights, weight_specs
+from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of, used_rows
+from moe_kernels.types import Layout, MlpWeights, Runs
+
+
+def expert_mlp_backward(
+    target: Target, static: MlpStatic, saved: MlpSaved, dout: Float[Array, "R D"]
+) -> tuple[Float[Array, "R D"], MlpWeights]:
+    """Gradients of rows and weights; an expert without rows gets exactly 0."""
+    rows, weights, runs = saved
+    if rows.shape[0] == 0:
+        return rows, jax.tree.map(jnp.zeros_like, weights)
+    tiles = mlp_backward_tiles(
+        static.layout,
+        rows.shape[1],
+        weights.w1.shape[2],
+        rows.dtype.itemsize,
+        weights.w1.dtype.itemsize,
+        target.facts,
+    )
+    assert tiles is not None, "refused by why_not"
+    return run_backward(tiles, target, static, rows, weights, runs, dout)
+
+
+def run_backward(
+    tiles: Tiles,
+    target: Target,
+    static: MlpStatic,
+    rows: Float[Array, "R D"],
+    weights: MlpWeights,
+    runs: Runs,
+    dout: Float[Array, "R D"],
+) -> tuple[Float[Array, "R D"], MlpWeights]:
+    """The backward pass with given block sizes."""
+    layout, width, chunk, held = static.layout, rows.shape[1], tiles.chunk, tiles.rows.rows
+    grid = grid_of(layout, tiles, target)
+    cast = weights.w1.dtype != rows.dtype
+    once = one_item(layout, tiles.rows)
+    dtype, slots = gradient_dtype(weights.w1.dtype, once), gradient_slots(grid, once)
+    summed = dtype != jnp.float32
+
+    def kernel(*refs: Any) -> None:
+        _Backward(tiles, static, grid, once, unflatten(refs[:NUM_SCALARS]), _Refs(*refs[NUM_SCALARS:])).run()
+
+    hbm = pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)
+    w1, b1, w2, _ = padded_weights(weights, tiles.padded)
+    num_items = grid.cores * grid.items
+    small = (8, 128)
+    run = launch(
+        kernel,
+        "expert_mlp_backward",
+        grid,
+        target,
+        tiles,
+        in_specs=[hbm, hbm, *weight_specs(grid, width, chunk)[:3]],
+        out_specs=[
+            hbm,
+            hbm,
+            hbm,
+            pl.BlockSpec((1, 1, chunk), grid.item_columns),
+            pl.BlockSpec((1, 1, width), grid.item_whole),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(rows.shape, rows.dtype),
+            jax.ShapeDtypeStruct(w1.shape, dtype),
+            jax.ShapeDtypeStruct(w2.shape, dtype),
+            jax.ShapeDtypeStruct((num_items, 1, tiles.padded), jnp.float32),
+            jax.ShapeDtypeStruct((num_items, 1, width), jnp.float32),
+        ],
+        scratch=[
+            pltpu.VMEM((2, held, width), rows.dtype),
+            pltpu.VMEM((2, held, width), rows.dtype),
+            pltpu.VMEM((held, width), jnp.float32),
+            pltpu.VMEM((width, chunk) if cast else small, rows.dtype),
+            pltpu.VMEM((chunk, width) if cast else small, rows.dtype),
+            pltpu.VMEM((slots, width, chunk), dtype),
+            pltpu.VMEM((slots, chunk, width), dtype),
+            pltpu.VMEM((width, chunk) if summed else small, jnp.float32),
+            pltpu.VMEM((chunk, width) if summed else small, jnp.float32),
+            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SemaphoreType.DMA,
+        ],
+        aliases={1: 0},
+    )
+    scalars = scalars_of(layout, runs, tiles, target)
+    drows, dw1, dw2, db1, db2 = run(scalars, rows, dout, w1, b1, w2)
+    db1, db2 = (_by_expert(db[:, 0], scalars.schedule, layout, once) for db in (db1, db2))
+    expert_width = weights.w1.shape[2]
+    return drows, MlpWeights(
+        dw1[:, :, :expert_width].astype(weights.w1.dtype),
+        None if weights.b1 is None else db1[:, :expert_width].astype(weights.b1.dtype),
+        dw2[:, :expert_width].astype(weights.w2.dtype),
+        None if weights.b2 is None else db2.astype(weights.b2.dtype),
+    )
+
+
+def _by_expert(sums: Float[Array, "Q F"], schedule: Schedule, layout: Layout, once: bool) -> Float[Array, "E F"]:
+    """Add the sums of the items of each expert, without letting a NaN out of its expert."""
+    if once:
+        return sums[: layout.num_experts]
+    experts = jnp.arange(layout.num_experts, dtype=jnp.int32)
+    mine = (schedule.expert == experts[:, None]) & (schedule.part != PADDING)
+    return jnp.sum(jnp.where(mine[..., None], sums, 0.0), axis=1)
+
+
+class _Refs(NamedTuple):
+    """Arrays of the kernel."""
+
+    rows: Any
+    dout: Any
+    w1: Any
+    b1: Any
+    w2: Any
+    drows: Any
+    dw1: Any
+    dw2: Any
+    db1: Any
+    db2: Any
+    x: Any
+    dy: Any
+    """Two items' rows of dy, then of dx."""
+    dx: Any
+    w1_cast: Any
+    w2_cast: Any
+    dw1_out: Any
+    dw2_out: Any
+    dw1_sum: Any
+    dw2_sum: Any
+    fetched: Any
+    written: Any
+    dw_written: Any
+    dw_fetched: Any
+
+
+class _Backward(NamedTuple):
+    """The kernel: its static facts, scalars and arrays."""
+
+    tiles: Tiles
+    static: MlpStatic
+    grid: Grid
+    once: bool
+    scalars: Scalars
+    refs: _Refs
+
+    def run(self) -> None:
+        """One step of the grid."""
+        grid, refs, schedule = self.grid, self.refs, self.scalars.schedule
+        core, item, chunk = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        at, slot = grid.item(core, item), jax.lax.rem(item, 2)
+        busy = schedule.size[at] > 0
+
+        pl.when((item == 0) & (chunk == 0))(lambda: self._fetch(at, slot))
+        pl.when((chunk == 0) & busy)(lambda: self._begin(at, slot))
+
+        @pl.when(chunk == min(1, grid.chunks - 1))
+        def _() -> None:
+            pl.when(item > 0)(lambda: self._results(at - 1, 1 - slot).written())
+            pl.when(item + 1 < grid.items)(lambda: self._fetch(at + 1, 1 - slot))
+
+        step, gradients = item * grid.chunks + chunk, self._gradients()
+        out_slot = gradients.slot(step)
+        pl.when(step >= gradients.num_slots)(lambda: gradients.wait(core, step - gradients.num_slots))
+        pl.when(busy)(lambda: self._work(at, slot, chunk, out_slot))
+
+        @pl.when(jnp.logical_not(busy))
+        def _() -> None:
+            gradients.zero(out_slot)
+            refs.db1[...] = jnp.zeros(refs.db1.shape, jnp.float32)
+            pl.when(chunk == 0)(self._no_db2)
+
+        gradients.write(at, chunk, out_slot)
+
+        @pl.when(chunk == grid.chunks - 1)
+        def _() -> None:
+            @pl.when(busy)
+            def _() -> None:
+                refs.dy[slot] = refs.dx[...].astype(refs.dy.dtype)
+
+            self._results(at, slot).write()
+
+            @pl.when(item == grid.items - 1)
+            def _() -> None:
+                self._results(at, slot).written()
+                for last in range(min(gradients.num_slots, grid.items * grid.chunks)):
+                    gradients.wait(core, step - last)
+
+    def _no_db2(self) -> None:
+        self.refs.db2[...] = jnp.zeros(self.refs.db2.shape, jnp.float32)
+
+    def _copies(self, at: Scalar, slot: Scalar, array: Any, buffer: Any, semaphores: Any) -> RowCopies:
+        schedule = self.scalars.schedule
+        first, count = schedule.first[at], schedule.size[at]
+        return RowCopies(array, buffer.at[slot], semaphores.at[slot], first, count, self.tiles.rows.copied)
+
+    def _results(self, at: Scalar, slot: Scalar) -> RowCopies:
+        return self._copies(at, slot, self.refs.drows, self.refs.dy, self.refs.written)
+
+    def _fetch(self, at: Scalar, slot: Scalar) -> None:
+        self._copies(at, slot, self.refs.rows, self.refs.x, self.refs.fetched).fetch()
+        self._copies(at, slot, self.refs.dout, self.refs.dy, self.refs.fetched).fetch()
+
+    def _begin(self, at: Scalar, slot: Scalar) -> None:
+        """Rows are there: zero those of no run, and what is added up over chunks."""
+        refs = self.refs
+        self._copies(at, slot, refs.rows, refs.x, refs.fetched).fetched()
+        self._copies(at, slot, refs.dout, refs.dy, refs.fetched).fetched()
+        used = used_rows(self.scalars, at, self.static.layout, refs.dx.shape)
+        zero = jnp.zeros((), refs.x.dtype)
+        refs.x[slot] = jnp.where(used, refs.x[slot], zero)
+        dy = jnp.where(used, refs.dy[slot], zero)
+        refs.dy[slot] = dy
+        refs.db2[0] = jnp.sum(dy.astype(jnp.float32), axis=0, keepdims=True)
+        refs.dx[...] = jnp.zeros(refs.dx.shape, jnp.float32)
+
+    def _gradients(self) -> Gradients:
+        refs = self.refs
+        weights = (
+            Gradient(refs.dw1, refs.dw1_out, refs.dw1_sum, columns=True),
+            Gradient(refs.dw2, refs.dw2_out, refs.dw2_sum, columns=False),
+        )
+        return Gradients(
+            self.grid, self.scalars, self.tiles.chunk, self.once, weights, refs.dw_written, refs.dw_fetched
+        )
+
+    def _work(self, at: Scalar, slot: Scalar, chunk: Scalar, out_slot: Scalar) -> None:
+        refs, rows = self.refs, self.tiles.rows
+        w1, w2 = refs.w1.at[0], refs.w2.at[0]
+        if refs.w1.dtype != refs.x.dtype:
+            w1, w2 = refs.w1_cast, refs.w2_cast
+            w1[...], w2[...] = refs.w1[0].astype(w1.dtype), refs.w2[0].astype(w2.dtype)
+        dw1, dw2 = refs.dw1_out.at[out_slot], refs.dw2_out.at[out_slot]
+
+        def gradients(offset: Scalar, size: int) -> tuple[Array, Array, Array]:
+            own = pl.ds(offset, size)
+            x, dy = refs.x[slot, own], refs.dy[slot, own]
+            hidden = (dot(x, w1[...], (1, 0)) + refs.b1[0]).astype(x.dtype).astype(jnp.float32)
+            activated, slope = gelu_and_slope(hidden, self.static.activation)
+            dhidden = (dot(dy, w2[...], (1, 1)) * slope).astype(x.dtype)
+            refs.dx[own] += dot(dhidden, w1[...], (1, 1))
+            db1 = jnp.sum(dhidden.astype(jnp.float32), axis=0, keepdims=True)
+            return dot(x, dhidden, (0, 0)), dot(activated.astype(x.dtype), dy, (0, 0)), db1
+
+        repeats, bits = pieces_of(self.scalars, at, rows)
+        starts = self.scalars.schedule.part[at] == STARTS
+        # One piece, and that the first or the only one of its kind: nothing to add up.
+        single = starts & (repeats == 1) & (bits <= 1) if rows.rows == rows.pieces[0] else None
+
+        def at_once() -> None:
+            g1, g2, db1 = gradients(0, rows.pieces[0])
+            dw1[...], dw2[...], refs.db1[0] = g1.astype(dw1.dtype), g2.astype(dw2.dtype), db1
+
+        def piecewise() -> None:
+            chunks = self._gradients()
+            sum1, sum2 = (weight.sums(out_slot) for weight in chunks.weights)
+            chunks.begin(at, chunk, out_slot)
+            refs.db1[...] = jnp.zeros(refs.db1.shape, jnp.float32)
+
+            def add(offset: Scalar, size: int) -> None:
+                g1, g2, db1 = gradients(offset, size)
+                sum1[...] += g1
+                sum2[...] += g2
+                refs.db1[0] += db1
+
+            over_pieces(repeats, bits, rows, add, first=single is None or not self.once)
+            chunks.finish(out_slot)
+
+        if single is None:
+            piecewise()
+        else:
+            pl.when(single)(at_once)
+            pl.when(jnp.logical_not(single))(piecewise)

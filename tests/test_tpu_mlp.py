@@ -1,0 +1,185 @@
+"""The fused expert MLP of the TPU back end, interpreted, against the reference and the table of nasty cases."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import nasty_cases as nasty
+import numpy as np
+import pytest
+from moe_cases import FAST, assert_close
+
+from moe_kernels.backends.base import MlpStatic
+from moe_kernels.backends.tiling import RowTiles, Tiles
+from moe_kernels.backends.tpu.launch import Target
+from moe_kernels.backends.tpu.mlp import expert_mlp_forward, run_forward
+from moe_kernels.backends.tpu.mlp_backward import expert_mlp_backward, run_backward
+
+TARGET = Target("TPU v6 lite", interpret=True)
+# Small enough that every case has several pieces, and most of them several items and chunks.
+
+
+def tiles_of(rows: nasty.Rows, held: int, pieces: tuple[int, ...], chunk: int, padded: int = 0) -> Tiles:
+    copied = min(held, rows.layout.rows_per_expert or rows.num_rows)
+    return Tiles(RowTiles(held, copied, pieces), chunk, padded or rows.hidden, vmem=0)
+
+
+# A whole expert as one item of one piece, and of several; several items with one chunk of F, and with several.
+CASES = {
+    "one row": (nasty.TINY, tiles_of(nasty.TINY, 16, (16,), 1)),
+    "one piece": (nasty.PATTERNS_BLOCK, tiles_of(nasty.PATTERNS_BLOCK, 16, (16,), 16)),
+    "several pieces": (nasty.TILES_BLOCK, tiles_of(nasty.TILES_BLOCK, 144, (48, 32, 16), 16)),
+    "packed, one chunk": (nasty.TILES_PACKED, tiles_of(nasty.TILES_PACKED, 128, (64, 32, 16), 16)),
+    "packed, one piece an item": (nasty.PATTERNS_PACKED, tiles_of(nasty.PATTERNS_PACKED, 16, (16,), 16)),
+    "odd widths": (nasty.ODD_BLOCK, tiles_of(nasty.ODD_BLOCK, 32, (32, 16), 128, 384)),
+    "several chunks, several items": (nasty.ODD_PACKED, tiles_of(nasty.ODD_PACKED, 32, (16,), 128, 384)),
+    "half a lane's width": (nasty.HALF_BLOCK, tiles_of(nasty.HALF_BLOCK, 16, (16,), 320)),
+    "several runs": (nasty.SEVERAL_RUNS, tiles_of(nasty.SEVERAL_RUNS, 32, (32, 16), 32)),
+}
+EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8}  # of a float32 sum; of one rounding to bfloat16
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), compiler_options=FAST)
+def mlp(rows, tiles, target, activation, given, size):
+    """Output and gradients."""
+    static, runs = MlpStatic(rows.layout, activation), rows.runs(size)
+    out = run_forward(tiles, target, static, given.rows, given.weights, runs)
+    return out, *run_backward(tiles, target, static, given.rows, given.weights, runs, given.dout)
+
+
+def check(rows, given, size, found, activation="gelu_tanh") -> None:
+    out, drows, dweights = found
+    dtype = str(given.rows.dtype)
+    wanted, used = nasty.expected_mlp(rows, given, size, activation), rows.used(np.asarray(size))
+    assert out.dtype == drows.dtype == given.rows.dtype
+    assert [w.dtype for w in dweights] == [w.dtype for w in given.weights]
+    # Half of eps is one rounding; in bfloat16 the hidden layer and the results are rounded, sums are not.
+    bound = {"length": rows.width + rows.hidden, "eps": EPS[dtype], "roundings": 4 if dtype == "float32" else 1}
+    assert_close(np.asarray(out, np.float64)[used], wanted.out[used], name="out", floor=1, **bound)
+    assert_close(np.asarray(drows, np.float64)[used], wanted.drows[used], name="drows", floor=1, **bound)
+    bound["length"] += max(size, default=0)
+    for name, mine, theirs in zip(dweights._fields, dweights, wanted.dweights, strict=True):
+        mine, theirs = (np.asarray(a, np.float64).reshape(rows.experts, -1) for a in (mine, theirs))
+        assert_close(mine, theirs, name=f"d{name}", floor=1, **bound)
+
+
+def cases(names=None, dtypes=nasty.DTYPES):
+    for name, (rows, tiles) in CASES.items():
+        if names is None or name in names:
+            yield from (pytest.param(rows, tiles, *dtype, id=f"{name}, {'/'.join(dtype)}") for dtype in dtypes)
+
+
+def check_case(rows, tiles, dtype, weight_dtype, activation="gelu_tanh", target=TARGET) -> None:
+    given = nasty.operands(rows, dtype=dtype, weight_dtype=weight_dtype)
+    for size in nasty.SIZES.get(rows, ()):
+        found = mlp(rows, tiles, target, activation, given, np.array(size, np.int32))
+        check(rows, given, size, found, activation)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tiles", "dtype", "weight_dtype"),
+    [
+        *cases(["several pieces", "several chunks, several items"], [("float32", "float32")]),
+        *cases(["packed, one chunk", "odd widths"], [("bfloat16", "float32")]),
+        *cases(["one row", "half a lane's width", "several runs"], [("bfloat16", "bfloat16")]),
+    ],
+)
+def test_values_and_gradients(rows, tiles, dtype, weight_dtype):
+    check_case(rows, tiles, dtype, weight_dtype)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu_erf"])
+@pytest.mark.parametrize(("rows", "tiles", "dtype", "weight_dtype"), [*cases()])
+def test_values_and_gradients_of_all(rows, tiles, dtype, weight_dtype, activation):
+    check_case(rows, tiles, dtype, weight_dtype, activation)
+
+
+@pytest.mark.parametrize("name", ["one piece", "packed, one piece an item"])
+def test_every_pattern_of_empty_experts(name):
+    rows, tiles = CASES[name]
+    given = nasty.operands(rows)
+    for size in nasty.empty_patterns(rows):
+        found = mlp(rows, tiles, TARGET, "gelu_tanh", given, size)
+        for gradient in found[2]:
+            empty = np.asarray(gradient)[size == 0]
+            assert (empty == 0).all() and np.isfinite(gradient).all()
+    for size in nasty.empty_patterns(rows)[::37]:
+        check(rows, given, size, mlp(rows, tiles, TARGET, "gelu_tanh", given, size))
+
+
+def test_the_exact_gelu():
+    check_case(*CASES["one piece"], "float32", "float32", "gelu_erf")
+    rows, tiles = CASES["one piece"]
+    given, size = nasty.operands(rows), (3, 0, 16, 1, 8, 9, 15, 2)
+    exact = mlp(rows, tiles, TARGET, "gelu_erf", given, np.array(size))
+    check(rows, given, size, exact, "gelu_erf")
+    assert not np.array_equal(exact[0], mlp(rows, tiles, TARGET, "gelu_tanh", given, np.array(size))[0])
+
+
+def spoil(given, used, bad):
+    """The operands with `bad` in every row that belongs to no run."""
+    unused = jnp.asarray(~used)[:, None]
+    return given._replace(rows=jnp.where(unused, bad, given.rows), dout=jnp.where(unused, bad, given.dout))
+
+
+POISONED = [("one piece", (3, 0, 15, 16, 1, 7, 8, 9)), ("packed, one piece an item", (3, 0, 15, 17, 1, 7, 8, 9))]
+
+
+@pytest.mark.parametrize("bad", nasty.POISONS)
+@pytest.mark.parametrize(("name", "size"), POISONED)
+def test_what_is_not_an_experts_own_never_reaches_it(name, size, bad):
+    rows, tiles = CASES[name]
+    given, used = nasty.operands(rows), rows.used(np.array(size))
+    run = functools.partial(mlp, rows, tiles, TARGET, "gelu_tanh")
+    clean, spoilt = (run(g, np.array(size)) for g in (given, spoil(given, used, bad)))
+    for mine, theirs in zip(clean[:2], spoilt[:2], strict=True):
+        np.testing.assert_array_equal(np.asarray(theirs)[used], np.asarray(mine)[used])
+    jax.tree.map(np.testing.assert_array_equal, spoilt[2], clean[2])
+
+    # A broken row, and an expert with broken weights.
+    runs = rows.runs(np.array(size))
+    broken, row = 3, int(runs.first[3]) + 2
+    other_rows = used & (np.arange(rows.num_rows) != row)
+    others = np.arange(rows.experts) != broken
+    worse = run(given._replace(rows=given.rows.at[row].set(bad), dout=given.dout.at[row].set(bad)), np.array(size))
+    for mine, theirs in zip(clean[:2], worse[:2], strict=True):
+        np.testing.assert_array_equal(np.asarray(theirs)[other_rows], np.asarray(mine)[other_rows])
+    assert not np.isfinite(worse[2].w1[broken]).all()
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[others], b[others]), worse[2], clean[2])
+    own = np.zeros(rows.num_rows, bool)
+    own[int(runs.first[broken]) :][: size[broken]] = True
+    for field in given.weights._fields:
+        weights = given.weights._replace(**{field: getattr(given.weights, field).at[broken].set(bad)})
+        worse = run(given._replace(weights=weights), np.array(size))
+        np.testing.assert_array_equal(np.asarray(worse[0])[used & ~own], np.asarray(clean[0])[used & ~own])
+        np.testing.assert_array_equal(np.asarray(worse[1])[used & ~own], np.asarray(clean[1])[used & ~own])
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[others], b[others]), worse[2], clean[2])
+
+
+def test_the_same_input_twice_gives_the_same_bits_and_vmap_is_one_after_the_other():
+    rows, tiles = CASES["packed, one piece an item"]
+    sizes = nasty.empty_patterns(rows)[[255, 77]]
+    given = [nasty.operands(rows, seed=seed) for seed in (0, 1)]
+    run = functools.partial(mlp, rows, tiles, TARGET, "gelu_tanh")
+    one_by_one = [run(*arguments) for arguments in zip(given, sizes, strict=True)]
+    jax.tree.map(np.testing.assert_array_equal, run(given[0], sizes[0]), one_by_one[0])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *given)
+    together = jax.jit(jax.vmap(run), compiler_options=FAST)(stacked, sizes)
+    for n, alone in enumerate(one_by_one):
+        used = rows.used(sizes[n])
+        for mine, theirs in zip(alone[:2], together[:2], strict=True):
+            np.testing.assert_array_equal(np.asarray(theirs)[n][used], np.asarray(mine)[used])
+        jax.tree.map(lambda a, b, n=n: np.testing.assert_array_equal(b[n], a), alone[2], together[2])
+
+
+def test_without_rows_and_without_biases():
+    rows = nasty.EMPTY
+    given = nasty.operands(rows)
+    weights = given.weights._replace(b1=None, b2=None)
+    static = MlpStatic(rows.layout, "gelu_tanh")
+    runs = rows.runs(np.zeros(rows.experts, np.int32))
+    out, saved = expert_mlp_forward(TARGET, static, given.rows, weights, runs)
+    drows, dweights = expert_mlp_backward(TARGET, static, saved, given.dout)
+    assert out.shape == drows.shape == (0, rows.width)
+    assert dweights.b1 is None and dweights.b2 is None and not dweights.w1.any() and not dweights.w2.any()
