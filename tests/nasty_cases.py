@@ -1,0 +1,168 @@
+"""The nasty cases of expert rows, for every back end's kernels: data, builders and the oracle, no back end.
+
+Sizes of runs are traced values, so a test compiles one function for a `Rows` and gives it every pattern.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import reference
+from moe_kernels import MlpWeights
+from moe_kernels.plan import ROW_ALIGNMENT
+from moe_kernels.types import Activation, Layout, Runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What is static about a case; `rows_per_run` is None where runs are packed one after the other."""
+
+    experts: int
+    rows_per_run: int | None
+    width: int
+    hidden: int
+    runs_per_expert: int = 1
+    packed_rows: int = 0
+
+    @property
+    def num_runs(self) -> int:
+        return self.experts * self.runs_per_expert
+
+    @property
+    def num_rows(self) -> int:
+        return self.packed_rows if self.rows_per_run is None else self.num_runs * self.rows_per_run
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(
+            num_tokens=self.num_rows,
+            num_choices=1,
+            num_groups=1,
+            num_experts=self.experts,
+            num_rows=self.num_rows,
+            rows_per_expert=None if self.rows_per_run is None else self.rows_per_run * self.runs_per_expert,
+            runs_per_expert=self.runs_per_expert,
+        )
+
+    def runs(self, size: jax.Array) -> Runs:
+        """The runs with `size` [runs] rows each; traceable."""
+        size = jnp.asarray(size, jnp.int32)
+        expert = jnp.arange(self.num_runs, dtype=jnp.int32) // self.runs_per_expert
+        if self.rows_per_run is not None:
+            return Runs(expert, jnp.arange(self.num_runs, dtype=jnp.int32) * self.rows_per_run, size)
+        aligned = (size + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
+        return Runs(expert, jnp.cumsum(aligned, dtype=jnp.int32) - aligned, size)
+
+    def used(self, size: np.ndarray) -> np.ndarray:
+        """Which rows hold something, [rows] bool."""
+        runs = self.runs(np.asarray(size))
+        used = np.zeros(self.num_rows, bool)
+        for first, count in zip(np.asarray(runs.first), size, strict=True):
+            used[first : first + count] = True
+        return used
+
+
+TINY = Rows(experts=1, rows_per_run=8, width=1, hidden=1)
+EMPTY = Rows(experts=3, rows_per_run=0, width=8, hidden=16)
+PATTERNS_BLOCK = Rows(experts=8, rows_per_run=16, width=8, hidden=16)
+PATTERNS_PACKED = Rows(experts=8, rows_per_run=None, width=8, hidden=16, packed_rows=96)
+TILES_BLOCK = Rows(experts=4, rows_per_run=136, width=8, hidden=16)
+TILES_PACKED = Rows(experts=4, rows_per_run=None, width=8, hidden=16, packed_rows=544)
+ODD_BLOCK = Rows(experts=3, rows_per_run=24, width=130, hidden=257)
+ODD_PACKED = Rows(experts=3, rows_per_run=None, width=130, hidden=257, packed_rows=72)
+# 2880 = 22.5 x 128, as in published models; here 1.5 and 2.5 lanes' widths.
+HALF_BLOCK = Rows(experts=2, rows_per_run=16, width=192, hidden=320)
+SEVERAL_RUNS = Rows(experts=3, rows_per_run=24, width=16, hidden=32, runs_per_expert=4)
+
+# One off a sublane (8), two of bfloat16 (16) and a tile (128), exactly full, all to one, one row, none at all.
+SIZES: dict[Rows, list[tuple[int, ...]]] = {
+    TINY: [(1,), (0,), (8,)],
+    EMPTY: [(0, 0, 0)],
+    TILES_BLOCK: [(127, 128, 129, 136), (7, 8, 9, 0), (15, 16, 17, 1), (0, 136, 0, 0), (0, 0, 0, 0), (136,) * 4],
+    TILES_PACKED: [(127, 128, 129, 0), (7, 8, 9, 0), (15, 16, 17, 1), (0, 544, 0, 0), (544, 0, 0, 0), (136,) * 4],
+    ODD_BLOCK: [(23, 24, 1), (0, 17, 9)],
+    ODD_PACKED: [(23, 24, 1), (0, 72, 0)],
+    HALF_BLOCK: [(15, 16), (0, 1)],
+    SEVERAL_RUNS: [(24, 0, 7, 8, 0, 0, 0, 0, 1, 24, 24, 23), (0, 0, 0, 1) * 3],
+}
+DTYPES = [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]  # of rows and of weights
+POISONS = [np.nan, np.inf, -np.inf]
+
+
+def empty_patterns(rows: Rows, seed: int = 0) -> np.ndarray:
+    """Sizes [2^E, E] for every pattern of empty experts, the others at random from 1 up."""
+    assert rows.runs_per_expert == 1
+    most = rows.rows_per_run or rows.packed_rows // rows.experts // ROW_ALIGNMENT * ROW_ALIGNMENT
+    filled = np.array(list(itertools.product((0, 1), repeat=rows.experts)), np.int32)
+    return filled * np.random.default_rng(seed).integers(1, most + 1, filled.shape).astype(np.int32)
+
+
+class Operands(NamedTuple):
+    """What an expert MLP and its gradient are computed from."""
+
+    rows: jax.Array
+    weights: MlpWeights
+    dout: jax.Array
+
+
+def operands(rows: Rows, *, dtype: str = "float32", weight_dtype: str = "float32", seed: int = 0) -> Operands:
+    """Random operands, of size one after every matmul; all rows hold numbers, used or not."""
+    rng = np.random.default_rng(seed)
+    e, d, f = rows.experts, rows.width, rows.hidden
+    x, dout = rng.normal(size=(2, rows.num_rows, d))
+    shapes = ((e, d, f), (e, f), (e, f, d), (e, d))
+    draws = [rng.normal(size=s) / (np.sqrt(s[1]) if len(s) == 3 else 1) for s in shapes]
+    weights = MlpWeights(*(jnp.asarray(w, weight_dtype) for w in draws))
+    return Operands(jnp.asarray(x, dtype), weights, jnp.asarray(dout, dtype))
+
+
+class Expected(NamedTuple):
+    """Output and gradients in float64; gradients of the weights are summed over the runs of an expert."""
+
+    out: np.ndarray
+    drows: np.ndarray
+    dweights: MlpWeights
+
+
+class _Runs(NamedTuple):
+    """The part of a reference plan that its expert MLP reads."""
+
+    first: np.ndarray
+    size: np.ndarray
+
+
+def expected_mlp(
+    rows: Rows, given: Operands, size: np.ndarray | tuple[int, ...], activation: Activation = "gelu_tanh"
+) -> Expected:
+    """The oracle: `reference`, with every run as an expert of its own that repeats its expert's weights."""
+    x, dout = (np.asarray(a, np.float64) for a in (given.rows, given.dout))
+    repeated = reference.MlpWeights(
+        *(
+            np.zeros((rows.num_runs, n)) if w is None else np.asarray(w, np.float64).repeat(rows.runs_per_expert, 0)
+            for w, n in zip(given.weights, (0, rows.hidden, 0, rows.width), strict=True)
+        )
+    )
+    plan = _Runs(np.asarray(rows.runs(np.asarray(size)).first), np.asarray(size))
+    out = reference.expert_mlp(x, repeated, plan, activation)
+    gradient = reference.expert_mlp_gradient(x, repeated, dout, plan, activation)
+    summed = (g.reshape(rows.experts, rows.runs_per_expert, *g.shape[1:]).sum(axis=1) for g in gradient.weights)
+    return Expected(out, gradient.rows, MlpWeights(*summed))
+
+
+def expected_matmul(
+    rows: Rows, x: jax.Array, weight: jax.Array, dout: jax.Array, size: np.ndarray | tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Output, `dX_e = dY_e W_eᵀ` and `dW_e = X_eᵀ dY_e` in float64, run by run."""
+    x64, w64, dy64 = (np.asarray(a, np.float64) for a in (x, weight, dout))
+    out, dx, dw = np.zeros((rows.num_rows, w64.shape[2])), np.zeros(x64.shape), np.zeros(w64.shape)
+    for n, (first, count) in enumerate(zip(np.asarray(rows.runs(np.asarray(size)).first), size, strict=True)):
+        own, e = slice(first, first + count), n // rows.runs_per_expert
+        out[own], dx[own] = x64[own] @ w64[e], dy64[own] @ w64[e].T
+        dw[e] += x64[own].T @ dy64[own]
+    return out, dx, dw
