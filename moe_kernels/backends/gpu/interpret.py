@@ -1,0 +1,70 @@
+"""Kernels on a CPU: JAX's Mosaic GPU interpreter, with race detection.
+
+Copies read NaN past the end of an array, where a GPU would read 0, so that nothing can come to depend on either.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src.pallas.mosaic.interpret import utils as interpret_utils
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.state.types import TransposeTransform
+
+try:  # public from JAX 0.12 on
+    from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+except ImportError:
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+
+@functools.cache
+def interpret_params() -> Any:
+    """Parameters of the interpreter."""
+    if not hasattr(interpret_utils, "to_access"):
+        # JAX 0.10.2 does not interpret wgmma on a transposed operand, and does not check its reads for races.
+        gpu_callbacks.wgmma = _wgmma
+    return InterpretGPUParams(detect_races=True, out_of_bounds_reads="uninitialized")
+
+
+def _wgmma(
+    *,
+    token: jax.Array,
+    device_id: jax.Array,
+    grid_point_coords: jax.Array,
+    thread_id: jax.Array,
+    acc_allocation_key_as_array: jax.Array,
+    acc_transforms: tuple[Any, ...],
+    acc_dtype: Any,
+    a_allocation_key_as_array: jax.Array,
+    a_transforms: tuple[Any, ...],
+    b_allocation_key_as_array: jax.Array,
+    b_transforms: tuple[Any, ...],
+    source_info: Any = None,
+) -> jax.Array:
+    """`acc += a @ b` at once, where the hardware would be asynchronous."""
+    memory = gpu_callbacks._get_shared_memory()
+    device, thread = int(device_id), int(thread_id)
+    worker = memory.get_global_thread_id(device, thread)
+
+    def read(key_array: jax.Array, transforms: tuple[Any, ...]) -> np.ndarray:
+        key = gpu_callbacks.HostAllocationKey.from_array(key_array)
+        transforms = gpu_callbacks._remove_noop_transforms(transforms)
+        part = interpret_utils.to_range(
+            jax.tree.map(int, tuple(t for t in transforms if not isinstance(t, TransposeTransform)))
+        )
+        value, _, clock = memory.get_buffer_content(key, part, worker)
+        gpu_callbacks.get_races().check_read(device, thread, clock, key, part, source_info=source_info)
+        for transform in transforms:
+            if isinstance(transform, TransposeTransform):
+                value = value.transpose(transform.permutation)
+        return value
+
+    assert not acc_transforms
+    key = gpu_callbacks.HostAllocationKey.from_array(acc_allocation_key_as_array)
+    acc, _, _ = memory.get_buffer_content(key, (), worker)
+    a, b = read(a_allocation_key_as_array, a_transforms), read(b_allocation_key_as_array, b_transforms)
+    memory.store_buffer_content(key, (), acc + np.matmul(a, b, dtype=acc_dtype), worker)
+    return token
