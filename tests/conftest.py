@@ -4,6 +4,8 @@ import os
 
 # JAX reads this when it is imported, so it comes before anything that imports JAX; JAX_PLATFORMS from outside wins.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Interpreted GPU kernels wait for each other inside XLA's threads, of which two cores would get too few.
+os.environ.setdefault("NPROC", "8")
 
 import hypothesis
 import pytest
