@@ -17,9 +17,7 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.gpu.launch import Device, Ring, launch, over_steps, ring_barriers, specialise, swizzled
 from moe_kernels.backends.gpu.schedule import RowTiles
-from moe_kernels.backends.gpu.tiling import CHUNK, DEPTH, NUM_CONSUMERS, ROW_ALIGNMENT, WARPGROUP_ROWS
-
-STAGES = 8
+from moe_kernels.backends.gpu.tiling import CHUNK, DEPTH, NUM_CONSUMERS, ROW_ALIGNMENT, SUM_STAGES, WARPGROUP_ROWS
 
 
 def column_sums(rows: Float[Array, "R F"], tiles: RowTiles, device: Device) -> Float[Array, "E F"]:
@@ -31,7 +29,7 @@ def column_sums(rows: Float[Array, "R F"], tiles: RowTiles, device: Device) -> F
     def body(
         first_g: Any, size_g: Any, start_g: Any, x_g: Any, sum_g: Any, *, x_s: Any, sum_s: Any, **rest: Any
     ) -> None:
-        ring = Ring(rest["full"], rest["empty"], STAGES)
+        ring = Ring(rest["full"], rest["empty"], SUM_STAGES)
 
         def column(step: jax.Array, consumer: Any) -> Any:
             return pl.ds((lax.rem(step, jnp.int32(stripes)) * NUM_CONSUMERS + consumer) * CHUNK, CHUNK)
@@ -80,9 +78,9 @@ def column_sums(rows: Float[Array, "R F"], tiles: RowTiles, device: Device) -> F
         specialise(produce, consume)
 
     scratch = {
-        "x_s": swizzled((STAGES, NUM_CONSUMERS, DEPTH, CHUNK), rows.dtype),
+        "x_s": swizzled((SUM_STAGES, NUM_CONSUMERS, DEPTH, CHUNK), rows.dtype),
         "sum_s": plgpu.SMEM((NUM_CONSUMERS, CHUNK), jnp.float32),
-        **ring_barriers(STAGES, NUM_CONSUMERS),
+        **ring_barriers(SUM_STAGES, NUM_CONSUMERS),
     }
     out = jax.ShapeDtypeStruct((num_experts, columns), jnp.float32)
     return launch(body, "moe_column_sums", out, scratch, device)(tiles.first, tiles.size, tiles.start, rows)

@@ -28,9 +28,14 @@ OTHER_REGISTERS = 40
 BARRIER_BYTES = 8
 MAX_STAGES = 6
 
-Kernel = Literal["store", "gelu", "gelu_backward", "weight_gradient"]
+# The sums' ring; and what Mosaic sets aside for sums across the warps of a warpgroup.
+SUM_STAGES = 8
+REDUCTION_BYTES = 2048
+ALLOCATION_BYTES = 1024
+
+Kernel = Literal["store", "gelu", "gelu_backward", "weight_gradient", "column_sums"]
 # Float32 tiles of 64 x 64 that a consumer's epilogue holds in registers beside the accumulator.
-LIVE_CHUNKS: dict[Kernel, int] = {"store": 1, "gelu": 2, "gelu_backward": 4, "weight_gradient": 1}
+LIVE_CHUNKS: dict[Kernel, int] = {"store": 1, "gelu": 2, "gelu_backward": 4, "weight_gradient": 1, "column_sums": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +90,9 @@ def shared_memory(kernel: Kernel, blocks: Blocks, *, bias: bool = False) -> int:
     >>> shared_memory("store", Blocks(128, 256, 4)) <= 232448
     True
     """
+    if kernel == "column_sums":
+        ring = blocks.stages * blocks.columns * DEPTH * ITEMSIZE
+        return ring + ALLOCATION_BYTES + REDUCTION_BYTES + 2 * blocks.stages * BARRIER_BYTES
     stage = (blocks.rows + blocks.columns) * DEPTH * ITEMSIZE
     buffers = NUM_CONSUMERS * 2 * WARPGROUP_ROWS * SWIZZLE_BYTES
     total = blocks.stages * stage + buffers
@@ -109,6 +117,8 @@ def choose_blocks(kernel: Kernel, columns: int, chip: Chip, *, bias: bool = Fals
     128
     """
     assert columns % WIDTH_ALIGNMENT == 0
+    if kernel == "column_sums":
+        return Blocks(DEPTH, NUM_CONSUMERS * CHUNK, SUM_STAGES)
     fitting = (w for w in chip.columns if columns % w == 0 and registers(kernel, w) <= CONSUMER_REGISTERS)
     width = next(fitting)
     for stages in range(MAX_STAGES, 1, -1):
