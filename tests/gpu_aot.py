@@ -1,4 +1,4 @@
-"""Compile the GPU kernels of the expert MLP for an H200 without one: `python gpu_aot.py WIDTH...` says what became of them.
+"""Compile the GPU kernels of the expert MLP for an H200 on a machine without one: `python gpu_aot.py WIDTH...`.
 
 The plugin's library is loaded by hand, since its own initialisation asks a driver that is not there. PTX and what ptxas
 says come from Mosaic on standard output, between the lines printed here; `report` reads them.

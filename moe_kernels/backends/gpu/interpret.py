@@ -12,16 +12,13 @@ import threading
 from typing import Any
 
 import jax
+import jax.core
 import numpy as np
 from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic.interpret import utils as interpret_utils
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax._src.state.types import TransposeTransform
-
-try:  # public from JAX 0.12 on
-    from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
-except ImportError:
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 
 @functools.cache
@@ -85,6 +82,6 @@ def _run_jaxpr(jaxpr: Any, consts: Any, *args: Any) -> None:
         # The program is kept beside the executable, so that its id is not given to another one.
         if id(jaxpr) not in _compiled:
             run = lambda consts, *args: jax.core.eval_jaxpr(jaxpr, consts, *args)  # noqa: E731
-            executable = jax.jit(run).lower(consts, *args).compile({"xla_backend_optimization_level": 0})
+            executable = jax.jit(run).lower(consts, *args).compile({"xla_backend_optimization_level": "0"})
             _compiled[id(jaxpr)] = jaxpr, executable
     _compiled[id(jaxpr)][1](consts, *args)

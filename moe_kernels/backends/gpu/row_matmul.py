@@ -140,7 +140,9 @@ def row_matmul(
                     for chunk in range(min(2, chunks)):
                         fetch_hidden(chunk)
 
-                z = pl.run_scoped(lambda acc: accumulate(acc, filled), plgpu.ACC((WARPGROUP_ROWS, blocks.columns)))
+                z = pl.run_scoped(
+                    lambda acc: accumulate(acc, filled), plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, blocks.columns))
+                )
                 if bias is not None:
                     plgpu.barrier_wait(scratch["bias_full"].at[wg])
                 for chunk in range(chunks):

@@ -121,7 +121,7 @@ def weight_gradient(
             def tile(step: jax.Array, filled: jax.Array) -> jax.Array:
                 expert, row, column = place(step)
                 begin, end = start_g[expert], start_g[expert + 1]
-                accumulator = plgpu.ACC((WARPGROUP_ROWS, blocks.columns))
+                accumulator = plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, blocks.columns))
                 dw = pl.run_scoped(lambda acc: accumulate(acc, begin, end, filled), accumulator)
                 for n in range(blocks.columns // chunk):
                     # The copy before the last one read this buffer.
