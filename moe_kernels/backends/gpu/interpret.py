@@ -18,6 +18,7 @@ from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic.interpret import utils as interpret_utils
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax._src.pallas.mosaic_gpu.interpret.shared_memory import Barrier
 from jax._src.state.types import TransposeTransform
 
 
@@ -32,25 +33,25 @@ def interpret_params() -> Any:
 
 def _wgmma(
     *,
-    token: jax.Array,
-    device_id: jax.Array,
-    grid_point_coords: jax.Array,
-    thread_id: jax.Array,
-    acc_allocation_key_as_array: jax.Array,
-    acc_transforms: tuple[Any, ...],
+    token: Any,
+    device_id: Any,
+    grid_point_coords: Any,
+    thread_id: Any,
+    acc_allocation_key_as_array: Any,
+    acc_transforms: Any,
     acc_dtype: Any,
-    a_allocation_key_as_array: jax.Array,
-    a_transforms: tuple[Any, ...],
-    b_allocation_key_as_array: jax.Array,
-    b_transforms: tuple[Any, ...],
+    a_allocation_key_as_array: Any,
+    a_transforms: Any,
+    b_allocation_key_as_array: Any,
+    b_transforms: Any,
     source_info: Any = None,
-) -> jax.Array:
+) -> Any:
     """`acc += a @ b` at once, with operands that may be transposed, and their reads checked for races."""
     memory = gpu_callbacks._get_shared_memory()
     device, thread = int(device_id), int(thread_id)
     worker = memory.get_global_thread_id(device, thread)
 
-    def read(key_array: jax.Array, transforms: tuple[Any, ...]) -> np.ndarray:
+    def read(key_array: Any, transforms: Any) -> np.ndarray:
         key = gpu_callbacks.HostAllocationKey.from_array(key_array)
         transforms = gpu_callbacks._remove_noop_transforms(transforms)
         indexed = tuple(t for t in transforms if not isinstance(t, TransposeTransform))
@@ -84,4 +85,17 @@ def _run_jaxpr(jaxpr: Any, consts: Any, *args: Any) -> None:
             run = lambda consts, *args: jax.core.eval_jaxpr(jaxpr, consts, *args)  # noqa: E731
             executable = jax.jit(run).lower(consts, *args).compile({"xla_backend_optimization_level": "0"})
             _compiled[id(jaxpr)] = jaxpr, executable
-    _compiled[id(jaxpr)][1](consts, *args)
+    try:
+        _compiled[id(jaxpr)][1](consts, *args)
+    except Exception:
+        _fail_waiting_threads()
+        raise
+
+
+def _fail_waiting_threads() -> None:
+    """Let every wait of the kernel's other warpgroups fail, now and later, where they would wait for this one."""
+    for barrier in list(gpu_callbacks._get_shared_memory().mem.values()):
+        if isinstance(barrier, Barrier):
+            with barrier.cv:
+                barrier.phase += 1 << 20
+                barrier.cv.notify_all()
