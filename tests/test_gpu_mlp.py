@@ -23,7 +23,7 @@ def _no_races(capsys):
 
 
 def test_values_and_gradients():
-    gpu.check_mlp("packed", "bfloat16", "float32")
+    gpu.check_mlp("packed", "bfloat16", "float32", sizes=[(127, 128, 129, 0), (15, 16, 17, 1), (544, 0, 0, 0)])
 
 
 def test_the_exact_gelu_without_biases():
