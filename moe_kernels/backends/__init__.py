@@ -99,8 +99,9 @@ def find(problem: Problem, name: str | None = None) -> Span | None:
 def explain(problem: Problem) -> str:
     """Say line by line which back end a problem gets, and why the others do not take it.
 
-    >>> explain(Problem("dispatch", "cpu", "float32", (4, 8), 2))
-    'gpu: no, has no dispatch\nxla: chosen'
+    >>> print(explain(Problem("dispatch", "cpu", "float32", (4, 8), 2)))
+    gpu: no, has no dispatch
+    xla: chosen
     """
     lines, chosen = [], False
     for backend in BACKENDS:
