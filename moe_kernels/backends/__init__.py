@@ -8,11 +8,12 @@ import difflib
 import jax
 
 from moe_kernels.backends.base import Backend, Problem, Span, SpanName
+from moe_kernels.backends.gpu import GPU
 from moe_kernels.backends.tpu import TPU
 from moe_kernels.backends.xla import XLA
 from moe_kernels.types import Layout
 
-BACKENDS: tuple[Backend, ...] = (TPU, XLA)
+BACKENDS: tuple[Backend, ...] = (TPU, GPU, XLA)
 
 __all__ = ["BACKENDS", "choose", "explain", "find", "problem_of"]
 
@@ -44,7 +45,7 @@ def problem_of(
 
 
 def _device() -> tuple[str, str, int]:
-    """Platform, device kind and TensorCores of the device that is traced for."""
+    """Platform, device kind and cores (TensorCores, multiprocessors) of the device that is traced for."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
         return device.platform, device.device_kind, device.num_cores or 1
@@ -52,7 +53,9 @@ def _device() -> tuple[str, str, int]:
     if isinstance(chosen, str):
         chosen = jax.devices(chosen)[0]
     chosen = chosen or jax.devices()[0]
-    return chosen.platform, chosen.device_kind, getattr(chosen, "num_cores", None) or 1
+    # A GPU counts its multiprocessors as `core_count`, which its abstract device calls `num_cores`.
+    cores = getattr(chosen, "num_cores", None) or getattr(chosen, "core_count", None) or 1
+    return chosen.platform, chosen.device_kind, cores
 
 
 def choose(problem: Problem, name: str | None = None) -> Span:
@@ -97,8 +100,10 @@ def find(problem: Problem, name: str | None = None) -> Span | None:
 def explain(problem: Problem) -> str:
     """Say line by line which back end a problem gets, and why the others do not take it.
 
-    >>> explain(Problem("dispatch", "cpu", "float32", (4, 8), 2))
-    'tpu: no, has no dispatch\nxla: chosen'
+    >>> print(explain(Problem("dispatch", "cpu", "float32", (4, 8), 2)))
+    tpu: no, has no dispatch
+    gpu: no, has no dispatch
+    xla: chosen
     """
     lines, chosen = [], False
     for backend in BACKENDS:

@@ -1,0 +1,73 @@
+"""The GPU back end: Pallas kernels for Mosaic GPU on Hopper; interpreted on a CPU when asked for by name."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from moe_kernels.backends.base import Backend, Problem, Span
+from moe_kernels.backends.gpu.launch import INTERPRETED_SMS, Device
+from moe_kernels.backends.gpu.matmul import grouped_matmul_backward, grouped_matmul_forward
+from moe_kernels.backends.gpu.mlp import expert_mlp_backward, expert_mlp_forward
+from moe_kernels.backends.gpu.tiling import ROW_ALIGNMENT, WIDTH_ALIGNMENT, chip_of
+from moe_kernels.types import Layout
+
+DTYPES = ("bfloat16", "float16")
+# The chip whose limits hold where kernels are interpreted.
+STAND_IN = "NVIDIA H200"
+
+
+def why_not(problem: Problem) -> str | None:
+    """Refuse other platforms (a CPU interprets by name), other GPUs, float32, and shapes that tiles do not divide.
+
+    >>> why_not(Problem("expert_mlp", "cpu", "bfloat16", (16, 128), 2))
+    'platform cpu is not gpu; named, it runs interpreted'
+    >>> why_not(Problem("expert_mlp", "gpu", "bfloat16", (16, 128), 2, chip="NVIDIA A100-SXM4-80GB"))
+    "chip 'NVIDIA A100-SXM4-80GB' has not compute capability 9.0 (H100, H200, H800, H20, GH200)"
+    """
+    if problem.platform == "cpu" and not problem.named:
+        return "platform cpu is not gpu; named, it runs interpreted"
+    if problem.platform not in ("cpu", "gpu"):
+        return f"platform {problem.platform} is not gpu"
+    if problem.platform == "gpu" and chip_of(problem.chip) is None:
+        return f"chip {problem.chip!r} has not compute capability 9.0 (H100, H200, H800, H20, GH200)"
+    if problem.dtype not in DTYPES:
+        return f"dtype {problem.dtype} is none of {DTYPES}: tensor cores would round float32 to tf32"
+    for name, size in (("width", problem.shape[-1]), ("expert width", problem.expert_width)):
+        if size < 1 or size % WIDTH_ALIGNMENT:
+            return f"{name} {size} is not a multiple of {WIDTH_ALIGNMENT}"
+    return _rows_misfit(problem.layout)
+
+
+def _rows_misfit(layout: Layout | None) -> str | None:
+    if layout is None:
+        return "the layout of the rows is not known"
+    if layout.num_rows == 0 or layout.num_experts == 0:
+        return "there are no rows"
+    spacing = layout.num_rows if layout.rows_per_expert is None else layout.rows_per_expert // layout.runs_per_expert
+    if spacing % ROW_ALIGNMENT:
+        return f"runs of {spacing} rows do not start at multiples of {ROW_ALIGNMENT}"
+    return None
+
+
+def _device(problem: Problem) -> Device:
+    interpreted = problem.platform == "cpu"
+    chip = chip_of(STAND_IN if interpreted else problem.chip)
+    assert chip is not None
+    return Device(chip, INTERPRETED_SMS if interpreted else problem.num_cores, interpreted)
+
+
+@functools.lru_cache
+def _span(forward: Any, backward: Any, device: Device) -> Span:
+    """One span for each device, so that JAX finds what it has traced before."""
+    return Span(functools.partial(forward, device), functools.partial(backward, device))
+
+
+GPU = Backend(
+    name="gpu",
+    why_not=why_not,
+    spans={
+        "grouped_matmul": lambda problem: _span(grouped_matmul_forward, grouped_matmul_backward, _device(problem)),
+        "expert_mlp": lambda problem: _span(expert_mlp_forward, expert_mlp_backward, _device(problem)),
+    },
+)

@@ -1,0 +1,101 @@
+"""Kernels on a CPU: JAX's Mosaic GPU interpreter, with race detection.
+
+Copies read NaN past the end of an array, where a GPU would read 0, so that nothing can come to depend on either. The
+warpgroups of a block are threads that wait for each other inside XLA's own threads, of which there must be enough:
+set the environment variable NPROC to 8 or more before JAX starts on a machine with fewer cores, else they can hang.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+import jax
+import jax.core
+import numpy as np
+from jax._src.pallas.mosaic.interpret import thread_map
+from jax._src.pallas.mosaic.interpret import utils as interpret_utils
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax._src.pallas.mosaic_gpu.interpret.shared_memory import Barrier
+from jax._src.state.types import TransposeTransform
+
+
+@functools.cache
+def interpret_params() -> Any:
+    """Parameters of the interpreter, which is made faster, and on JAX 0.10.2 completed, when first asked for."""
+    thread_map._run_jaxpr = _run_jaxpr
+    if not hasattr(interpret_utils, "to_access"):  # new with the transposed operands of JAX 0.12
+        gpu_callbacks.wgmma = _wgmma
+    return InterpretGPUParams(detect_races=True, out_of_bounds_reads="uninitialized")
+
+
+def _wgmma(
+    *,
+    token: Any,
+    device_id: Any,
+    grid_point_coords: Any,
+    thread_id: Any,
+    acc_allocation_key_as_array: Any,
+    acc_transforms: Any,
+    acc_dtype: Any,
+    a_allocation_key_as_array: Any,
+    a_transforms: Any,
+    b_allocation_key_as_array: Any,
+    b_transforms: Any,
+    source_info: Any = None,
+) -> Any:
+    """`acc += a @ b` at once, with operands that may be transposed, and their reads checked for races."""
+    memory = gpu_callbacks._get_shared_memory()
+    device, thread = int(device_id), int(thread_id)
+    worker = memory.get_global_thread_id(device, thread)
+
+    def read(key_array: Any, transforms: Any) -> np.ndarray:
+        key = gpu_callbacks.HostAllocationKey.from_array(key_array)
+        transforms = gpu_callbacks._remove_noop_transforms(transforms)
+        indexed = tuple(t for t in transforms if not isinstance(t, TransposeTransform))
+        part = interpret_utils.to_range(jax.tree.map(int, indexed))
+        value, _, clock = memory.get_buffer_content(key, part, worker)
+        gpu_callbacks.get_races().check_read(device, thread, clock, key, part, source_info=source_info)
+        assert value is not None
+        for transform in transforms:
+            if isinstance(transform, TransposeTransform):
+                value = value.transpose(transform.permutation)
+        return value
+
+    assert not acc_transforms
+    key = gpu_callbacks.HostAllocationKey.from_array(acc_allocation_key_as_array)
+    acc, _, _ = memory.get_buffer_content(key, (), worker)
+    assert acc is not None
+    a, b = read(a_allocation_key_as_array, a_transforms), read(b_allocation_key_as_array, b_transforms)
+    memory.store_buffer_content(key, (), acc + np.matmul(a, b, dtype=acc_dtype), worker)
+    return token
+
+
+_compiled: dict[int, tuple[Any, Any]] = {}
+_compiling = threading.Lock()
+
+
+def _run_jaxpr(jaxpr: Any, consts: Any, *args: Any) -> None:
+    """Run a kernel's program, compiled once and not for every warpgroup of every block of every call."""
+    with _compiling:
+        # The program is kept beside the executable, so that its id is not given to another one.
+        if id(jaxpr) not in _compiled:
+            run = lambda consts, *args: jax.core.eval_jaxpr(jaxpr, consts, *args)  # noqa: E731
+            executable = jax.jit(run).lower(consts, *args).compile({"xla_backend_optimization_level": "0"})
+            _compiled[id(jaxpr)] = jaxpr, executable
+    try:
+        _compiled[id(jaxpr)][1](consts, *args)
+    except Exception:
+        _fail_waiting_threads()
+        raise
+
+
+def _fail_waiting_threads() -> None:
+    """Let every wait of the kernel's other warpgroups fail, now and later, where they would wait for this one."""
+    for barrier in list(gpu_callbacks._get_shared_memory().mem.values()):
+        if isinstance(barrier, Barrier):
+            with barrier.cv:
+                barrier.phase += 1 << 20
+                barrier.cv.notify_all()

@@ -1,0 +1,210 @@
+"""Rows times their expert's matrix, with what follows done before the result leaves the registers.
+
+Grid: one block per multiprocessor walks the tiles of `128 x columns` that have rows, columns fastest, so that the
+blocks at work at one time share an expert's matrix in the L2 cache. The producer copies 64-deep slices of rows and
+matrix into the ring, ahead across tiles; each consumer holds 64 rows of the tile in its float32 accumulator, and
+multiplies nothing where all of them lie past the end of the run. Results leave through two 64 x 64 buffers a consumer;
+rows past the end are not stored, beyond the multiple of 8 that a run is rounded up to. A row is only ever read into
+its own result, so that NaN past the end reaches nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from moe_kernels.backends.gpu.gelu import gelu, gelu_and_slope
+from moe_kernels.backends.gpu.launch import (
+    Device,
+    Ring,
+    launch,
+    over_steps,
+    ring_barriers,
+    specialise,
+    store_rows,
+    swizzled,
+)
+from moe_kernels.backends.gpu.schedule import RowTiles
+from moe_kernels.backends.gpu.tiling import (
+    CHUNK,
+    DEPTH,
+    NUM_CONSUMERS,
+    ROW_ALIGNMENT,
+    WARPGROUP_ROWS,
+    choose_blocks,
+)
+from moe_kernels.types import Activation
+
+Epilogue = Literal["store", "gelu", "gelu_backward"]
+
+
+def row_matmul(
+    rows: Float[Array, "R D"],
+    weight: Float[Array, "E D F"] | Float[Array, "E F D"],
+    tiles: RowTiles,
+    device: Device,
+    *,
+    epilogue: Epilogue = "store",
+    transposed: bool = False,
+    bias: Float[Array, "E F"] | None = None,
+    hidden: Float[Array, "R F"] | None = None,
+    activation: Activation = "gelu_tanh",
+) -> tuple[Float[Array, "R F"], ...]:
+    """With `z = x W_e + b_e`, or `x W_eᵀ` for a `transposed` weight `[E, F, D]`, give what the epilogue asks for.
+
+    "store": z; "gelu": z and gelu(z), both rounded to the dtype of the rows, the second computed from the rounded
+    first; "gelu_backward": z gelu'(hidden) and gelu(hidden). `tiles` are 128 rows high.
+    """
+    num_rows, depth = rows.shape
+    columns = weight.shape[1] if transposed else weight.shape[2]
+    blocks = choose_blocks(epilogue, columns, device.chip, bias=bias is not None)
+    column_tiles, slices, chunks = columns // blocks.columns, depth // DEPTH, blocks.columns // CHUNK
+    outputs, dtype = (1 if epilogue == "store" else 2), rows.dtype
+    extra = [a for a in (bias, hidden) if a is not None]
+
+    def body(
+        expert_g: Any, first_g: Any, size_g: Any, start_g: Any, x_g: Any, w_g: Any, *refs: Any, **scratch: Any
+    ) -> None:
+        extra_g, out_g = refs[: len(extra)], refs[len(extra) :]
+        x_s, w_s, out_s = scratch["x_s"], scratch["w_s"], scratch["out_s"]
+        ring = Ring(scratch["full"], scratch["empty"], blocks.stages)
+        total = start_g[tiles.start.shape[0] - 1] * column_tiles
+
+        def place(step: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Tile of rows, and first column."""
+            return lax.div(step, jnp.int32(column_tiles)), lax.rem(step, jnp.int32(column_tiles)) * blocks.columns
+
+        def produce() -> None:
+            def tile(step: jax.Array, filled: jax.Array) -> jax.Array:
+                m, column = place(step)
+                expert, own = expert_g[m], pl.ds(pl.multiple_of(first_g[m], ROW_ALIGNMENT), blocks.rows)
+                across = pl.ds(column, blocks.columns)
+
+                def copy(k: jax.Array, filled: jax.Array) -> jax.Array:
+                    slot, deep = ring.acquire(filled), pl.ds(k * DEPTH, DEPTH)
+                    plgpu.copy_gmem_to_smem(x_g.at[own, deep], x_s.at[slot], ring.full.at[slot])
+                    part = w_g.at[expert, across, deep] if transposed else w_g.at[expert, deep, across]
+                    plgpu.copy_gmem_to_smem(part, w_s.at[slot], ring.full.at[slot])
+                    return filled + 1
+
+                return lax.fori_loop(0, slices, copy, filled)
+
+            ring.drain(over_steps(total, device.num_sms, tile))
+
+        def consume() -> None:
+            wg = lax.axis_index("wg")
+
+            def accumulate(acc: Any, filled: jax.Array) -> Any:
+                def multiply(k: jax.Array, _: None) -> None:
+                    slot = ring.wait(filled + k)
+                    x = x_s.at[slot, pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)]
+                    w = plgpu.transpose_ref(w_s.at[slot], (1, 0)) if transposed else w_s.at[slot]
+                    plgpu.wgmma(acc, x, w)
+                    # One product stays in flight; the one before it has read its stage.
+                    plgpu.wgmma_wait(1)
+
+                    @pl.when(k > 0)
+                    def _() -> None:
+                        ring.release(filled + k - 1)
+
+                lax.fori_loop(0, slices, multiply, None)
+                plgpu.wgmma_wait(0)
+                ring.release(filled + slices - 1)
+                return acc[...]
+
+            def work(m: jax.Array, column: jax.Array, size: jax.Array, filled: jax.Array) -> None:
+                row = pl.multiple_of(first_g[m], ROW_ALIGNMENT) + wg * WARPGROUP_ROWS
+                used = jnp.minimum(
+                    lax.div(size + (ROW_ALIGNMENT - 1), jnp.int32(ROW_ALIGNMENT)) * ROW_ALIGNMENT, WARPGROUP_ROWS
+                )
+
+                def columns_of(chunk: int) -> Any:
+                    return pl.ds(column + chunk * CHUNK, CHUNK)
+
+                def fetch_hidden(chunk: int) -> None:
+                    source = extra_g[-1].at[pl.ds(row, WARPGROUP_ROWS), columns_of(chunk)]
+                    barrier = scratch["hidden_full"].at[2 * wg + chunk % 2]
+                    plgpu.copy_gmem_to_smem(source, scratch["hidden_s"].at[wg, chunk % 2], barrier)
+
+                # What the epilogue reads is fetched while the matmul runs.
+                if bias is not None:
+                    source = extra_g[0].at[expert_g[m], pl.ds(column, blocks.columns)]
+                    plgpu.copy_gmem_to_smem(source, scratch["bias_s"].at[wg], scratch["bias_full"].at[wg])
+                if hidden is not None:
+                    for chunk in range(min(2, chunks)):
+                        fetch_hidden(chunk)
+
+                z = pl.run_scoped(
+                    lambda acc: accumulate(acc, filled), plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, blocks.columns))
+                )
+                if bias is not None:
+                    plgpu.barrier_wait(scratch["bias_full"].at[wg])
+                for chunk in range(chunks):
+                    across = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+                    value = z[:, across]
+                    if bias is not None:
+                        value = value + lax.broadcast_in_dim(scratch["bias_s"][wg, across], value.shape, (1,))
+                    if hidden is not None:
+                        plgpu.barrier_wait(scratch["hidden_full"].at[2 * wg + chunk % 2])
+                        h = scratch["hidden_s"][wg, chunk % 2].astype(jnp.float32)
+                        activated, slope = gelu_and_slope(h, activation)
+                        results = ((value * slope).astype(dtype), activated.astype(dtype))
+                        if chunk + 2 < chunks:
+                            fetch_hidden(chunk + 2)
+                    elif epilogue == "gelu":
+                        rounded = value.astype(dtype)
+                        results = (rounded, gelu(rounded.astype(jnp.float32), activation).astype(dtype))
+                    else:
+                        results = (value.astype(dtype),)
+                    for i, result in enumerate(results):
+                        buffer = (chunk * outputs + i) % 2
+                        # The copy before the last one read this buffer.
+                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                        out_s[wg, buffer] = result
+                        plgpu.commit_smem()
+                        store_rows(out_s.at[wg, buffer], out_g[i], row, used, columns_of(chunk))
+
+            def skip(filled: jax.Array) -> None:
+                def pass_on(k: jax.Array, _: None) -> None:
+                    ring.wait(filled + k)
+                    ring.release(filled + k)
+
+                lax.fori_loop(0, slices, pass_on, None)
+
+            def tile(step: jax.Array, filled: jax.Array) -> jax.Array:
+                m, column = place(step)
+                size = size_g[m] - wg * WARPGROUP_ROWS
+                lax.cond(size > 0, lambda: work(m, column, size, filled), lambda: skip(filled))
+                return filled + slices
+
+            over_steps(total, device.num_sms, tile)
+            plgpu.wait_smem_to_gmem(0)
+
+        specialise(produce, consume)
+
+    matrix = (blocks.columns, DEPTH) if transposed else (DEPTH, blocks.columns)
+    buffers = (NUM_CONSUMERS, 2, WARPGROUP_ROWS, CHUNK)
+    scratch = {
+        "x_s": swizzled((blocks.stages, blocks.rows, DEPTH), dtype),
+        "w_s": swizzled((blocks.stages, *matrix), dtype),
+        "out_s": swizzled(buffers, dtype),
+        **ring_barriers(blocks.stages, copies=2),
+    }
+    if bias is not None:
+        scratch["bias_s"] = plgpu.SMEM((NUM_CONSUMERS, blocks.columns), jnp.float32)
+        scratch["bias_full"] = plgpu.Barrier(num_barriers=NUM_CONSUMERS)
+    if hidden is not None:
+        scratch["hidden_s"] = swizzled(buffers, dtype)
+        scratch["hidden_full"] = plgpu.Barrier(num_barriers=2 * NUM_CONSUMERS)
+    out = (jax.ShapeDtypeStruct((num_rows, columns), dtype),) * outputs
+    return tuple(
+        launch(body, f"moe_rows_{epilogue}", out, scratch, device)(
+            tiles.expert, tiles.first, tiles.size, tiles.start, rows, weight, *extra
+        )
+    )

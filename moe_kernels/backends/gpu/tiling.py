@@ -1,0 +1,128 @@
+"""Block sizes by arithmetic over shared memory and registers, with what is known of chips as data; pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Literal
+
+# wgmma multiplies 64 rows of a warpgroup; a swizzled row of shared memory holds 128 bytes, 64 elements of 16 bits.
+WARPGROUP_ROWS = 64
+DEPTH = 64
+CHUNK = 64
+SWIZZLE_BYTES = 128
+ITEMSIZE = 2
+# Copies of tiles of 8 rows can only start at a multiple of 8, which is what runs are aligned to.
+ROW_ALIGNMENT = 8
+# Tiles are 128 rows, two consumers' worth; widths that 128 does not divide would need copies that hang over.
+WIDTH_ALIGNMENT = 128
+NUM_CONSUMERS = 2
+# 65,536 registers are 512 for each thread of a warpgroup: 40 for the producer's leave 232 for both consumers'.
+PRODUCER_REGISTERS = 40
+CONSUMER_REGISTERS = 232
+# Registers of addresses, loop counters and barriers: what ptxas used above the accumulator (JAX 0.10.2, November 2026).
+OTHER_REGISTERS = 40
+BARRIER_BYTES = 8
+MAX_STAGES = 6
+
+# The sums' ring; and what Mosaic sets aside for sums across the warps of a warpgroup.
+SUM_STAGES = 8
+REDUCTION_BYTES = 2048
+ALLOCATION_BYTES = 1024
+
+Kernel = Literal["store", "gelu", "gelu_backward", "weight_gradient", "column_sums"]
+# Float32 tiles of 64 x 64 that a consumer's epilogue holds in registers beside the accumulator.
+LIVE_CHUNKS: dict[Kernel, int] = {"store": 1, "gelu": 2, "gelu_backward": 4, "weight_gradient": 1, "column_sums": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a kernel may use of a chip: bytes of shared memory a block, and wider tiles first."""
+
+    shared_memory: int
+    columns: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Tile of a kernel: `rows x columns` of the result, worked 64 deep at a time over a ring of `stages`."""
+
+    rows: int
+    columns: int
+    stages: int
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, object]]:
+    return json.loads(Path(__file__).with_name("chips.json").read_text(encoding="utf-8"))
+
+
+def chip_of(kind: str) -> Chip | None:
+    """The chip that JAX calls `kind`, None if the kernels are not made for it.
+
+    >>> chip_of("NVIDIA H200 141GB HBM3e").shared_memory
+    232448
+    >>> chip_of("NVIDIA A100-SXM4-80GB") is None
+    True
+    """
+    for entry in _table().values():
+        if re.search(str(entry["kind"]), kind):
+            return Chip(int(str(entry["shared_memory"])), tuple(entry["columns"]))  # type: ignore[arg-type]
+    return None
+
+
+def registers(kernel: Kernel, columns: int) -> int:
+    """Registers a consumer thread needs: accumulator, live tiles of the epilogue, and the rest.
+
+    >>> registers("store", 256)
+    200
+    """
+    per_thread = WARPGROUP_ROWS * columns // 128
+    return per_thread + LIVE_CHUNKS[kernel] * (WARPGROUP_ROWS * CHUNK // 128) + OTHER_REGISTERS
+
+
+def shared_memory(kernel: Kernel, blocks: Blocks, *, bias: bool = False) -> int:
+    """Bytes of shared memory that a kernel allocates: ring, buffers of the epilogue, barriers.
+
+    >>> shared_memory("store", Blocks(128, 256, 4)) <= 232448
+    True
+    """
+    if kernel == "column_sums":
+        ring = blocks.stages * blocks.columns * DEPTH * ITEMSIZE
+        return ring + ALLOCATION_BYTES + REDUCTION_BYTES + 2 * blocks.stages * BARRIER_BYTES
+    stage = (blocks.rows + blocks.columns) * DEPTH * ITEMSIZE
+    buffers = NUM_CONSUMERS * 2 * WARPGROUP_ROWS * SWIZZLE_BYTES
+    total = blocks.stages * stage + buffers
+    barriers = 2 * blocks.stages
+    if kernel == "gelu_backward":
+        total += buffers
+        barriers += 2 * NUM_CONSUMERS
+    if kernel == "weight_gradient":
+        barriers += 1
+    if bias:
+        total += NUM_CONSUMERS * blocks.columns * 4
+        barriers += NUM_CONSUMERS
+    return total + barriers * BARRIER_BYTES
+
+
+def choose_blocks(kernel: Kernel, columns: int, chip: Chip, *, bias: bool = False) -> Blocks:
+    """The widest tile that divides the columns and fits the registers, with as many stages as fit.
+
+    >>> choose_blocks("store", 768, chip_of("NVIDIA H200"))
+    Blocks(rows=128, columns=256, stages=4)
+    >>> choose_blocks("gelu_backward", 768, chip_of("NVIDIA H200")).columns
+    128
+    """
+    assert columns % WIDTH_ALIGNMENT == 0
+    if kernel == "column_sums":
+        return Blocks(DEPTH, NUM_CONSUMERS * CHUNK, SUM_STAGES)
+    fitting = (w for w in chip.columns if columns % w == 0 and registers(kernel, w) <= CONSUMER_REGISTERS)
+    width = next(fitting)
+    for stages in range(MAX_STAGES, 1, -1):
+        blocks = Blocks(NUM_CONSUMERS * WARPGROUP_ROWS, width, stages)
+        if shared_memory(kernel, blocks, bias=bias) <= chip.shared_memory:
+            return blocks
+    raise AssertionError(f"no two stages of {kernel} with {width} columns fit {chip.shared_memory} bytes")

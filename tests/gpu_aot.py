@@ -1,0 +1,134 @@
+"""Compile the GPU kernels of the expert MLP for an H200 on a machine without one: `python gpu_aot.py WIDTH...`.
+
+The plugin's library is loaded by hand, since its own initialisation asks a driver that is not there. PTX and what ptxas
+says come from Mosaic on standard output, between the lines printed here; `report` reads them.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).parent
+BEGIN = "### compiling "
+EXPERTS, ROWS_PER_EXPERT = 32, 544
+
+
+class Kernel(NamedTuple):
+    """What ptxas made of a kernel."""
+
+    registers: int
+    stack: int
+    spills: int
+    wgmmas: int
+
+
+class Compiled(NamedTuple):
+    """The kernels of a pass, by name, and the shared memory that each that was traced allocates."""
+
+    kernels: dict[str, Kernel]
+    shared_memory: set[int]
+
+
+def report(widths: list[int]) -> dict[tuple[int, str], Compiled]:
+    """What was compiled, by width and pass."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "MOSAIC_GPU_DUMP_PTX": "1",
+        "XLA_FLAGS": "--xla_gpu_autotune_level=0",
+        "PYTHONPATH": str(HERE.parent),
+    }
+    command = [sys.executable, str(HERE / "gpu_aot.py"), *map(str, widths)]
+    run = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500, check=False
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    return parse(run.stdout)
+
+
+def parse(text: str) -> dict[tuple[int, str], Compiled]:
+    """Split the output by compilation and kernel."""
+    found = {}
+    for part in text.split(BEGIN)[1:]:
+        width, direction = part.split(None, 2)[:2]
+        # From each kernel's entry to the next one: its instructions; then what ptxas says of it.
+        ptx = re.findall(r"\.entry (\w+?)_mosaic_gpu_kernel\b(.*?)(?=\.entry |ptxas |\Z)", part, re.DOTALL)
+        wgmmas = {name: body.count("wgmma.mma_async") for name, body in ptx}
+        said = re.findall(
+            r"Compiling entry function '(\w+?)_mosaic_gpu_kernel'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+            r"(\d+) bytes spill loads.*?Used (\d+) registers",
+            part,
+            re.DOTALL,
+        )
+        kernels = {
+            name: Kernel(int(registers), int(stack), int(stores) + int(loads), wgmmas[name])
+            for name, stack, stores, loads, registers in said
+        }
+        (sizes,) = re.findall(r"^\[[\d, ]*\]$", part, re.MULTILINE)
+        found[int(width), direction] = Compiled(kernels, set(json.loads(sizes)))
+    return found
+
+
+def main(widths: list[int]) -> None:
+    import jax
+    import jax.numpy as jnp
+    import jax_plugins.xla_cuda13 as plugin
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.experimental.mosaic.gpu import core as mosaic
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from jaxlib import xla_client
+
+    from moe_kernels.backends import choose, problem_of
+    from moe_kernels.backends.base import MlpStatic, apply
+    from moe_kernels.types import Layout, MlpWeights, Runs
+
+    api = xla_client.load_pjrt_plugin_dynamically("cuda", str(plugin._get_library_path()))
+    target = (HERE / "h200.txtpb").read_text()
+    topology = xla_client.make_c_api_device_topology(api, "", topology="1x1x1", target_config=target)
+    devices = topologies.TopologyDescription(topology._make_compile_only_devices()).devices
+    mesh = Mesh(np.array(devices[:1]), ("x",))
+
+    measure = mosaic._smem_tree_size
+    sizes: list[int] = []
+    mosaic._smem_tree_size = lambda tree: sizes.append(measure(tree)) or sizes[-1]
+
+    layout = Layout(0, 1, 1, EXPERTS, EXPERTS * ROWS_PER_EXPERT, ROWS_PER_EXPERT)
+
+    def forward(rows, weights, size):
+        expert = jnp.arange(EXPERTS, dtype=jnp.int32)
+        runs = Runs(expert, expert * ROWS_PER_EXPERT, size)
+        problem = problem_of("expert_mlp", rows, EXPERTS, expert_width=weights.w1.shape[2], layout=layout)
+        return apply(choose(problem, "gpu"), MlpStatic(layout, "gelu_tanh"), (rows, weights), (runs,))
+
+    def backward(rows, weights, size, dout):
+        return jax.vjp(lambda rows, weights: forward(rows, weights, size), rows, weights)[1](dout)
+
+    def struct(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    for width in widths:
+        hidden = 4 * width
+        rows, size = struct(EXPERTS * ROWS_PER_EXPERT, width), struct(EXPERTS, dtype=jnp.int32)
+        f32 = lambda *shape: struct(*shape, dtype=jnp.float32)  # noqa: E731
+        weights = MlpWeights(
+            f32(EXPERTS, width, hidden), f32(EXPERTS, hidden), f32(EXPERTS, hidden, width), f32(EXPERTS, width)
+        )
+        for name, function, arguments in (
+            ("forward", forward, (rows, weights, size)),
+            ("backward", backward, (rows, weights, size, rows)),
+        ):
+            print(f"\n{BEGIN}{width} {name}", flush=True)
+            sizes.clear()
+            with jax.set_mesh(mesh):
+                lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+            lowered.compile()
+            print("\n" + json.dumps(sizes), flush=True)
+
+
+if __name__ == "__main__":
+    main([int(width) for width in sys.argv[1:]])

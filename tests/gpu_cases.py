@@ -1,0 +1,119 @@
+"""What the tests of the GPU back end share: the nasty cases at widths that it takes, and the comparison."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import nasty_cases as nasty
+import numpy as np
+import pytest
+from moe_cases import assert_close
+
+from moe_kernels.backends import choose, problem_of
+from moe_kernels.backends.base import MlpStatic, apply
+from moe_kernels.types import MlpWeights
+
+# One rounding to the dtype of the rows.
+EPS = {"bfloat16": 2.0**-9, "float16": 2.0**-12}
+
+
+def widened(rows: nasty.Rows, width: int = 128, hidden: int = 256) -> nasty.Rows:
+    """The same rows at widths that tiles of 128 divide; sizes of runs stay as they are."""
+    return dataclasses.replace(rows, width=width, hidden=hidden)
+
+
+# Two tiles of columns as well as one; a tile, two and one and a half of rows; several runs; many small experts.
+CASES = {
+    "block": (widened(nasty.TILES_BLOCK), nasty.SIZES[nasty.TILES_BLOCK]),
+    "packed": (widened(nasty.TILES_PACKED), nasty.SIZES[nasty.TILES_PACKED]),
+    "several runs": (widened(nasty.SEVERAL_RUNS, 256, 384), nasty.SIZES[nasty.SEVERAL_RUNS]),
+    "half full": (widened(nasty.HALF_BLOCK, 384, 128), nasty.SIZES[nasty.HALF_BLOCK]),
+    "odd block": (widened(nasty.ODD_BLOCK), nasty.SIZES[nasty.ODD_BLOCK]),
+    "odd packed": (widened(nasty.ODD_PACKED), nasty.SIZES[nasty.ODD_PACKED]),
+    "one row": (widened(nasty.TINY), nasty.SIZES[nasty.TINY]),
+}
+DTYPES = [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float16", "float16"), ("float16", "float32")]
+
+
+def require_gpu() -> None:
+    if jax.default_backend() != "gpu":
+        pytest.skip(f"JAX runs on {jax.default_backend()}; set JAX_PLATFORMS=cuda on a machine with a GPU")
+
+
+def span_of(name: str, rows: nasty.Rows, x: jax.Array):
+    problem = problem_of(name, x, rows.experts, expert_width=rows.hidden, layout=rows.layout)
+    return choose(problem, "gpu")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def matmul(rows: nasty.Rows, x, weight, dout, size):
+    """Output, dX and dW."""
+    span = span_of("grouped_matmul", rows, x)
+    out, pullback = jax.vjp(lambda x, w: apply(span, rows.layout, (x, w), (rows.runs(size),)), x, weight)
+    return out, *pullback(dout)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def mlp(rows: nasty.Rows, activation: str, given: nasty.Operands, size):
+    """Output, dX and the gradients of the weights."""
+    span, static = span_of("expert_mlp", rows, given.rows), MlpStatic(rows.layout, activation)
+    run = lambda x, weights: apply(span, static, (x, weights), (rows.runs(size),))  # noqa: E731
+    out, pullback = jax.vjp(run, given.rows, given.weights)
+    return out, *pullback(given.dout)
+
+
+def matmul_operands(rows: nasty.Rows, dtype: str, weight_dtype: str, seed: int = 0):
+    given = nasty.operands(rows, dtype=dtype, weight_dtype=weight_dtype, seed=seed)
+    dout = jnp.asarray(np.random.default_rng(seed + 1).normal(size=(rows.num_rows, rows.hidden)), dtype)
+    return given.rows, given.weights.w1, dout
+
+
+def close(actual, expected, **bound) -> None:
+    """Row by row, where an entry is a sum of numbers of size one: a row of small ones may be off as the others are."""
+    expected = np.asarray(expected, np.float64)
+    scale = np.maximum(np.abs(expected).max(axis=1, initial=0), 1)
+    assert_close(np.asarray(actual, np.float64), expected, scale=scale, **bound)
+
+
+def check_matmul(name: str, dtype: str, weight_dtype: str, sizes=None) -> None:
+    rows, all_sizes = CASES[name]
+    x, weight, dout = matmul_operands(rows, dtype, weight_dtype)
+    for size in all_sizes if sizes is None else sizes:
+        found = matmul(rows, x, weight, dout, np.array(size, np.int32))
+        assert [a.dtype for a in found] == [x.dtype, x.dtype, weight.dtype]
+        out, dx, dw = (np.asarray(a, np.float64) for a in found)
+        # The kernel multiplies weights of the rows' dtype, so the oracle does.
+        want = nasty.expected_matmul(rows, x, weight.astype(dtype), dout, size)
+        used, one = rows.used(np.array(size)), {"length": 1, "roundings": 1}
+        # Sums are float32 and as good as exact; what is left is one rounding of the result.
+        assert_close(out[used], want[0][used], name=f"out {size}", eps=EPS[dtype], **one)
+        assert_close(dx[used], want[1][used], name=f"dx {size}", eps=EPS[dtype], **one)
+        eps = {"float32": 2.0**-20}.get(weight_dtype, EPS.get(weight_dtype, 0))
+        flat = (rows.experts * rows.width, rows.hidden)
+        close(dw.reshape(flat), want[2].reshape(flat), name=f"dw {size}", eps=eps, **one)
+
+
+def check_mlp(name: str, dtype: str, weight_dtype: str, activation: str = "gelu_tanh", sizes=None, bias=True) -> None:
+    rows, all_sizes = CASES[name]
+    given = nasty.operands(rows, dtype=dtype, weight_dtype=weight_dtype)
+    if not bias:
+        given = given._replace(weights=given.weights._replace(b1=None, b2=None))
+    rounded = given._replace(
+        weights=given.weights._replace(w1=given.weights.w1.astype(dtype), w2=given.weights.w2.astype(dtype))
+    )
+    for size in all_sizes if sizes is None else sizes:
+        out, dx, dweights = mlp(rows, activation, given, np.array(size, np.int32))
+        want, used = nasty.expected_mlp(rows, rounded, size, activation), rows.used(np.array(size))
+        # The hidden layer is rounded twice and summed over, then the result is rounded.
+        bound = {"length": rows.hidden, "eps": EPS[dtype], "roundings": 1}
+        close(np.asarray(out)[used], want.out[used], name=f"out {size}", **bound)
+        close(np.asarray(dx)[used], want.drows[used], name=f"dx {size}", **bound)
+        bound["length"] += max(size)
+        for field, mine, theirs in zip(MlpWeights._fields, dweights, want.dweights, strict=True):
+            if mine is None:
+                assert not bias
+                continue
+            assert mine.dtype == getattr(given.weights, field).dtype
+            flat = (rows.experts, -1)
+            close(np.asarray(mine).reshape(flat), theirs.reshape(flat), name=f"d{field} {size}", **bound)

@@ -1,0 +1,69 @@
+"""The expert MLP of the GPU back end: interpreted on a CPU with race detection, or on a GPU, against the reference."""
+
+import gpu_cases as gpu
+import jax
+import jax.numpy as jnp
+import nasty_cases as nasty
+import numpy as np
+import pytest
+
+ALL = [
+    (name, *dtypes, activation)
+    for name in gpu.CASES
+    for dtypes in gpu.DTYPES[:3]
+    for activation in ("gelu_tanh", "gelu_erf")
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_races(capsys):
+    """The interpreter of JAX 0.10.2 prints races, later ones raise."""
+    yield
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+def test_values_and_gradients():
+    gpu.check_mlp("packed", "bfloat16", "float32", sizes=[(127, 128, 129, 0), (15, 16, 17, 1), (544, 0, 0, 0)])
+
+
+def test_the_exact_gelu_without_biases():
+    gpu.check_mlp("odd block", "float16", "float16", "gelu_erf", sizes=[(23, 24, 1)], bias=False)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "dtype", "weight_dtype", "activation"), ALL)
+def test_values_and_gradients_of_all(name, dtype, weight_dtype, activation):
+    gpu.check_mlp(name, dtype, weight_dtype, activation)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "dtype", "weight_dtype", "activation"), ALL)
+def test_values_and_gradients_on_a_gpu(name, dtype, weight_dtype, activation):
+    gpu.require_gpu()
+    gpu.check_mlp(name, dtype, weight_dtype, activation)
+
+
+def check_poison(poison):
+    rows, _ = gpu.CASES["packed"]
+    size = np.array((127, 17, 129, 0), np.int32)
+    given = nasty.operands(rows, dtype="bfloat16")
+    clean = gpu.mlp(rows, "gelu_tanh", given, size)
+    used = rows.used(size)
+    unused = jnp.asarray(~used)[:, None]
+    dirty = given._replace(rows=jnp.where(unused, poison, given.rows), dout=jnp.where(unused, poison, given.dout))
+    found = gpu.mlp(rows, "gelu_tanh", dirty, size)
+    for a, b in zip(found[:2], clean[:2], strict=True):
+        np.testing.assert_array_equal(np.asarray(a)[used], np.asarray(b)[used])
+    jax.tree.map(np.testing.assert_array_equal, found[2], clean[2])
+    assert all((np.asarray(gradient)[3] == 0).all() for gradient in clean[2])
+
+
+def test_nan_in_unused_rows_reaches_nothing():
+    check_poison(np.nan)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("poison", nasty.POISONS)
+def test_what_is_not_finite_in_unused_rows_reaches_nothing_on_a_gpu(poison):
+    gpu.require_gpu()
+    check_poison(poison)
