@@ -99,8 +99,8 @@ def _compile(request: Request) -> dict[str, Any]:
 
     from benchmarks.cases import CASES, Inputs, draw_experts, imposing_noise, make_inputs
     from benchmarks.jobs import make_job, prepare
-    from benchmarks.run import IMPLEMENTATIONS
     from benchmarks.tpu_chips import CHIPS
+    from benchmarks.tpu_implementations import IMPLEMENTATIONS
     from benchmarks.tpu_operands import steering_operands
 
     case, implementation = CASES[request.case], IMPLEMENTATIONS[request.implementation]

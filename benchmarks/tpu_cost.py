@@ -104,9 +104,12 @@ def part_cost(name: str, trips: int, runs: Sequence[Run], chip: Chip) -> Part:
     (16384.0, 38400.0, 'HBM', '1.20e-06', 0)
     """
     copies = [
-        (granules * GRANULE, count) for ran in runs for (kind, granules), count in ran.copies.items() if "hbm" in kind
+        (kind, granules * GRANULE, count)
+        for ran in runs
+        for (kind, granules), count in ran.copies.items()
+        if "hbm" in kind
     ]
-    copied = float(trips * sum(size * count for size, count in copies))
+    copied = float(trips * sum(size * count for _, size, count in copies))
     macs = [float(trips * ran.streamed_rows * chip.mxu_depth**2) for ran in runs]
     bundles = trips * max(ran.bundles for ran in runs)
     return Part(
@@ -118,7 +121,7 @@ def part_cost(name: str, trips: int, runs: Sequence[Run], chip: Chip) -> Part:
         hbm_seconds=copied / (1e9 * chip.hbm_gbytes_per_s),
         macs=sum(macs),
         hbm_bytes=copied,
-        row_copies=trips * sum(count for size, count in copies if 0 < size <= ROW_BYTES),
+        row_copies=trips * sum(count for kind, size, count in copies if 0 < size <= ROW_BYTES and "smem" not in kind),
         unknown_loops=max(ran.unknown_loops for ran in runs),
     )
 

@@ -41,13 +41,12 @@ import numpy as np  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 
 from benchmarks.cases import CASES, DISTRIBUTIONS, DTYPES, Case, draw_experts  # noqa: E402
-from benchmarks.implementations import OURS  # noqa: E402
 from benchmarks.results import commit, versions  # noqa: E402
 from benchmarks.roofline import OPS, Load, Op, Pass, work  # noqa: E402
-from benchmarks.run import IMPLEMENTATIONS  # noqa: E402
 from benchmarks.tpu_chips import CHIPS, Chip  # noqa: E402
 from benchmarks.tpu_compile import CompileError, Request, compile_for_tpu  # noqa: E402
 from benchmarks.tpu_cost import DESCRIPTOR_NANOSECONDS, Cost, module_cost  # noqa: E402
+from benchmarks.tpu_implementations import IMPLEMENTATIONS, OURS  # noqa: E402
 
 _PASSES: tuple[Pass, ...] = ("forward", "both")
 _WITH_MATMULS = ("grouped_matmul", "expert_mlp", "layer")

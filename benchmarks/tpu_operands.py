@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Literal
 
 # Primitives that are one more level of the same program, by the parameter that holds it.
 _INSIDE = ("jaxpr", "call_jaxpr", "fun_jaxpr")
@@ -93,12 +93,12 @@ def _integers(equation: Any, inputs: list[_Lazy]) -> dict[int, _Lazy]:
 
 def _outputs(equation: Any, inputs: list[_Lazy]) -> list[_Lazy]:
     def compute() -> list[Any]:
-        params = equation.params
+        params = equation.primitive.get_bind_params(equation.params)
         if equation.primitive.name == "pallas_call":
             params = params | {"interpret": True}
-        variables = {atom: value for atom, value in zip(equation.invars, inputs, strict=True) if isinstance(atom, Var)}
-        alone = Jaxpr((), list(variables), equation.outvars, [equation.replace(params=params)])
-        return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*(value.get() for value in variables.values()))
+        with equation.ctx.manager:
+            result = equation.primitive.bind(*(value.get() for value in inputs), **params)
+        return list(result) if equation.primitive.multiple_results else [result]
 
     whole = _Lazy(compute)
     return [_Lazy(lambda index=index: whole.get()[index]) for index in range(len(equation.outvars))]
