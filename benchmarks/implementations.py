@@ -95,7 +95,9 @@ def from_backend(backend: Backend | None) -> Implementation:
 
 
 def _why_not(backend: Backend | None, case: Case, dtype: str, platform: str) -> str | None:
-    for span in get_args(SpanName) if backend is not None else ():
+    if backend is None:
+        return None
+    for span in get_args(SpanName):
         if span == "dispatch_mlp_combine":  # a longer piece that a back end may leave out
             continue
         if span not in backend.spans:

@@ -1,6 +1,7 @@
 """The modelled benchmark for TPUs: reading the compiler's bundles, running their scalar program, and the arithmetic."""
 
 import collections
+import doctest
 from pathlib import Path
 
 import jax
@@ -9,14 +10,15 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+from benchmarks import tpu_bundles, tpu_cost, tpu_operands, tpu_report, tpu_schedule
 from benchmarks.cases import CASES, draw_experts, imposing_noise
 from benchmarks.roofline import Load
 from benchmarks.tpu_bundles import parse
 from benchmarks.tpu_chips import CHIPS
 from benchmarks.tpu_compile import Compiled, CompileError, Request, compile_for_tpu
 from benchmarks.tpu_cost import module_cost, part_cost
-from benchmarks.tpu_model import floor_seconds, line, summarise
 from benchmarks.tpu_operands import steering_operands
+from benchmarks.tpu_report import floor_seconds, line, summarise
 from benchmarks.tpu_schedule import Run, run
 
 # A Pallas kernel for v5e: a grid of 4 steps with a window of 8 x 128 floats in and out; step i adds the window sizes[i]
@@ -184,6 +186,14 @@ def test_steering_operands_are_computed_and_nothing_else():
 
     (call,) = steering_operands(jax.make_jaxpr(program)(jnp.zeros(3, jnp.int32)), [jnp.array([0, 2, 2], jnp.int32)])
     assert {index: values.tolist() for index, values in call.operands.items()} == {0: [1, 0, 2, 0]}
+
+
+@pytest.mark.parametrize(
+    "module", [tpu_bundles, tpu_schedule, tpu_cost, tpu_operands, tpu_report], ids=lambda module: module.__name__
+)
+def test_examples_in_docstrings(module):
+    done = doctest.testmod(module)
+    assert done.failed == 0 and done.attempted > 0
 
 
 def test_noise_imposes_the_experts():
