@@ -31,7 +31,7 @@ class Part(NamedTuple):
     macs: float
     hbm_bytes: float
     row_copies: int
-    unknown_loops: int
+    unknown_branches: int
 
     @property
     def seconds(self) -> float:
@@ -52,7 +52,7 @@ class Cost(NamedTuple):
     seconds: float
     macs: float
     hbm_bytes: float
-    unknown_loops: int
+    unknown_branches: int
     missing: tuple[str, ...]
     """Instructions without a schedule, such as work for SparseCore; they count as nothing."""
 
@@ -79,7 +79,7 @@ def module_cost(compiled: Compiled, chip: Chip) -> Cost:
         seconds=max(sum(part.seconds for part in serial), hbm),
         macs=sum(part.macs for part in parts),
         hbm_bytes=sum(part.hbm_bytes for part in parts),
-        unknown_loops=sum(part.unknown_loops for part in parts),
+        unknown_branches=sum(part.unknown_branches for part in parts),
         missing=tuple(sorted(name for name in top.calls if name not in programs)),
     )
 
@@ -122,7 +122,7 @@ def part_cost(name: str, trips: int, runs: Sequence[Run], chip: Chip) -> Part:
         macs=sum(macs),
         hbm_bytes=copied,
         row_copies=trips * sum(count for kind, size, count in copies if 0 < size <= ROW_BYTES and "smem" not in kind),
-        unknown_loops=max(ran.unknown_loops for ran in runs),
+        unknown_branches=max(ran.unknown_branches for ran in runs),
     )
 
 

@@ -38,7 +38,7 @@ class Modelled:
     row_copies: int
     temp_bytes: int
     compile_seconds: float
-    unknown_loops: int
+    unknown_branches: int
     missing: tuple[str, ...]
     parts: list[dict[str, float | int | str]]
     """Instructions in descending order of time."""
@@ -102,7 +102,7 @@ def summarise(request: Request, cost: Cost, temp_bytes: int, compile_seconds: fl
         row_copies=sum(part.row_copies for part in cost.parts),
         temp_bytes=temp_bytes,
         compile_seconds=compile_seconds,
-        unknown_loops=cost.unknown_loops,
+        unknown_branches=cost.unknown_branches,
         missing=cost.missing,
         parts=[
             {
@@ -143,8 +143,8 @@ def line(result: Modelled) -> str:
         f"{result.xla_estimate_us:9.0f} {macs:>6s} {rows:>6s} {result.times_least_bytes:8.2f} "
         f"{result.temp_bytes / 1e6:8.1f} {result.compile_seconds:9.1f}"
     )
-    if result.unknown_loops:
-        text += f"  {result.unknown_loops} loops of unknown length counted once"
+    if result.unknown_branches:
+        text += f"  {result.unknown_branches} branches on unknown data, counted as run once"
     if result.missing:
         text += f"  without a schedule: {', '.join(result.missing)}"
     return text

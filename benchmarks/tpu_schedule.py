@@ -26,7 +26,8 @@ class Run(NamedTuple):
     copies: Counter[tuple[str, int]]
     """Number of copies by kind and size in granules; a `general` one that has an end in HBM is a `general_hbm`."""
     calls: Counter[str]
-    unknown_loops: int
+    unknown_branches: int
+    """Branches whose condition is not known: loops that count one trip, and regions that count as run."""
     streamed_rows: int
     """Rows that the matrix units take in."""
     places: int
@@ -229,7 +230,7 @@ def run(program: Program, delay: int, operands: Mapping[int, Sequence[int]] | No
         if bundle.branch:
             target = program.regions[bundle.branch]
             guard = bundle.guard
-            if guard is not None and machine.registers.get(guard.register) is None and target <= index:
+            if guard is not None and machine.registers.get(guard.register) is None:
                 unknown.add(index)
             if machine.holds(guard, unknown=False):
                 jump = (min(index + delay, size - 1), target)

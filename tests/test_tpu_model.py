@@ -39,7 +39,7 @@ def test_the_sample_is_read():
 @pytest.mark.parametrize("sizes", [[3, 0, 2, 1], [1, 1, 1, 1], [0, 0, 0, 0], [0, 5, 0, 0]])
 def test_loops_run_as_often_as_the_operand_says(sizes):
     ran = run(parse(SAMPLE), DELAY, {0: sizes})
-    assert ran.unknown_loops == 0
+    assert ran.unknown_branches == 0
     assert {int(ran.counts[index]) for index in LOOP} == {sum(sizes)}
     # Two more turns of the pipeline than steps: one to fill it, one to empty it.
     assert ran.counts[0xB] == 6 and ran.counts[0x2C] == 4
@@ -53,7 +53,8 @@ def test_copies_run_when_their_predicate_holds():
 
 def test_what_is_not_known_counts_once_and_is_reported():
     ran = run(parse(SAMPLE), DELAY)
-    assert ran.unknown_loops == 1
+    # The branch around the loop, and the loop.
+    assert ran.unknown_branches == 2
     assert {int(ran.counts[index]) for index in LOOP} == {4}
 
 
@@ -135,7 +136,7 @@ def test_a_module_adds_up():
     texts = {"TLP": TOP, "sums.1": SAMPLE}
     steering = [("other", {0: [9, 9, 9, 9]}), ("sums", {0: [3, 0, 2, 1]})]
     cost = module_cost(Compiled(texts, steering, 0, 0.0, 0.0), CHIPS["v5e"])
-    assert cost.missing == ("sort.2",) and cost.unknown_loops == 0
+    assert cost.missing == ("sort.2",) and cost.unknown_branches == 0
     by_name = {part.name: part for part in cost.parts}
     assert by_name["sums.1"].bundles == run(parse(SAMPLE), DELAY, {0: [3, 0, 2, 1]}).bundles
     assert cost.hbm_bytes == 8 * WINDOW + 16 * 32
@@ -165,7 +166,7 @@ def test_a_line_says_what_is_missing():
     cost = module_cost(Compiled(texts, [], 0, 0.0, 0.0), CHIPS["v5e"])
     request = Request("v5e", "dense", "layer", "forward", "b16", "balanced", "bfloat16")
     text = line(summarise(request, cost, 1_000_000, 2.0, 3e-6))
-    assert "1 loops of unknown length" in text and "without a schedule: sort.2" in text
+    assert "2 branches on unknown data" in text and "without a schedule: sort.2" in text
 
 
 def double(sizes, x):
@@ -211,7 +212,7 @@ def test_a_grouped_matmul_issues_what_its_tiles_say():
     cost = module_cost(compiled, CHIPS["v5e"])
     kernel = max(cost.parts, key=lambda part: part.macs)
     useful = 16_384 * 768 * 3_072
-    assert kernel.macs == useful * 1024 / 768 and cost.unknown_loops == 0
+    assert kernel.macs == useful * 1024 / 768 and cost.unknown_branches == 0
     # Weights come once for every tile of rows of a group, and the result leaves once.
     assert kernel.hbm_bytes > 2 * 16_384 * 3_072
     assert kernel.seconds >= kernel.macs / (CHIPS["v5e"].flops / 2)
