@@ -140,6 +140,16 @@ def _shares(case: Case, distribution: str) -> np.ndarray:
     return share / share.sum()
 
 
+def imposing_noise(case: Case, expert: np.ndarray, seed: int = 0) -> Float[np.ndarray, "T E"]:
+    """Noise that makes a router with small logits choose the given experts, with gates of which no two are equal."""
+    # The k-th choice gets 2 less than the one before; inside a choice the tokens differ by up to 1.
+    spread = np.random.default_rng(seed).permutation(case.tokens) / case.tokens
+    noise = np.zeros((case.tokens, case.experts), np.float32)
+    values = 2 * (case.choices - np.arange(case.choices)) + spread[:, None]
+    np.put_along_axis(noise, expert, values.astype(np.float32), axis=1)
+    return noise
+
+
 def make_inputs(case: Case, distribution: str, dtype: str, seed: int = 0) -> Inputs:
     """Draw the arrays of a problem. The router's own logits are small, so that the noise decides.
 
@@ -154,10 +164,6 @@ def make_inputs(case: Case, distribution: str, dtype: str, seed: int = 0) -> Inp
     def normal(*shape: int, scale: float = 1.0, kind: str = dtype) -> Array:
         return jax.random.normal(next(keys), shape, jnp.dtype(kind)) * jnp.asarray(scale, kind)
 
-    # The k-th choice gets 2 less than the one before; inside a choice the tokens differ by up to 1.
-    spread = np.random.default_rng(seed).permutation(t) / t
-    noise = np.zeros((t, e), np.float32)
-    np.put_along_axis(noise, expert, (2 * (k - np.arange(k)) + spread[:, None]).astype(np.float32), axis=1)
     weights = MlpWeights(
         w1=normal(e, d, f, scale=d**-0.5),
         b1=normal(e, f, scale=0.1),
@@ -167,7 +173,7 @@ def make_inputs(case: Case, distribution: str, dtype: str, seed: int = 0) -> Inp
     return Inputs(
         tokens=normal(t, d),
         router=normal(d, e, scale=0.05 * d**-0.5, kind="float32"),
-        noise=jnp.asarray(noise),
+        noise=jnp.asarray(imposing_noise(case, expert, seed)),
         weights=weights,
         rows=normal(t * k, d),
         d_tokens=normal(t, d),

@@ -55,9 +55,9 @@ class Implementation:
     """One MLP for all tokens, with the weights of the first expert: its own [D, F] and [F, D]."""
 
 
-def from_backend(backend: Backend) -> Implementation:
-    """The operations of moe_kernels, all by one back end."""
-    name = backend.name
+def from_backend(backend: Backend | None) -> Implementation:
+    """The operations of moe_kernels, all by one back end; None for each by the first that takes it, as users get it."""
+    name = None if backend is None else backend.name
 
     def layer(
         case: Case, tokens: Array, router: Array, weights: MlpWeights, noise: Float[Array, "T E"]
@@ -77,7 +77,7 @@ def from_backend(backend: Backend) -> Implementation:
         return route(tokens, router, num_choices=case.choices, num_groups=case.groups, noise=noise, backend=name)
 
     return Implementation(
-        name=f"moe_kernels/{name}",
+        name="moe_kernels" if name is None else f"moe_kernels/{name}",
         operations={
             "routing": routing,
             "plan": _plan,
@@ -94,7 +94,9 @@ def from_backend(backend: Backend) -> Implementation:
     )
 
 
-def _why_not(backend: Backend, case: Case, dtype: str, platform: str) -> str | None:
+def _why_not(backend: Backend | None, case: Case, dtype: str, platform: str) -> str | None:
+    if backend is None:
+        return None
     for span in get_args(SpanName):
         if span == "dispatch_mlp_combine":  # a longer piece that a back end may leave out
             continue
@@ -142,4 +144,5 @@ def _choice_shapes(case: Case) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStru
     return jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
+CHOSEN = from_backend(None)
 OURS = tuple(from_backend(backend) for backend in BACKENDS)

@@ -1,0 +1,248 @@
+"""Read the TPU compiler's final bundles of one kernel: the scalar program that steers it, its copies and its calls.
+
+The text has one VLIW bundle a line. Only what decides how often a bundle runs is kept: operations on scalar and
+predicate registers that a branch, a copy or a call depends on (a slice over the compiler's own names), the branches,
+the copies to and from HBM and the calls of a module's top level. Everything else is one bundle each, whatever it holds.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+_START = re.compile(r"(?m)^ *(?:0x[0-9a-f]+|0) +((?:[A-Z]{2})?) *:[ >]*(?=\{)")
+_REGION = re.compile(r"(?:Start|Start/End empty) region (\d+)")
+_CORE = re.compile(r"= sld \[smem:\[[^\]]*\]\](?=[^;]*/\* core id \*/)")
+_COMMENT = re.compile(r"/\*.*?\*/", re.S)
+_OPERAND = re.compile(r"index: (\d+), kind: (input|output)")
+_DEFINITION = re.compile(r"%([a-z]*\d+)_([sp]\d+) = (\S+)(.*)", re.S)
+_REGISTER = re.compile(r"%([a-z]*\d+)_([sp]\d+)")
+_PREDICATE = re.compile(r"\((!?)%([a-z]*\d+)_(p\d+)\)")
+_SYMBOL = re.compile(r"#(allocation\w+)|%([a-z]*\d+)_([sp]\d+)|\$?(0x[0-9a-f]+|-?\d+)")
+# The type of what streams through the matrix unit is the first that an instruction names.
+_MATMUL = re.compile(r"= vmatmul[a-z.]*?\.(f32|bf16|[a-z]+8\w*|[su]4)")
+_ROWS = {"f32": 8, "bf16": 16}
+
+
+class Value(NamedTuple):
+    """A register by its physical name (`s3`, `p1`), with the compiler's own name of what it holds; or a number."""
+
+    register: str = ""
+    name: str = ""
+    number: int = 0
+    allocation: str = ""
+
+
+class Guard(NamedTuple):
+    """A predicate register and whether it must be false."""
+
+    register: str
+    name: str
+    negated: bool
+
+
+class Op(NamedTuple):
+    """`target = code(arguments)` on scalar registers, if `guard` holds; `target` is empty for a store."""
+
+    target: str
+    name: str
+    code: str
+    arguments: tuple[Value, ...]
+    guard: Guard | None
+
+
+class Copy(NamedTuple):
+    """A DMA: its kind (`hbm_to_vmem`), source, size in granules and destination."""
+
+    kind: str
+    source: tuple[Value, ...]
+    size: Value
+    target: tuple[Value, ...]
+    guard: Guard | None
+
+
+class Bundle(NamedTuple):
+    """What matters of a bundle; `branch` is the region that it jumps to, `call` the instruction that it runs."""
+
+    ops: tuple[Op, ...] = ()
+    copies: tuple[Copy, ...] = ()
+    branch: str = ""
+    guard: Guard | None = None
+    call: str = ""
+    streamed_rows: int = 0
+    """Rows that matrix units take in: 8 for each float32 instruction, 16 for bfloat16, 32 for 8-bit types."""
+
+
+class Program(NamedTuple):
+    """The bundles of a kernel, where each region begins, and which register holds which operand at the start."""
+
+    bundles: list[Bundle]
+    regions: dict[str, int]
+    operands: dict[str, int]
+    integers: dict[int, int]
+    """Number of entries of each 32-bit integer operand."""
+    in_hbm: set[int]
+    """The operands and results that lie in HBM."""
+    uses_core_id: bool
+
+    def branch_delay(self) -> int | None:
+        """Bundles after a branch that still run, as far as the text shows; None without a branch.
+
+        Code that can be jumped over begins a region right behind them, so the shortest distance is the delay.
+        """
+        starts = sorted({*self.regions.values(), *(i for i, b in enumerate(self.bundles) if b.branch)})
+        branches = [index for index, bundle in enumerate(self.bundles) if bundle.branch]
+        gaps = [next((start - index for start in starts if start > index), None) for index in branches]
+        return min((gap - 1 for gap in gaps if gap is not None), default=None)
+
+
+def parse(text: str) -> Program:
+    """Read the text of a `*final_bundles.txt`.
+
+    >>> text = '''
+    ...      0   :  { %s1_s0 = smov 0 }
+    ...    0x1 LB: > { %s2_s0 = sadd.s32 1, %s1_s0  ;;  %s1_s0 = sphi %s1_s0, %s2_s0 } /* Start region 5 */
+    ...    0x2   : > { %p3_p0 = scmp.ge.s32.totalorder %s2_s0, 4 }
+    ...    0x3   :  { %9 = sbr.rel (!%p3_p0) target = $region5 }'''
+    >>> program = parse(text)
+    >>> len(program.bundles), program.regions, program.bundles[3].branch
+    (4, {'5': 1}, '5')
+    """
+    bundles, regions, operands, integers, in_hbm, nameless = [], {}, {}, {}, set(), []
+    records = _START.split(text)[1:]
+    for index, (label, record) in enumerate(zip(records[::2], records[1::2], strict=True)):
+        names = _REGION.findall(record)
+        for region in names:
+            regions.setdefault(region, index)
+        if label == "PF" and not names:
+            nameless.append(index)
+        if "inlined_call_operand" in record:
+            for operand in _operands_of(record):
+                operands[operand.register] = operand.number
+                if operand.entries is not None:
+                    integers[operand.number] = operand.entries
+                if operand.in_hbm:
+                    in_hbm.add(operand.number)
+        call = re.search(r"inlined_call [^/}]*/\* (?:%([\w.-]+) = )?", record)
+        bundles.append(_bundle(_COMMENT.sub("", _CORE.sub("= core_id", record)), "" if call is None else call[1] or ""))
+    for index, bundle in enumerate(bundles):
+        if bundle.branch and bundle.branch not in regions:
+            # An empty region at the end has no comment; its label says that a predicated region falls through to it.
+            regions[bundle.branch] = next((i for i in nameless if i > index), len(bundles) - 1)
+    return Program(_slice(bundles), regions, operands, integers, in_hbm, _CORE.search(text) is not None)
+
+
+class _Operand(NamedTuple):
+    register: str
+    number: int
+    entries: int | None
+    """Of an integer input."""
+    in_hbm: bool
+
+
+def _operands_of(record: str) -> Iterator[_Operand]:
+    for part in record.split(";;"):
+        found, index = _REGISTER.search(part), _OPERAND.search(part)
+        if found and index and "inlined_call_operand" in part:
+            shape = re.search(r"shape: s32\[([\d,]*)\]", part) if index[2] == "input" else None
+            entries = None if shape is None else math.prod(map(int, filter(None, shape[1].split(","))))
+            yield _Operand(found[2], int(index[1]), entries, "inlined_call_operand.hbm" in part)
+
+
+def _bundle(record: str, call: str) -> Bundle:
+    ops, copies, branch, guard = [], [], "", None
+    for part in record.strip().strip("{}").split(";;"):
+        part = part.strip()
+        if " = sbr.rel" in part:
+            branch, guard = re.findall(r"target = \$region(\d+)", part)[0], _guard(part)
+        elif re.match(r"%\d+ = dma\.(?!done)", part):
+            copies.append(_copy(part))
+        elif store := re.match(r"%\d+ = sst \[smem:\[(.*?)\]\](.*)", part):
+            ops.append(
+                Op("", "", "sst", (*_values(store[1]), *_values(_PREDICATE.sub("", store[2]))), _guard(store[2]))
+            )
+        elif found := _DEFINITION.match(part):
+            ops.append(_operation(found))
+    rows = sum(_ROWS.get(kind, 32) for kind in _MATMUL.findall(record))
+    return Bundle(tuple(ops), tuple(copies), branch, guard, call, rows)
+
+
+def _operation(found: re.Match[str]) -> Op:
+    name, register, code, rest = found[1], found[2], found[3], found[4]
+    if code == "smov" and (choice := re.match(r" \((!?)%([a-z]*\d+)_(p\d+), (.*?)\), (.*)", rest)):
+        predicate = Value(choice[3], choice[2])
+        # `smov (p, a), b` is a, overwritten by b where p holds.
+        branches = (choice[4], choice[5]) if choice[1] else (choice[5], choice[4])
+        return Op(register, name, "scalar_select", (predicate, *_values(branches[0]), *_values(branches[1])), None)
+    if code == "sld":
+        address = re.search(r"\[smem:\[(.*?)\]\]", rest)
+        return Op(register, name, code, () if address is None else tuple(_values(address[1])), _guard(rest))
+    arguments = re.sub(r"\[(?:thread|resolvable)\S*\]", "", _PREDICATE.sub("", rest, count=1))
+    return Op(register, name, code, tuple(_values(arguments)), _guard(rest))
+
+
+def _guard(text: str) -> Guard | None:
+    found = _PREDICATE.search(text)
+    return None if found is None else Guard(found[3], found[2], bool(found[1]))
+
+
+def _values(text: str) -> Iterator[Value]:
+    for allocation, name, register, number in _SYMBOL.findall(text):
+        if allocation:
+            yield Value(allocation=allocation)
+        elif register:
+            yield Value(register, name)
+        else:
+            value = int(number, 0)
+            yield Value(number=value - (1 << 32) if value >= 1 << 31 else value)
+
+
+def _copy(part: str) -> Copy:
+    """The arguments in the order of the text: source, granules, destination."""
+    kind = re.search(r"dma\.(\w+)", part)
+    assert kind is not None
+    body = _PREDICATE.sub("", re.sub(r"^%\d+ = dma\.\w+(?: \[thread:\$\d+\])?", "", part))
+    pieces = [tuple(_values(text)) for text in body.lstrip(" ,").split(",")]
+    source, size, target = [*pieces, (), (), ()][:3]
+    return Copy(kind[1], source, size[0] if size else Value(), target, _guard(part))
+
+
+def _names(values: Iterable[Value | Guard | None]) -> Iterator[str]:
+    for value in values:
+        if value is not None and value.name:
+            yield value.name
+
+
+def _slice(bundles: list[Bundle]) -> list[Bundle]:
+    """Keep the operations that a branch or a copy depends on; phis and casts change no register, so they go too."""
+    makers: dict[str, list[Op]] = defaultdict(list)
+    stores: dict[str, list[Op]] = defaultdict(list)
+    for bundle in bundles:
+        for op in bundle.ops:
+            if op.code == "sst":
+                stores[op.arguments[0].allocation].append(op)
+            else:
+                makers[op.name].append(op)
+    needed: set[int] = set()
+    queue: list[str] = []
+    for bundle in bundles:
+        queue += _names([bundle.guard])
+        for copy in bundle.copies:
+            queue += _names([copy.guard, copy.size, *copy.source, *copy.target])
+    seen = set(queue)
+    while queue:
+        for op in makers[queue.pop()]:
+            related = [op]
+            if op.code == "sld" and op.arguments:
+                related += stores[op.arguments[0].allocation]
+            for one in related:
+                needed.add(id(one))
+                fresh = set(_names([*one.arguments, one.guard])) - seen
+                seen |= fresh
+                queue += fresh
+    silent = ("sphi", "pphi", "int_to_ptr", "inlined_call_operand")
+    return [
+        b._replace(ops=tuple(op for op in b.ops if id(op) in needed and not op.code.startswith(silent)))
+        for b in bundles
+    ]

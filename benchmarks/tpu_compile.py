@@ -1,0 +1,144 @@
+"""Compile an operation of an implementation for a named TPU, without one, in a process of its own.
+
+The compiler takes its options from the environment before JAX loads it, and mixes the dumps of all programs of a
+process; so every program gets its own process and its own folder. Needs `pip install 'jax[tpu]'`.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+_TEXTS = "final_bundles"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to compile: names from the tables of cases, implementations and chips; passes are forward or both."""
+
+    chip: str
+    implementation: str
+    op: str
+    passes: str
+    case: str
+    distribution: str
+    dtype: str
+
+
+class Compiled(NamedTuple):
+    """What the compiler says. `texts` holds the final bundles by instruction; the top level is called TLP."""
+
+    texts: dict[str, str]
+    steering: list[tuple[str, dict[int, list[int]]]]
+    """Values of the integer operands of every Pallas kernel, in the program's order."""
+    temp_bytes: int
+    compile_seconds: float
+    estimated_seconds: float
+    """XLA's own estimate, which leaves out sorts, gathers and kernels, and may be negative."""
+
+
+class CompileError(RuntimeError):
+    """The compiler, or the implementation, refused; the message is the last line that it said."""
+
+
+def compile_for_tpu(request: Request, timeout: float = 900) -> Compiled:
+    """Compile in a child process. Raises CompileError with the reason if that fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={_TEXTS}"
+        # Equal fusions would share one text under the name of the first.
+        flags += " --xla_jf_hlo_deduplication_all_unique=true"
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "LIBTPU_INIT_ARGS": flags,
+        }
+        command = [sys.executable, "-m", "benchmarks.tpu_compile", json.dumps(dataclasses.asdict(request))]
+        try:
+            done = subprocess.run(
+                command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise CompileError(f"took more than {timeout:.0f} s") from None
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            raise CompileError(lines[-1] if lines else f"exit status {done.returncode}")
+        said = json.loads(done.stdout.splitlines()[-1])
+        steering = [(name, {int(k): v for k, v in operands.items()}) for name, operands in said.pop("steering")]
+        return Compiled(texts=_read_texts(Path(folder)), steering=steering, **said)
+
+
+def _read_texts(folder: Path) -> dict[str, str]:
+    texts = {}
+    for path in folder.glob(f"*-{_TEXTS}.txt"):
+        # <time>-<instruction>-<number of the pass>-final_bundles.txt; another file of the pass has schedule-analysis.
+        _, _, rest = path.name.removesuffix(f"-{_TEXTS}.txt").partition("-")
+        name, _, number = rest.rpartition("-")
+        if number.isdigit():
+            texts[name] = path.read_text(encoding="utf-8", errors="replace")
+    return texts
+
+
+def _compile(request: Request) -> dict[str, Any]:
+    """In the child: trace for the chip's mesh, compile, and compute what steers the kernels."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from benchmarks.cases import CASES, Inputs, draw_experts, imposing_noise, make_inputs
+    from benchmarks.jobs import make_job, prepare
+    from benchmarks.tpu_chips import CHIPS
+    from benchmarks.tpu_implementations import IMPLEMENTATIONS
+    from benchmarks.tpu_operands import steering_operands
+
+    case, implementation = CASES[request.case], IMPLEMENTATIONS[request.implementation]
+    if reason := implementation.why_not(case, request.dtype, "tpu"):
+        raise CompileError(reason)
+    expert = draw_experts(case, request.distribution)
+    noise = imposing_noise(case, expert)
+    shapes = jax.eval_shape(lambda: make_inputs(case, request.distribution, request.dtype)._replace(expert=None))
+    # Only what decides where tokens go needs its values; zeros of this kind cost no memory until they are read.
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), shapes)
+    inputs = Inputs(*zeros)._replace(noise=jnp.asarray(noise), expert=expert)
+    gate = np.take_along_axis(np.asarray(jax.nn.softmax(noise, axis=1)), expert, axis=1)
+    prepared = prepare(make_job(request.op, implementation, case, inputs, gate), request.passes)  # type: ignore[arg-type]
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[request.chip].topology)
+    mesh = Mesh(np.array(topology.devices[:1]), ("device",))
+    everywhere = PartitionSpec()
+    # Mosaic kernels are not partitioned automatically, on a single device either.
+    call = jax.shard_map(prepared.call, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+    arguments = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, everywhere)),
+        prepared.arguments,
+    )
+    with jax.default_matmul_precision("highest" if request.dtype == "float32" else None):
+        traced = jax.jit(call).trace(*arguments)
+    lowered = traced.lower(lowering_platforms=("tpu",))
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    steering = steering_operands(traced.jaxpr, jax.tree.leaves(prepared.arguments))
+    return {
+        "steering": [(s.kernel, {k: v.tolist() for k, v in s.operands.items()}) for s in steering],
+        "temp_bytes": 0 if memory is None else int(memory.temp_size_in_bytes),
+        "compile_seconds": seconds,
+        "estimated_seconds": float(costs.get("optimal_seconds", float("nan"))),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(_compile(Request(**json.loads(sys.argv[1])))))

@@ -1,0 +1,153 @@
+"""From the compiler's schedule to modelled seconds, for one compiled program on one chip.
+
+An instruction takes the largest of: bundles that run / clock, multiply-adds issued to the matrix units / their rate,
+and bytes copied to and from HBM / bandwidth. Instructions follow one another; what is copied at the top level
+(prefetches) hides under all of them. Copies of at most a row may carry a cost for each descriptor, as one more limit.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from benchmarks.tpu_bundles import Program, parse
+from benchmarks.tpu_chips import GRANULE, Chip
+from benchmarks.tpu_compile import Compiled
+from benchmarks.tpu_schedule import Run, run
+
+_TOP = "TLP"
+# A copy of up to this many bytes is taken for one that moves a row; blocks of a pipeline are larger.
+ROW_BYTES = 16 * 1024
+DESCRIPTOR_NANOSECONDS = (25, 50, 100)
+
+
+class Part(NamedTuple):
+    """One instruction: how often it runs, and all its runs together."""
+
+    name: str
+    trips: int
+    bundles: int
+    bundle_seconds: float
+    mxu_seconds: float
+    hbm_seconds: float
+    macs: float
+    hbm_bytes: float
+    row_copies: int
+    unknown_branches: int
+
+    @property
+    def seconds(self) -> float:
+        """Modelled."""
+        return max(self.bundle_seconds, self.mxu_seconds, self.hbm_seconds)
+
+    @property
+    def bound(self) -> str:
+        """Which of the three limits it is."""
+        limits = {"bundles": self.bundle_seconds, "MXU": self.mxu_seconds, "HBM": self.hbm_seconds}
+        return max(limits, key=lambda name: limits[name])
+
+
+class Cost(NamedTuple):
+    """A whole program; parts in descending order of time."""
+
+    parts: tuple[Part, ...]
+    seconds: float
+    macs: float
+    hbm_bytes: float
+    unknown_branches: int
+    missing: tuple[str, ...]
+    """Instructions without a schedule, such as work for SparseCore; they count as nothing."""
+
+    def with_descriptors(self, nanoseconds: float) -> float:
+        """Seconds if every copy of a row takes so long to be described, hidden under the rest of its instruction."""
+        return self.seconds + sum(max(0.0, 1e-9 * nanoseconds * p.row_copies - p.seconds) for p in self.parts)
+
+
+def module_cost(compiled: Compiled, chip: Chip) -> Cost:
+    """Model a compiled program."""
+    programs = {name: parse(text) for name, text in compiled.texts.items()}
+    delay = min(d for program in programs.values() if (d := program.branch_delay()) is not None)
+    steering = _steering_by_instruction(programs, compiled.steering)
+    top = run(programs[_TOP], delay)
+    parts = [part_cost(_TOP, 1, [top], chip)]
+    for name, trips in top.calls.items():
+        if name in programs:
+            parts.append(part_cost(name, trips, _runs(programs[name], delay, steering.get(name), chip), chip))
+    # Copies of the top level run beside the instructions.
+    beside, serial = parts[0].hbm_seconds, [parts[0]._replace(hbm_seconds=0.0), *parts[1:]]
+    hbm = sum(part.hbm_seconds for part in serial) + beside
+    return Cost(
+        parts=tuple(sorted(serial, key=lambda part: -part.seconds)),
+        seconds=max(sum(part.seconds for part in serial), hbm),
+        macs=sum(part.macs for part in parts),
+        hbm_bytes=sum(part.hbm_bytes for part in parts),
+        unknown_branches=sum(part.unknown_branches for part in parts),
+        missing=tuple(sorted(name for name in top.calls if name not in programs)),
+    )
+
+
+def _runs(program: Program, delay: int, steering: Mapping[int, Sequence[int]] | None, chip: Chip) -> list[Run]:
+    """What each core does; one run if they are not told apart, since then the work is not split."""
+    cores = chip.num_cores if program.uses_core_id else 1
+    runs = [run(program, delay, steering, core) for core in range(cores)]
+    first = runs[0]
+    return runs if any((ran.places, ran.copies) != (first.places, first.copies) for ran in runs) else [first]
+
+
+def part_cost(name: str, trips: int, runs: Sequence[Run], chip: Chip) -> Part:
+    """Model one instruction from what each core does: the slowest core decides, copies and multiply-adds add up.
+
+    >>> import numpy as np
+    >>> from collections import Counter
+    >>> chip = Chip("x", "", 1.0, 1024, 32, 32.0)
+    >>> ran = Run(np.array([10]), Counter({("hbm_to_vmem", 600): 1}), Counter(), 0, 8, 0)
+    >>> part = part_cost("y", 2, [ran], chip)
+    >>> part.macs, part.hbm_bytes, part.bound, f"{part.seconds:.2e}", part.row_copies
+    (16384.0, 38400.0, 'HBM', '1.20e-06', 0)
+    """
+    copies = [
+        (kind, granules * GRANULE, count)
+        for ran in runs
+        for (kind, granules), count in ran.copies.items()
+        if "hbm" in kind
+    ]
+    copied = float(trips * sum(size * count for _, size, count in copies))
+    macs = [float(trips * ran.streamed_rows * chip.mxu_depth**2) for ran in runs]
+    bundles = trips * max(ran.bundles for ran in runs)
+    return Part(
+        name=name,
+        trips=trips,
+        bundles=bundles,
+        bundle_seconds=bundles / (1e9 * chip.gigahertz),
+        mxu_seconds=max(macs) / chip.macs_per_cycle / (1e9 * chip.gigahertz),
+        hbm_seconds=copied / (1e9 * chip.hbm_gbytes_per_s),
+        macs=sum(macs),
+        hbm_bytes=copied,
+        row_copies=trips * sum(count for kind, size, count in copies if 0 < size <= ROW_BYTES and "smem" not in kind),
+        unknown_branches=max(ran.unknown_branches for ran in runs),
+    )
+
+
+def _steering_by_instruction(
+    programs: Mapping[str, Program], steering: Sequence[tuple[str, Mapping[int, Sequence[int]]]]
+) -> dict[str, Mapping[int, Sequence[int]]]:
+    """Give each kernel its integer operands: those whose name (where it has one), indices and lengths fit.
+
+    Calls of one kernel are numbered by the compiler in the order of the program; several that fit are taken in turn.
+    """
+    left = list(steering)
+    found: dict[str, Mapping[int, Sequence[int]]] = {}
+    for name in sorted(programs, key=_natural):
+        integers = programs[name].integers
+        fitting = [
+            call for call in left if call[1] and {index: len(values) for index, values in call[1].items()} == integers
+        ]
+        named = [call for call in fitting if call[0] and _natural(name)[0] == call[0]]
+        if fitting:
+            call = (named or fitting)[0]
+            found[name] = call[1]
+            left.remove(call)
+    return found
+
+
+def _natural(name: str) -> tuple[str, int]:
+    base, _, number = name.rpartition(".")
+    return (base, int(number)) if number.isdigit() else (name, -1)

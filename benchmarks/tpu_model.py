@@ -1,0 +1,121 @@
+"""Mixture-of-experts implementations on a TPU that nobody has here: modelled, from the real compiler's schedules.
+
+    python benchmarks/tpu_model.py --chip=v6e --case=b16
+    python benchmarks/tpu_model.py --chip=v5e --chip=7x --case=h14 --distribution=zipf --json=lines.jsonl
+    python benchmarks/tpu_model.py --chip=v5p --case=l16 --op=expert_mlp --pass=forward --parts=10
+
+Needs `pip install 'jax[tpu]'` and no TPU. Every implementation is compiled ahead of time by libtpu for the named chip,
+and all are read with one yardstick. The scalar program of every instruction (Pallas kernels and XLA's fusions, sorts
+and gathers alike) is taken from the compiler's dump of final bundles and run on the host, with the values of the
+kernels' integer operands, so that trip counts, pipeline stages, skipped tiles and copies come out as on the chip:
+
+    seconds of an instruction = max(bundles run / clock, multiply-adds issued / MXU rate, bytes copied / HBM bandwidth)
+
+and of a program the sum over its instructions. The floor of the layer is max(4 N D F / peak, (4 E D F + 4 N D) / HBM)
+forward and 12 N D F / peak forward and backward (bfloat16; N = T K), of other operations the roofline of their
+definition.
+
+What the model leaves out: waiting for copies that are not hidden (each instruction is as fast as its tightest limit),
+conflicts of memory banks, the latency of a copy (three columns show each row's copy at 25, 50 and 100 ns: no choice may
+hang on it), what two cores lose by sharing HBM and waiting for each other, work given to SparseCore (its bytes and
+time; such instructions are named), clock changes under load, and the host. Branches on data that is no integer operand
+count as taken where that is slower; loops whose length is not known count once; both are reported. Uneven routing can
+therefore show in kernels that are told the sizes of their groups, and nowhere else. The clocks are assumed (see
+tpu_chips.py), so shares of a floor and ratios say more than microseconds. XLA's own estimate is a column of its own;
+nothing uses it.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from absl import app, flags, logging  # noqa: E402
+
+from benchmarks.cases import CASES, DISTRIBUTIONS, DTYPES  # noqa: E402
+from benchmarks.results import commit, versions  # noqa: E402
+from benchmarks.roofline import OPS, Pass  # noqa: E402
+from benchmarks.tpu_chips import CHIPS  # noqa: E402
+from benchmarks.tpu_compile import CompileError, Request, compile_for_tpu  # noqa: E402
+from benchmarks.tpu_cost import module_cost  # noqa: E402
+from benchmarks.tpu_implementations import IMPLEMENTATIONS, OURS  # noqa: E402
+from benchmarks.tpu_report import HEADER, Modelled, line, summarise  # noqa: E402
+
+_PASSES: tuple[Pass, ...] = ("forward", "both")
+_CHIP = flags.DEFINE_multi_enum("chip", ["v6e"], list(CHIPS), "TPU; this and the next five may be given several times.")
+_CASE = flags.DEFINE_multi_enum("case", ["b16"], list(CASES), "Size.")
+_OP = flags.DEFINE_multi_enum(
+    "op", None, OPS, "Operation. Default: the layer of everybody, and the operations of ours."
+)
+_PASS = flags.DEFINE_multi_enum("pass", list(_PASSES), _PASSES, "Forward, or forward and backward.")
+_DISTRIBUTION = flags.DEFINE_multi_enum("distribution", ["balanced"], DISTRIBUTIONS, "Spread of tokens over experts.")
+_IMPLEMENTATION = flags.DEFINE_multi_enum("implementation", None, list(IMPLEMENTATIONS), "Default: all that can run.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Of tokens and weights.")
+_PARTS = flags.DEFINE_integer("parts", 0, "Also print this many of the slowest instructions.", lower_bound=0)
+_JSON = flags.DEFINE_string("json", None, "File to which one JSON object a line is appended.")
+
+
+def requests() -> Iterator[Request]:
+    """What the flags ask for, one problem after the other; the layer of everybody first."""
+    ours = {implementation.name for implementation in OURS}
+    for chip in _CHIP.value:
+        for case in _CASE.value:
+            for distribution in _DISTRIBUTION.value:
+                for op in _OP.value or ("layer", *(op for op in OPS if op != "layer")):
+                    for passes in _PASS.value if op != "plan" else ["forward"]:
+                        for name, implementation in IMPLEMENTATIONS.items():
+                            chosen = name in (_IMPLEMENTATION.value or IMPLEMENTATIONS)
+                            shown = _OP.value or op == "layer" or name in ours
+                            if chosen and shown and op in implementation.operations:
+                                yield Request(chip, name, op, passes, case, distribution, _DTYPE.value)
+
+
+def model(request: Request) -> Modelled:
+    """Compile one program and model it. Raises CompileError if it does not compile."""
+    compiled = compile_for_tpu(request)
+    cost = module_cost(compiled, CHIPS[request.chip])
+    return summarise(request, cost, compiled.temp_bytes, compiled.compile_seconds, compiled.estimated_seconds)
+
+
+def report(request: Request, json_file: TextIO | None) -> Modelled | None:
+    """Model one program and print it; None, with the reason printed, if it does not compile."""
+    try:
+        result = model(request)
+    except CompileError as error:
+        print(f"{request.implementation:16s} not compiled: {error}", flush=True)
+        return None
+    print(line(result), flush=True)
+    for part in result.parts[: _PARTS.value]:
+        print(f"    {part['us']:9.1f} us  {part['name']} (x {part['trips']}), bound by {part['bound']}", flush=True)
+    if json_file is not None:
+        json_file.write(result.to_json() + "\n")
+        json_file.flush()
+    return result
+
+
+def main(argv: list[str]) -> int:
+    """Model what was asked for; 1 if nothing compiled."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    print(f"modelled, nothing ran on a TPU; {packages}; commit {commit()}")
+    title, results = "", []
+    with contextlib.ExitStack() as stack:
+        json_file = stack.enter_context(open(_JSON.value, "a", encoding="utf-8")) if _JSON.value else None
+        for request in requests():
+            words = (request.case, request.distribution, request.dtype, request.chip)
+            new = f"{request.op} {request.passes}, {', '.join(words)}"
+            if new != title:
+                title = new
+                print(f"\n{title} (modelled)\n{HEADER}")
+            results.append(report(request, json_file))
+    return int(not any(results))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,150 @@
+"""A modelled line: a program's cost set against its definition, as JSON and as a table that a person reads."""
+
+import dataclasses
+import datetime
+import json
+
+import numpy as np
+
+from benchmarks.cases import CASES, Case, draw_experts
+from benchmarks.results import commit, versions
+from benchmarks.roofline import Load, Op, Pass, work
+from benchmarks.tpu_chips import CHIPS, Chip
+from benchmarks.tpu_compile import Request
+from benchmarks.tpu_cost import DESCRIPTOR_NANOSECONDS, Cost
+from benchmarks.tpu_implementations import IMPLEMENTATIONS
+
+_WITH_MATMULS = ("grouped_matmul", "expert_mlp", "layer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Modelled:
+    """One line; every figure is modelled except bytes of memory and compile seconds."""
+
+    op: Op
+    passes: Pass
+    case: str
+    distribution: str
+    dtype: str
+    implementation: str
+    chip: str
+    modelled_us: float
+    modelled_us_by_descriptor_ns: dict[int, float]
+    xla_estimate_us: float
+    times_floor: float
+    useful_macs: float | None
+    useful_rows: float | None
+    times_least_bytes: float
+    row_copies: int
+    temp_bytes: int
+    compile_seconds: float
+    unknown_branches: int
+    missing: tuple[str, ...]
+    parts: list[dict[str, float | int | str]]
+    """Instructions in descending order of time."""
+
+    def to_json(self) -> str:
+        """One line, with versions, commit and date."""
+        fields = dataclasses.asdict(self)
+        fields["pass"] = fields.pop("passes")
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        return json.dumps(fields | {"versions": versions(), "commit": commit(), "date": date})
+
+
+def floor_seconds(op: Op, passes: Pass, case: Case, load: Load, chip: Chip, dtype: str) -> float:
+    """The least time that the chip could need; the docstring of tpu_model.py has the formulas.
+
+    >>> chip, case = CHIPS["v6e"], CASES["b16"]
+    >>> load = Load(case.tokens, case.experts)
+    >>> [round(1e6 * floor_seconds("layer", p, case, load, chip, "bfloat16")) for p in ("forward", "both")]
+    [215, 506]
+    """
+    itemsize = 4 if dtype == "float32" else 2
+    peak, bandwidth = chip.device.flops[dtype], chip.device.bandwidth
+    if op != "layer":
+        least = work(op, passes, case, load, itemsize)
+        return max(least.flops / peak, least.bytes / bandwidth)
+    rows, width, expert_width = case.tokens * case.choices, case.width, case.expert_width
+    if passes == "both":
+        return 12.0 * rows * width * expert_width / peak
+    moved = 2.0 * itemsize * (load.experts * width * expert_width + rows * width)
+    return max(4.0 * rows * width * expert_width / peak, moved / bandwidth)
+
+
+def summarise(request: Request, cost: Cost, temp_bytes: int, compile_seconds: float, estimate: float) -> Modelled:
+    """Set a modelled program against its definition."""
+    case, chip = CASES[request.case], CHIPS[request.chip]
+    implementation = IMPLEMENTATIONS[request.implementation]
+    op: Op = request.op  # type: ignore[assignment]
+    passes: Pass = request.passes  # type: ignore[assignment]
+    load, kept = _load(case, request.distribution)
+    if implementation.is_dense:
+        load = Load(case.tokens * case.choices, 1)
+    floor_op: Op = "expert_mlp" if implementation.is_dense else op
+    least = work(floor_op, passes, case, load, 4 if request.dtype == "float32" else 2)
+    matmuls = {"grouped_matmul": 1.0, "expert_mlp": 2.0, "layer": 2.0}.get(op, 0.0)
+    useful = matmuls * load.rows * case.width * case.expert_width * (3 if passes == "both" else 1)
+    return Modelled(
+        op=op,
+        passes=passes,
+        case=case.name,
+        distribution=request.distribution,
+        dtype=request.dtype,
+        implementation=implementation.name,
+        chip=chip.name,
+        modelled_us=1e6 * cost.seconds,
+        modelled_us_by_descriptor_ns={ns: 1e6 * cost.with_descriptors(ns) for ns in DESCRIPTOR_NANOSECONDS},
+        xla_estimate_us=1e6 * estimate,
+        times_floor=cost.seconds / floor_seconds(floor_op, passes, case, load, chip, request.dtype),
+        useful_macs=useful / cost.macs if useful and cost.macs else None,
+        useful_rows=load.rows / implementation.computed_rows(case, kept) if op in _WITH_MATMULS else None,
+        times_least_bytes=cost.hbm_bytes / least.bytes,
+        row_copies=sum(part.row_copies for part in cost.parts),
+        temp_bytes=temp_bytes,
+        compile_seconds=compile_seconds,
+        unknown_branches=cost.unknown_branches,
+        missing=cost.missing,
+        parts=[
+            {
+                "name": part.name,
+                "trips": part.trips,
+                "bound": part.bound,
+                "bundles": part.bundles,
+                "us": 1e6 * part.seconds,
+                "mxu_us": 1e6 * part.mxu_seconds,
+                "hbm_us": 1e6 * part.hbm_seconds,
+            }
+            for part in cost.parts
+        ],
+    )
+
+
+def _load(case: Case, distribution: str) -> tuple[Load, np.ndarray]:
+    """What finds room, and how much of it each expert gets."""
+    groups = draw_experts(case, distribution).reshape(case.groups, -1)
+    wanted = np.stack([np.bincount(group, minlength=case.experts) for group in groups])
+    kept = np.minimum(wanted, case.capacity).sum(axis=0)
+    return Load(int(kept.sum()), int((kept > 0).sum())), kept
+
+
+HEADER = (
+    f"{'implementation':16s} {'modelled us':>11s} {'x floor':>8s} {'25/50/100 ns a row copy':>24s} {'XLA says':>9s} "
+    f"{'MACs':>6s} {'rows':>6s} {'x bytes':>8s} {'temp MB':>8s} {'compile s':>9s}"
+)
+
+
+def line(result: Modelled) -> str:
+    """A line of the table."""
+    macs = "" if result.useful_macs is None else f"{100 * result.useful_macs:.0f}%"
+    rows = "" if result.useful_rows is None else f"{100 * result.useful_rows:.0f}%"
+    copies = " / ".join(f"{us:.0f}" for us in result.modelled_us_by_descriptor_ns.values()) if result.row_copies else ""
+    text = (
+        f"{result.implementation:16s} {result.modelled_us:11.1f} {result.times_floor:8.2f} {copies:>24s} "
+        f"{result.xla_estimate_us:9.0f} {macs:>6s} {rows:>6s} {result.times_least_bytes:8.2f} "
+        f"{result.temp_bytes / 1e6:8.1f} {result.compile_seconds:9.1f}"
+    )
+    if result.unknown_branches:
+        text += f"  {result.unknown_branches} branches on unknown data, counted as run once"
+    if result.missing:
+        text += f"  without a schedule: {', '.join(result.missing)}"
+    return text
