@@ -32,7 +32,7 @@ import conftest, gpu_cases as gpu
 {}
 """
 MATMUL = 'gpu.check_matmul("packed", "bfloat16", "bfloat16", sizes=[(127, 17, 129, 70)])'
-MLP = 'gpu.check_mlp("odd packed", "bfloat16", "bfloat16", sizes=[(23, 0, 17)])'
+MLP = 'gpu.check_mlp("odd packed", "bfloat16", "bfloat16", sizes=[(23, 24, 1)])'
 
 MUTATIONS = {
     "consumers do not wait for copies": (

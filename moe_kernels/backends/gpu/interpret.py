@@ -21,6 +21,8 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax._src.pallas.mosaic_gpu.interpret.shared_memory import Barrier
 from jax._src.state.types import TransposeTransform
 
+COPY_CLOCKS = 31
+
 
 @functools.cache
 def interpret_params() -> Any:
@@ -28,7 +30,10 @@ def interpret_params() -> Any:
     thread_map._run_jaxpr = _run_jaxpr
     if not hasattr(interpret_utils, "to_access"):  # new with the transposed operands of JAX 0.12
         gpu_callbacks.wgmma = _wgmma
-    return InterpretGPUParams(detect_races=True, out_of_bounds_reads="uninitialized")
+    # Copies that share a clock seem ordered: with the default of one, a missing wait for a copy went unseen.
+    return InterpretGPUParams(
+        detect_races=True, out_of_bounds_reads="uninitialized", num_tma_threads_per_device=COPY_CLOCKS
+    )
 
 
 def _wgmma(

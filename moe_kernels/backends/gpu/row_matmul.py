@@ -104,7 +104,7 @@ def row_matmul(
                 def multiply(k: jax.Array, _: None) -> None:
                     slot = ring.wait(filled + k)
                     x = x_s.at[slot, pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)]
-                    w = plgpu.transpose_ref(w_s.at[slot], (1, 0)) if transposed else w_s.at[slot]
+                    w = w_s.at[slot].transpose((1, 0)) if transposed else w_s.at[slot]
                     plgpu.wgmma(acc, x, w)
                     # One product stays in flight; the one before it has read its stage.
                     plgpu.wgmma_wait(1)

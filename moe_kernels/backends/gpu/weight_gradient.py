@@ -101,7 +101,7 @@ def weight_gradient(
                         mask(slot, size)
 
                     x = x_s.at[slot, :, pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)]
-                    plgpu.wgmma(acc, plgpu.transpose_ref(x, (1, 0)), dy_s.at[slot])
+                    plgpu.wgmma(acc, x.transpose((1, 0)), dy_s.at[slot])
                     # One product stays in flight; the one before it has read its stage.
                     plgpu.wgmma_wait(1)
 
