@@ -57,17 +57,20 @@ def parse(text: str) -> dict[tuple[int, str], Compiled]:
         width, direction = part.split(None, 2)[:2]
         # From each kernel's entry to the next one: its instructions; then what ptxas says of it.
         ptx = re.findall(r"\.entry (\w+?)_mosaic_gpu_kernel\b(.*?)(?=\.entry |ptxas |\Z)", part, re.DOTALL)
-        wgmmas = {name: body.count("wgmma.mma_async") for name, body in ptx}
+        wgmmas: dict[str, int] = {}
+        for name, body in ptx:
+            wgmmas[name] = min(wgmmas.get(name, sys.maxsize), body.count("wgmma.mma_async"))
         said = re.findall(
             r"Compiling entry function '(\w+?)_mosaic_gpu_kernel'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
             r"(\d+) bytes spill loads.*?Used (\d+) registers",
             part,
             re.DOTALL,
         )
-        kernels = {
-            name: Kernel(int(registers), int(stack), int(stores) + int(loads), wgmmas[name])
-            for name, stack, stores, loads, registers in said
-        }
+        kernels: dict[str, Kernel] = {}
+        for name, stack, stores, loads, registers in said:
+            # Of kernels of one name (two weights), the worst of each figure.
+            made = Kernel(int(registers), int(stack), int(stores) + int(loads), wgmmas[name])
+            kernels[name] = Kernel(*map(max, made[:3], kernels.get(name, made)[:3]), made.wgmmas)
         (sizes,) = re.findall(r"^\[[\d, ]*\]$", part, re.MULTILINE)
         found[int(width), direction] = Compiled(kernels, set(json.loads(sizes)))
     return found
