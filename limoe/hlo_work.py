@@ -50,6 +50,19 @@ def matmuls(program: Program, instruction: Instruction, computation: Computation
     return found
 
 
+def kernel_flops(instruction: Instruction) -> int:
+    """The FLOPs of a Pallas kernel by its own cost estimate, 0 for anything else.
+
+    Raises HloError for a kernel without one, because nothing else in the program says what is inside.
+    """
+    if 'custom_call_target="tpu_custom_call"' not in instruction.rest:
+        return 0
+    found = re.search(r'"cost_estimate":\{"flops":"?(\d+)', instruction.rest)
+    if found is None:
+        raise HloError(f"the kernel {instruction.name} has no cost estimate; give its pallas_call one")
+    return int(found[1])
+
+
 def _dot(instruction: Instruction, computation: Computation) -> Matmul:
     left, right = (computation.by_name[name].shapes[0] for name in instruction.operands[:2])
     axes = {

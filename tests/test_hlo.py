@@ -10,7 +10,7 @@ from model_cases import small_batch, small_config
 from moe_cases import FAST
 
 from limoe.hlo import HloError, Program
-from limoe.hlo_work import Matmul, axes_of, collectives, groups_of, matmuls
+from limoe.hlo_work import Matmul, axes_of, collectives, groups_of, kernel_flops, matmuls
 from limoe.step import compile_step, prepare
 
 F32 = 4
@@ -131,6 +131,18 @@ def test_a_real_convolution():
     )
     program = Program(text)
     assert flops(program) == 2 * 2 * 4 * 4 * 5 * 3 * 9
+
+
+def test_a_kernel_counts_by_its_own_estimate_or_not_at_all():
+    text = (
+        "ENTRY %main (a: x) -> y {\n  %a = f32[8]{0} parameter(0)\n  ROOT %k = f32[8]{0} custom-call(%a), "
+        'custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{ESTIMATE"body":""}}\n}'
+    )
+    estimate = '"cost_estimate":{"flops":"12","transcendentals":"0"},'
+    root = Program(text.replace("ESTIMATE", estimate)).entry.root
+    assert kernel_flops(root) == 12
+    with pytest.raises(HloError, match="the kernel k has no cost estimate"):
+        kernel_flops(Program(text.replace("ESTIMATE", "")).entry.root)
 
 
 def test_padding_to_the_matrix_unit():

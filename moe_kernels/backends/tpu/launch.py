@@ -104,30 +104,44 @@ def launch(
     target: Target,
     tiles: Tiles,
     *,
+    products: int,
     in_specs: Sequence[pl.BlockSpec],
     out_specs: Sequence[pl.BlockSpec],
     out_shape: Sequence[jax.ShapeDtypeStruct],
     scratch: Sequence[Any],
     aliases: dict[int, int] | None = None,
 ) -> Callable[..., tuple[Float[Array, "..."], ...]]:
-    """Give the function of `(scalars, *arrays)` that runs a kernel; under `jax.vmap` one after the other."""
-    call = pl.pallas_call(
-        kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=NUM_SCALARS,
-            grid=(grid.cores, grid.items, grid.chunks),
-            in_specs=in_specs,
-            out_specs=out_specs,
-            scratch_shapes=scratch,
-        ),
-        out_shape=out_shape,
-        input_output_aliases={n + NUM_SCALARS: out for n, out in (aliases or {}).items()},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=min(target.facts.vmem, tiles.vmem + MIB),
-        ),
-        interpret=target.interpret,
-        name=name,
-    )
+    """Give the function of `(scalars, *arrays)` that runs a kernel; under `jax.vmap` one after the other.
+
+    The first array is rows `[R, D]`; the kernel does `products` matmuls of them with an expert's `[D, F]`.
+    """
+
+    def run(scalars: Scalars, *arrays: Float[Array, "..."]) -> tuple[Float[Array, "..."], ...]:
+        rows, width = arrays[0].shape
+        moved = sum(array.size * array.dtype.itemsize for array in (*arrays, *out_shape))
+        call = pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=NUM_SCALARS,
+                grid=(grid.cores, grid.items, grid.chunks),
+                in_specs=in_specs,
+                out_specs=out_specs,
+                scratch_shapes=scratch,
+            ),
+            out_shape=out_shape,
+            input_output_aliases={n + NUM_SCALARS: out for n, out in (aliases or {}).items()},
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+                vmem_limit_bytes=min(target.facts.vmem, tiles.vmem + MIB),
+            ),
+            # Of all planned rows: XLA and whoever counts a compiled program's work see no further into a kernel.
+            cost_estimate=pl.CostEstimate(
+                flops=2 * products * rows * width * tiles.padded, transcendentals=0, bytes_accessed=moved
+            ),
+            interpret=target.interpret,
+            name=name,
+        )
+        return tuple(call(*jax.tree.leaves(scalars), *arrays))
+
     # Pallas would give batched scalars a loop of its own, but not every batched array that a kernel copies by hand.
-    return jax.custom_batching.sequential_vmap(lambda scalars, *arrays: tuple(call(*jax.tree.leaves(scalars), *arrays)))
+    return jax.custom_batching.sequential_vmap(run)

@@ -74,6 +74,7 @@ def run_forward(
         grid,
         target,
         tiles,
+        products=1,
         in_specs=[hbm, pl.BlockSpec((1, width, chunk), grid.columns)],
         out_specs=[hbm],
         out_shape=[jax.ShapeDtypeStruct((rows.shape[0], tiles.padded), rows.dtype)],
@@ -116,6 +117,7 @@ def run_backward(
         grid,
         target,
         tiles,
+        products=2,
         in_specs=[hbm, hbm, pl.BlockSpec((1, width, chunk), grid.columns)],
         out_specs=[hbm, hbm],
         out_shape=[

@@ -68,6 +68,7 @@ def run_forward(
         grid,
         target,
         tiles,
+        products=2,
         in_specs=[hbm, *weight_specs(grid, width, chunk)],
         out_specs=[hbm],
         out_shape=[jax.ShapeDtypeStruct(rows.shape, rows.dtype)],

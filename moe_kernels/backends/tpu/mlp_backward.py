@@ -77,6 +77,7 @@ def run_backward(
         grid,
         target,
         tiles,
+        products=5,
         in_specs=[hbm, hbm, *weight_specs(grid, width, chunk)[:3]],
         out_specs=[
             hbm,
