@@ -4,8 +4,8 @@ import os
 
 # JAX reads this when it is imported, so it comes before anything that imports JAX; JAX_PLATFORMS from outside wins.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Threads of XLA on CPU: with as few as a small machine has cores, simulated TPUs of two cores and the warps of simulated
-# GPUs wait for themselves.
+# Threads of XLA on CPU: with as few as a small machine has cores, a simulated TPU of two cores and the warps of a
+# simulated GPU wait for themselves.
 os.environ.setdefault("NPROC", "8")
 
 import hypothesis
