@@ -15,6 +15,7 @@ from moe_kernels.backends.tiling import (
     PIECE,
     computed_rows,
     covers,
+    fine_pieces,
     matmul_backward_tiles,
     matmul_forward_tiles,
     mlp_backward_tiles,
@@ -33,9 +34,11 @@ LAYOUTS = [
 ]
 
 
-@given(st.integers(1, 80).map(lambda n: n * PIECE), st.sampled_from([1, 128, 256]))
-def test_pieces_cover_every_number_of_rows(largest, depth):
-    sizes = pieces(largest)
+@given(
+    st.sampled_from([pieces, fine_pieces]), st.integers(1, 80).map(lambda n: n * PIECE), st.sampled_from([1, 128, 256])
+)
+def test_pieces_cover_every_number_of_rows(shapes, largest, depth):
+    sizes = shapes(largest)
     assert sizes[0] == largest and all(size % PIECE == 0 for size in sizes) and len(set(sizes)) == len(sizes)
     for n, bits in enumerate(covers(sizes, depth)):
         covered = sum(size for k, size in enumerate(sizes) if bits >> k & 1)
@@ -112,7 +115,6 @@ def test_uneven_experts_without_a_limit_compute_few_rows_in_vain(chip):
     rng = np.random.default_rng(0)
     for share in (1 / np.arange(1, 33), np.ones(32), np.r_[31, np.ones(31)], np.r_[np.ones(8), np.zeros(24)]):
         sizes = rng.multinomial(16384, share / share.sum())
-        print(chip, useful_rows(sizes, chip))
         assert useful_rows(sizes, chip) >= 0.95
 
 

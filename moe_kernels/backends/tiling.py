@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 from moe_kernels.types import Layout
@@ -90,6 +91,16 @@ def pieces(largest: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def fine_pieces(largest: int) -> tuple[int, ...]:
+    """Pieces for rows of any number where two short pieces take longer than one: so close that one nearly fits.
+
+    >>> fine_pieces(560)
+    (560, 496, 432, 352, 288, 240, 192, 144, 80, 32)
+    """
+    shares = (1, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 7, 1 / 3, 1 / 4, 1 / 7, 1 / 18)
+    return tuple(dict.fromkeys(round_up(math.ceil(largest * share), PIECE) for share in shares))
+
+
 @functools.lru_cache
 def covers(sizes: tuple[int, ...], depth: int) -> tuple[int, ...]:
     """For 0, 16, 32, ... rows: the cheapest set of pieces that covers them, as bits (bit 0 is the first piece).
@@ -122,7 +133,7 @@ def computed_rows(count: int, tiles: RowTiles, depth: int) -> int:
     return whole * tiles.pieces[0] + sum(size for n, size in enumerate(tiles.pieces) if bits >> n & 1)
 
 
-def _row_tiles(layout: Layout, matmul_rows: int) -> Iterator[RowTiles]:
+def _row_tiles(layout: Layout, chip: Chip) -> Iterator[RowTiles]:
     """Ways to cut the rows, those that fetch weights least often first."""
     whole = max(layout.rows_per_expert or layout.num_rows, PIECE)
     parts = itertools.count(-(-whole // (MOST_ROWS if layout.rows_per_expert else MOST_PACKED)))
@@ -132,10 +143,11 @@ def _row_tiles(layout: Layout, matmul_rows: int) -> Iterator[RowTiles]:
         if rows == previous:
             continue
         previous = rows
-        steps = -(-rows // matmul_rows)
+        steps = -(-rows // chip.matmul_rows)
         piece = round_up(-(-rows // steps), PIECE)
         held = round_up(rows, piece)
-        yield RowTiles(held, min(held, layout.rows_per_expert or layout.num_rows), pieces(piece))
+        sizes = pieces(piece) if layout.rows_per_expert is not None or chip.depth <= 128 else fine_pieces(piece)
+        yield RowTiles(held, min(held, layout.rows_per_expert or layout.num_rows), sizes)
 
 
 def _chunks(expert_width: int) -> Iterator[tuple[int, int]]:
@@ -150,7 +162,7 @@ def _chunks(expert_width: int) -> Iterator[tuple[int, int]]:
 
 def _choose(layout: Layout, expert_width: int, chip: Chip, need: Callable[[RowTiles, int], int]) -> Tiles | None:
     """The first way to cut the rows for which a chunk of F fits, and the largest chunk; None if nothing fits."""
-    options = list(_row_tiles(layout, chip.matmul_rows))
+    options = list(_row_tiles(layout, chip))
     # All rows of an expert at once come before longer chunks: its weight gradients are then written once.
     for rows, enough in ((options[0], 256), *((rows, enough) for enough in (512, 256, 1) for rows in options)):
         for chunk, padded in _chunks(expert_width):
