@@ -14,6 +14,8 @@ from typing import NamedTuple
 _START = re.compile(r"(?m)^ *(?:0x[0-9a-f]+|0) +((?:[A-Z]{2})?) *:[ >]*(?=\{)")
 _REGION = re.compile(r"(?:Start|Start/End empty) region (\d+)")
 _CORE = re.compile(r"= sld \[smem:\[[^\]]*\]\](?=[^;]*/\* core id \*/)")
+# A division puts its quotient or remainder, as the comment says, into a queue that `spop.drf` takes it from.
+_DIVISION = re.compile(r"= sdivrem\.u32 ([^;}]*?)/\* (kRem|kQuot\w*) \*/")
 _COMMENT = re.compile(r"/\*.*?\*/", re.S)
 _OPERAND = re.compile(r"index: (\d+), kind: (input|output)")
 _DEFINITION = re.compile(r"%([a-z]*\d+)_([sp]\d+) = (\S+)(.*)", re.S)
@@ -125,7 +127,8 @@ def parse(text: str) -> Program:
                 if operand.in_hbm:
                     in_hbm.add(operand.number)
         call = re.search(r"inlined_call [^/}]*/\* (?:%([\w.-]+) = )?", record)
-        bundles.append(_bundle(_COMMENT.sub("", _CORE.sub("= core_id", record)), "" if call is None else call[1] or ""))
+        plain = _COMMENT.sub("", _DIVISION.sub(r"= \2 \1", _CORE.sub("= core_id", record)))
+        bundles.append(_bundle(plain, "" if call is None else call[1] or ""))
     for index, bundle in enumerate(bundles):
         if bundle.branch and bundle.branch not in regions:
             # An empty region at the end has no comment; its label says that a predicated region falls through to it.
@@ -162,6 +165,8 @@ def _bundle(record: str, call: str) -> Bundle:
             ops.append(
                 Op("", "", "sst", (*_values(store[1]), *_values(_PREDICATE.sub("", store[2]))), _guard(store[2]))
             )
+        elif division := re.match(r"%\d+ = (kRem|kQuot)\w*(.*)", part):
+            ops.append(Op("", "", division[1], tuple(_values(_PREDICATE.sub("", division[2]))), _guard(division[2])))
         elif found := _DEFINITION.match(part):
             ops.append(_operation(found))
     rows = sum(_ROWS.get(kind, 32) for kind in _MATMUL.findall(record))
@@ -218,14 +223,19 @@ def _slice(bundles: list[Bundle]) -> list[Bundle]:
     """Keep the operations that a branch or a copy depends on; phis and casts change no register, so they go too."""
     makers: dict[str, list[Op]] = defaultdict(list)
     stores: dict[str, list[Op]] = defaultdict(list)
+    queued: list[Op] = []
     for bundle in bundles:
         for op in bundle.ops:
             if op.code == "sst":
                 stores[op.arguments[0].allocation].append(op)
+            elif op.code in ("kRem", "kQuot"):
+                queued.append(op)
             else:
                 makers[op.name].append(op)
-    needed: set[int] = set()
-    queue: list[str] = []
+    # What is taken from a queue depends on all that goes in or out before: all of it is kept.
+    queued += [op for ops in makers.values() for op in ops if op.code == "spop.drf"]
+    needed = {id(op) for op in queued}
+    queue = [name for op in queued for name in _names([*op.arguments, op.guard])]
     for bundle in bundles:
         queue += _names([bundle.guard])
         for copy in bundle.copies:

@@ -12,9 +12,9 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
 # Primitives that are one more level of the same program, by the parameter that holds it.
-_INSIDE = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+_INSIDE = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "shard_map", "custom_jvp_call")
-_CALLS += ("custom_vjp_call", "custom_vjp_call_jaxpr")
+_CALLS += ("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call")
 
 
 class Steering(NamedTuple):

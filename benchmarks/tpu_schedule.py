@@ -5,6 +5,7 @@ needs the values of the scalar operands. Where a value is not known, a region th
 loop counts as one trip; such loops are reported.
 """
 
+import collections
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -62,6 +63,9 @@ _ARITHMETIC: dict[str, Callable[..., int | None]] = {
     "sshll": lambda a, b: _signed(a << (b & 31)) if abs(a) < _APART // 2 else a,
     "sshrl": lambda a, b: ((a % (1 << 32)) >> (b & 31)) if abs(a) < _APART // 2 else a,
     "sshra": lambda a, b: a >> (b & 31) if abs(a) < _APART // 2 else a,
+    "smulhi": lambda a, b: _signed((a % (1 << 32) * (b % (1 << 32))) >> 32),
+    "kRem": lambda a, b: (a % (1 << 32)) % (b % (1 << 32)) if b else None,
+    "kQuot": lambda a, b: (a % (1 << 32)) // (b % (1 << 32)) if b else None,
     "smin": min,
     "smax": max,
     "smov": lambda a: _signed(a),
@@ -92,6 +96,7 @@ class _Machine:
         self.registers: dict[str, int | bool | None] = {}
         self.memory: dict[int, int | bool | None] = {}
         self.bases: dict[str, int] = {}
+        self.divided: collections.deque[int | bool | None] = collections.deque()
         self.operands = operands
         for register, index in program.operands.items():
             values = operands.get(index)
@@ -128,6 +133,8 @@ class _Machine:
         code = op.code.split(".")[0]
         if code == "core_id":
             return self.core
+        if op.code == "spop.drf":
+            return self.divided.popleft() if self.divided else None
         if code == "sld":
             address = self.address(op.arguments)
             return None if address is None else self.memory.get(address)
@@ -150,6 +157,9 @@ class _Machine:
             if ".u32" in op.code:
                 first, second = first % (1 << 32), second % (1 << 32)
             return _COMPARE[op.code.split(".")[1]](first, second)
+        if code in ("smin", "smax") and ".u32" in op.code:
+            choose = min if code == "smin" else max
+            return choose((int(value) for value in arguments if value is not None), key=lambda value: value % (1 << 32))
         function = _ARITHMETIC.get(code)
         return None if function is None else function(*arguments)
 
@@ -166,7 +176,9 @@ class _Machine:
                     self._load(*ends)
         writes = [(op, self._written(op)) for op in bundle.ops if self.holds(op.guard, unknown=True)]
         for op, value in writes:
-            if op.target:
+            if op.code in ("kRem", "kQuot"):
+                self.divided.append(value)
+            elif op.target:
                 self.registers[op.target] = value
             elif (address := self.address(op.arguments[:-1])) is not None:
                 self.memory[address] = value

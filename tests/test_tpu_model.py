@@ -89,6 +89,23 @@ def test_arithmetic_selection_and_spills(operand, copy):
     assert ran.streamed_rows == 16
 
 
+DIVISION = """
+     0   :  { %s1_s0 = inlined_call_operand.<no memory space> [shape: s32[], index: 0, kind: input, shape index: {}] }
+   0x1   :  { %s2_s1 = ssub.s32 0, %s1_s0  ;;  %p3_p0 = scmp.lt.s32.totalorder %s1_s0, 0 }
+   0x2   :  { %s4_s2 = smin.u32 %s2_s1, %s1_s0 }
+   0x3   :  { %s5_s3 = smulhi.u32 4042322161, %s4_s2  ;;  %6 = sdivrem.u32 %s4_s2, 24 /* kRem */ }
+   0x4   :  { %s7_s4 = sshrl.u32 %s5_s3, 9  ;;  %s8_s5 = spop.drf %6 }
+   0x5   :  { %s9_s6 = sadd.s32 %s7_s4, %s8_s5 }
+   0x6   :  { %10 = dma.hbm_to_vmem %s1_s0, %s9_s6, %s1_s0, 0 }
+"""
+
+
+def test_division():
+    """544 is divided by as a multiplication with 2^41 / 544, 24 by the divider and its queue."""
+    ran = run(parse(DIVISION), 0, {0: [1600]})
+    assert ran.copies == {("hbm_to_vmem", 1600 // 544 + 1600 % 24): 1}
+
+
 def test_the_three_limits():
     chip = CHIPS["v6e"]
     granules = chip.hbm_gbytes_per_s * 1e9 * 1e-6 / 32
