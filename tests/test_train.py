@@ -187,7 +187,7 @@ def test_what_a_kill_leaves_at_any_moment_is_enough(
 ) -> None:
     snapshots = Snapshots(tmp_path / "whole" / "run", tmp_path)
     with monkeypatch.context() as patch:
-        snapshots.before(patch, trainer, "create_model", "tokenizer written")
+        snapshots.before(patch, trainer, "prepare", "tokenizer written")
         snapshots.before(patch, MetricsLog, "append", "before the first checkpoint", call=3)
         snapshots.before(patch, MetricsLog, "append", "half a line", call=7)
         snapshots.before(patch, limoe.checkpoint, "_sync", "first checkpoint being written", call=3)
