@@ -138,7 +138,8 @@ class _Machine:
         if code == "sld":
             address = self.address(op.arguments)
             return None if address is None else self.memory.get(address)
-        if code == "scalar_lea":
+        # The address of a moved constant may be a sum, as in `[#allocation5 + $0x1]`.
+        if code == "scalar_lea" or (code == "smov" and len(op.arguments) > 1):
             return self.address(op.arguments)
         arguments = [self.value(value) for value in op.arguments]
         if code == "scalar_select":
