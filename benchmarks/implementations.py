@@ -6,7 +6,7 @@ Values that several implementations share are in the order of choices, `[M, D]` 
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from benchmarks.roofline import Op
 from moe_kernels import (
     MlpWeights,
     Plan,
-    Problem,
     Routing,
     RoutingSums,
     combine,
@@ -29,8 +28,8 @@ from moe_kernels import (
     moe_mlp,
     route,
 )
-from moe_kernels.backends import BACKENDS
-from moe_kernels.backends.base import Backend, SpanName
+from moe_kernels.backends import BACKENDS, problem_of
+from moe_kernels.backends.base import Backend
 from moe_kernels.backends.xla.matmul import TILE_ROWS
 
 
@@ -97,13 +96,12 @@ def from_backend(backend: Backend | None) -> Implementation:
 def _why_not(backend: Backend | None, case: Case, dtype: str, platform: str) -> str | None:
     if backend is None:
         return None
-    for span in get_args(SpanName):
-        if span == "dispatch_mlp_combine":  # a longer piece that a back end may leave out
-            continue
-        if span not in backend.spans:
-            return f"has no {span}"
-        problem = Problem(span, platform, dtype, (case.tokens * case.choices, case.width), case.experts)
-        if reason := backend.why_not(problem):
+    layout = jax.eval_shape(lambda e, g: _plan(case, e, g), *_choice_shapes(case)).layout
+    for span in backend.spans:
+        length = case.tokens if span in ("route", "dispatch") else layout.num_rows
+        array = jax.ShapeDtypeStruct((length, case.width), dtype)
+        problem = problem_of(span, array, case.experts, expert_width=case.expert_width, layout=layout)
+        if reason := backend.why_not(dataclasses.replace(problem, platform=platform)):
             return reason
     return None
 

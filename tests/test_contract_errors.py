@@ -20,6 +20,7 @@ from moe_kernels import (
     moe_mlp,
     route,
 )
+from moe_kernels.backends import choose
 
 pytestmark = pytest.mark.compat
 
@@ -76,8 +77,8 @@ LAYER_MISTAKES = [
     ({"weights": WEIGHTS._replace(b1=WEIGHTS.b2)}, "weights.b1 has shape (3, 4); it must be [3, 8]"),
     ({"weights": WEIGHTS._replace(b2=WEIGHTS.b1)}, "weights.b2 has shape (3, 8); it must be [3, 4]"),
     ({"tokens": X.astype(int)}, "xla: dtype int32 is none of ('float32', 'bfloat16', 'float16')"),
-    ({"backend": "XLAA"}, "backend 'XLAA' does not exist; did you mean 'xla'? (back ends: xla)"),
-    ({"backend": "zzz"}, "backend 'zzz' does not exist (back ends: xla)"),
+    ({"backend": "XLAA"}, "backend 'XLAA' does not exist; did you mean 'xla'? (back ends: tpu, gpu, xla)"),
+    ({"backend": "zzz"}, "backend 'zzz' does not exist (back ends: tpu, gpu, xla)"),
 ]
 
 
@@ -117,11 +118,18 @@ def test_the_operations_refuse(call, message):
 
 def test_a_back_end_explains_itself():
     good = Problem("expert_mlp", "cpu", "bfloat16", (48, 4), 3)
-    assert explain(good) == "xla: chosen"
+    *others, chosen = explain(good).splitlines()
+    assert chosen == "xla: chosen"
+    assert [line.split(" is not ")[0] for line in others] == ["tpu: no, platform cpu", "gpu: no, platform cpu"]
     bad = Problem("expert_mlp", "cpu", "int8", (48, 4), 3)
-    assert explain(bad) == "xla: no, dtype int8 is none of ('float32', 'bfloat16', 'float16')"
+    assert explain(bad).endswith("xla: no, dtype int8 is none of ('float32', 'bfloat16', 'float16')")
 
 
 def test_a_named_back_end_is_used():
     output = jax.eval_shape(lambda: layer(backend="xla"))
     assert output.tokens.shape == X.shape
+
+
+def test_what_a_named_back_end_does_not_have_goes_to_another():
+    problem = Problem("route", "cpu", "float32", (48, 4), 3)
+    assert choose(problem, "tpu") == choose(problem, "gpu") == choose(problem)

@@ -19,7 +19,12 @@ __all__ = ["BACKENDS", "choose", "explain", "find", "problem_of"]
 
 
 def problem_of(
-    span: SpanName, array: jax.Array, num_experts: int, *, expert_width: int = 0, layout: Layout | None = None
+    span: SpanName,
+    array: jax.Array | jax.ShapeDtypeStruct,
+    num_experts: int,
+    *,
+    expert_width: int = 0,
+    layout: Layout | None = None,
 ) -> Problem:
     """Describe a call by its span and its main array, on the device that the call is traced for.
 
@@ -61,7 +66,9 @@ def _device() -> tuple[str, str, int]:
 def choose(problem: Problem, name: str | None = None) -> Span:
     """Give the span of the first back end that takes the problem, or of the named one.
 
-    Raises ValueError for a name that does not exist and for a named back end that refuses, with its reason.
+    An operation that the named back end does not have goes to the first that takes it, so that a whole layer can be
+    asked for by the name of kernels that are only part of it. Raises ValueError for a name that does not exist and for
+    a named back end that has the operation and refuses the problem, with its reason.
 
     >>> choose(Problem("dispatch", "cpu", "float32", (4, 8), 2), "xla").forward.__name__
     'dispatch_forward'
@@ -72,7 +79,10 @@ def choose(problem: Problem, name: str | None = None) -> Span:
             near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.3)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"backend {name!r} does not exist{hint} (back ends: {', '.join(known)})")
-        problem = dataclasses.replace(problem, named=True)
+        if any(backend.name == name and problem.span in backend.spans for backend in BACKENDS):
+            problem = dataclasses.replace(problem, named=True)
+        else:
+            name = None
     reasons = []
     for backend in BACKENDS:
         if name is not None and backend.name != name:
