@@ -107,8 +107,8 @@ def covers(sizes: tuple[int, ...], depth: int) -> tuple[int, ...]:
 
     A piece costs its rows, or `depth` if that is more: the time that loading the weights takes.
 
-    >>> covers((64, 32, 16), 32)  # one piece of 64 is as fast as 32 + 16 and 32 + 32 do not exist twice
-    (0, 4, 2, 1, 1)
+    >>> covers((64, 32, 16), 32)  # 48 rows: 32 + 16 take as long as 64 and compute fewer
+    (0, 4, 2, 6, 1)
     """
     chosen = []
     for rows in range(0, sizes[0] + 1, PIECE):
