@@ -29,10 +29,10 @@ class Matmul(NamedTuple):
         return 2 * self.copies * self.rows * self.columns * self.depth
 
     def on_array(self, side: int) -> int:
-        """FLOPs that a systolic array of that side spends: depth and the smaller of the other two fill whole arrays.
+        """FLOPs that a systolic array of that side spends: depth, and rows or columns, fill whole arrays.
 
         >>> Matmul(1, 4096, 64, 64, "bf16").on_array(128) // Matmul(1, 4096, 64, 64, "bf16").flops
-        4
+        2
         """
         rows, columns, depth = (-(-size // side) * side for size in (self.rows, self.columns, self.depth))
         held = min(self.rows * columns, rows * self.columns)
