@@ -187,6 +187,9 @@ class _Run:
                 if self.stopped:
                     break
             self.checkpoints.wait()
+        if not self.stopped:
+            # A signal that came while the last step was written has not been seen.
+            self.stopped = processes.added_up(int(bool(signals.received)), 0)[0] > 0
         return state
 
     def _evaluate(self, step: int, parameters: Parameters) -> float | None:
