@@ -155,6 +155,26 @@ def expected_mlp(
     return Expected(out, gradient.rows, MlpWeights(*summed))
 
 
+def mlp_magnitudes(rows: Rows, given: Operands, size: np.ndarray | tuple[int, ...]) -> Expected:
+    """What each entry of `expected_mlp` is a sum of, all terms as absolute values: what rounding is measured against.
+
+    `|gelu(h)| <= |h|`, its slope is at most 1.13 and errs by at most its argument's error.
+    """
+    x, dout = (np.abs(np.asarray(a, np.float64)) for a in (given.rows, given.dout))
+    w = [np.abs(np.asarray(a, np.float64)) for a in given.weights]
+    out, dx, dw = np.zeros(x.shape), np.zeros(x.shape), MlpWeights(*(np.zeros(a.shape) for a in w))
+    for n, (first, count) in enumerate(zip(np.asarray(rows.runs(np.asarray(size)).first), size, strict=True)):
+        own, e = slice(first, first + count), n // rows.runs_per_expert
+        w1, b1, w2, b2 = (a[e] for a in w)
+        hidden = x[own] @ w1 + b1
+        dhidden = 1.13 * (dout[own] @ w2.T) * (1 + hidden)
+        out[own], dx[own] = hidden @ w2 + b2, dhidden @ w1.T
+        parts = x[own].T @ dhidden, dhidden.sum(axis=0), hidden.T @ dout[own], dout[own].sum(axis=0)
+        for total, part in zip(dw, parts, strict=True):
+            total[e] += part
+    return Expected(out, dx, dw)
+
+
 def expected_matmul(
     rows: Rows, x: jax.Array, weight: jax.Array, dout: jax.Array, size: np.ndarray | tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

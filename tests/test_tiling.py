@@ -121,11 +121,12 @@ def test_uneven_experts_without_a_limit_compute_few_rows_in_vain(chip):
 def test_the_table_says_who_takes_what():
     layout = LAYOUTS[0]
     problem = Problem("expert_mlp", "cpu", "float32", (17408, 768), 32, expert_width=3072, layout=layout)
-    assert explain(problem) == "tpu: no, platform cpu is not tpu; named, it runs interpreted\nxla: chosen"
+    assert explain(problem).startswith("tpu: no, platform cpu is not tpu; named, it runs interpreted\n")
+    assert explain(problem).endswith("\nxla: chosen")
     on_tpu = Problem(
         "expert_mlp", "tpu", "bfloat16", (17408, 768), 32, expert_width=3072, layout=layout, chip="TPU v5", num_cores=2
     )
-    assert explain(on_tpu) == "tpu: chosen\nxla: also possible"
+    assert explain(on_tpu).startswith("tpu: chosen\n") and explain(on_tpu).endswith("\nxla: also possible")
     # Equal problems get the same span, so that nothing is traced twice.
     assert choose(on_tpu) == choose(on_tpu) and choose(problem, "tpu") == choose(problem, "tpu")
     assert choose(on_tpu).forward.args[0].num_cores == 2 and choose(problem, "tpu").forward.args[0].interpret

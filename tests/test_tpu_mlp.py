@@ -54,13 +54,16 @@ def check(rows, given, size, found, activation="gelu_tanh") -> None:
     assert out.dtype == drows.dtype == given.rows.dtype
     assert [w.dtype for w in dweights] == [w.dtype for w in given.weights]
     # Half of eps is one rounding; in bfloat16 the hidden layer and the results are rounded, sums are not.
-    bound = {"length": rows.width + rows.hidden, "eps": EPS[dtype], "roundings": 4 if dtype == "float32" else 1}
-    assert_close(np.asarray(out, np.float64)[used], wanted.out[used], name="out", floor=1, **bound)
-    assert_close(np.asarray(drows, np.float64)[used], wanted.drows[used], name="drows", floor=1, **bound)
-    bound["length"] += max(size, default=0)
-    for name, mine, theirs in zip(dweights._fields, dweights, wanted.dweights, strict=True):
-        mine, theirs = (np.asarray(a, np.float64).reshape(rows.experts, -1) for a in (mine, theirs))
-        assert_close(mine, theirs, name=f"d{name}", floor=1, **bound)
+    longest = rows.width + rows.hidden + max(size, default=0)
+    bound = {"length": longest if dtype == "float32" else 1, "eps": EPS[dtype], "roundings": 1}
+    scale = nasty.mlp_magnitudes(rows, given, size)
+    assert_close(np.asarray(out, np.float64)[used], wanted.out[used], name="out", scale=scale.out[used], **bound)
+    assert_close(
+        np.asarray(drows, np.float64)[used], wanted.drows[used], name="drows", scale=scale.drows[used], **bound
+    )
+    for name, *arrays in zip(dweights._fields, dweights, wanted.dweights, scale.dweights, strict=True):
+        mine, theirs, behind = (np.asarray(a, np.float64).reshape(rows.experts, -1) for a in arrays)
+        assert_close(mine, theirs, name=f"d{name}", scale=behind, **bound)
 
 
 def cases(names=None, dtypes=nasty.DTYPES):
