@@ -204,7 +204,8 @@ def _facts(config: Config, pod: Pod) -> dict[str, Any]:
 
 def _too_large(config: Config, pod: Pod, message: str, seconds: float) -> Plan:
     """The plan of a program that the compiler refused because it does not fit; other errors are raised."""
-    used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    # The second form is for programs whose temporaries alone are too large.
+    used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])(?: of [\d.]+[KMGT] hbm|\) exceeds)", message)
     if used is None:
         raise ConfigError(f"the TPU compiler refused the step for {pod.name}: {message}")
     return Plan(
