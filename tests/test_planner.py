@@ -217,7 +217,7 @@ EXPECTED = {
 def test_the_exchanges_are_the_expected_ones_and_no_others(planned, settings):
     found = planned(*settings)
     assert found.num_collectives["all-to-all"] == {"expert": EXPECTED[settings]}
-    rows = 4 * 4 * 16 * 128 * 2  # four experts, four groups a device with 16 places each, width 128, bfloat16
+    rows = 4 * 16 * 128 * 2  # four experts, 16 rows for the 2 places of each of four groups, width 128, bfloat16
     at_least = (EXPECTED[settings] - 2) * rows
     assert at_least <= found.collective_bytes["all-to-all"]["expert"] <= 1.05 * at_least
     # Gathered are embeddings for the loss, a few numbers a pair; tokens and experts never are.
