@@ -48,7 +48,7 @@ def compiled_text(*, asynchronous: bool, **options) -> str:
 
 
 def matmuls_within_exchanges(text: str) -> dict[str, int]:
-    """How many instructions that hold a matmul run between the start and the end of each exchange."""
+    """How many instructions that hold a matmul, the experts' kernels among them, each exchange has in its course."""
     blocks = re.split(r"\n(?=%|ENTRY)", text)
     with_matmul = {
         name[1] for block in blocks if " convolution(" in block and (name := re.match(r"(%[\w.-]+) ", block))
@@ -60,6 +60,7 @@ def matmuls_within_exchanges(text: str) -> dict[str, int]:
     for line in entry.splitlines():
         called = re.search(r"calls=(%[\w.-]+)", line)
         count += " convolution(" in line or (called is not None and called[1] in with_matmul)
+        count += re.match(r"\s*(ROOT )?%expert_mlp_(forward|backward)[\w.-]* =.* custom-call\(", line) is not None
         if (start := re.search(r"(%[\w.-]+) = .* all-to-all-start\(", line)) is not None:
             started[start[1]] = count
         elif (done := re.search(r" all-to-all-done\((%[\w.-]+)\)", line)) is not None:

@@ -18,7 +18,6 @@ def estimate(kernel, columns, bias=False):
 
 
 def check(widths):
-    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the extra 'aot'")
     found = gpu_aot.report(widths)
     assert set(found) == {(width, name) for width in widths for name in MATMULS}
     for (width, name), compiled in found.items():

@@ -200,8 +200,18 @@ def test_rolled_loops_count_like_their_unrolled_twin(planned):
     rolled, written_out = planned("scan_unroll=1"), planned("scan_unroll=2")
     assert rolled.flops_per_step == written_out.flops_per_step
     assert rolled.collective_bytes["all-to-all"] == written_out.collective_bytes["all-to-all"]
-    for kind in ("compute", "hbm"):
-        assert getattr(rolled.times, kind) == pytest.approx(getattr(written_out.times, kind), rel=0.15)
+    # Padding of odd shapes differs a little where neighbouring layers are fused.
+    assert rolled.times.compute == pytest.approx(written_out.times.compute, rel=0.02)
+
+
+@pytest.mark.aot
+@pytest.mark.xfail(
+    strict=True,
+    reason="rolled, XLA copies stacked arrays of this size to VMEM again in every trip: 1,266 copies against 647",
+)
+def test_rolled_loops_move_the_bytes_of_their_unrolled_twin(planned):
+    rolled, written_out = planned("scan_unroll=1"), planned("scan_unroll=2")
+    assert rolled.times.hbm == pytest.approx(written_out.times.hbm, rel=0.15)
 
 
 # Two layers; each exchanges rows twice and counts once forward, rows twice backward.
