@@ -68,6 +68,10 @@ _SHEETS = {
 }
 
 
+# Products of all rows with the matrices of their experts, in the operations that have any.
+EXPERT_MATMULS: dict[Op, int] = {"grouped_matmul": 1, "expert_mlp": 2, "layer": 2}
+
+
 def work(op: Op, passes: Pass, case: Case, load: Load, itemsize: int) -> Work:
     """Count an operation from its definition; a backward pass reads the inputs and the cotangent, and writes gradients.
 

@@ -13,11 +13,10 @@ from benchmarks.implementations import OURS, Implementation
 from benchmarks.jobs import Job, Prepared, make_job, prepare
 from benchmarks.peers import PEERS
 from benchmarks.results import Label, Result, make_result
-from benchmarks.roofline import Device, Load, Op, Pass, needed_bytes, probes, with_probes, work
+from benchmarks.roofline import EXPERT_MATMULS, Device, Load, Op, Pass, needed_bytes, probes, with_probes, work
 from benchmarks.timing import Program, compile_program, time_programs
 
 IMPLEMENTATIONS = {implementation.name: implementation for implementation in (*OURS, *PEERS)}
-_WITH_MATMULS = ("grouped_matmul", "expert_mlp", "layer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +184,7 @@ def _result(
         dense,
         work(op, problem.passes, case, load, itemsize),
         device,
-        useful_rows=load.rows / computed if op in _WITH_MATMULS else None,
+        useful_rows=load.rows / computed if op in EXPERT_MATMULS else None,
         needed_bytes=needed_bytes(case, computed, itemsize) if not implementation.is_dense else 0,
         fault=fault,
     )

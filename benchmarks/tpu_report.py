@@ -8,13 +8,11 @@ import numpy as np
 
 from benchmarks.cases import CASES, Case, draw_experts
 from benchmarks.results import commit, versions
-from benchmarks.roofline import Load, Op, Pass, work
+from benchmarks.roofline import EXPERT_MATMULS, Load, Op, Pass, work
 from benchmarks.tpu_chips import CHIPS, Chip
 from benchmarks.tpu_compile import Request
 from benchmarks.tpu_cost import DESCRIPTOR_NANOSECONDS, Cost
 from benchmarks.tpu_implementations import IMPLEMENTATIONS
-
-_WITH_MATMULS = ("grouped_matmul", "expert_mlp", "layer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +80,10 @@ def summarise(request: Request, cost: Cost, temp_bytes: int, compile_seconds: fl
         load = Load(case.tokens * case.choices, 1)
     floor_op: Op = "expert_mlp" if implementation.is_dense else op
     least = work(floor_op, passes, case, load, 4 if request.dtype == "float32" else 2)
-    matmuls = {"grouped_matmul": 1.0, "expert_mlp": 2.0, "layer": 2.0}.get(op, 0.0)
-    useful = matmuls * load.rows * case.width * case.expert_width * (3 if passes == "both" else 1)
+    useful = None
+    if op in EXPERT_MATMULS:
+        products = EXPERT_MATMULS[op] * (3 if passes == "both" else 1)
+        useful = float(products * load.rows * case.width * case.expert_width)
     return Modelled(
         op=op,
         passes=passes,
@@ -96,8 +96,8 @@ def summarise(request: Request, cost: Cost, temp_bytes: int, compile_seconds: fl
         modelled_us_by_descriptor_ns={ns: 1e6 * cost.with_descriptors(ns) for ns in DESCRIPTOR_NANOSECONDS},
         xla_estimate_us=1e6 * estimate,
         times_floor=cost.seconds / floor_seconds(floor_op, passes, case, load, chip, request.dtype),
-        useful_macs=useful / cost.macs if useful and cost.macs else None,
-        useful_rows=load.rows / implementation.computed_rows(case, kept) if op in _WITH_MATMULS else None,
+        useful_macs=useful / cost.macs if useful is not None and cost.macs else None,
+        useful_rows=load.rows / implementation.computed_rows(case, kept) if op in EXPERT_MATMULS else None,
         times_least_bytes=cost.hbm_bytes / least.bytes,
         row_copies=sum(part.row_copies for part in cost.parts),
         temp_bytes=temp_bytes,

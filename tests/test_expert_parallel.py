@@ -36,16 +36,24 @@ def assert_same_layer(mine: Result, twin: Result, wanted) -> None:
     # A token is dropped here if and only if it is dropped there.
     np.testing.assert_array_equal(np.any(mine.output.tokens != 0, 1), np.any(twin.output.tokens != 0, 1))
     close_in_rows(mine.output.tokens, twin.output.tokens, length=20, name="y")
-    for name, a, b in zip(RoutingSums._fields, mine.output.sums, twin.output.sums, strict=True):
-        assert_close(np.ravel(a)[None], np.ravel(b)[None], length=TOKENS, name=name)
-    # A lifted logit of 20 is known to 20 eps, and gates and their gradients no better than that.
-    amplified = 8 if wanted is None else 64
-    assert_close(np.ravel(mine.dtokens)[None], np.ravel(twin.dtokens)[None], length=20, name="dx", roundings=amplified)
+    same_sums(mine.output.sums, twin.output.sums)
+    roundings = gate_roundings(wanted)
+    assert_close(np.ravel(mine.dtokens)[None], np.ravel(twin.dtokens)[None], length=20, name="dx", roundings=roundings)
     assert_close(
-        np.ravel(mine.drouter)[None], np.ravel(twin.drouter)[None], length=TOKENS, name="dr", roundings=amplified
+        np.ravel(mine.drouter)[None], np.ravel(twin.drouter)[None], length=TOKENS, name="dr", roundings=roundings
     )
     for name, a, b in zip(MlpWeights._fields, mine.dweights, twin.dweights, strict=True):
         close_in_rows(*(np.asarray(x).reshape(len(x), -1) for x in (a, b)), length=TOKENS, name=f"d{name}")
+
+
+def same_sums(mine: RoutingSums, twin: RoutingSums) -> None:
+    for name, a, b in zip(RoutingSums._fields, mine, twin, strict=True):
+        assert_close(np.ravel(a)[None], np.ravel(b)[None], length=TOKENS, name=name)
+
+
+def gate_roundings(wanted) -> int:
+    """A lifted logit of 20 is known to 20 eps, and gates and their gradients no better than that."""
+    return 8 if wanted is None else 64
 
 
 def close_in_rows(mine, twin, *, length: int, name: str) -> None:
@@ -57,7 +65,7 @@ def close_in_rows(mine, twin, *, length: int, name: str) -> None:
 def check(mesh_shape, seed: int, wanted, **changes) -> None:
     options = OPTIONS | changes
     chunks = options.pop("num_chunks", 1)
-    a = arguments(seed, tokens=TOKENS, groups=GROUPS, experts=EXPERTS, wanted=wanted)
+    a = arguments(seed, tokens=TOKENS, groups=options["num_groups"], experts=EXPERTS, wanted=wanted)
     mine = compiled(mesh_shape, tuple((options | {"num_chunks": chunks}).items()))(a)
     assert_same_layer(mine, compiled(None, tuple(options.items()))(a), wanted)
 
@@ -81,6 +89,12 @@ def test_without_a_limit_everything_is_kept_wherever_it_goes(mesh_shape, wanted)
     check(mesh_shape, 3, wanted, capacity_factor=None)
 
 
+@pytest.mark.devices(32)
+@pytest.mark.parametrize("mesh_shape", [(4, 8), (8, 4)], ids=str)
+def test_thirty_two_devices(mesh_shape):
+    check(mesh_shape, 4, (2, 3), num_groups=32, num_chunks=2)
+
+
 @pytest.mark.parametrize("wanted", [None, (5,)], ids=str)
 def test_what_overflows_a_buffer_is_dropped_and_counted(wanted):
     options = OPTIONS | {"capacity_factor": None, "num_choices": 1}
@@ -96,11 +110,10 @@ def test_what_overflows_a_buffer_is_dropped_and_counted(wanted):
     kept = np.asarray(mine.output.kept).sum(axis=1).reshape(2, 4, EXPERTS).sum(axis=1)
     assert (kept.reshape(2, 4, 2).sum(axis=2) <= received_rows(64, 1, 4, 2, 1)).all()
     # Who is there is untouched, who is not is 0 and has no gradient through the experts; statistics are the router's.
-    np.testing.assert_allclose(mine.output.tokens[there], twin.output.tokens[there], rtol=1e-5, atol=1e-5)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), mine.output.sums, twin.output.sums
-    )
-    same = np.isclose(mine.dtokens, twin.dtokens, rtol=1e-4, atol=1e-4).all(axis=1)
+    close_in_rows(mine.output.tokens[there], np.asarray(twin.output.tokens)[there], length=20, name="y")
+    same_sums(mine.output.sums, twin.output.sums)
+    off = np.abs(np.asarray(mine.dtokens) - twin.dtokens).max(axis=1)
+    same = off <= gate_roundings(wanted) * 2 * 2.0**-23 * np.sqrt(20) * np.abs(twin.dtokens).max()
     np.testing.assert_array_equal(same, there | ~claims)
 
 

@@ -69,14 +69,41 @@ def trained(*settings: str) -> Trained:
     return Trained(run.config, jax.device_get(run.state), reports)
 
 
-def assert_same_training(mine: Trained, twin: Trained) -> None:
-    for report, expected in zip(mine.reports, twin.reports, strict=True):
-        np.testing.assert_array_equal(report.routing.kept, expected.routing.kept)
-        np.testing.assert_array_equal(report.routing.wanted, expected.routing.wanted)
+def neighbour(rng: np.random.Generator, array: jax.Array) -> jax.Array:
+    """Every entry one float32 up or down."""
+    towards = np.where(rng.random(array.shape) < 0.5, -np.inf, np.inf).astype(np.float32)
+    return jnp.asarray(np.nextafter(np.asarray(array), towards))
+
+
+@functools.cache
+def trained_with_rounding(*settings: str) -> list[StepReport]:
+    """For each step, how far its losses and its norm lie from those of twins that begin one rounding away.
+
+    Sums over the same numbers in another order round differently, and three updates carry that on; how far they do is
+    a property of the function, measured here on one device by moving every parameter to a neighbouring float32.
+    """
+    expected, run = trained(*settings).reports, Run(config_of(*settings))
+    first, moved = run.state, [jax.tree.map(np.zeros_like, report) for report in expected]
+    for seed in range(4):
+        draw = functools.partial(neighbour, np.random.default_rng(seed))
+        run.state = first._replace(parameters=jax.tree.map(draw, first.parameters))
+        for step, report in enumerate(run.steps(STEPS)):
+            off = jax.tree.map(lambda a, b: np.abs(a - b), report, expected[step])
+            moved[step] = jax.tree.map(np.maximum, moved[step], off)
+    return moved
+
+
+def assert_same_training(mine: Trained, *twin: str) -> None:
+    expected, moved = trained(*twin).reports, trained_with_rounding(*twin)
+    for report, other, rounding in zip(mine.reports, expected, moved, strict=True):
+        np.testing.assert_array_equal(report.routing.kept, other.routing.kept)
+        np.testing.assert_array_equal(report.routing.wanted, other.routing.wanted)
         assert (report.routing.kept < report.routing.wanted).any()
-        # Sums over the same numbers in another order, through three updates.
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), report.loss, expected.loss)
-        assert report.gradient_norm == pytest.approx(float(expected.gradient_norm), rel=1e-4)
+        for a, b, off in zip(
+            *(jax.tree.leaves((r.loss, r.gradient_norm)) for r in (report, other, rounding)), strict=True
+        ):
+            # Eight of them: a sum rounds in many places, a twin was moved in one.
+            np.testing.assert_allclose(a, b, rtol=8 * 2.0**-23, atol=8 * off)
     assert int(mine.state.step) == STEPS
 
 
@@ -87,7 +114,7 @@ def assert_same_training(mine: Trained, twin: Trained) -> None:
 )
 def test_the_loss_curve_is_that_of_one_device(name):
     settings = MESHES[name]
-    assert_same_training(trained(*settings), trained(*(text for text in settings if text.startswith("num_experts"))))
+    assert_same_training(trained(*settings), *(text for text in settings if text.startswith("num_experts")))
 
 
 @eight_devices
@@ -159,7 +186,7 @@ def test_training_goes_on_from_mesh_to_mesh(tmp_path):
         reports += run.steps(1)
         with Checkpoints(tmp_path) as checkpoints:
             checkpoints.save(number + 1, run.state)
-    assert_same_training(Trained(run.config, jax.device_get(run.state), reports), trained())
+    assert_same_training(Trained(run.config, jax.device_get(run.state), reports))
 
 
 @eight_devices
