@@ -63,18 +63,26 @@ _ALL = [
     # The sizes of Mixtral 8x7B and Qwen3-30B-A3B; their gated MLP has a third matrix, which is left out here.
     Case("llm-8x14336", 8_192, 1, 4_096, 14_336, 8, 2, None),
     Case("llm-128x768", 8_192, 1, 2_048, 768, 128, 8, None),
+    # For one operation at a time: 27 GB of inputs.
+    Case("llm-256x2048", 262_144, 1, 7_168, 2_048, 256, 1, None),
 ]
 CASES = {case.name: case for case in _ALL}
 
 
-def small_twin(case: Case) -> Case:
+def small_twin(case: Case, *, narrow: bool = True) -> Case:
     """The same structure in a size that the loops of `reference` go through in well under a second.
+
+    Kernels of accelerators want the wider one.
 
     >>> small_twin(CASES["issue-8groups"]).tokens, small_twin(CASES["issue-8groups"]).capacity
     (256, 5)
     """
     experts = min(case.experts, max(8, 2 * case.choices))
-    return dataclasses.replace(case, name="small", tokens=32 * case.groups, width=8, expert_width=24, experts=experts)
+    width, expert_width = (8, 24) if narrow else (128, 256)
+    tokens = 32 * case.groups
+    return dataclasses.replace(
+        case, name="small", tokens=tokens, width=width, expert_width=expert_width, experts=experts
+    )
 
 
 class Inputs(NamedTuple):

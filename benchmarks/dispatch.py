@@ -1,6 +1,7 @@
 """Mixture-of-experts implementations side by side: what they cost, against a dense MLP and against the roofline.
 
-    python benchmarks/dispatch.py                                  the quick suite, under 3 minutes on 2 CPU cores
+    python benchmarks/dispatch.py                                  the quick suite, under 3 minutes on 2 CPU cores;
+                                                                   on a GPU the suite that is made for one
     python benchmarks/dispatch.py --suite=full --json=lines.jsonl --plot=bars.png
     python benchmarks/dispatch.py --case=b16 --op=layer --dtype=bfloat16 --distribution=zipf
     python benchmarks/dispatch.py --sweep=tokens
@@ -29,6 +30,7 @@ from typing import TextIO, cast
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import jax  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 
 from benchmarks import plot, selection, summary  # noqa: E402
@@ -40,7 +42,10 @@ from benchmarks.roofline import OPS, PASSES, Device, Load, Op, Pass, this_device
 from benchmarks.run import IMPLEMENTATIONS, Options, Problem, run_problem  # noqa: E402
 
 _SUITE = flags.DEFINE_enum(
-    "suite", "quick", list(selection.SUITES), "Problems to run, unless chosen by the flags below."
+    "suite",
+    None,
+    list(selection.SUITES),
+    "Problems to run, unless chosen by the flags below; default: gpu where there is one, else quick.",
 )
 _CASE = flags.DEFINE_multi_enum(
     "case", None, list(CASES), "Size; may be given several times. With any of these five flags,"
@@ -113,7 +118,12 @@ def say_summary(report: Report) -> None:
     """What the lines mean: our layer against the others, the share of routing, and memory."""
     report.say("")
     for implementation in OURS:
-        for figures in (summary.against_peers, summary.share_around_experts, summary.peak_memory):
+        for figures in (
+            summary.against_peers,
+            summary.of_dense_matmul,
+            summary.share_around_experts,
+            summary.peak_memory,
+        ):
             for text in figures(report.results, implementation.name):
                 report.say(text)
 
@@ -136,7 +146,7 @@ def say_exponents(problems: Sequence[Problem], axis: str, report: Report) -> Non
 def chosen_problems() -> list[Problem]:
     """The problems that the flags ask for."""
     if _SWEEP.value is None and not any(flag.value for flag in (_OP, _PASS, _CASE, _DISTRIBUTION, _DTYPE)):
-        return selection.SUITES[_SUITE.value]()
+        return selection.SUITES[_SUITE.value or ("gpu" if jax.default_backend() == "gpu" else "quick")]()
     # absl has checked that each is one of the names.
     problems = selection.product(
         cast(Sequence[Op], _OP.value or ["layer"]),

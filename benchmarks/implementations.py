@@ -5,8 +5,9 @@ Values that several implementations share are in the order of choices, `[M, D]` 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,19 @@ from moe_kernels import (
     moe_mlp,
     route,
 )
-from moe_kernels.backends import BACKENDS, problem_of
-from moe_kernels.backends.base import Backend
+from moe_kernels.backends import BACKENDS, problem_of, tiling
+from moe_kernels.backends.base import Backend, Problem
+from moe_kernels.backends.gpu.tiling import NUM_CONSUMERS, WARPGROUP_ROWS
 from moe_kernels.backends.xla.matmul import TILE_ROWS
+from moe_kernels.types import Layout
+
+
+class Setting(NamedTuple):
+    """What a program is made for: platform, device kind as JAX names it, and the dtype of the rows."""
+
+    platform: str
+    kind: str
+    dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +57,7 @@ class Implementation:
     operations: Mapping[Op, Callable[..., Any]] = dataclasses.field(hash=False)
     place: Callable[[Case, Any, Array], Array]
     pick: Callable[[Case, Any, Array], Array]
-    computed_rows: Callable[[Case, np.ndarray], int]
+    computed_rows: Callable[[Case, np.ndarray, Setting], int]
     """Rows that its matmuls go through, from the number of kept rows [E] of every expert."""
     why_not: Callable[[Case, str, str], str | None] = lambda case, dtype, platform: None
     """The reason why it cannot run a case in a dtype on a platform, or None."""
@@ -88,7 +99,7 @@ def from_backend(backend: Backend | None) -> Implementation:
         },
         place=_place,
         pick=_pick,
-        computed_rows=_computed_rows,
+        computed_rows=lambda case, kept, setting: _computed_rows(backend, case, kept, setting),
         why_not=lambda case, dtype, platform: _why_not(backend, case, dtype, platform),
     )
 
@@ -96,7 +107,7 @@ def from_backend(backend: Backend | None) -> Implementation:
 def _why_not(backend: Backend | None, case: Case, dtype: str, platform: str) -> str | None:
     if backend is None:
         return None
-    layout = jax.eval_shape(lambda e, g: _plan(case, e, g), *_choice_shapes(case)).layout
+    layout = _layout(case)
     for span in backend.spans:
         length = case.tokens if span in ("route", "dispatch") else layout.num_rows
         array = jax.ShapeDtypeStruct((length, case.width), dtype)
@@ -128,18 +139,47 @@ def _pick(case: Case, plan: Plan, rows: Array) -> Array:
     return padded[plan.row.reshape(-1)]
 
 
-def _computed_rows(case: Case, kept: np.ndarray) -> int:
-    layout = jax.eval_shape(lambda e, g: _plan(case, e, g), *_choice_shapes(case)).layout
-    if layout.rows_per_expert is not None:
-        half = (layout.rows_per_expert + 1) // 2
-        heights = np.where(kept <= half, half, layout.rows_per_expert)
-        return int(np.sum(heights)) if jax.default_backend() == "cpu" else layout.num_rows
-    return int(np.sum(-(-kept // TILE_ROWS) * TILE_ROWS))
-
-
-def _choice_shapes(case: Case) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+def _layout(case: Case) -> Layout:
     shape = (case.tokens, case.choices)
-    return jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
+    choices = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.eval_shape(lambda e, g: _plan(case, e, g), *choices).layout
+
+
+def _computed_rows(backend: Backend | None, case: Case, kept: np.ndarray, setting: Setting) -> int:
+    """Rows of the expert MLP, by the back end that it gets."""
+    layout = _layout(case)
+    problem = Problem(
+        "expert_mlp",
+        setting.platform,
+        setting.dtype,
+        (layout.num_rows, case.width),
+        case.experts,
+        case.expert_width,
+        layout,
+        setting.kind,
+    )
+    if backend is None:
+        backend = next(one for one in BACKENDS if one.why_not(problem) is None)
+    if backend.name == "tpu":
+        chip = tiling.CHIPS[setting.kind]
+        itemsize = jnp.dtype(setting.dtype).itemsize
+        tiles = tiling.mlp_forward_tiles(layout, case.width, case.expert_width, itemsize, itemsize, chip)
+        assert tiles is not None, "refused by why_not"
+        whole, tail = np.divmod(kept, tiles.rows.rows)
+        of_item = functools.partial(tiling.computed_rows, tiles=tiles.rows, depth=chip.depth)
+        return int(whole.sum()) * of_item(tiles.rows.rows) + sum(of_item(int(count)) for count in tail)
+    if backend.name == "gpu":
+        return int(_rounded(kept, NUM_CONSUMERS * WARPGROUP_ROWS).sum())
+    if layout.rows_per_expert is None:
+        return int(_rounded(kept, TILE_ROWS).sum())
+    if setting.platform != "cpu":
+        return layout.num_rows
+    half = (layout.rows_per_expert + 1) // 2
+    return int(np.where(kept <= half, half, layout.rows_per_expert).sum())
+
+
+def _rounded(counts: np.ndarray, multiple: int) -> np.ndarray:
+    return -(-counts // multiple) * multiple
 
 
 CHOSEN = from_backend(None)

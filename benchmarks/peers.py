@@ -1,17 +1,18 @@
-"""All baselines: a dense MLP of the same work, V-MoE's two dispatchers, and three grouped matmuls after a sort.
+"""All baselines: a dense MLP of the same work, V-MoE's two dispatchers, and four grouped matmuls after a sort.
 
 They are plain but not naive: the same float32 router, the same capacity and Batch Priority Routing, no sums for losses.
 
 - dense: one MLP on T K rows, with its own [D, F] and [F, D]; no routing at all
 - one-hot: V-MoE's einsum dispatch through a [G, S, E, C] tensor; its cost grows with the group
 - scatter: V-MoE's other way, scatter to [G, E, C, D] and gather back
-- ragged_dot, megablox, tokamax: a sort by expert, then `jax.lax.ragged_dot`, JAX's Pallas kernel for TPU, or tokamax
+- ragged_dot, megablox, mosaic, tokamax: a sort by expert, then `jax.lax.ragged_dot`, JAX's Pallas kernels for TPU and
+  for Hopper, or tokamax
 """
 
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from benchmarks.cases import Case
-from benchmarks.implementations import Implementation
+from benchmarks.implementations import Implementation, Setting
 from moe_kernels import MlpWeights
+from moe_kernels.backends.gpu.tiling import chip_of
 
 # Rows that megablox wants as a multiple, and its tile over D and F.
 _MEGABLOX_ROWS, _MEGABLOX_TILE = 128, 512
@@ -52,7 +54,7 @@ DENSE = Implementation(
     },
     place=lambda case, plan, choices: choices,
     pick=lambda case, plan, rows: rows,
-    computed_rows=lambda case, kept: case.tokens * case.choices,
+    computed_rows=lambda case, kept, setting: case.tokens * case.choices,
     is_dense=True,
 )
 
@@ -158,7 +160,7 @@ def _v_moe(name: str, dispatch: Callable[..., Array], combine: Callable[..., Arr
         },
         place=_buffer_place,
         pick=_buffer_pick,
-        computed_rows=lambda case, kept: case.groups * case.experts * case.capacity,
+        computed_rows=lambda case, kept, setting: case.groups * case.experts * case.capacity,
         why_not=_needs_capacity,
     )
 
@@ -208,7 +210,7 @@ def _sorted_combine(case: Case, plan: Sorted, rows: Array, gate: Array) -> Float
 def _after_sort(
     name: str,
     matmul: Matmul,
-    computed_rows: Callable[[Case, np.ndarray], int],
+    computed_rows: Callable[[Case, np.ndarray, Setting], int],
     why_not: Callable[[Case, str, str], str | None],
 ) -> Implementation:
     def mlp(case: Case, plan: Sorted, rows: Float[Array, "M D"], weights: MlpWeights) -> Float[Array, "M D"]:
@@ -242,9 +244,9 @@ def _ragged_dot(rows: Array, weight: Array, sizes: Array) -> Array:
     return jax.lax.ragged_dot(rows, weight, sizes)
 
 
-def _ragged_dot_rows(case: Case, kept: np.ndarray) -> int:
+def _ragged_dot_rows(case: Case, kept: np.ndarray, setting: Setting) -> int:
     """Off the TPU, JAX expands it to every expert on every row."""
-    return case.tokens * case.choices * (1 if jax.default_backend() == "tpu" else case.experts)
+    return case.tokens * case.choices * (1 if setting.platform == "tpu" else case.experts)
 
 
 def _ragged_dot_why_not(case: Case, dtype: str, platform: str) -> str | None:
@@ -282,7 +284,43 @@ def _tokamax_why_not(case: Case, dtype: str, platform: str) -> str | None:
     return None if platform in ("tpu", "gpu") else f"has no kernel for {platform}"
 
 
-def _all_choices(case: Case, kept: np.ndarray) -> int:
+def mosaic_matmul(rows: Array, weight: Array, sizes: Array) -> Array:
+    """JAX's own Mosaic kernels for Hopper, with the gradients that they allow for; tiles of 128 x 128 x 64, untuned."""
+    # Imported here, because they load the GPU part of Pallas.
+    from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
+    from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
+
+    tiles: dict[str, Any] = {
+        "block_m": 128,
+        "block_n": 128,
+        "block_k": 64,
+        "max_concurrent_steps": 4,
+        "grid_block_n": 4,
+    }
+
+    @jax.custom_vjp
+    def matmul(rows: Array, weight: Array) -> Array:
+        return ragged_dot(rows, weight, group_sizes=sizes, **tiles)
+
+    def forward(rows: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+        return matmul(rows, weight), (rows, weight)
+
+    def backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+        rows, weight = saved
+        d_rows = ragged_dot(cotangent, weight, group_sizes=sizes, transpose_rhs=True, **tiles)
+        return d_rows, transposed_ragged_dot(rows, cotangent, group_sizes=sizes, **tiles)
+
+    matmul.defvjp(forward, backward)
+    return matmul(rows, weight)
+
+
+def _mosaic_why_not(case: Case, dtype: str, platform: str) -> str | None:
+    if platform != "gpu" or chip_of(jax.devices()[0].device_kind) is None:
+        return f"is for Hopper GPUs, not for {jax.devices()[0].device_kind if platform == 'gpu' else platform}"
+    return None if dtype in ("bfloat16", "float16") else f"does not take {dtype}"
+
+
+def _all_choices(case: Case, kept: np.ndarray, setting: Setting) -> int:
     return case.tokens * case.choices
 
 
@@ -292,5 +330,6 @@ PEERS = (
     _v_moe("scatter", _scatter_dispatch, _scatter_combine),
     _after_sort("ragged_dot", _ragged_dot, _ragged_dot_rows, _ragged_dot_why_not),
     _after_sort("megablox", megablox_matmul, _all_choices, _megablox_why_not),
+    _after_sort("mosaic", mosaic_matmul, _all_choices, _mosaic_why_not),
     _after_sort("tokamax", _tokamax, _all_choices, _tokamax_why_not),
 )

@@ -20,9 +20,11 @@ from benchmarks.timing import Program, compile_program
 _PROBE_WIDTH, _PROBE_ENTRIES = 2_048, 1 << 26
 
 Op = Literal["routing", "plan", "dispatch", "combine", "grouped_matmul", "expert_mlp", "layer"]
-Pass = Literal["forward", "backward", "both"]
+Pass = Literal["forward", "backward", "both", "dx", "dw"]
 OPS: tuple[Op, ...] = get_args(Op)
 PASSES: tuple[Pass, ...] = get_args(Pass)
+# The two halves of a backward pass, gradients of rows and of weights, where each is a matmul of its own.
+HALVES: tuple[Pass, ...] = ("dx", "dw")
 
 
 class Work(NamedTuple):
@@ -100,6 +102,9 @@ def work(op: Op, passes: Pass, case: Case, load: Load, itemsize: int) -> Work:
     read = arguments + constants + result
     if passes == "forward":
         return Work(flops, float(read))
+    if passes in HALVES:
+        assert op == "grouped_matmul"
+        return Work(flops, float(rows + matrix + hidden))
     if passes == "backward":
         return Work(2 * flops, float(read + arguments))
     return Work(3 * flops, float(read + result + arguments))

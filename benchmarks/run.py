@@ -9,7 +9,7 @@ import jax
 
 from benchmarks import oracle
 from benchmarks.cases import Case, make_inputs, small_twin
-from benchmarks.implementations import OURS, Implementation
+from benchmarks.implementations import OURS, Implementation, Setting
 from benchmarks.jobs import Job, Prepared, make_job, prepare
 from benchmarks.peers import PEERS
 from benchmarks.results import Label, Result, make_result
@@ -75,7 +75,7 @@ def run_problem(problem: Problem, options: Options, device: Device) -> Iterator[
     interrupted = False
     try:
         if right and not options.check_only:
-            time_programs([*right, *beside], options.repetitions)
+            time_programs([*right, *beside], options.repetitions, batched=jax.default_backend() != "cpu")
     except KeyboardInterrupt:
         interrupted = True
     device = with_probes(device, beside, dtype)
@@ -150,7 +150,7 @@ def _compile_and_check(implementation: Implementation, problem: Problem) -> tupl
 def _fault_when_small(implementation: Implementation, problem: Problem) -> str | None:
     """Compare everything on the small twin: results and, where there are any, all gradients."""
     op, distribution, dtype = problem.op, problem.distribution, problem.dtype
-    twin = small_twin(problem.case)
+    twin = small_twin(problem.case, narrow=jax.default_backend() == "cpu")
     truth = _small_truth(twin, distribution, dtype)
     job = make_job(op, implementation, twin, truth.inputs, truth.routing.gate)
     prepared = prepare(job, _all_passes(op))
@@ -173,7 +173,8 @@ def _result(
 ) -> Result:
     case, itemsize = problem.case, 4 if problem.dtype == "float32" else 2
     truth = full_truth(case, problem.distribution, problem.dtype)
-    computed = implementation.computed_rows(case, truth.plan.size)
+    setting = Setting(jax.default_backend(), jax.devices()[0].device_kind, problem.dtype)
+    computed = implementation.computed_rows(case, truth.plan.size, setting)
     op = problem.op
     if implementation.is_dense:
         load = Load(case.tokens * case.choices, 1)

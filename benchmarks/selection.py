@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from benchmarks.cases import CASES, DISTRIBUTIONS, DTYPES, Case
-from benchmarks.roofline import OPS, PASSES, Op, Pass
+from benchmarks.roofline import HALVES, OPS, PASSES, Op, Pass
 from benchmarks.run import Problem
 
 Axis = Literal["tokens", "experts", "width"]
@@ -20,12 +20,16 @@ def product(
     distributions: Sequence[str],
     dtypes: Sequence[str],
 ) -> list[Problem]:
-    """Every combination, in an order that draws the arrays of a case once; the plan has a forward pass only."""
+    """Every combination, in an order that draws the arrays of a case once.
+
+    The plan has a forward pass only, whatever is asked for; halves of the backward pass are for the grouped matmul.
+    """
     forward: Sequence[Pass] = ["forward"]
     return [
         Problem(op, a_pass, CASES[case], distribution, dtype)
         for case, dtype, distribution, op in itertools.product(cases, dtypes, distributions, ops)
         for a_pass in (forward if op == "plan" else passes)
+        if a_pass not in HALVES or op == "grouped_matmul"
     ]
 
 
@@ -53,18 +57,42 @@ def _without(names: tuple[str, ...], problems: list[Problem]) -> list[Problem]:
 
 def cpu() -> list[Problem]:
     """What a CPU runs in tens of minutes: all operations and passes on small sizes, the layer on S/32."""
-    small = product(OPS, PASSES, ["tiny", "issue"], DISTRIBUTIONS, ["float32"])
+    small = product(OPS, ["forward", "backward", "both"], ["tiny", "issue"], DISTRIBUTIONS, ["float32"])
     return small + product(
-        ["layer"], PASSES, ["issue-8groups", "s32", "s32-8groups"], ["balanced", "zipf"], ["float32"]
+        ["layer"],
+        ["forward", "backward", "both"],
+        ["issue-8groups", "s32", "s32-8groups"],
+        ["balanced", "zipf"],
+        ["float32"],
     )
 
 
+def gpu() -> list[Problem]:
+    """What matters on a GPU, the grouped matmul first: in bfloat16, at LIMoE's sizes and at one of today's LLMs.
+
+    Made to fit into 8 minutes (on an H200: not measured). Batched einsums of V-MoE's ways are one matmul in all.
+    """
+    kinds = ["balanced"], ["bfloat16"]
+    matmul: Sequence[Pass] = ["forward", *HALVES]
+    around: list[Op] = ["routing", "plan", "dispatch", "combine"]
+    problems = _without(("scatter",), product(["grouped_matmul"], matmul, ["l16"], *kinds))
+    problems += _without(("scatter", "one-hot"), product(["grouped_matmul"], matmul, ["llm-256x2048"], *kinds))
+    problems += product(["layer"], ["forward", "both"], ["l16"], *kinds)
+    problems += product(around, ["both"], ["l16"], *kinds)
+    problems += _without(("scatter", "one-hot"), product(["expert_mlp"], ["forward", "both"], ["l16"], *kinds))
+    problems += _without(("scatter",), product(["layer"], ["both"], ["l16"], ["zipf"], ["bfloat16"]))
+    for case in ("b16", "h14"):
+        problems += _without(("scatter", "one-hot"), product(["grouped_matmul"], matmul, [case], *kinds))
+        problems += _without(("scatter",), product(["layer"], ["both"], [case], *kinds))
+    return problems
+
+
 def full() -> list[Problem]:
-    """Everything."""
-    return product(OPS, PASSES, list(CASES), DISTRIBUTIONS, DTYPES)
+    """Everything that one device holds."""
+    return product(OPS, PASSES, [name for name in CASES if name != "llm-256x2048"], DISTRIBUTIONS, DTYPES)
 
 
-SUITES = {"quick": quick, "cpu": cpu, "full": full}
+SUITES = {"quick": quick, "cpu": cpu, "gpu": gpu, "full": full}
 
 
 def sweep(axis: Axis, case: Case) -> list[Case]:

@@ -62,6 +62,30 @@ def against_peers(results: Sequence[Result], implementation: str) -> list[str]:
     return lines
 
 
+# The least that is wanted of a kernel on a GPU, in per cent of a dense matmul beside it.
+_OF_DENSE = {"forward": 70, "dx": 65, "dw": 65}
+
+
+def of_dense_matmul(results: Sequence[Result], implementation: str) -> list[str]:
+    """The matmuls of the grouped matmul, each against a dense one of equal FLOPs; a line for each case."""
+    rates = {
+        (r.case, r.distribution, r.dtype, r.passes, r.implementation): r.tflops
+        for r in results
+        if r.op == "grouped_matmul" and r.passes in _OF_DENSE and r.tflops
+    }
+    lines = []
+    for problem in dict.fromkeys(key[:3] for key in rates):
+        shares = [
+            f"{passes} {100 * rates[(*problem, passes, implementation)] / rates[(*problem, passes, 'dense')]:.0f}% "
+            f"(target: at least {least}% on a GPU)"
+            for passes, least in _OF_DENSE.items()
+            if {(*problem, passes, name) for name in (implementation, "dense")} <= rates.keys()
+        ]
+        if shares:
+            lines.append(f"{implementation}, {', '.join(problem)}: of a dense matmul's rate, {', '.join(shares)}")
+    return lines
+
+
 def _target(result: Result, text: str) -> str:
     """The targets are set for one case."""
     return f" (target: {text})" if (result.case, result.dtype) == ("issue", "float32") else ""

@@ -17,6 +17,8 @@ class Chip:
     """One device. `mxu_depth` is the number of rows and columns of a matrix unit; rates are for all its cores."""
 
     name: str
+    kind: str
+    """As JAX names it."""
     topology: str
     """The smallest one that libtpu describes."""
     gigahertz: float
@@ -41,10 +43,10 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "v4:2x2x1", 1.05, 65_536, 128, 614),
-        Chip("v5e", "v5e:2x2", 1.5, 65_536, 128, 819),
-        Chip("v5p", "v5p:2x2x1", 1.75, 65_536, 128, 2_765, num_cores=2),
-        Chip("v6e", "v6e:2x2", 1.75, 262_144, 256, 1_640),
-        Chip("7x", "tpu7x:2x2x1", 2.2, 262_144, 256, 3_690),
+        Chip("v4", "TPU v4", "v4:2x2x1", 1.05, 65_536, 128, 614),
+        Chip("v5e", "TPU v5 lite", "v5e:2x2", 1.5, 65_536, 128, 819),
+        Chip("v5p", "TPU v5", "v5p:2x2x1", 1.75, 65_536, 128, 2_765, num_cores=2),
+        Chip("v6e", "TPU v6 lite", "v6e:2x2", 1.75, 262_144, 256, 1_640),
+        Chip("7x", "TPU7x", "tpu7x:2x2x1", 2.2, 262_144, 256, 3_690),
     )
 }

@@ -97,7 +97,7 @@ def part_cost(name: str, trips: int, runs: Sequence[Run], chip: Chip) -> Part:
 
     >>> import numpy as np
     >>> from collections import Counter
-    >>> chip = Chip("x", "", 1.0, 1024, 32, 32.0)
+    >>> chip = Chip("x", "", "", 1.0, 1024, 32, 32.0)
     >>> ran = Run(np.array([10]), Counter({("hbm_to_vmem", 600): 1}), Counter(), 0, 8, 0)
     >>> part = part_cost("y", 2, [ran], chip)
     >>> part.macs, part.hbm_bytes, part.bound, f"{part.seconds:.2e}", part.row_copies

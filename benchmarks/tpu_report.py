@@ -7,6 +7,7 @@ import json
 import numpy as np
 
 from benchmarks.cases import CASES, Case, draw_experts
+from benchmarks.implementations import Setting
 from benchmarks.results import commit, versions
 from benchmarks.roofline import EXPERT_MATMULS, Load, Op, Pass, work
 from benchmarks.tpu_chips import CHIPS, Chip
@@ -80,6 +81,7 @@ def summarise(request: Request, cost: Cost, temp_bytes: int, compile_seconds: fl
         load = Load(case.tokens * case.choices, 1)
     floor_op: Op = "expert_mlp" if implementation.is_dense else op
     least = work(floor_op, passes, case, load, 4 if request.dtype == "float32" else 2)
+    computed = implementation.computed_rows(case, kept, Setting("tpu", chip.kind, request.dtype))
     useful = None
     if op in EXPERT_MATMULS:
         products = EXPERT_MATMULS[op] * (3 if passes == "both" else 1)
@@ -97,7 +99,7 @@ def summarise(request: Request, cost: Cost, temp_bytes: int, compile_seconds: fl
         xla_estimate_us=1e6 * estimate,
         times_floor=cost.seconds / floor_seconds(floor_op, passes, case, load, chip, request.dtype),
         useful_macs=useful / cost.macs if useful is not None and cost.macs else None,
-        useful_rows=load.rows / implementation.computed_rows(case, kept) if op in EXPERT_MATMULS else None,
+        useful_rows=load.rows / computed if op in EXPERT_MATMULS else None,
         times_least_bytes=cost.hbm_bytes / least.bytes,
         row_copies=sum(part.row_copies for part in cost.parts),
         temp_bytes=temp_bytes,
