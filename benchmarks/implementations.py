@@ -44,6 +44,13 @@ class Setting(NamedTuple):
     dtype: str
 
 
+class Counts(NamedTuple):
+    """Choices of every expert [E] in all groups: those that found room, and all that fell on it."""
+
+    kept: np.ndarray
+    wanted: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """A row of the table. Every function takes the case first; `plan` is whatever its own `make_plan` returns.
@@ -57,8 +64,8 @@ class Implementation:
     operations: Mapping[Op, Callable[..., Any]] = dataclasses.field(hash=False)
     place: Callable[[Case, Any, Array], Array]
     pick: Callable[[Case, Any, Array], Array]
-    computed_rows: Callable[[Case, np.ndarray, Setting], int]
-    """Rows that its matmuls go through, from the number of kept rows [E] of every expert."""
+    computed_rows: Callable[[Case, Counts, Setting], int | None]
+    """Rows that its matmuls go through; None where nobody knows."""
     why_not: Callable[[Case, str, str], str | None] = lambda case, dtype, platform: None
     """The reason why it cannot run a case in a dtype on a platform, or None."""
     is_dense: bool = False
@@ -99,7 +106,7 @@ def from_backend(backend: Backend | None) -> Implementation:
         },
         place=_place,
         pick=_pick,
-        computed_rows=lambda case, kept, setting: _computed_rows(backend, case, kept, setting),
+        computed_rows=lambda case, counts, setting: _computed_rows(backend, case, counts.kept, setting),
         why_not=lambda case, dtype, platform: _why_not(backend, case, dtype, platform),
     )
 

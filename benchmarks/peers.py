@@ -20,12 +20,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from benchmarks.cases import Case
-from benchmarks.implementations import Implementation, Setting
+from benchmarks.implementations import Counts, Implementation, Setting
 from moe_kernels import MlpWeights
 from moe_kernels.backends.gpu.tiling import chip_of
 
-# Rows that megablox wants as a multiple, and its tile over D and F.
-_MEGABLOX_ROWS, _MEGABLOX_TILE = 128, 512
+# Rows of a tile of megablox and of Mosaic's ragged dot, and the tile of megablox over D and F.
+_TILE_ROWS, _MEGABLOX_TILE = 128, 512
 # What a CPU may spend on a dense expansion, in FLOPs of a layer's forward and backward pass (about 20 s on 2 cores).
 _CPU_LIMIT = 2e12
 
@@ -54,7 +54,7 @@ DENSE = Implementation(
     },
     place=lambda case, plan, choices: choices,
     pick=lambda case, plan, rows: rows,
-    computed_rows=lambda case, kept, setting: case.tokens * case.choices,
+    computed_rows=lambda case, counts, setting: case.tokens * case.choices,
     is_dense=True,
 )
 
@@ -160,7 +160,7 @@ def _v_moe(name: str, dispatch: Callable[..., Array], combine: Callable[..., Arr
         },
         place=_buffer_place,
         pick=_buffer_pick,
-        computed_rows=lambda case, kept, setting: case.groups * case.experts * case.capacity,
+        computed_rows=lambda case, counts, setting: case.groups * case.experts * case.capacity,
         why_not=_needs_capacity,
     )
 
@@ -210,7 +210,7 @@ def _sorted_combine(case: Case, plan: Sorted, rows: Array, gate: Array) -> Float
 def _after_sort(
     name: str,
     matmul: Matmul,
-    computed_rows: Callable[[Case, np.ndarray, Setting], int],
+    computed_rows: Callable[[Case, Counts, Setting], int | None],
     why_not: Callable[[Case, str, str], str | None],
 ) -> Implementation:
     def mlp(case: Case, plan: Sorted, rows: Float[Array, "M D"], weights: MlpWeights) -> Float[Array, "M D"]:
@@ -244,7 +244,7 @@ def _ragged_dot(rows: Array, weight: Array, sizes: Array) -> Array:
     return jax.lax.ragged_dot(rows, weight, sizes)
 
 
-def _ragged_dot_rows(case: Case, kept: np.ndarray, setting: Setting) -> int:
+def _ragged_dot_rows(case: Case, counts: Counts, setting: Setting) -> int:
     """Off the TPU, JAX expands it to every expert on every row."""
     return case.tokens * case.choices * (1 if setting.platform == "tpu" else case.experts)
 
@@ -262,8 +262,8 @@ def megablox_matmul(rows: Array, weight: Array, sizes: Array, *, interpret: bool
     from jax.experimental.pallas.ops.tpu.megablox.ops import gmm
 
     num_rows = rows.shape[0]
-    extra = -num_rows % _MEGABLOX_ROWS
-    tiles = (_MEGABLOX_ROWS, min(_MEGABLOX_TILE, weight.shape[1]), min(_MEGABLOX_TILE, weight.shape[2]))
+    extra = -num_rows % _TILE_ROWS
+    tiles = (_TILE_ROWS, min(_MEGABLOX_TILE, weight.shape[1]), min(_MEGABLOX_TILE, weight.shape[2]))
     padded = jnp.pad(rows, ((0, extra), (0, 0)))
     out = gmm(padded, weight, sizes.at[-1].add(extra), rows.dtype, tiles, None, None, False, interpret)
     return out[:num_rows]
@@ -291,7 +291,7 @@ def mosaic_matmul(rows: Array, weight: Array, sizes: Array) -> Array:
     from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
 
     tiles: dict[str, Any] = {
-        "block_m": 128,
+        "block_m": _TILE_ROWS,
         "block_n": 128,
         "block_k": 64,
         "max_concurrent_steps": 4,
@@ -320,8 +320,11 @@ def _mosaic_why_not(case: Case, dtype: str, platform: str) -> str | None:
     return None if dtype in ("bfloat16", "float16") else f"does not take {dtype}"
 
 
-def _all_choices(case: Case, kept: np.ndarray, setting: Setting) -> int:
-    return case.tokens * case.choices
+def _tiles_visited(case: Case, counts: Counts, setting: Setting) -> int:
+    """Tiles of 128 rows that lie in two runs are computed for both; choices without room stay in their run."""
+    ends = np.cumsum(counts.wanted)
+    first, last = (ends - counts.wanted) // _TILE_ROWS, -(-ends // _TILE_ROWS)
+    return int(_TILE_ROWS * (last - first)[counts.wanted > 0].sum())
 
 
 PEERS = (
@@ -329,7 +332,7 @@ PEERS = (
     _v_moe("one-hot", _one_hot_dispatch, _one_hot_combine),
     _v_moe("scatter", _scatter_dispatch, _scatter_combine),
     _after_sort("ragged_dot", _ragged_dot, _ragged_dot_rows, _ragged_dot_why_not),
-    _after_sort("megablox", megablox_matmul, _all_choices, _megablox_why_not),
-    _after_sort("mosaic", mosaic_matmul, _all_choices, _mosaic_why_not),
-    _after_sort("tokamax", _tokamax, _all_choices, _tokamax_why_not),
+    _after_sort("megablox", megablox_matmul, _tiles_visited, _megablox_why_not),
+    _after_sort("mosaic", mosaic_matmul, _tiles_visited, _mosaic_why_not),
+    _after_sort("tokamax", _tokamax, lambda case, counts, setting: None, _tokamax_why_not),
 )

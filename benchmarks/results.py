@@ -48,9 +48,9 @@ class Result:
     date: str
     fault: str = ""
     """What is wrong, in words; not part of the JSON."""
-    peak_bytes: int = 0
+    peak_bytes: int | None = None
     """Arguments + results - aliased + temporary; not part of the JSON."""
-    needed_bytes: int = 0
+    needed_bytes: int | None = None
     """Inputs, outputs, gradients and routed rows of a layer forward and backward; not part of the JSON."""
 
     def to_json(self) -> str:
@@ -80,7 +80,7 @@ def make_result(
     work: Work,
     device: Device,
     useful_rows: float | None,
-    needed_bytes: int,
+    needed_bytes: int | None,
     fault: str | None,
 ) -> Result:
     """Sum up the repetitions of a program; None for one that is wrong before it was compiled at the full size."""
@@ -108,7 +108,7 @@ def make_result(
         commit=commit(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         fault=fault or "",
-        peak_bytes=0 if program is None else program.peak_bytes,
+        peak_bytes=None if program is None else program.peak_bytes,
         needed_bytes=needed_bytes,
     )
 

@@ -61,7 +61,8 @@ _SHEETS = {
     "TPU v5p": (459, 459 / 6, 2_765),
     "TPU v6 lite": (918, 918 / 6, 1_640),
     "TPU v6e": (918, 918 / 6, 1_640),
-    "TPU7x": (2_307, 2_307 / 6, 7_380),
+    # A device is one of a chip's two cores.
+    "TPU7x": (1_153, 1_153 / 6, 3_690),
     "NVIDIA A100-SXM4-40GB": (312, 19.5, 1_555),
     "NVIDIA A100-SXM4-80GB": (312, 19.5, 2_039),
     "NVIDIA H100 80GB HBM3": (989, 67, 3_350),

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from benchmarks import oracle
 from benchmarks.cases import Case, make_inputs, small_twin
-from benchmarks.implementations import OURS, Implementation, Setting
+from benchmarks.implementations import OURS, Counts, Implementation, Setting
 from benchmarks.jobs import Job, Prepared, make_job, prepare
 from benchmarks.peers import PEERS
 from benchmarks.results import Label, Result, make_result
@@ -174,7 +175,8 @@ def _result(
     case, itemsize = problem.case, 4 if problem.dtype == "float32" else 2
     truth = full_truth(case, problem.distribution, problem.dtype)
     setting = Setting(jax.default_backend(), jax.devices()[0].device_kind, problem.dtype)
-    computed = implementation.computed_rows(case, truth.plan.size, setting)
+    wanted = np.bincount(truth.routing.expert.reshape(-1), minlength=case.experts)
+    computed = implementation.computed_rows(case, Counts(truth.plan.size, wanted), setting)
     op = problem.op
     if implementation.is_dense:
         load = Load(case.tokens * case.choices, 1)
@@ -185,7 +187,7 @@ def _result(
         dense,
         work(op, problem.passes, case, load, itemsize),
         device,
-        useful_rows=load.rows / computed if op in EXPERT_MATMULS else None,
-        needed_bytes=needed_bytes(case, computed, itemsize) if not implementation.is_dense else 0,
+        useful_rows=load.rows / computed if computed is not None and op in EXPERT_MATMULS else None,
+        needed_bytes=None if computed is None or implementation.is_dense else needed_bytes(case, computed, itemsize),
         fault=fault,
     )

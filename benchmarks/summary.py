@@ -40,7 +40,8 @@ def peak_memory(results: Iterable[Result], implementation: str) -> list[str]:
         f"{r.peak_bytes / r.needed_bytes:.2f}x the layer's inputs, outputs, gradients and routed rows"
         f"{_target(r, 'at most 1.3x')}"
         for r in results
-        if (r.op, r.passes, r.implementation) == ("layer", "both", implementation) and r.needed_bytes
+        if (r.op, r.passes, r.implementation) == ("layer", "both", implementation) and r.correct
+        if r.needed_bytes is not None and r.peak_bytes is not None
     ]
 
 

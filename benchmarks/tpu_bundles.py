@@ -132,7 +132,10 @@ def parse(text: str) -> Program:
     for index, bundle in enumerate(bundles):
         if bundle.branch and bundle.branch not in regions:
             # An empty region at the end has no comment; its label says that a predicated region falls through to it.
-            regions[bundle.branch] = next((i for i in nameless if i > index), len(bundles) - 1)
+            behind = [i for i in nameless if i > index]
+            if not behind:
+                raise ValueError(f"bundle {index} jumps to region {bundle.branch}, which the dump does not have")
+            regions[bundle.branch] = behind[0]
     return Program(_slice(bundles), regions, operands, integers, in_hbm, _CORE.search(text) is not None)
 
 

@@ -140,9 +140,9 @@ def _steering_by_instruction(
         fitting = [
             call for call in left if call[1] and {index: len(values) for index, values in call[1].items()} == integers
         ]
-        named = [call for call in fitting if call[0] and _natural(name)[0] == call[0]]
+        fitting = [call for call in fitting if not call[0] or _natural(name)[0] == call[0]]
         if fitting:
-            call = (named or fitting)[0]
+            call = next((call for call in fitting if call[0]), fitting[0])
             found[name] = call[1]
             left.remove(call)
     return found

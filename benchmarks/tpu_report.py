@@ -7,7 +7,7 @@ import json
 import numpy as np
 
 from benchmarks.cases import CASES, Case, draw_experts
-from benchmarks.implementations import Setting
+from benchmarks.implementations import Counts, Setting
 from benchmarks.results import commit, versions
 from benchmarks.roofline import EXPERT_MATMULS, Load, Op, Pass, work
 from benchmarks.tpu_chips import CHIPS, Chip
@@ -76,12 +76,12 @@ def summarise(request: Request, cost: Cost, temp_bytes: int, compile_seconds: fl
     implementation = IMPLEMENTATIONS[request.implementation]
     op: Op = request.op  # type: ignore[assignment]
     passes: Pass = request.passes  # type: ignore[assignment]
-    load, kept = _load(case, request.distribution)
+    load, counts = _load(case, request.distribution)
     if implementation.is_dense:
         load = Load(case.tokens * case.choices, 1)
-    floor_op: Op = "expert_mlp" if implementation.is_dense else op
+    floor_op: Op = "expert_mlp" if implementation.is_dense and op == "layer" else op
     least = work(floor_op, passes, case, load, 4 if request.dtype == "float32" else 2)
-    computed = implementation.computed_rows(case, kept, Setting("tpu", chip.kind, request.dtype))
+    computed = implementation.computed_rows(case, counts, Setting("tpu", chip.kind, request.dtype))
     useful = None
     if op in EXPERT_MATMULS:
         products = EXPERT_MATMULS[op] * (3 if passes == "both" else 1)
@@ -99,7 +99,7 @@ def summarise(request: Request, cost: Cost, temp_bytes: int, compile_seconds: fl
         xla_estimate_us=1e6 * estimate,
         times_floor=cost.seconds / floor_seconds(floor_op, passes, case, load, chip, request.dtype),
         useful_macs=useful / cost.macs if useful is not None and cost.macs else None,
-        useful_rows=load.rows / computed if op in EXPERT_MATMULS else None,
+        useful_rows=load.rows / computed if computed is not None and op in EXPERT_MATMULS else None,
         times_least_bytes=cost.hbm_bytes / least.bytes,
         row_copies=sum(part.row_copies for part in cost.parts),
         temp_bytes=temp_bytes,
@@ -121,12 +121,12 @@ def summarise(request: Request, cost: Cost, temp_bytes: int, compile_seconds: fl
     )
 
 
-def _load(case: Case, distribution: str) -> tuple[Load, np.ndarray]:
+def _load(case: Case, distribution: str) -> tuple[Load, Counts]:
     """What finds room, and how much of it each expert gets."""
     groups = draw_experts(case, distribution).reshape(case.groups, -1)
     wanted = np.stack([np.bincount(group, minlength=case.experts) for group in groups])
     kept = np.minimum(wanted, case.capacity).sum(axis=0)
-    return Load(int(kept.sum()), int((kept > 0).sum())), kept
+    return Load(int(kept.sum()), int((kept > 0).sum())), Counts(kept, wanted.sum(axis=0))
 
 
 HEADER = (
@@ -146,7 +146,7 @@ def line(result: Modelled) -> str:
         f"{result.temp_bytes / 1e6:8.1f} {result.compile_seconds:9.1f}"
     )
     if result.unknown_branches:
-        text += f"  {result.unknown_branches} branches on unknown data, counted as run once"
+        text += f"  {result.unknown_branches} branches or copies hang on unknown data"
     if result.missing:
         text += f"  without a schedule: {', '.join(result.missing)}"
     return text

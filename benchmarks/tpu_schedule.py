@@ -249,6 +249,11 @@ def run(program: Program, delay: int, operands: Mapping[int, Sequence[int]] | No
                 jump = (min(index + delay, size - 1), target)
         if bundle.call:
             calls[bundle.call] += 1
+        for copy in bundle.copies:
+            # Started all the same; one of unknown size moves nothing.
+            guarded = copy.guard is not None and machine.registers.get(copy.guard.register) is None
+            if guarded or machine.address([copy.size]) is None:
+                unknown.add(index)
         for copy in machine.step(bundle):
             copies[copy.kind, copy.granules] += 1
             places += copy.places

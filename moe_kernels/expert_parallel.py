@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moe_kernels import exchange, layer, ragged_exchange
 from moe_kernels.experts import check_mlp, expert_mlp_over_runs
 from moe_kernels.permute import combine, dispatch
+from moe_kernels.plan import as_fraction
 from moe_kernels.routing import check_route
 from moe_kernels.types import Activation, CapacityFactor, MlpWeights, MoeOutput, Priority
 
@@ -68,8 +68,10 @@ def moe_mlp(
     Rows are exchanged among the devices that differ in `expert_axis` alone, twice forward and twice backward, in
     `num_chunks` pieces of equal size that may overlap with the experts of other pieces. Without a capacity limit each
     device exchanges as many rows as there are, in one piece, and has room for all that could arrive, or for
-    `buffer_factor` times what it sends itself: choices that find no room there are dropped, last groups first, and show
-    as the difference between `sums.wanted` and `kept`. What overflows depends on the mesh; nothing else does.
+    `buffer_factor` times what it sends itself (on an axis of one device nothing is sent, and everything has room). What
+    finds no room there is dropped, evenly from the longest runs of one expert's rows from one shard, the last groups of
+    each first, and shows as the difference between `sums.wanted` and `kept`. What overflows depends on the mesh;
+    nothing else does.
 
     Take gradients of this function, not of something inside its `shard_map`. Raises ValueError for arguments that do
     not fit the mesh.
@@ -234,8 +236,12 @@ def _check_options(
             f"buffer_factor={buffer_factor} is for a layer without a capacity limit; leave it out, or use "
             f"capacity_factor=None instead of {capacity_factor}"
         )
-    if buffer_factor is not None and not Fraction(str(buffer_factor)) > 0:
-        raise ValueError(f"buffer_factor={buffer_factor} must be positive; use None for room for everything")
+    if buffer_factor is not None:
+        as_fraction("buffer_factor", buffer_factor)
+    if num_chunks > 1 and capacity_factor is None:
+        raise ValueError(
+            f"num_chunks={num_chunks} needs a capacity limit; without one the exchange is one piece: use num_chunks=1"
+        )
 
 
 def _token_axes(mesh: Mesh | AbstractMesh, expert_axis: str, token_axes: Sequence[str] | None) -> tuple[str, ...]:

@@ -20,6 +20,21 @@ ROW_ALIGNMENT = 8
 BLOCK_LIMIT = 1.25
 
 
+def as_fraction(name: str, factor: CapacityFactor) -> Fraction:
+    """The exact value of a factor that must be positive. Raises ValueError, with the argument's name.
+
+    >>> as_fraction("capacity_factor", 1.05)
+    Fraction(21, 20)
+    """
+    try:
+        exact = Fraction(str(factor))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{name}={factor!r} is not a finite number; use one like 1.05") from None
+    if exact <= 0:
+        raise ValueError(f"{name}={factor} must be positive; use None for no limit")
+    return exact
+
+
 def expert_capacity(group_size: int, num_choices: int, num_experts: int, capacity_factor: CapacityFactor) -> int:
     """Places of an expert in a group, `C = ceil(S K c / E)` in exact arithmetic (paper, section 2).
 
@@ -31,12 +46,7 @@ def expert_capacity(group_size: int, num_choices: int, num_experts: int, capacit
     >>> expert_capacity(100, 1, 10, 1.1)
     11
     """
-    try:
-        factor = Fraction(str(capacity_factor))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"capacity_factor={capacity_factor!r} is not a finite number; use one like 1.05") from None
-    if factor <= 0:
-        raise ValueError(f"capacity_factor={capacity_factor} must be positive; use None for no limit")
+    factor = as_fraction("capacity_factor", capacity_factor)
     return min(math.ceil(group_size * num_choices * factor / num_experts), group_size)
 
 

@@ -2,15 +2,15 @@
 
 What is sent are the runs of a plan; what is received lies expert after expert, shard after shard, each run from a tile
 boundary on. Every shard learns where the others' runs lie from one all-gather of `[2, E]` integers, and so works out by
-itself what everybody sends and where it lands. TPU and GPU ship rows by `ragged_all_to_all`; other platforms, which do
-not have it, gather everything and pick. The derivative of either is the same exchange the other way round.
+itself what everybody sends and where it lands. TPU and GPU ship rows by `ragged_all_to_all` (compiled for TPUs, not for
+GPUs); other platforms, which do not have it, gather everything and pick. The derivative of either is the same exchange
+the other way round.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from fractions import Fraction
 from typing import NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from moe_kernels import backends
 from moe_kernels.backends.base import Span, apply
 from moe_kernels.exchange import Received
-from moe_kernels.plan import ROW_ALIGNMENT, kept_by_modality, round_up
+from moe_kernels.plan import ROW_ALIGNMENT, as_fraction, kept_by_modality, round_up
 from moe_kernels.types import CapacityFactor, Layout, Plan, Routing, Runs
 
 PLATFORMS_WITH_RAGGED = ("tpu", "gpu")
@@ -71,7 +71,7 @@ def received_rows(num_tokens: int, num_choices: int, shards: int, local: int, fa
     """
     most = shards * num_tokens * min(num_choices, local)
     if factor is not None:
-        most = min(most, math.ceil(Fraction(str(factor)) * num_tokens * num_choices))
+        most = min(most, math.ceil(as_fraction("buffer_factor", factor) * num_tokens * num_choices))
     return round_up(most, ROW_ALIGNMENT) + shards * local * (ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
 
 
@@ -94,8 +94,10 @@ def plan_exchange(
     first, wanted = everybody[:, 0], everybody[:, 1]
     arriving = wanted.transpose(1, 2, 0)
     aligned = round_up(arriving, ROW_ALIGNMENT).reshape(shards, local * shards)
-    start = jnp.minimum(jnp.cumsum(aligned, axis=1, dtype=jnp.int32) - aligned, num_rows).reshape(arriving.shape)
-    size = jnp.minimum(arriving, num_rows - start)
+    level = _level(aligned, num_rows)
+    size = jnp.minimum(arriving, level[:, None, None])
+    aligned = jnp.minimum(aligned, level[:, None])
+    start = (jnp.cumsum(aligned, axis=1, dtype=jnp.int32) - aligned).reshape(arriving.shape)
 
     sent_size = size[:, :, here].reshape(-1)
     slices = Slices(
@@ -122,6 +124,23 @@ def plan_exchange(
     if buffer_factor is not None:
         plan = _cut(routing, plan, sent_size, modality, num_modalities)
     return RaggedExchange(plan, slices, received)
+
+
+def _level(aligned: Int[Array, "receivers N"], num_rows: int) -> Int[Array, " receivers"]:
+    """The most rows that a run may keep so that all of a receiver fit: the largest multiple of the alignment.
+
+    Runs below it stay whole, so what overflows is lost by the longest runs alone, evenly.
+    """
+    num_runs = aligned.shape[1]
+    ascending = jnp.sort(aligned, axis=1)
+    below = jnp.cumsum(ascending, axis=1, dtype=jnp.int32) - ascending
+    others = jnp.arange(num_runs, 0, -1, dtype=jnp.int32)
+    shared = (num_rows - below) // others // ROW_ALIGNMENT * ROW_ALIGNMENT
+    # The first run that is longer than its share of what the shorter ones leave.
+    too_long = ascending > shared
+    first = jnp.argmax(too_long, axis=1)
+    level = jnp.take_along_axis(shared, first[:, None], axis=1)[:, 0]
+    return jnp.where(jnp.any(too_long, axis=1), level, ascending[:, -1])
 
 
 def _cut(
@@ -180,6 +199,8 @@ def _reversed(slices: Slices) -> Slices:
 
 
 def _ship(shipment: _Shipment, rows: Float[Array, "R D"], slices: Slices) -> Float[Array, "Q D"]:
+    if rows.shape[0] == 0 or shipment.num_received == 0:
+        return jnp.zeros((shipment.num_received, rows.shape[1]), rows.dtype)
     if shipment.ragged:
         return jax.lax.ragged_all_to_all(
             rows,

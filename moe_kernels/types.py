@@ -67,6 +67,9 @@ class Routing(NamedTuple):
 class Runs(NamedTuple):
     """Rows lie in runs: `size` rows of `expert` from row `first` on. First rows ascend, no row is in two runs.
 
+    A run starts at a multiple of 8 rows (`plan.ROW_ALIGNMENT`): kernels copy rows by eights and may overwrite those up
+    to the next run's first one.
+
     >>> import jax.numpy as jnp
     >>> from moe_kernels import make_plan, route
     >>> runs = make_plan(route(jnp.eye(2), jnp.eye(2)), num_experts=2).runs

@@ -55,14 +55,18 @@ def run_child(items: list[pytest.Item], count: int) -> dict[str, Outcome]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         words = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", ""]
-        done = subprocess.run(
-            [*words, f"--junitxml={report}", *(item.nodeid for item in items)],
-            cwd=items[0].config.rootpath,
-            env=os.environ | {VARIABLE: str(count), "JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-        )
+        try:
+            done = subprocess.run(
+                [*words, f"--junitxml={report}", *(item.nodeid for item in items)],
+                cwd=items[0].config.rootpath,
+                env=os.environ | {VARIABLE: str(count), "JAX_PLATFORMS": "cpu"},
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+            )
+        except subprocess.TimeoutExpired as late:
+            said = (late.stdout or b"").decode(errors="replace")[-3000:]
+            return {item.name: Outcome("failed", f"not done after {SECONDS} s; it said:\n{said}") for item in items}
         if not report.exists():
             return {item.name: Outcome("failed", done.stdout + done.stderr) for item in items}
         return {case.attrib["name"]: outcome_of(case) for case in ElementTree.parse(report).iter("testcase")}

@@ -4,6 +4,7 @@ The plugin's library is loaded by hand, since its own initialisation asks a driv
 says come from Mosaic on standard output, between the lines printed here; `report` reads them.
 """
 
+import functools
 import json
 import os
 import re
@@ -102,14 +103,17 @@ def main(widths: list[int]) -> None:
 
     layout = Layout(0, 1, 1, EXPERTS, EXPERTS * ROWS_PER_EXPERT, ROWS_PER_EXPERT)
 
-    def forward(rows, weights, size):
+    def forward(rows, weights, size, activation="gelu_tanh"):
         expert = jnp.arange(EXPERTS, dtype=jnp.int32)
         runs = Runs(expert, expert * ROWS_PER_EXPERT, size)
         problem = problem_of("expert_mlp", rows, EXPERTS, expert_width=weights.w1.shape[2], layout=layout)
-        return apply(choose(problem, "gpu"), MlpStatic(layout, "gelu_tanh"), (rows, weights), (runs,))
+        return apply(choose(problem, "gpu"), MlpStatic(layout, activation), (rows, weights), (runs,))
 
-    def backward(rows, weights, size, dout):
-        return jax.vjp(lambda rows, weights: forward(rows, weights, size), rows, weights)[1](dout)
+    def backward(rows, weights, size, dout, activation="gelu_tanh"):
+        return jax.vjp(lambda rows, weights: forward(rows, weights, size, activation), rows, weights)[1](dout)
+
+    def exact(function):
+        return functools.partial(function, activation="gelu_erf")
 
     def struct(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -118,12 +122,16 @@ def main(widths: list[int]) -> None:
         hidden = 4 * width
         rows, size = struct(EXPERTS * ROWS_PER_EXPERT, width), struct(EXPERTS, dtype=jnp.int32)
         f32 = lambda *shape: struct(*shape, dtype=jnp.float32)  # noqa: E731
+        halved = lambda a: struct(*a.shape)  # noqa: E731
         weights = MlpWeights(
             f32(EXPERTS, width, hidden), f32(EXPERTS, hidden), f32(EXPERTS, hidden, width), f32(EXPERTS, width)
         )
         for name, function, arguments in (
             ("forward", forward, (rows, weights, size)),
             ("backward", backward, (rows, weights, size, rows)),
+            ("forward-erf", exact(forward), (rows, weights, size)),
+            # Weights of the rows' dtype have gradients of that dtype too.
+            ("backward-erf", exact(backward), (rows, jax.tree.map(halved, weights), size, rows)),
         ):
             print(f"\n{BEGIN}{width} {name}", flush=True)
             sizes.clear()

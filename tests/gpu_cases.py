@@ -105,15 +105,17 @@ def check_mlp(name: str, dtype: str, weight_dtype: str, activation: str = "gelu_
     for size in all_sizes if sizes is None else sizes:
         out, dx, dweights = mlp(rows, activation, given, np.array(size, np.int32))
         want, used = nasty.expected_mlp(rows, rounded, size, activation), rows.used(np.array(size))
-        # The hidden layer is rounded twice and summed over, then the result is rounded.
-        bound = {"length": rows.hidden, "eps": EPS[dtype], "roundings": 1}
-        close(np.asarray(out)[used], want.out[used], name=f"out {size}", **bound)
-        close(np.asarray(dx)[used], want.drows[used], name=f"dx {size}", **bound)
-        bound["length"] += max(size)
-        for field, mine, theirs in zip(MlpWeights._fields, dweights, want.dweights, strict=True):
-            if mine is None:
+        # The hidden layer is rounded twice, then the result: in an entry they add up as what is behind it does.
+        bound, behind = {"length": 1, "eps": EPS[dtype], "roundings": 2}, nasty.mlp_magnitudes(rows, rounded, size)
+        for name, mine, theirs, scale in (
+            ("out", out, want.out, behind.out),
+            ("dx", dx, want.drows, behind.drows),
+        ):
+            assert_close(np.asarray(mine, np.float64)[used], theirs[used], name=name, scale=scale[used], **bound)
+        for field, *arrays in zip(MlpWeights._fields, dweights, want.dweights, behind.dweights, strict=True):
+            if arrays[0] is None:
                 assert not bias
                 continue
-            assert mine.dtype == getattr(given.weights, field).dtype
-            flat = (rows.experts, -1)
-            close(np.asarray(mine).reshape(flat), theirs.reshape(flat), name=f"d{field} {size}", **bound)
+            assert arrays[0].dtype == getattr(given.weights, field).dtype
+            mine, theirs, scale = (np.asarray(a, np.float64).reshape(rows.experts, -1) for a in arrays)
+            assert_close(mine, theirs, name=f"d{field} {size}", scale=scale, **bound)

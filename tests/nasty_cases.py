@@ -161,7 +161,10 @@ def mlp_magnitudes(rows: Rows, given: Operands, size: np.ndarray | tuple[int, ..
     `|gelu(h)| <= |h|`, its slope is at most 1.13 and errs by at most its argument's error.
     """
     x, dout = (np.abs(np.asarray(a, np.float64)) for a in (given.rows, given.dout))
-    w = [np.abs(np.asarray(a, np.float64)) for a in given.weights]
+    w = [
+        np.zeros((rows.experts, n)) if a is None else np.abs(np.asarray(a, np.float64))
+        for a, n in zip(given.weights, (0, rows.hidden, 0, rows.width), strict=True)
+    ]
     out, dx, dw = np.zeros(x.shape), np.zeros(x.shape), MlpWeights(*(np.zeros(a.shape) for a in w))
     for n, (first, count) in enumerate(zip(np.asarray(rows.runs(np.asarray(size)).first), size, strict=True)):
         own, e = slice(first, first + count), n // rows.runs_per_expert

@@ -16,7 +16,15 @@ from moe_kernels import MlpWeights, MoeOutput, RoutingSums, expert_parallel, moe
 MODALITIES = 2
 # (data, expert): every way to arrange 1, 2, 4 and 8 devices.
 MESHES = [(data, count // data) for count in (1, 2, 4, 8) for data in (1, 2, 4, 8) if count % data == 0]
-COLLECTIVES = ("all-to-all", "all-reduce", "all-gather", "reduce-scatter", "collective-permute", "ragged-all-to-all")
+COLLECTIVES = (
+    "all-to-all",
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
 
 
 def mesh_of(*shape: int, names: tuple[str, ...] = ("data", "expert")) -> jax.sharding.Mesh:

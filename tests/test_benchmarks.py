@@ -139,6 +139,29 @@ def test_the_distribution_holds_and_the_router_follows_it(distribution):
     oracle.find_truth(ODD, make_inputs(ODD, distribution, "bfloat16"))
 
 
+# T 4, D 8, F 16, E 2, K 1 in float32, by hand: FLOPs forward, bytes of what has a gradient, of what else is read, of
+# the result. Tokens and rows have 128 bytes, gates and ids 16, a matrix of both experts 1,024, biases 192.
+WORK = {
+    "routing": (2 * 4 * 8 * 2, 128 + 64, 32, 16 + 16),
+    "plan": (0, 0, 16 + 16, 16 + 16),
+    "dispatch": (0, 128, 16, 128),
+    "combine": (2 * 4 * 8, 128 + 16, 16, 128),
+    "grouped_matmul": (2 * 4 * 8 * 16, 128 + 1024, 0, 256),
+    "expert_mlp": (2 * 2 * 4 * 8 * 16, 128 + 2 * 1024 + 192, 0, 128),
+    "layer": (128 + 2048 + 64, 128 + 64 + 2 * 1024 + 192, 32, 128),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_work_by_hand(op):
+    case, load = Case("x", 4, 1, 8, 16, 2, 1, None), Load(4, 2)
+    flops, arguments, constants, result = WORK[op]
+    assert work(op, "forward", case, load, 4) == (flops, arguments + constants + result)
+    # Backward: everything is read, the cotangent too, and gradients are written.
+    assert work(op, "backward", case, load, 4) == (2 * flops, arguments + constants + result + arguments)
+    assert work(op, "both", case, load, 4) == (3 * flops, arguments + constants + 2 * result + arguments)
+
+
 def test_work_is_that_of_the_definition():
     rows, d, f = 4_096, 512, 2_048
     dense = work("expert_mlp", "both", CASES["issue"], Load(rows, 1), 4)

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import peers, selection, summary, timing
 from benchmarks.cases import CASES, small_twin
-from benchmarks.implementations import Setting
+from benchmarks.implementations import Counts, Setting
 from benchmarks.roofline import HALVES, Device, Load, work
 from benchmarks.run import IMPLEMENTATIONS, Options, Problem, run_problem
 from moe_kernels.backends.base import Problem as KernelProblem
@@ -92,10 +92,13 @@ def test_a_timing_on_an_accelerator_rotates_what_it_reads(monkeypatch):
 
 def test_rows_that_kernels_compute_are_counted_by_their_tiles():
     case, kept = CASES["l16"], np.array([1, 128, 129, *[0] * 29])
+    counts = Counts(kept, kept)
     ours = IMPLEMENTATIONS["moe_kernels/gpu"].computed_rows
-    assert ours(case, kept, Setting("gpu", H200, "bfloat16")) == 128 + 128 + 256
-    chosen = IMPLEMENTATIONS["moe_kernels/tpu"].computed_rows(case, kept, Setting("tpu", "TPU v5 lite", "bfloat16"))
+    assert ours(case, counts, Setting("gpu", H200, "bfloat16")) == 128 + 128 + 256
+    chosen = IMPLEMENTATIONS["moe_kernels/tpu"].computed_rows(case, counts, Setting("tpu", "TPU v5 lite", "bfloat16"))
     assert kept.sum() <= chosen < 1.2 * kept.sum()
+    # One, one and two tiles, and the third of them again for each run that ends or begins in it.
+    assert IMPLEMENTATIONS["megablox"].computed_rows(case, counts, Setting("tpu", "TPU v5 lite", "bfloat16")) == 128 * 5
 
 
 def test_jaxs_own_kernel_is_a_baseline_with_both_gradients(monkeypatch):

@@ -95,6 +95,72 @@ def test_thirty_two_devices(mesh_shape):
     check(mesh_shape, 4, (2, 3), num_groups=32, num_chunks=2)
 
 
+@pytest.mark.parametrize("options", [{}, {"capacity_factor": None}], ids=str)
+def test_no_tokens_at_all(options):
+    a = arguments(0, tokens=0, groups=GROUPS, experts=EXPERTS)
+    mine = compiled((2, 4), tuple((OPTIONS | options).items()))(a)
+    assert mine.output.tokens.shape == (0, 12) and not np.any(mine.output.kept)
+    assert not any(np.any(gradient) for gradient in (mine.drouter, *mine.dweights))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_chunks": 2}, {"capacity_factor": None}], ids=["one piece", "chunks", "no limit"]
+)
+def test_what_is_not_a_number_stays_where_it_stays_on_one_device(changes):
+    a = arguments(6, tokens=TOKENS, groups=GROUPS, experts=EXPERTS)
+    sick = a._replace(tokens=a.tokens.at[17].set(np.nan), weights=a.weights._replace(w1=a.weights.w1.at[5].set(np.nan)))
+    options = OPTIONS | changes
+    chunks = {"num_chunks": options.pop("num_chunks", 1)}
+    mine = compiled((2, 4), tuple((options | chunks).items()))(sick)
+    twin = compiled(None, tuple(options.items()))(sick)
+    same = lambda x, y: np.testing.assert_array_equal(np.isnan(x), np.isnan(y))  # noqa: E731
+    jax.tree.map(same, (mine.output, mine.dtokens, mine.dweights), (twin.output, twin.dtokens, twin.dweights))
+    sound = ~np.isnan(twin.output.tokens).any(axis=1)
+    assert 0 < sound.sum() < TOKENS
+    close_in_rows(mine.output.tokens[sound], np.asarray(twin.output.tokens)[sound], length=20, name="y")
+
+
+def test_bfloat16_rows_experts_without_biases_and_an_axis_that_tokens_do_not_use():
+    a = arguments(7, tokens=TOKENS, groups=GROUPS, experts=EXPERTS)
+    half = a._replace(
+        tokens=a.tokens.astype("bfloat16"),
+        dtokens=a.dtokens.astype("bfloat16"),
+        weights=a.weights._replace(b1=None, b2=None),
+    )
+    # Every device of "copies" works out the same.
+    mesh = mesh_of(2, 4, names=("copies", "expert"))
+    mine = jax.jit(sharded(mesh, token_axes=("expert",), **OPTIONS), compiler_options=FAST)(half)
+    twin = compiled(None, tuple(OPTIONS.items()))(half)
+    np.testing.assert_array_equal(mine.output.kept, twin.output.kept)
+    assert mine.output.tokens.dtype == "bfloat16" and mine.dweights.b1 is None
+    bound = {"length": 1, "roundings": 2, "eps": 2.0**-8}
+    as_rows = lambda x: np.asarray(x, np.float32).reshape(len(x), -1)  # noqa: E731
+    for name, x, y in (
+        ("y", mine.output.tokens, twin.output.tokens),
+        ("dx", mine.dtokens, twin.dtokens),
+        *((f"d{field}", getattr(mine.dweights, field), getattr(twin.dweights, field)) for field in ("w1", "w2")),
+    ):
+        x, y = as_rows(x), as_rows(y)
+        assert_close(x, y, name=name, scale=np.full(len(y), np.abs(y).max()), **bound)
+
+
+def test_an_overflow_is_shared_by_the_longest_runs():
+    options = OPTIONS | {"capacity_factor": None, "num_choices": 1}
+    a = arguments(5, tokens=512, groups=GROUPS, experts=EXPERTS, wanted=(2, 3))
+    mine = compiled((2, 4), tuple((options | {"buffer_factor": 1}).items()))(a)
+    wanted, kept = (
+        np.asarray(x).sum(axis=1).reshape(2, 4, EXPERTS) for x in (mine.output.sums.wanted, mine.output.kept)
+    )
+    assert (kept <= wanted).all() and (kept < wanted).any()
+    # Experts 2 and 3 are those of the second shard, and 8 runs of it share 64 rows and 56 for rounding up.
+    for row in range(2):
+        runs, room = wanted[row, :, 2:4], received_rows(64, 1, 4, 2, 1)
+        level = max(n for n in range(0, 65, 8) if np.minimum(-(-runs // 8) * 8, n).sum() <= room)
+        np.testing.assert_array_equal(kept[row, :, 2:4], np.minimum(runs, level))
+    others = [0, 1, 4, 5, 6, 7]
+    np.testing.assert_array_equal(kept[..., others], wanted[..., others])
+
+
 @pytest.mark.parametrize("wanted", [None, (5,)], ids=str)
 def test_what_overflows_a_buffer_is_dropped_and_counted(wanted):
     options = OPTIONS | {"capacity_factor": None, "num_choices": 1}
@@ -130,6 +196,8 @@ def test_slices_are_one_more_axis_of_tokens_and_the_order_of_axes_is_free():
     [
         ({"router": 6}, r"6 experts cannot be split over 4 shards of mesh axis 'expert'; .* one of \[1, 2, 3, 6\]"),
         ({"num_groups": 4}, r"num_groups=4 cannot be split over the 8 shards of mesh axes \('data', 'expert'\); use a"),
+        ({"num_chunks": 2, "capacity_factor": None}, r"num_chunks=2 needs a capacity limit; .* use num_chunks=1"),
+        ({"buffer_factor": "inf", "capacity_factor": None}, r"buffer_factor='inf' is not a finite number; use one"),
         ({"num_chunks": 0}, r"num_chunks=0 must be at least 1"),
         ({"expert_axis": "experts"}, r"expert_axis='experts' is not an axis of the mesh; choose one of \('data', 'exp"),
         ({"token_axes": ("data",)}, r"token_axes=\('data',\) must be axes of the mesh .* and 'expert' one of them"),
@@ -138,7 +206,7 @@ def test_slices_are_one_more_axis_of_tokens_and_the_order_of_axes_is_free():
             {"buffer_factor": 2},
             r"buffer_factor=2 is for a layer without a capacity limit; leave it out, or",
         ),
-        ({"buffer_factor": 0, "capacity_factor": None}, r"buffer_factor=0 must be positive; use None for room for"),
+        ({"buffer_factor": 0, "capacity_factor": None}, r"buffer_factor=0 must be positive; use None for no limit"),
     ],
     ids=str,
 )

@@ -7,10 +7,13 @@ import nasty_cases as nasty
 import numpy as np
 import pytest
 
+import reference
+from moe_kernels.backends.gpu.gelu import gelu, gelu_and_slope
+
 ALL = [
     (name, *dtypes, activation)
     for name in gpu.CASES
-    for dtypes in gpu.DTYPES[:3]
+    for dtypes in gpu.DTYPES
     for activation in ("gelu_tanh", "gelu_erf")
 ]
 
@@ -28,6 +31,31 @@ def test_values_and_gradients():
 
 def test_the_exact_gelu_without_biases():
     gpu.check_mlp("odd block", "float16", "float16", "gelu_erf", sizes=[(23, 24, 1)], bias=False)
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu_erf"])
+def test_the_epilogue_computes_the_activation_and_its_slope(activation):
+    x = np.linspace(-12, 12, 4801)
+    value, slope = gelu_and_slope(jnp.asarray(x, jnp.float32), activation)
+    bound = 8 * 2.0**-23 * np.maximum(np.abs(x), 1)
+    assert (np.abs(value - reference.gelu(x, activation)) < bound).all()
+    assert (np.abs(slope - reference.gelu_derivative(x, activation)) < bound).all()
+    np.testing.assert_array_equal(gelu(jnp.asarray(x, jnp.float32), activation), value)
+
+
+def test_the_kernel_computes_the_activation_that_is_asked_for():
+    rows, _ = gpu.CASES["odd block"]
+    size = (23, 24, 1)
+    given, used = nasty.operands(rows, dtype="float16"), rows.used(np.array(size))
+    wanted = {name: nasty.expected_mlp(rows, given, size, name) for name in ("gelu_tanh", "gelu_erf")}
+    for name, other in (("gelu_tanh", "gelu_erf"), ("gelu_erf", "gelu_tanh")):
+        out, drows, _ = gpu.mlp(rows, name, given, np.array(size, np.int32))
+        for found, mine, theirs in (
+            (out, wanted[name].out, wanted[other].out),
+            (drows, wanted[name].drows, wanted[other].drows),
+        ):
+            off, off_other = (np.linalg.norm(np.asarray(found, np.float64)[used] - w[used]) for w in (mine, theirs))
+            assert off < 0.8 * off_other, (name, off, off_other)
 
 
 @pytest.mark.full

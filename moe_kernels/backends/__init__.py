@@ -50,16 +50,16 @@ def problem_of(
 
 
 def _device() -> tuple[str, str, int]:
-    """Platform, device kind and cores (TensorCores, multiprocessors) of the device that is traced for."""
+    """Platform, device kind and cores (TensorCores, multiprocessors; 0 if unknown) of the device that is traced for."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
-        return device.platform, device.device_kind, device.num_cores or 1
+        return device.platform, device.device_kind, device.num_cores or 0
     chosen = getattr(jax.config, "jax_default_device")  # noqa: B009 (set by jax.default_device; not in JAX's stubs)
     if isinstance(chosen, str):
         chosen = jax.devices(chosen)[0]
     chosen = chosen or jax.devices()[0]
     # A GPU counts its multiprocessors as `core_count`, which its abstract device calls `num_cores`.
-    cores = getattr(chosen, "num_cores", None) or getattr(chosen, "core_count", None) or 1
+    cores = getattr(chosen, "num_cores", None) or getattr(chosen, "core_count", None) or 0
     return chosen.platform, chosen.device_kind, cores
 
 

@@ -20,7 +20,8 @@ class Problem:
     """The static facts by which a back end is chosen: what is asked for, on which platform, in which shape and dtype.
 
     `shape` and `dtype` are those of the tokens or rows; `expert_width` is the F of a matmul's weights; `chip` is the
-    device kind as JAX names it ("TPU v5 lite"), empty if unknown; `named` says that the user asked for this back end by
+    device kind as JAX names it ("TPU v5 lite"), empty if unknown, `num_cores` its TensorCores or multiprocessors, 0 if
+    unknown; `named` says that the user asked for this back end by
     name, which is how a kernel runs interpreted on a CPU.
 
     >>> Problem("dispatch", "cpu", "float32", (4, 8), 2).span

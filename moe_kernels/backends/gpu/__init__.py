@@ -31,6 +31,8 @@ def why_not(problem: Problem) -> str | None:
         return f"platform {problem.platform} is not gpu"
     if problem.platform == "gpu" and chip_of(problem.chip) is None:
         return f"chip {problem.chip!r} has not compute capability 9.0 (H100, H200, H800, H20, GH200)"
+    if problem.platform == "gpu" and problem.num_cores < 1:
+        return f"chip {problem.chip!r} does not say how many multiprocessors it has"
     if problem.dtype not in DTYPES:
         return f"dtype {problem.dtype} is none of {DTYPES}: tensor cores would round float32 to tf32"
     for name, size in (("width", problem.shape[-1]), ("expert width", problem.expert_width)):

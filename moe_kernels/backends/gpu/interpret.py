@@ -99,7 +99,10 @@ def _run_jaxpr(jaxpr: Any, consts: Any, *args: Any) -> None:
 
 def _fail_waiting_threads() -> None:
     """Let every wait of the kernel's other warpgroups fail, now and later, where they would wait for this one."""
-    for barrier in list(gpu_callbacks._get_shared_memory().mem.values()):
+    memory = gpu_callbacks._shared_memory
+    if memory is None:  # a TPU kernel, whose interpreter runs its threads in the same way
+        return
+    for barrier in list(memory.mem.values()):
         if isinstance(barrier, Barrier):
             with barrier.cv:
                 barrier.phase += 1 << 20

@@ -12,7 +12,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_kernels.backends.gpu.interpret import interpret_params
 from moe_kernels.backends.gpu.tiling import (
     CONSUMER_REGISTERS,
     NUM_CONSUMERS,
@@ -49,6 +48,12 @@ def launch(
     body: Callable[..., None], name: str, out_type: Any, scratch: dict[str, Any], device: Device
 ) -> Callable[..., Any]:
     """Build a persistent kernel of one block per multiprocessor: two consumer warpgroups and a producer."""
+    interpret = None
+    if device.interpreted:
+        # Here, because it takes JAX's interpreter apart, which nobody else should depend on.
+        from moe_kernels.backends.gpu.interpret import interpret_params
+
+        interpret = interpret_params()
     return plgpu.kernel(
         body,
         out_type=out_type,
@@ -59,7 +64,7 @@ def launch(
         thread_name="wg",
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=interpret_params() if device.interpreted else None,
+        interpret=interpret,
     )
 
 

@@ -64,6 +64,8 @@ def row_matmul(
     num_rows, depth = rows.shape
     columns = weight.shape[1] if transposed else weight.shape[2]
     blocks = choose_blocks(epilogue, columns, device.chip, bias=bias is not None)
+    # An epilogue that reads the hidden layer has registers for two chunks, and a buffer for each.
+    assert hidden is None or blocks.columns == 2 * CHUNK
     column_tiles, slices, chunks = columns // blocks.columns, depth // DEPTH, blocks.columns // CHUNK
     outputs, dtype = (1 if epilogue == "store" else 2), rows.dtype
     extra = [a for a in (bias, hidden) if a is not None]
@@ -129,15 +131,15 @@ def row_matmul(
 
                 def fetch_hidden(chunk: int) -> None:
                     source = extra_g[-1].at[pl.ds(row, WARPGROUP_ROWS), columns_of(chunk)]
-                    barrier = scratch["hidden_full"].at[2 * wg + chunk % 2]
-                    plgpu.copy_gmem_to_smem(source, scratch["hidden_s"].at[wg, chunk % 2], barrier)
+                    barrier = scratch["hidden_full"].at[2 * wg + chunk]
+                    plgpu.copy_gmem_to_smem(source, scratch["hidden_s"].at[wg, chunk], barrier)
 
                 # What the epilogue reads is fetched while the matmul runs.
                 if bias is not None:
                     source = extra_g[0].at[expert_g[m], pl.ds(column, blocks.columns)]
                     plgpu.copy_gmem_to_smem(source, scratch["bias_s"].at[wg], scratch["bias_full"].at[wg])
                 if hidden is not None:
-                    for chunk in range(min(2, chunks)):
+                    for chunk in range(chunks):
                         fetch_hidden(chunk)
 
                 z = pl.run_scoped(
@@ -151,12 +153,10 @@ def row_matmul(
                     if bias is not None:
                         value = value + lax.broadcast_in_dim(scratch["bias_s"][wg, across], value.shape, (1,))
                     if hidden is not None:
-                        plgpu.barrier_wait(scratch["hidden_full"].at[2 * wg + chunk % 2])
-                        h = scratch["hidden_s"][wg, chunk % 2].astype(jnp.float32)
+                        plgpu.barrier_wait(scratch["hidden_full"].at[2 * wg + chunk])
+                        h = scratch["hidden_s"][wg, chunk].astype(jnp.float32)
                         activated, slope = gelu_and_slope(h, activation)
                         results = ((value * slope).astype(dtype), activated.astype(dtype))
-                        if chunk + 2 < chunks:
-                            fetch_hidden(chunk + 2)
                     elif epilogue == "gelu":
                         rounded = value.astype(dtype)
                         results = (rounded, gelu(rounded.astype(jnp.float32), activation).astype(dtype))

@@ -72,7 +72,8 @@ def _vmem_misfit(problem: Problem) -> str | None:
 def _target(problem: Problem) -> Target:
     if problem.platform != "tpu":
         return Target(STAND_IN, interpret=True)
-    return Target(problem.chip, problem.num_cores)
+    # A chip that does not say how many cores it shows as one device has one.
+    return Target(problem.chip, max(problem.num_cores, 1))
 
 
 @functools.lru_cache
