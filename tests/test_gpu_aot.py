@@ -11,8 +11,8 @@ MATMULS = {
     # The first kernel is that of the forward pass, compiled already.
     "backward": {"moe_rows_gelu_backward", "moe_rows_store", "moe_weight_gradient"},
 }
-# The exact GELU, and weights of 16 bits in the backward pass.
-MATMULS |= {f"{name}-erf": kernels for name, kernels in MATMULS.items()}
+# The exact GELU, and weights of 16 bits in the backward pass; what is the same kernel again is not compiled again.
+MATMULS |= {"forward-erf": {"moe_rows_gelu"}, "backward-erf": {"moe_rows_gelu_backward", "moe_weight_gradient"}}
 
 
 def estimate(kernel, columns, bias=False):

@@ -47,6 +47,10 @@ def test_the_kernel_computes_the_activation_that_is_asked_for():
     rows, _ = gpu.CASES["odd block"]
     size = (23, 24, 1)
     given, used = nasty.operands(rows, dtype="float16"), rows.used(np.array(size))
+    # Pre-activations where the two are small and differ by a hundredth of themselves.
+    b1 = np.broadcast_to(np.linspace(-3, -1.5, rows.hidden, dtype=np.float32), (rows.experts, rows.hidden))
+    weights = given.weights._replace(w1=given.weights.w1 / 64, b1=jnp.asarray(b1), b2=None)
+    given = given._replace(weights=weights)
     wanted = {name: nasty.expected_mlp(rows, given, size, name) for name in ("gelu_tanh", "gelu_erf")}
     for name, other in (("gelu_tanh", "gelu_erf"), ("gelu_erf", "gelu_tanh")):
         out, drows, _ = gpu.mlp(rows, name, given, np.array(size, np.int32))
@@ -55,7 +59,7 @@ def test_the_kernel_computes_the_activation_that_is_asked_for():
             (drows, wanted[name].drows, wanted[other].drows),
         ):
             off, off_other = (np.linalg.norm(np.asarray(found, np.float64)[used] - w[used]) for w in (mine, theirs))
-            assert off < 0.8 * off_other, (name, off, off_other)
+            assert off < off_other / 2, (name, off, off_other)
 
 
 @pytest.mark.full

@@ -5,28 +5,34 @@ from __future__ import annotations
 import math
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from moe_kernels.types import Activation
 
 CUBIC = 0.044715
 SCALE = 2 * math.sqrt(2 / math.pi)
+# Mosaic GPU has no erf. erfc(z) = t P(t) exp(-z²) for z >= 0 with t = SHIFT / (z + SHIFT); P, from the
+# lowest power up, is fitted to the function in float64 with a relative error of at most 6.2e-8 for z up to 10.
+SHIFT = 2.5
+ERFC = (
+    *(0.22563423216342926, 0.22644303739070892, 0.2018880993127823, 0.1933911144733429, 0.07976158708333969),
+    *(0.0879567340016365, 0.08399410545825958, -0.14032261073589325, 0.041253745555877686),
+)
 
 
 def gelu(x: Float[Array, "..."], activation: Activation) -> Float[Array, "..."]:
     """The tanh form as `x sigmoid(2 u)`, since `(1 + tanh u) / 2 = sigmoid(2 u)`; or the erf form."""
     if activation == "gelu_erf":
-        return x * _normal(x)
+        return x * _normal(x, jnp.exp(-0.5 * x * x))
     return x * _sigmoid(x)
 
 
 def gelu_and_slope(x: Float[Array, "..."], activation: Activation) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """GELU and its derivative, sharing what they have in common."""
+    """GELU and its derivative, sharing the exponential."""
     if activation == "gelu_erf":
-        normal = _normal(x)
-        density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-        return x * normal, normal + x * density
+        bell = jnp.exp(-0.5 * x * x)
+        normal = _normal(x, bell)
+        return x * normal, normal + x * bell * (1 / math.sqrt(2 * math.pi))
     s = _sigmoid(x)
     return x * s, s + x * s * (1.0 - s) * (SCALE + 3 * SCALE * CUBIC * x * x)
 
@@ -35,5 +41,11 @@ def _sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return 1.0 / (1.0 + jnp.exp(-SCALE * x * (1.0 + CUBIC * x * x)))
 
 
-def _normal(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    return 0.5 + 0.5 * lax.erf(x * math.sqrt(0.5))
+def _normal(x: Float[Array, "..."], bell: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The normal distribution function; `bell` is `exp(-x² / 2)`."""
+    t = SHIFT / (jnp.maximum(x, -x) * math.sqrt(0.5) + SHIFT)
+    series = jnp.zeros_like(t) + ERFC[-1]
+    for coefficient in ERFC[-2::-1]:
+        series = series * t + coefficient
+    tail = 0.5 * t * series * bell
+    return jnp.where(x < 0, tail, 1.0 - tail)
