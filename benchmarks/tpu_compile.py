@@ -132,9 +132,10 @@ def _compile(request: Request) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
     steering = steering_operands(traced.jaxpr, jax.tree.leaves(prepared.arguments))
+    assert memory is not None, "the TPU compiler says what a program needs"
     return {
         "steering": [(s.kernel, {k: v.tolist() for k, v in s.operands.items()}) for s in steering],
-        "temp_bytes": 0 if memory is None else int(memory.temp_size_in_bytes),
+        "temp_bytes": int(memory.temp_size_in_bytes),
         "compile_seconds": seconds,
         "estimated_seconds": float(costs.get("optimal_seconds", float("nan"))),
     }
