@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from moe_kernels.backends.schedule import PADDING, STARTS
 from moe_kernels.backends.tpu.launch import Grid
 from moe_kernels.backends.tpu.rows import Scalar, Scalars
+from moe_kernels.backends.tpu.step import Step
 
 
 class Gradient(NamedTuple):
@@ -60,6 +61,27 @@ class Gradients(NamedTuple):
         pl.when(written)(
             lambda: self._each(at, jax.lax.rem(step, self.grid.chunks), self.slot(step), lambda copy: copy.wait())
         )
+
+    def fill(self, step: Step, work: Callable[[Scalar], None], idle: Callable[[], None] = lambda: None) -> None:
+        """Wait for the slot of a step, let `work(slot)` fill it, or zero it where there are no rows; write it."""
+        slot, waits = self.slot(step.number), step.number >= self.num_slots
+        pl.when(waits)(lambda: self.wait(step.core, step.number - self.num_slots))
+        pl.when(step.busy)(lambda: work(slot))
+
+        @pl.when(jnp.logical_not(step.busy))
+        def _() -> None:
+            self.zero(slot)
+            idle()
+
+        self.write(step.at, step.chunk, slot)
+
+    def drain(self, step: Step) -> None:
+        """Wait at the end for what is still on its way."""
+
+        @pl.when(step.is_last)
+        def _() -> None:
+            for last in range(min(self.num_slots, self.grid.items * self.grid.chunks)):
+                self.wait(step.core, step.number - last)
 
     def write(self, at: Scalar, chunk: Scalar, slot: Scalar) -> None:
         """Start to write what is in the slot, if the item has an expert."""

@@ -35,6 +35,16 @@ class Target:
         return CHIPS[self.chip]
 
 
+def tiles_for(
+    choose: Callable[..., Tiles | None], target: Target, layout: Layout, rows: Float[Array, "R D"], weight: Array
+) -> Tiles:
+    """Block sizes of a kernel for a problem that `why_not` lets through."""
+    sizes = (rows.shape[1], weight.shape[2], rows.dtype.itemsize, weight.dtype.itemsize)
+    tiles = choose(layout, *sizes, target.facts)
+    assert tiles is not None, "refused by why_not"
+    return tiles
+
+
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """Cores, items of a core, chunks of F of an item; and index maps over them, which also get the scalars."""

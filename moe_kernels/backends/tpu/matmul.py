@@ -18,8 +18,9 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.tiling import Tiles, matmul_backward_tiles, matmul_forward_tiles, one_item
 from moe_kernels.backends.tpu.gradients import Gradient, Gradients, gradient_dtype, gradient_slots
-from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, unflatten
+from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, tiles_for, unflatten
 from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of, used_rows
+from moe_kernels.backends.tpu.step import Step, this_step
 from moe_kernels.types import Layout, Runs
 
 
@@ -38,9 +39,7 @@ def grouped_matmul_forward(
     saved = MatmulSaved(rows, weight, runs)
     if rows.shape[0] == 0:
         return jnp.zeros((0, weight.shape[2]), rows.dtype), saved
-    sizes = (rows.shape[1], weight.shape[2], rows.dtype.itemsize, weight.dtype.itemsize)
-    tiles = matmul_forward_tiles(layout, *sizes, target.facts)
-    assert tiles is not None, "refused by why_not"
+    tiles = tiles_for(matmul_forward_tiles, target, layout, rows, weight)
     return run_forward(tiles, target, layout, rows, weight, runs), saved
 
 
@@ -51,9 +50,7 @@ def grouped_matmul_backward(
     rows, weight, runs = saved
     if rows.shape[0] == 0:
         return rows, jnp.zeros_like(weight)
-    sizes = (rows.shape[1], weight.shape[2], rows.dtype.itemsize, weight.dtype.itemsize)
-    tiles = matmul_backward_tiles(layout, *sizes, target.facts)
-    assert tiles is not None, "refused by why_not"
+    tiles = tiles_for(matmul_backward_tiles, target, layout, rows, weight)
     return run_backward(tiles, target, layout, rows, weight, runs, dout)
 
 
@@ -180,43 +177,40 @@ class _Forward(NamedTuple):
 
 
 def _forward(tiles: Tiles, grid: Grid, scalars: Scalars, refs: _Forward) -> None:
-    core, item, chunk = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    at, slot, schedule = grid.item(core, item), jax.lax.rem(item, 2), scalars.schedule
-    step = item * grid.chunks + chunk
-    last_step = grid.items * grid.chunks - 1
-    busy = schedule.size[at] > 0
+    step, schedule = this_step(grid, scalars), scalars.schedule
+    at, slot, number = step.at, step.slot, step.number
 
     def rows(at: Scalar, slot: Scalar) -> RowCopies:
         place = (refs.x.at[slot], refs.fetched.at[slot], schedule.first[at], schedule.size[at])
         return RowCopies(refs.rows, *place, tiles.rows.copied)
 
-    def results(step: Scalar) -> RowCopies:
-        at, slot = grid.item(core, jax.lax.div(step, grid.chunks)), jax.lax.rem(step, 2)
+    def results(number: Scalar) -> RowCopies:
+        at, slot = grid.item(step.core, jax.lax.div(number, grid.chunks)), jax.lax.rem(number, 2)
         place = (refs.y.at[slot], refs.written.at[slot], schedule.first[at], schedule.size[at])
-        return RowCopies(refs.out, *place, tiles.rows.copied, _columns(tiles, jax.lax.rem(step, grid.chunks)))
+        return RowCopies(refs.out, *place, tiles.rows.copied, _columns(tiles, jax.lax.rem(number, grid.chunks)))
 
-    pl.when(step == 0)(lambda: rows(at, slot).fetch())
+    pl.when(number == 0)(lambda: rows(at, slot).fetch())
 
-    @pl.when(chunk == 0)
+    @pl.when(step.chunk == 0)
     def _() -> None:
-        pl.when(item + 1 < grid.items)(lambda: rows(at + 1, 1 - slot).fetch())
+        pl.when(step.item + 1 < grid.items)(lambda: rows(at + 1, 1 - slot).fetch())
         rows(at, slot).fetched()
 
-    pl.when(step >= 2)(lambda: results(step - 2).written())
-    weight = _weight(refs.weight, refs.cast, busy)
-    x, y = refs.x.at[slot], refs.y.at[jax.lax.rem(step, 2)]
+    pl.when(number >= 2)(lambda: results(number - 2).written())
+    weight = _weight(refs.weight, refs.cast, step.busy)
+    x, y = refs.x.at[slot], refs.y.at[jax.lax.rem(number, 2)]
 
     def work(offset: Scalar, size: int) -> None:
         own = pl.ds(offset, size)
         y[own] = dot(x[own], weight[...], (1, 0)).astype(y.dtype)
 
     over_pieces(*pieces_of(scalars, at, tiles.rows), tiles.rows, work)
-    results(step).write()
+    results(number).write()
 
-    @pl.when(step == last_step)
+    @pl.when(step.is_last)
     def _() -> None:
-        for last in range(min(2, last_step + 1)):
-            results(step - last).written()
+        for last in range(min(2, grid.items * grid.chunks)):
+            results(number - last).written()
 
 
 class _Refs(NamedTuple):
@@ -254,13 +248,10 @@ class _Backward(NamedTuple):
 
     def run(self) -> None:
         """One step of the grid."""
-        grid, refs, schedule = self.grid, self.refs, self.scalars.schedule
-        core, item, chunk = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        at, slot = grid.item(core, item), jax.lax.rem(item, 2)
-        step, busy = item * grid.chunks + chunk, schedule.size[at] > 0
-        last_step = grid.items * grid.chunks - 1
+        refs, step = self.refs, this_step(self.grid, self.scalars)
+        at, slot, number = step.at, step.slot, step.number
         gradients = Gradients(
-            grid,
+            self.grid,
             self.scalars,
             self.tiles.chunk,
             self.once,
@@ -268,50 +259,33 @@ class _Backward(NamedTuple):
             refs.dw_written,
             refs.dw_fetched,
         )
-        out_slot = gradients.slot(step)
 
-        @pl.when(step == 0)
+        @pl.when(number == 0)
         def _() -> None:
-            self._rows(at, slot).fetch()
-            self._dy(core, step).fetch()
+            self._fetch(at, slot)
+            self._dy(step.core, number).fetch()
 
-        pl.when(step < last_step)(lambda: self._dy(core, step + 1).fetch())
-        self._dy(core, step).fetched()
+        pl.when(jnp.logical_not(step.is_last))(lambda: self._dy(step.core, number + 1).fetch())
+        self._dy(step.core, number).fetched()
 
-        @pl.when((chunk == 0) & busy)
+        @pl.when((step.chunk == 0) & step.busy)
         def _() -> None:
             self._rows(at, slot).fetched()
             self._select(at, refs.x.at[slot])
             refs.dx[...] = jnp.zeros(refs.dx.shape, jnp.float32)
 
-        @pl.when(chunk == min(1, grid.chunks - 1))
-        def _() -> None:
-            pl.when(item > 0)(lambda: self._results(at - 1, 1 - slot).written())
-            pl.when(item + 1 < grid.items)(lambda: self._rows(at + 1, 1 - slot).fetch())
-
-        pl.when(step >= gradients.num_slots)(lambda: gradients.wait(core, step - gradients.num_slots))
-        pl.when(busy)(lambda: self._work(at, slot, step, chunk, gradients))
-        pl.when(jnp.logical_not(busy))(lambda: gradients.zero(out_slot))
-        gradients.write(at, chunk, out_slot)
-
-        @pl.when(chunk == grid.chunks - 1)
-        def _() -> None:
-            @pl.when(busy)
-            def _() -> None:
-                refs.x[slot] = refs.dx[...].astype(refs.x.dtype)
-
-            self._results(at, slot).write()
-
-        @pl.when(step == last_step)
-        def _() -> None:
-            self._results(at, slot).written()
-            for last in range(min(gradients.num_slots, last_step + 1)):
-                gradients.wait(core, step - last)
+        step.swap(self._results, self._fetch)
+        gradients.fill(step, lambda out_slot: self._work(step, out_slot, gradients))
+        step.finish(refs.dx, refs.x, self._results)
+        gradients.drain(step)
 
     def _rows(self, at: Scalar, slot: Scalar) -> RowCopies:
         refs, schedule = self.refs, self.scalars.schedule
         place = (refs.x.at[slot], refs.fetched.at[slot], schedule.first[at], schedule.size[at])
         return RowCopies(refs.rows, *place, self.tiles.rows.copied)
+
+    def _fetch(self, at: Scalar, slot: Scalar) -> None:
+        self._rows(at, slot).fetch()
 
     def _results(self, at: Scalar, slot: Scalar) -> RowCopies:
         return self._rows(at, slot)._replace(hbm=self.refs.drows, semaphore=self.refs.written.at[slot])
@@ -328,12 +302,12 @@ class _Backward(NamedTuple):
         used = used_rows(self.scalars, at, self.layout, block.shape)
         block[...] = jnp.where(used, block[...], jnp.zeros((), block.dtype))
 
-    def _work(self, at: Scalar, slot: Scalar, step: Scalar, chunk: Scalar, gradients: Gradients) -> None:
-        refs, tiles = self.refs, self.tiles.rows
-        dy, x, out_slot = refs.dy.at[jax.lax.rem(step, 2)], refs.x.at[slot], gradients.slot(step)
+    def _work(self, step: Step, out_slot: Scalar, gradients: Gradients) -> None:
+        refs, tiles, at = self.refs, self.tiles.rows, step.at
+        dy, x = refs.dy.at[jax.lax.rem(step.number, 2)], refs.x.at[step.slot]
         self._select(at, dy)
-        weight = _weight(refs.weight, refs.cast, self.scalars.schedule.size[at] > 0)
-        gradients.begin(at, chunk, out_slot)
+        weight = _weight(refs.weight, refs.cast, step.busy)
+        gradients.begin(at, step.chunk, out_slot)
         total = gradients.weights[0].sums(out_slot)
 
         def add(offset: Scalar, size: int) -> None:

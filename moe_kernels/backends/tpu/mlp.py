@@ -18,8 +18,9 @@ from jaxtyping import Array, Float
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tiling import Tiles, mlp_forward_tiles
 from moe_kernels.backends.tpu.gelu import gelu
-from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, unflatten
+from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, tiles_for, unflatten
 from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of
+from moe_kernels.backends.tpu.step import this_step
 from moe_kernels.types import MlpWeights, Runs
 
 
@@ -38,15 +39,7 @@ def expert_mlp_forward(
     saved = MlpSaved(rows, weights, runs)
     if rows.shape[0] == 0:
         return rows, saved
-    tiles = mlp_forward_tiles(
-        static.layout,
-        rows.shape[1],
-        weights.w1.shape[2],
-        rows.dtype.itemsize,
-        weights.w1.dtype.itemsize,
-        target.facts,
-    )
-    assert tiles is not None, "refused by why_not"
+    tiles = tiles_for(mlp_forward_tiles, target, static.layout, rows, weights.w1)
     return run_forward(tiles, target, static, rows, weights, runs), saved
 
 
@@ -127,26 +120,26 @@ class _Forward(NamedTuple):
 
 
 def _forward(tiles: Tiles, static: MlpStatic, grid: Grid, scalars: Scalars, refs: _Forward) -> None:
-    core, item, chunk = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    at, slot = grid.item(core, item), jax.lax.rem(item, 2)
+    step = this_step(grid, scalars)
+    at, slot, busy = step.at, step.slot, step.busy
     rows, dtype = refs.buffer.at[slot], refs.buffer.dtype
-    busy = scalars.schedule.size[at] > 0
 
     def copies(at: Scalar, slot: Scalar, array: Any, semaphores: Any) -> RowCopies:
         first, count = scalars.schedule.first[at], scalars.schedule.size[at]
         return RowCopies(array, refs.buffer.at[slot], semaphores.at[slot], first, count, tiles.rows.copied)
 
-    pl.when((item == 0) & (chunk == 0))(lambda: copies(at, slot, refs.rows, refs.fetched).fetch())
-    pl.when(chunk == 0)(lambda: copies(at, slot, refs.rows, refs.fetched).fetched())
+    def fetch(at: Scalar, slot: Scalar) -> None:
+        copies(at, slot, refs.rows, refs.fetched).fetch()
 
-    # One chunk later than possible, so that the results of the last item have left the buffer without a wait.
-    @pl.when(chunk == min(1, grid.chunks - 1))
-    def _() -> None:
-        pl.when(item > 0)(lambda: copies(at - 1, 1 - slot, refs.out, refs.written).written())
-        pl.when(item + 1 < grid.items)(lambda: copies(at + 1, 1 - slot, refs.rows, refs.fetched).fetch())
+    def results(at: Scalar, slot: Scalar) -> RowCopies:
+        return copies(at, slot, refs.out, refs.written)
+
+    pl.when(step.number == 0)(lambda: fetch(at, slot))
+    pl.when(step.chunk == 0)(lambda: copies(at, slot, refs.rows, refs.fetched).fetched())
+    step.swap(results, fetch)
 
     # Not where the first matmul adds: a branch in the loop over rows keeps the MXU waiting.
-    @pl.when(busy & (chunk == 0))
+    @pl.when(busy & (step.chunk == 0))
     def _() -> None:
         refs.total[...] = jnp.broadcast_to(refs.b2[0], refs.total.shape)
 
@@ -165,13 +158,4 @@ def _forward(tiles: Tiles, static: MlpStatic, grid: Grid, scalars: Scalars, refs
         refs.total[own] += dot(activated, w2[...], (1, 0))
 
     over_pieces(*pieces_of(scalars, at, tiles.rows), tiles.rows, work)
-
-    @pl.when(chunk == grid.chunks - 1)
-    def _() -> None:
-        @pl.when(busy)
-        def _() -> None:
-            rows[...] = refs.total[...].astype(dtype)
-
-        results = copies(at, slot, refs.out, refs.written)
-        results.write()
-        pl.when(item == grid.items - 1)(results.written)
+    step.finish(refs.total, refs.buffer, results)

@@ -22,9 +22,10 @@ from moe_kernels.backends.schedule import PADDING, STARTS, Schedule
 from moe_kernels.backends.tiling import Tiles, mlp_backward_tiles, one_item
 from moe_kernels.backends.tpu.gelu import gelu_and_slope
 from moe_kernels.backends.tpu.gradients import Gradient, Gradients, gradient_dtype, gradient_slots
-from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, unflatten
+from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, tiles_for, unflatten
 from moe_kernels.backends.tpu.mlp import MlpSaved, padded_weights, weight_specs
 from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of, used_rows
+from moe_kernels.backends.tpu.step import this_step
 from moe_kernels.types import Layout, MlpWeights, Runs
 
 
@@ -35,15 +36,7 @@ def expert_mlp_backward(
     rows, weights, runs = saved
     if rows.shape[0] == 0:
         return rows, jax.tree.map(jnp.zeros_like, weights)
-    tiles = mlp_backward_tiles(
-        static.layout,
-        rows.shape[1],
-        weights.w1.shape[2],
-        rows.dtype.itemsize,
-        weights.w1.dtype.itemsize,
-        target.facts,
-    )
-    assert tiles is not None, "refused by why_not"
+    tiles = tiles_for(mlp_backward_tiles, target, static.layout, rows, weights.w1)
     return run_backward(tiles, target, static, rows, weights, runs, dout)
 
 
@@ -172,45 +165,19 @@ class _Backward(NamedTuple):
 
     def run(self) -> None:
         """One step of the grid."""
-        grid, refs, schedule = self.grid, self.refs, self.scalars.schedule
-        core, item, chunk = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        at, slot = grid.item(core, item), jax.lax.rem(item, 2)
-        busy = schedule.size[at] > 0
+        refs, step, gradients = self.refs, this_step(self.grid, self.scalars), self._gradients()
+        at, slot, chunk = step.at, step.slot, step.chunk
 
-        pl.when((item == 0) & (chunk == 0))(lambda: self._fetch(at, slot))
-        pl.when((chunk == 0) & busy)(lambda: self._begin(at, slot))
-
-        @pl.when(chunk == min(1, grid.chunks - 1))
-        def _() -> None:
-            pl.when(item > 0)(lambda: self._results(at - 1, 1 - slot).written())
-            pl.when(item + 1 < grid.items)(lambda: self._fetch(at + 1, 1 - slot))
-
-        step, gradients = item * grid.chunks + chunk, self._gradients()
-        out_slot = gradients.slot(step)
-        pl.when(step >= gradients.num_slots)(lambda: gradients.wait(core, step - gradients.num_slots))
-        pl.when(busy)(lambda: self._work(at, slot, chunk, out_slot))
-
-        @pl.when(jnp.logical_not(busy))
-        def _() -> None:
-            gradients.zero(out_slot)
+        def idle() -> None:
             refs.db1[...] = jnp.zeros(refs.db1.shape, jnp.float32)
             pl.when(chunk == 0)(self._no_db2)
 
-        gradients.write(at, chunk, out_slot)
-
-        @pl.when(chunk == grid.chunks - 1)
-        def _() -> None:
-            @pl.when(busy)
-            def _() -> None:
-                refs.dy[slot] = refs.dx[...].astype(refs.dy.dtype)
-
-            self._results(at, slot).write()
-
-            @pl.when(item == grid.items - 1)
-            def _() -> None:
-                self._results(at, slot).written()
-                for last in range(min(gradients.num_slots, grid.items * grid.chunks)):
-                    gradients.wait(core, step - last)
+        pl.when(step.number == 0)(lambda: self._fetch(at, slot))
+        pl.when((chunk == 0) & step.busy)(lambda: self._begin(at, slot))
+        step.swap(self._results, self._fetch)
+        gradients.fill(step, lambda out_slot: self._work(at, slot, chunk, out_slot), idle)
+        step.finish(refs.dx, refs.dy, self._results)
+        gradients.drain(step)
 
     def _no_db2(self) -> None:
         self.refs.db2[...] = jnp.zeros(self.refs.db2.shape, jnp.float32)
