@@ -4,7 +4,7 @@ from moe_kernels import expert_parallel
 from moe_kernels.backends import explain
 from moe_kernels.backends.base import Problem
 from moe_kernels.expert_parallel import EXCHANGE_NAMES
-from moe_kernels.experts import expert_mlp, grouped_matmul
+from moe_kernels.experts import expert_mlp, grouped_glu, grouped_matmul
 from moe_kernels.figures import RoutingFigures, entropy_of_mean, routing_figures
 from moe_kernels.layer import SAVED_NAMES, moe_mlp
 from moe_kernels.permute import combine, dispatch
@@ -13,6 +13,7 @@ from moe_kernels.routing import route, router_noise
 from moe_kernels.types import (
     Activation,
     Layout,
+    MatmulActivation,
     MlpWeights,
     MoeOutput,
     Plan,
@@ -27,6 +28,7 @@ __all__ = [
     "SAVED_NAMES",
     "Activation",
     "Layout",
+    "MatmulActivation",
     "MlpWeights",
     "MoeOutput",
     "Plan",
@@ -44,6 +46,7 @@ __all__ = [
     "expert_mlp",
     "expert_parallel",
     "explain",
+    "grouped_glu",
     "grouped_matmul",
     "make_plan",
     "modality_priority",

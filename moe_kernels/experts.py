@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 from jaxtyping import Array, Float
 
 from moe_kernels import backends
-from moe_kernels.backends.base import MlpStatic, apply
+from moe_kernels.backends.base import MatmulStatic, MatmulWeights, MlpStatic, apply, epilogue_of
 from moe_kernels.permute import check_rows
-from moe_kernels.types import Activation, Layout, MlpWeights, Plan, Runs
+from moe_kernels.types import Activation, Layout, MatmulActivation, MlpWeights, Plan, Runs
 
 
 def grouped_matmul(
-    rows: Float[Array, "R D"], weight: Float[Array, "E D F"], plan: Plan, *, backend: str | None = None
+    rows: Float[Array, "R D"],
+    weight: Float[Array, "E D F"],
+    plan: Plan,
+    *,
+    bias: Float[Array, "E F"] | None = None,
+    activation: MatmulActivation | None = None,
+    backend: str | None = None,
 ) -> Float[Array, "R F"]:
-    """Multiply the rows of every expert by its own matrix, accumulated in float32, result in the dtype of the rows.
+    """Multiply the rows of every expert by its own matrix, `act(x W_e + b_e)`, result in the dtype of the rows.
 
-    `dX_e = dY_e W_eᵀ`, `dW_e = X_eᵀ dY_e` (in the dtype of the weights; exactly 0 for an expert without rows). What
-    stands in unused rows of the result is not promised, and what stands in unused rows of the input is never read into
-    a gradient. Raises ValueError for shapes that do not fit the plan.
+    Matmuls accumulate in float32; with an activation (`gelu_tanh`, `gelu_erf` or `silu`, computed in float32) its
+    argument is rounded to the dtype of the rows, as in `expert_mlp`. Gradients for rows, weight and bias, those of the
+    weights in their dtypes and exactly 0 for an expert without rows: `dX_e = dH_e W_eᵀ`, `dW_e = X_eᵀ dH_e` and
+    `db_e = Σ dH_e`, where `dH` is `dY` taken back through the activation. The argument of the activation is computed
+    again on the way back, so that nothing but the inputs is kept. What stands in unused rows of the result is not
+    promised, and what stands in unused rows of the input is never read into a gradient. Raises ValueError for shapes
+    that do not fit the plan and for another activation.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import dispatch, make_plan, route
@@ -28,14 +38,67 @@ def grouped_matmul(
     >>> weight = jnp.stack([jnp.eye(2), 3 * jnp.eye(2)])
     >>> grouped_matmul(dispatch(x, plan), weight, plan)[8].tolist()
     [0.0, 3.0]
+    >>> grouped_matmul(dispatch(x, plan), weight, plan, bias=jnp.ones((2, 2)))[8].tolist()
+    [1.0, 4.0]
     """
     check_rows("rows", rows, plan.layout.num_rows)
     _check_weight("weight", weight, (plan.layout.num_experts, rows.shape[1], None))
+    if bias is not None:
+        _check_weight("bias", bias, (plan.layout.num_experts, weight.shape[2]))
+    if activation is not None:
+        _check_activation(activation, MatmulActivation)
+    return _matmul(rows, MatmulWeights(weight, bias), plan, activation, backend)
+
+
+def grouped_glu(
+    rows: Float[Array, "R D"],
+    gate_weight: Float[Array, "E D F"],
+    up_weight: Float[Array, "E D F"],
+    plan: Plan,
+    *,
+    activation: MatmulActivation = "silu",
+    backend: str | None = None,
+) -> Float[Array, "R F"]:
+    """Both first matmuls of gated expert MLPs in one, `act(x G_e) * (x U_e)`, so that rows are read once.
+
+    `silu` makes SwiGLU, `gelu_tanh` and `gelu_erf` GEGLU. Both products are rounded to the dtype of the rows, the
+    activation and its product with `x U_e` are computed in float32. Everything else, gradients included, as in
+    `grouped_matmul`; both products are computed again on the way back.
+
+    >>> import jax.numpy as jnp
+    >>> from moe_kernels import dispatch, make_plan, route
+    >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> plan = make_plan(route(x, jnp.eye(2)), num_experts=2, capacity=1)
+    >>> gate, up = jnp.stack([jnp.eye(2)] * 2), jnp.full((2, 2, 2), 2.0)
+    >>> [round(value, 4) for value in grouped_glu(dispatch(x, plan), gate, up, plan)[8].tolist()]
+    [0.0, 1.4621]
+    """
+    check_rows("rows", rows, plan.layout.num_rows)
+    _check_weight("gate_weight", gate_weight, (plan.layout.num_experts, rows.shape[1], None))
+    _check_weight("up_weight", up_weight, gate_weight.shape)
+    if up_weight.dtype != gate_weight.dtype:
+        raise ValueError(f"up_weight has dtype {up_weight.dtype}; give it that of gate_weight, {gate_weight.dtype}")
+    _check_activation(activation, MatmulActivation)
+    return _matmul(rows, MatmulWeights(gate_weight, up=up_weight), plan, activation, backend)
+
+
+def _matmul(
+    rows: Float[Array, "R D"],
+    weights: MatmulWeights,
+    plan: Plan,
+    activation: MatmulActivation | None,
+    backend: str | None,
+) -> Float[Array, "R F"]:
     problem = backends.problem_of(
-        "grouped_matmul", rows, plan.layout.num_experts, expert_width=weight.shape[2], layout=plan.layout
+        "grouped_matmul",
+        rows,
+        plan.layout.num_experts,
+        expert_width=weights.weight.shape[2],
+        layout=plan.layout,
+        epilogue=epilogue_of(weights, activation),
     )
     span = backends.choose(problem, backend)
-    return apply(span, plan.layout, (rows, weight), (plan.runs,))
+    return apply(span, MatmulStatic(plan.layout, activation), (rows, weights), (plan.runs,))
 
 
 def expert_mlp(
@@ -83,8 +146,7 @@ def expert_mlp_over_runs(
 
 def check_mlp(weights: MlpWeights, num_experts: int, width: int, activation: Activation) -> None:
     """Refuse weights that do not fit together or the rows, and an activation that does not exist."""
-    if activation not in get_args(Activation):
-        raise ValueError(f"activation={activation!r} is not one of {', '.join(get_args(Activation))}")
+    _check_activation(activation, Activation)
     expert_width = weights.w1.shape[-1]
     _check_weight("weights.w1", weights.w1, (num_experts, width, None))
     _check_weight("weights.w2", weights.w2, (num_experts, expert_width, width))
@@ -92,6 +154,11 @@ def check_mlp(weights: MlpWeights, num_experts: int, width: int, activation: Act
         _check_weight("weights.b1", weights.b1, (num_experts, expert_width))
     if weights.b2 is not None:
         _check_weight("weights.b2", weights.b2, (num_experts, width))
+
+
+def _check_activation(activation: str, those: Any) -> None:
+    if activation not in get_args(those):
+        raise ValueError(f"activation={activation!r} is not one of {', '.join(get_args(those))}")
 
 
 def _check_weight(name: str, array: Float[Array, "..."], expected: tuple[int | None, ...]) -> None:

@@ -14,6 +14,9 @@ import jax
 from jaxtyping import Array, Float, Int
 
 Activation = Literal["gelu_tanh", "gelu_erf"]
+MatmulActivation = Literal["gelu_tanh", "gelu_erf", "silu"]
+Epilogue = Literal["none", "pointwise", "gated"]
+"""What a grouped matmul does before it rounds its result: nothing, bias and activation, a product of two matmuls."""
 Priority = Literal["bpr", "arrival", "random", "modality"]
 CapacityFactor = float | int | str | Fraction
 """A float stands for the decimal literal that prints as it."""

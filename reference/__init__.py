@@ -1,6 +1,7 @@
 """The oracle: LIMoE in NumPy and float64, in loops that can be checked by eye. It shares no code with the product."""
 
 from reference import losses, metrics, model
+from reference.matmul import MatmulGradients, grouped_matmul, grouped_matmul_gradient
 from reference.moe import (
     MlpWeights,
     MoeGradients,
@@ -20,6 +21,7 @@ from reference.plan import Plan, claim_order, expert_capacity, make_plan
 from reference.routing import Routing, RoutingSums, entropy, logsumexp, route, route_gradient, softmax, zero_sums
 
 __all__ = [
+    "MatmulGradients",
     "MlpWeights",
     "MoeGradients",
     "MoeOutput",
@@ -37,6 +39,8 @@ __all__ = [
     "expert_mlp_gradient",
     "gelu",
     "gelu_derivative",
+    "grouped_matmul",
+    "grouped_matmul_gradient",
     "logsumexp",
     "losses",
     "make_plan",

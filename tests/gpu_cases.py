@@ -11,7 +11,7 @@ import pytest
 from moe_cases import assert_close
 
 from moe_kernels.backends import choose, problem_of
-from moe_kernels.backends.base import MlpStatic, apply
+from moe_kernels.backends.base import MatmulStatic, MatmulWeights, MlpStatic, apply
 from moe_kernels.types import MlpWeights
 
 # One rounding to the dtype of the rows.
@@ -50,7 +50,8 @@ def span_of(name: str, rows: nasty.Rows, x: jax.Array):
 def matmul(rows: nasty.Rows, x, weight, dout, size):
     """Output, dX and dW."""
     span = span_of("grouped_matmul", rows, x)
-    out, pullback = jax.vjp(lambda x, w: apply(span, rows.layout, (x, w), (rows.runs(size),)), x, weight)
+    run = lambda x, w: apply(span, MatmulStatic(rows.layout), (x, MatmulWeights(w)), (rows.runs(size),))  # noqa: E731
+    out, pullback = jax.vjp(run, x, weight)
     return out, *pullback(dout)
 
 
@@ -84,14 +85,14 @@ def check_matmul(name: str, dtype: str, weight_dtype: str, sizes=None) -> None:
         assert [a.dtype for a in found] == [x.dtype, x.dtype, weight.dtype]
         out, dx, dw = (np.asarray(a, np.float64) for a in found)
         # The kernel multiplies weights of the rows' dtype, so the oracle does.
-        want = nasty.expected_matmul(rows, x, weight.astype(dtype), dout, size)
+        want = nasty.expected_matmul(rows.runs(np.array(size)), x, MatmulWeights(weight.astype(dtype)), dout)
         used, one = rows.used(np.array(size)), {"length": 1, "roundings": 1}
         # Sums are float32 and as good as exact; what is left is one rounding of the result.
         assert_close(out[used], want[0][used], name=f"out {size}", eps=EPS[dtype], **one)
         assert_close(dx[used], want[1][used], name=f"dx {size}", eps=EPS[dtype], **one)
         eps = {"float32": 2.0**-20}.get(weight_dtype, EPS.get(weight_dtype, 0))
         flat = (rows.experts * rows.width, rows.hidden)
-        close(dw.reshape(flat), want[2].reshape(flat), name=f"dw {size}", eps=eps, **one)
+        close(dw.reshape(flat), want.dweights.weight.reshape(flat), name=f"dw {size}", eps=eps, **one)
 
 
 def check_mlp(name: str, dtype: str, weight_dtype: str, activation: str = "gelu_tanh", sizes=None, bias=True) -> None:

@@ -12,11 +12,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from moe_cases import assert_close
 
 import reference
 from moe_kernels import MlpWeights
+from moe_kernels.backends.base import MatmulWeights
 from moe_kernels.plan import ROW_ALIGNMENT
-from moe_kernels.types import Activation, Layout, Runs
+from moe_kernels.types import Activation, Epilogue, Layout, MatmulActivation, Runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,14 +180,92 @@ def mlp_magnitudes(rows: Rows, given: Operands, size: np.ndarray | tuple[int, ..
     return Expected(out, dx, dw)
 
 
+def matmul_operands(
+    rows: Rows, *, dtype: str = "float32", weight_dtype: str = "float32", epilogue: Epilogue = "none", seed: int = 0
+) -> tuple[jax.Array, MatmulWeights, jax.Array]:
+    """Rows, weights and gradient of the output for a grouped matmul; all rows hold numbers, used or not."""
+    rng = np.random.default_rng(seed)
+    x, dout = rng.normal(size=(rows.num_rows, rows.width)), rng.normal(size=(rows.num_rows, rows.hidden))
+    weight, up = rng.normal(size=(2, rows.experts, rows.width, rows.hidden)) / np.sqrt(rows.width)
+    weights = MatmulWeights(
+        jnp.asarray(weight, weight_dtype),
+        jnp.asarray(rng.normal(size=(rows.experts, rows.hidden)), weight_dtype) if epilogue == "pointwise" else None,
+        jnp.asarray(up, weight_dtype) if epilogue == "gated" else None,
+    )
+    return jnp.asarray(x, dtype), weights, jnp.asarray(dout, dtype)
+
+
+class ExpectedMatmul(NamedTuple):
+    """Output and gradients in float64."""
+
+    out: np.ndarray
+    drows: np.ndarray
+    dweights: MatmulWeights
+
+
 def expected_matmul(
-    rows: Rows, x: jax.Array, weight: jax.Array, dout: jax.Array, size: np.ndarray | tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Output, `dX_e = dY_e W_eᵀ` and `dW_e = X_eᵀ dY_e` in float64, run by run."""
-    x64, w64, dy64 = (np.asarray(a, np.float64) for a in (x, weight, dout))
-    out, dx, dw = np.zeros((rows.num_rows, w64.shape[2])), np.zeros(x64.shape), np.zeros(w64.shape)
-    for n, (first, count) in enumerate(zip(np.asarray(rows.runs(np.asarray(size)).first), size, strict=True)):
-        own, e = slice(first, first + count), n // rows.runs_per_expert
-        out[own], dx[own] = x64[own] @ w64[e], dy64[own] @ w64[e].T
-        dw[e] += x64[own].T @ dy64[own]
-    return out, dx, dw
+    runs: Runs, x: jax.Array, weights: MatmulWeights, dout: jax.Array, activation: MatmulActivation | None = None
+) -> ExpectedMatmul:
+    """The oracle: `reference`, with every run as an expert of its own that repeats its expert's weights."""
+    x64, dout64 = (np.asarray(a, np.float64) for a in (x, dout))
+    expert, plan = np.asarray(runs.expert), _Runs(np.asarray(runs.first), np.asarray(runs.size))
+    weight, bias, up = (None if w is None else np.asarray(w, np.float64)[expert] for w in weights)
+    assert weight is not None
+    more = {"bias": bias, "up": up, "activation": activation}
+    gradient = reference.grouped_matmul_gradient(x64, weight, dout64, plan, **more)
+    total = jax.tree.map(lambda w: np.zeros(w.shape), weights)
+    for mine, parts in zip(total, gradient[1:], strict=True):
+        if mine is not None:
+            np.add.at(mine, expert, parts)
+    return ExpectedMatmul(reference.grouped_matmul(x64, weight, plan, **more), gradient.rows, total)
+
+
+def matmul_magnitudes(
+    runs: Runs, x: jax.Array, weights: MatmulWeights, dout: jax.Array, activation: MatmulActivation | None = None
+) -> ExpectedMatmul:
+    """What each entry of `expected_matmul` is a sum of, all terms as absolute values.
+
+    No activation is larger than its argument, and no slope than 1.13; it errs by at most its argument's error.
+    """
+    x, dout = (np.abs(np.asarray(a, np.float64)) for a in (x, dout))
+    weights = jax.tree.map(lambda w: np.abs(np.asarray(w, np.float64)), weights)
+    out, dx, total = np.zeros(dout.shape), np.zeros(x.shape), jax.tree.map(np.zeros_like, weights)
+    for e, first, count in zip(*map(np.asarray, runs), strict=True):
+        own = slice(first, first + count)
+        before = x[own] @ weights.weight[e] + (0 if weights.bias is None else weights.bias[e])
+        up = 1 if weights.up is None else x[own] @ weights.up[e]
+        dbefore = dout[own] * up * (1 if activation is None else 1.13 * (1 + before))
+        out[own], dx[own] = before * up, dbefore @ weights.weight[e].T
+        total.weight[e] += x[own].T @ dbefore
+        if weights.bias is not None:
+            total.bias[e] += dbefore.sum(axis=0)
+        if weights.up is not None:
+            dx[own] += (dout[own] * before) @ weights.up[e].T
+            total.up[e] += x[own].T @ (dout[own] * before)
+    return ExpectedMatmul(out, dx, total)
+
+
+def check_matmul(
+    runs: Runs,
+    given: tuple[jax.Array, MatmulWeights, jax.Array],
+    found: tuple[jax.Array, jax.Array, MatmulWeights],
+    activation: MatmulActivation | None = None,
+) -> None:
+    """Compare output and gradients with the oracle, row by row, against what each entry is a sum of."""
+    (x, weights, _), (out, drows, dweights) = given, found
+    assert out.dtype == drows.dtype == x.dtype
+    assert jax.tree.map(lambda w: w.dtype, dweights) == jax.tree.map(lambda w: w.dtype, weights)
+    wanted, scale = expected_matmul(runs, *given, activation), matmul_magnitudes(runs, *given, activation)
+    used = np.zeros(len(x), bool)
+    for first, count in zip(np.asarray(runs.first), np.asarray(runs.size), strict=True):
+        used[first : first + count] = True
+    # In bfloat16 what activations are of and results are rounded once; sums are in float32.
+    exact = x.dtype == jnp.float32
+    longest = max(*weights.weight.shape[1:], int(np.max(runs.size, initial=1)))
+    bound = {"eps": 2.0**-23 if exact else 2.0**-8, "roundings": 1, "length": longest if exact else 1}
+    for name, mine, theirs, behind in zip(("out", "drows"), (out, drows), wanted, scale, strict=False):
+        assert_close(np.asarray(mine, np.float64)[used], theirs[used], name=name, scale=behind[used], **bound)
+    for name, *arrays in zip(dweights._fields, dweights, wanted.dweights, scale.dweights, strict=True):
+        if arrays[0] is not None:
+            mine, theirs, behind = (np.asarray(a, np.float64).reshape(len(a), -1) for a in arrays)
+            assert_close(mine, theirs, name=f"d{name}", scale=behind, **bound)

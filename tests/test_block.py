@@ -8,7 +8,7 @@ import pytest
 from moe_cases import assert_close
 
 from moe_kernels import MlpWeights, backends
-from moe_kernels.backends.base import MlpStatic, apply
+from moe_kernels.backends.base import MatmulStatic, MatmulWeights, MlpStatic, apply
 from moe_kernels.types import Layout, Runs
 
 EXPERTS, WIDTH, HIDDEN = 4, 5, 6
@@ -52,7 +52,8 @@ def mlp_and_gradients(platform, layout, x, dy, weights, runs):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def matmul_and_gradients(platform, layout, x, dh, weight, runs):
     span = span_for(platform, "grouped_matmul", x, layout)
-    y, pull = jax.vjp(lambda x, w: apply(span, layout, (x, w), (runs,)), x, weight)
+    run = lambda x, w: apply(span, MatmulStatic(layout), (x, MatmulWeights(w)), (runs,))  # noqa: E731
+    y, pull = jax.vjp(run, x, weight)
     return y, *pull(dh)
 
 

@@ -17,6 +17,7 @@ from moe_kernels import (
     dispatch,
     expert_capacity,
     expert_mlp,
+    grouped_glu,
     grouped_matmul,
     make_plan,
     moe_mlp,
@@ -173,13 +174,15 @@ spoil.defvjp(
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
 def chain(capacity, bad, tokens, gate, expert, weights, dy):
-    """Dispatch, experts, grouped matmul, combine, with `bad` in the unused rows between any two of them."""
+    """Dispatch, experts, grouped matmuls, combine, with `bad` in the unused rows between any two of them."""
     plan = make_plan(Routing(expert, gate, NO_SUMS), num_experts=EXPERTS, num_groups=GROUPS, capacity=capacity)
     used = plan.source < TOKENS * CHOICES
 
     def apply(tokens, gate, weights):
         rows = spoil(expert_mlp(spoil(dispatch(tokens, plan), used, bad), weights, plan), used, bad)
-        more = spoil(grouped_matmul(rows, weights.w1[:, :, :WIDTH], plan), used, bad)
+        hidden = weights.w1[:, :, :WIDTH], weights.w1[:, :, -WIDTH:]
+        more = spoil(grouped_matmul(rows, hidden[0], plan), used, bad)
+        more = more + spoil(grouped_glu(rows, *hidden, plan), used, bad)
         return combine(rows, gate, plan), combine(more, gate, plan)
 
     outputs, pull = jax.vjp(apply, tokens, gate, weights)

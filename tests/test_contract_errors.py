@@ -15,6 +15,7 @@ from moe_kernels import (
     expert_capacity,
     expert_mlp,
     explain,
+    grouped_glu,
     grouped_matmul,
     make_plan,
     moe_mlp,
@@ -102,6 +103,30 @@ OPERATION_MISTAKES = [
     (lambda: grouped_matmul(ROWS[1:], WEIGHTS.w1, plan()), "rows has shape (23, 4); the plan is for [24, D]"),
     (lambda: grouped_matmul(ROWS, WEIGHTS.w2, plan()), "weight has shape (3, 8, 4); it must be [3, 4, any]"),
     (lambda: grouped_matmul(ROWS, WEIGHTS.w1[0], plan()), "weight has shape (4, 8); it must be [3, 4, any]"),
+    (
+        lambda: grouped_matmul(ROWS, WEIGHTS.w1, plan(), bias=WEIGHTS.b2),
+        "bias has shape (3, 4); it must be [3, 8]",
+    ),
+    (
+        lambda: grouped_matmul(ROWS, WEIGHTS.w1, plan(), activation="relu"),
+        "activation='relu' is not one of gelu_tanh, gelu_erf, silu",
+    ),
+    (
+        lambda: grouped_glu(ROWS, WEIGHTS.w1, WEIGHTS.w1, plan(), activation=None),
+        "activation=None is not one of gelu_tanh, gelu_erf, silu",
+    ),
+    (
+        lambda: grouped_glu(ROWS, WEIGHTS.w2, WEIGHTS.w2, plan()),
+        "gate_weight has shape (3, 8, 4); it must be [3, 4, any]",
+    ),
+    (
+        lambda: grouped_glu(ROWS, WEIGHTS.w1, WEIGHTS.w2, plan()),
+        "up_weight has shape (3, 8, 4); it must be [3, 4, 8]",
+    ),
+    (
+        lambda: grouped_glu(ROWS, WEIGHTS.w1, WEIGHTS.w1.astype(jnp.bfloat16), plan()),
+        "up_weight has dtype bfloat16; give it that of gate_weight, float32",
+    ),
     (lambda: make_plan(route(X, ROUTER), num_experts=3, num_groups=4), "num_groups=4; use a divisor of 6"),
     (lambda: make_plan(route(X, ROUTER), num_experts=3, capacity=0), "capacity=0 must be at least 1; use None"),
     (lambda: expert_capacity(8, 1, 2, -1.0), "capacity_factor=-1.0 must be positive"),

@@ -17,7 +17,6 @@ from moe_kernels import (
     combine,
     dispatch,
     expert_mlp,
-    grouped_matmul,
     moe_mlp,
     random_priority,
     route,
@@ -77,30 +76,6 @@ def test_dispatch_experts_combine(shape, seed, pattern, activation):
         assert_close(mine, theirs, length=length * shape.tokens, name=f"d{name}", scale=size)
     unused = np.asarray(plan.runs.size) == 0
     assert all((np.asarray(x)[unused] == 0).all() for x in dw)
-
-
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
-def matmul_and_gradients(shape: Shape, plan, rows, weight, dy):
-    y, pull = jax.vjp(lambda rows, weight: grouped_matmul(rows, weight, plan), rows, weight)
-    return y, *pull(dy)
-
-
-@given(st.sampled_from(SHAPES), st.integers(0, 10**6), st.sampled_from(PATTERNS))
-def test_grouped_matmul_with_nan_in_unused_rows(shape, seed, pattern):
-    rng = np.random.default_rng(seed)
-    plan = plan_of(shape, *gates(shape, seed, pattern), None)
-    used = np.asarray(plan.source) < shape.tokens * shape.choices
-    rows = rng.normal(size=(plan.layout.num_rows, shape.width)).astype(np.float32)
-    dy = rng.normal(size=(plan.layout.num_rows, shape.hidden)).astype(np.float32)
-    weight = rng.normal(size=(shape.experts, shape.width, shape.hidden)).astype(np.float32)
-    rows[~used], dy[~used] = np.nan, np.inf
-    y, drows, dweight = matmul_and_gradients(shape, plan, rows, weight, dy)
-    for e, (first, size) in enumerate(zip(plan.runs.first, plan.runs.size, strict=True)):
-        run = slice(int(first), int(first + size))
-        x64, dy64, w64 = (np.asarray(a, np.float64) for a in (rows[run], dy[run], weight[e]))
-        assert_close(y[run], x64 @ w64, length=shape.width, name="y")
-        assert_close(drows[run], dy64 @ w64.T, length=shape.hidden, name="dx")
-        assert_close(dweight[e], x64.T @ dy64, length=max(int(size), 1), name="dw")
 
 
 def layer_arguments(shape: Shape, seed: int):

@@ -10,7 +10,7 @@ import pytest
 from moe_cases import FAST, assert_close
 
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.tiling import RowTiles, Tiles
+from moe_kernels.backends.tiling import RowTiles, Tiles, mlp_backward_tiles
 from moe_kernels.backends.tpu.launch import Target
 from moe_kernels.backends.tpu.mlp import expert_mlp_forward, run_forward
 from moe_kernels.backends.tpu.mlp_backward import expert_mlp_backward, run_backward
@@ -109,6 +109,15 @@ def test_every_pattern_of_empty_experts(name):
             assert (empty == 0).all() and np.isfinite(gradient).all()
     for size in nasty.empty_patterns(rows)[::37]:
         check(rows, given, size, mlp(rows, tiles, TARGET, "gelu_tanh", given, size))
+
+
+def test_a_published_width():
+    """F 2880 = 22.5 x 128, with the block sizes that are chosen for it; two experts with few rows."""
+    rows = nasty.Rows(experts=2, rows_per_run=16, width=320, hidden=2880)
+    given, size = nasty.operands(rows, dtype="bfloat16", weight_dtype="bfloat16"), (15, 3)
+    tiles = mlp_backward_tiles(rows.layout, rows.width, rows.hidden, 2, 2, TARGET.facts)
+    assert tiles.num_chunks > 1 and tiles.padded > rows.hidden
+    check(rows, given, size, mlp(rows, tiles, TARGET, "gelu_tanh", given, np.array(size)))
 
 
 def test_the_exact_gelu():

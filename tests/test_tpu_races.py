@@ -7,36 +7,26 @@ import jax
 import nasty_cases as nasty
 import numpy as np
 import pytest
+import test_tpu_matmul
+import test_tpu_mlp
 from jax.experimental.pallas import tpu as pltpu
 from moe_cases import FAST
-from test_tpu_mlp import check, tiles_of
 
-from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.launch import Target
-from moe_kernels.backends.tpu.mlp import run_forward
-from moe_kernels.backends.tpu.mlp_backward import run_backward
 
 BLOCK = nasty.Rows(experts=4, rows_per_run=24, width=8, hidden=256)
 PACKED = nasty.Rows(experts=4, rows_per_run=None, width=8, hidden=256, packed_rows=96)
 CASES = {
     # Sizes; tiles: two chunks of F; an item of two pieces, items of one piece each (one expert has several).
-    "block": (BLOCK, (23, 0, 7, 24), tiles_of(BLOCK, 32, (16,), 128)),
-    "packed": (PACKED, (33, 0, 9, 16), tiles_of(PACKED, 16, (16,), 128)),
+    "block": (BLOCK, (23, 0, 7, 24), test_tpu_mlp.tiles_of(BLOCK, 32, (16,), 128)),
+    "packed": (PACKED, (33, 0, 9, 16), test_tpu_mlp.tiles_of(PACKED, 16, (16,), 128)),
+    # One chunk of F: what is read back was written in the very step before.
+    "packed, one chunk": (PACKED, (33, 0, 9, 16), test_tpu_mlp.tiles_of(PACKED, 16, (16,), 256)),
 }
 
 
-def simulate(rows, size, tiles, *, num_cores=1, mode="on_wait", seed=0):
-    """Output and gradients, and whether a race was seen."""
-    given = nasty.operands(rows)
-    target = Target("TPU v6 lite", num_cores=num_cores, interpret=True)
-    static = MlpStatic(rows.layout, "gelu_tanh")
-
-    @functools.partial(jax.jit, compiler_options=FAST)
-    def run(given, size):
-        runs = rows.runs(size)
-        out = run_forward(tiles, target, static, given.rows, given.weights, runs)
-        return out, *run_backward(tiles, target, static, given.rows, given.weights, runs, given.dout)
-
+def simulate(run, given, size, *, num_cores=1, mode="on_wait", seed=0):
+    """What `run(target, given, size)` gives, and whether a race was seen."""
     parameters = pltpu.InterpretParams(
         detect_races=True,
         dma_execution_mode=mode,
@@ -45,9 +35,11 @@ def simulate(rows, size, tiles, *, num_cores=1, mode="on_wait", seed=0):
         uninitialized_memory="nan",
         out_of_bounds_reads="raise",
     )
+    target = Target("TPU v6 lite", num_cores=num_cores, interpret=True)
+    compiled = jax.jit(functools.partial(run, target), compiler_options=FAST)
     with pltpu.force_tpu_interpret_mode(parameters):
-        found = jax.block_until_ready(run(given, np.array(size, np.int32)))
-    return given, found, race_detector().races.races_found
+        found = jax.block_until_ready(compiled(given, np.array(size, np.int32)))
+    return found, race_detector().races.races_found
 
 
 def race_detector():
@@ -57,9 +49,51 @@ def race_detector():
 
 @pytest.mark.parametrize("mode", ["eager", "on_wait"])
 @pytest.mark.parametrize("num_cores", [1, 2])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["block", "packed"])
 def test_no_races_and_no_uninitialised_memory(name, num_cores, mode):
     rows, size, tiles = CASES[name]
-    given, found, races = simulate(rows, size, tiles, num_cores=num_cores, mode=mode, seed=num_cores)
-    check(rows, given, size, found)
+    given = nasty.operands(rows)
+
+    def run(target, given, size):
+        return test_tpu_mlp.mlp.__wrapped__(rows, tiles, target, "gelu_tanh", given, size)
+
+    found, races = simulate(run, given, size, num_cores=num_cores, mode=mode, seed=num_cores)
+    test_tpu_mlp.check(rows, given, size, found)
     assert not races
+
+
+def check_matmul(name, num_cores, mode, seed, epilogue):
+    rows, size, tiles = CASES[name]
+    given = nasty.matmul_operands(rows, epilogue=epilogue, seed=seed)
+    activation = test_tpu_matmul.EPILOGUES[epilogue]
+
+    def run(target, given, size):
+        return test_tpu_matmul.matmul.__wrapped__(rows, tiles, target, activation, given, size)
+
+    found, races = simulate(run, given, size, num_cores=num_cores, mode=mode, seed=seed)
+    test_tpu_matmul.check(rows, given, size, found, activation)
+    assert not races
+
+
+@pytest.mark.parametrize(
+    ("name", "num_cores", "mode", "seed", "epilogue"),
+    [
+        ("block", 1, "on_wait", 0, "none"),
+        ("block", 2, "eager", 1, "pointwise"),
+        ("packed", 1, "eager", 2, "gated"),
+        ("packed", 2, "on_wait", 3, "none"),
+        ("packed, one chunk", 1, "on_wait", 4, "none"),
+    ],
+)
+def test_a_grouped_matmul_has_no_races(name, num_cores, mode, seed, epilogue):
+    check_matmul(name, num_cores, mode, seed, epilogue)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("epilogue", test_tpu_matmul.EPILOGUES)
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("mode", ["eager", "on_wait"])
+@pytest.mark.parametrize("num_cores", [1, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_a_grouped_matmul_has_no_races_whatever_the_order(name, num_cores, mode, seed, epilogue):
+    check_matmul(name, num_cores, mode, seed, epilogue)

@@ -11,7 +11,7 @@ from moe_kernels.backends.base import Backend, Problem, Span, SpanName
 from moe_kernels.backends.gpu import GPU
 from moe_kernels.backends.tpu import TPU
 from moe_kernels.backends.xla import XLA
-from moe_kernels.types import Layout
+from moe_kernels.types import Epilogue, Layout
 
 BACKENDS: tuple[Backend, ...] = (TPU, GPU, XLA)
 
@@ -25,6 +25,7 @@ def problem_of(
     *,
     expert_width: int = 0,
     layout: Layout | None = None,
+    epilogue: Epilogue = "none",
 ) -> Problem:
     """Describe a call by its span and its main array, on the device that the call is traced for.
 
@@ -46,6 +47,7 @@ def problem_of(
         layout=layout,
         chip=chip,
         num_cores=num_cores,
+        epilogue=epilogue,
     )
 
 

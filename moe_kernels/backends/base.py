@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_kernels.types import Activation, Layout
+from moe_kernels.types import Activation, Epilogue, Layout, MatmulActivation
 
 SpanName = Literal["route", "dispatch", "grouped_matmul", "expert_mlp", "combine", "dispatch_mlp_combine"]
 
@@ -21,8 +21,8 @@ class Problem:
 
     `shape` and `dtype` are those of the tokens or rows; `expert_width` is the F of a matmul's weights; `chip` is the
     device kind as JAX names it ("TPU v5 lite"), empty if unknown, `num_cores` its TensorCores or multiprocessors, 0 if
-    unknown; `named` says that the user asked for this back end by
-    name, which is how a kernel runs interpreted on a CPU.
+    unknown; `named` says that the user asked for this back end by name, which is how a kernel runs interpreted on a
+    CPU; `epilogue` is that of a grouped matmul.
 
     >>> Problem("dispatch", "cpu", "float32", (4, 8), 2).span
     'dispatch'
@@ -38,6 +38,7 @@ class Problem:
     chip: str = ""
     num_cores: int = 1
     named: bool = False
+    epilogue: Epilogue = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,34 @@ class MlpStatic:
 
     layout: Layout
     activation: Activation
+
+
+class MatmulWeights(NamedTuple):
+    """What a grouped matmul is of: `act(x weight + bias)`, times `x up` where there is an `up`."""
+
+    weight: Float[Array, "E D F"]
+    bias: Float[Array, "E F"] | None = None
+    up: Float[Array, "E D F"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulStatic:
+    """Static facts of a grouped matmul; with an `up` there is an activation."""
+
+    layout: Layout
+    activation: MatmulActivation | None = None
+
+
+def epilogue_of(weights: MatmulWeights, activation: MatmulActivation | None) -> Epilogue:
+    """What follows the matmul.
+
+    >>> import jax.numpy as jnp
+    >>> epilogue_of(MatmulWeights(jnp.ones((2, 4, 8))), "silu")
+    'pointwise'
+    """
+    if weights.up is not None:
+        return "gated"
+    return "none" if weights.bias is None and activation is None else "pointwise"
 
 
 class Span(NamedTuple):

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 
-from moe_kernels.types import Layout
+from moe_kernels.types import Epilogue, Layout
 
 MIB = 2**20
 # Rows of two bfloat16 in a register: pieces start at multiples of it.
@@ -225,7 +225,14 @@ def mlp_backward_tiles(
 
 @functools.lru_cache
 def matmul_forward_tiles(
-    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
+    layout: Layout,
+    width: int,
+    expert_width: int,
+    itemsize: int,
+    weight_itemsize: int,
+    chip: Chip,
+    *,
+    epilogue: Epilogue = "none",
 ) -> Tiles | None:
     """Block sizes of a grouped matmul, or None where not even the smallest fit.
 
@@ -233,17 +240,30 @@ def matmul_forward_tiles(
     1024
     """
 
+    matrices = 2 if epilogue == "gated" else 1
+
     def need(rows: RowTiles, chunk: int) -> int:
         cast = _bytes(width, chunk, itemsize) if itemsize != weight_itemsize else 0
         held = 2 * _bytes(rows.rows, width, itemsize) + 2 * _bytes(rows.rows, chunk, itemsize)
-        return 2 * _bytes(width, chunk, weight_itemsize) + cast + held + _bytes(rows.pieces[0], chunk, 4)
+        weights = matrices * (2 * _bytes(width, chunk, weight_itemsize) + cast)
+        # Rows as the MXU wants them; of a gated pair the first product, rounded.
+        values = _bytes(rows.pieces[0], width, itemsize)
+        values += _bytes(rows.pieces[0], chunk, itemsize) if epilogue == "gated" else 0
+        return weights + held + values
 
     return _choose(layout, expert_width, chip, need)
 
 
 @functools.lru_cache
 def matmul_backward_tiles(
-    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
+    layout: Layout,
+    width: int,
+    expert_width: int,
+    itemsize: int,
+    weight_itemsize: int,
+    chip: Chip,
+    *,
+    epilogue: Epilogue = "none",
 ) -> Tiles | None:
     """Block sizes of both gradients of a grouped matmul, or None where not even the smallest fit.
 
@@ -251,14 +271,18 @@ def matmul_backward_tiles(
     1024
     """
 
+    matrices = 2 if epilogue == "gated" else 1
+
     def need(rows: RowTiles, chunk: int) -> int:
         out = weight_itemsize if one_item(layout, rows) else 4
         sums = 0 if out == 4 else _bytes(width, chunk, 4)
         cast = _bytes(width, chunk, itemsize) if itemsize != weight_itemsize else 0
         held = 2 * _bytes(rows.rows, width, itemsize) + 2 * _bytes(rows.rows, chunk, itemsize)
-        weights = 2 * (_bytes(width, chunk, weight_itemsize) + _bytes(width, chunk, out)) + cast + sums
-        values = _bytes(rows.pieces[0], width, 4) + _bytes(rows.rows, chunk, itemsize) + _bytes(width, chunk, 4)
-        return weights + held + _bytes(rows.rows, width, 4) + values
+        each = 2 * (_bytes(width, chunk, weight_itemsize) + _bytes(width, chunk, out)) + cast + sums
+        # The product that is added to dx, and what is computed again of an activation's argument, value and slope.
+        values = _bytes(rows.pieces[0], width, 4)
+        values += {"none": 0, "pointwise": 1, "gated": 4}[epilogue] * _bytes(rows.pieces[0], chunk, 4)
+        return matrices * each + held + _bytes(rows.rows, width, 4) + values
 
     return _choose(layout, expert_width, chip, need)
 

@@ -38,6 +38,8 @@ def why_not(problem: Problem) -> str | None:
     for name, size in (("width", problem.shape[-1]), ("expert width", problem.expert_width)):
         if size < 1 or size % WIDTH_ALIGNMENT:
             return f"{name} {size} is not a multiple of {WIDTH_ALIGNMENT}"
+    if problem.epilogue != "none":
+        return "a grouped matmul with bias, activation or gate is not written for GPUs"
     return _rows_misfit(problem.layout)
 
 

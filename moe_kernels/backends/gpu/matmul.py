@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
+from moe_kernels.backends.base import MatmulStatic, MatmulWeights
 from moe_kernels.backends.gpu.launch import Device
 from moe_kernels.backends.gpu.row_matmul import row_matmul
 from moe_kernels.backends.gpu.schedule import RowTiles, row_tiles
@@ -20,7 +21,7 @@ class MatmulSaved(NamedTuple):
     """What the backward pass of a grouped matmul needs."""
 
     rows: Float[Array, "R D"]
-    weight: Float[Array, "E D F"]
+    weights: MatmulWeights
     runs: Runs
 
 
@@ -47,17 +48,17 @@ def gradient_like(
 
 
 def grouped_matmul_forward(
-    device: Device, layout: Layout, rows: Float[Array, "R D"], weight: Float[Array, "E D F"], runs: Runs
+    device: Device, static: MatmulStatic, rows: Float[Array, "R D"], weights: MatmulWeights, runs: Runs
 ) -> tuple[Float[Array, "R F"], MatmulSaved]:
     """`y = x W_e`; unused rows hold anything, NaN included."""
-    (out,) = row_matmul(rows, weight.astype(rows.dtype), tall_tiles(runs, layout), device)
-    return out, MatmulSaved(rows, weight, runs)
+    (out,) = row_matmul(rows, weights.weight.astype(rows.dtype), tall_tiles(runs, static.layout), device)
+    return out, MatmulSaved(rows, weights, runs)
 
 
 def grouped_matmul_backward(
-    device: Device, layout: Layout, saved: MatmulSaved, dout: Float[Array, "R F"]
-) -> tuple[jax.Array, jax.Array]:
+    device: Device, static: MatmulStatic, saved: MatmulSaved, dout: Float[Array, "R F"]
+) -> tuple[jax.Array, MatmulWeights]:
     """`dX_e = dY_e W_eᵀ` and `dW_e = X_eᵀ dY_e`."""
-    rows, weight, runs = saved
-    (drows,) = row_matmul(dout, weight.astype(rows.dtype), tall_tiles(runs, layout), device, transposed=True)
-    return drows, gradient_like(weight, rows, dout, flat_tiles(runs, layout), device)
+    rows, (weight, _, _), runs = saved
+    (drows,) = row_matmul(dout, weight.astype(rows.dtype), tall_tiles(runs, static.layout), device, transposed=True)
+    return drows, MatmulWeights(gradient_like(weight, rows, dout, flat_tiles(runs, static.layout), device))

@@ -15,7 +15,8 @@ from moe_kernels.backends.tiling import (
     mlp_forward_tiles,
 )
 from moe_kernels.backends.tpu.launch import STAND_IN, Target
-from moe_kernels.backends.tpu.matmul import grouped_matmul_backward, grouped_matmul_forward
+from moe_kernels.backends.tpu.matmul import grouped_matmul_forward
+from moe_kernels.backends.tpu.matmul_backward import grouped_matmul_backward
 from moe_kernels.backends.tpu.mlp import expert_mlp_forward
 from moe_kernels.backends.tpu.mlp_backward import expert_mlp_backward
 from moe_kernels.backends.tpu.rows import ROW_ALIGNMENT
@@ -59,9 +60,10 @@ def _rows_misfit(problem: Problem) -> str | None:
 def _vmem_misfit(problem: Problem) -> str | None:
     assert problem.layout is not None
     chip = CHIPS[_target(problem).chip]
+    epilogue = {"epilogue": problem.epilogue} if problem.span == "grouped_matmul" else {}
     for choose in TILES[problem.span]:
         sizes = (problem.shape[-1], problem.expert_width, ITEMSIZES[problem.dtype], LARGEST_WEIGHT)
-        if choose(problem.layout, *sizes, chip) is None:
+        if choose(problem.layout, *sizes, chip, **epilogue) is None:
             return (
                 f"width {problem.shape[-1]} with expert width {problem.expert_width} does not fit the "
                 f"{chip.vmem // MIB} MiB of VMEM of {_target(problem).chip}"

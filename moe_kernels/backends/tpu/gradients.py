@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
 
-from moe_kernels.backends.schedule import PADDING, STARTS
+from moe_kernels.backends.schedule import PADDING, STARTS, Schedule
 from moe_kernels.backends.tpu.launch import Grid
 from moe_kernels.backends.tpu.rows import Scalar, Scalars
 from moe_kernels.backends.tpu.step import Step
+from moe_kernels.types import Layout
 
 
 class Gradient(NamedTuple):
@@ -139,3 +141,12 @@ def gradient_dtype(weight_dtype: Any, once: bool) -> Any:
 def gradient_slots(grid: Grid, once: bool) -> int:
     """Two chunks on their way; one where an expert's next item reads the same chunk back in the very next step."""
     return 2 if once or grid.chunks > 1 else 1
+
+
+def by_expert(sums: Float[Array, "Q F"], schedule: Schedule, layout: Layout, once: bool) -> Float[Array, "E F"]:
+    """Add the sums of the items of each expert, without letting a NaN out of its expert."""
+    if once:
+        return sums[: layout.num_experts]
+    experts = jnp.arange(layout.num_experts, dtype=jnp.int32)
+    mine = (schedule.expert == experts[:, None]) & (schedule.part != PADDING)
+    return jnp.sum(jnp.where(mine[..., None], sums, 0.0), axis=1)

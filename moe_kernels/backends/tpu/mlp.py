@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tiling import Tiles, mlp_forward_tiles
-from moe_kernels.backends.tpu.gelu import gelu
+from moe_kernels.backends.tpu.activation import activate
 from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, tiles_for, unflatten
 from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of
 from moe_kernels.backends.tpu.step import this_step
@@ -154,7 +154,7 @@ def _forward(tiles: Tiles, static: MlpStatic, grid: Grid, scalars: Scalars, refs
     def work(offset: Scalar, size: int) -> None:
         own = pl.ds(offset, size)
         hidden = (dot(rows[own], w1[...], (1, 0)) + refs.b1[0]).astype(dtype)
-        activated = gelu(hidden.astype(jnp.float32), static.activation).astype(dtype)
+        activated = activate(hidden.astype(jnp.float32), static.activation).astype(dtype)
         refs.total[own] += dot(activated, w2[...], (1, 0))
 
     over_pieces(*pieces_of(scalars, at, tiles.rows), tiles.rows, work)

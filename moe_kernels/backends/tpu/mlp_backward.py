@@ -18,15 +18,15 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.schedule import PADDING, STARTS, Schedule
+from moe_kernels.backends.schedule import STARTS
 from moe_kernels.backends.tiling import Tiles, mlp_backward_tiles, one_item
-from moe_kernels.backends.tpu.gelu import gelu_and_slope
-from moe_kernels.backends.tpu.gradients import Gradient, Gradients, gradient_dtype, gradient_slots
+from moe_kernels.backends.tpu.activation import activate_and_slope
+from moe_kernels.backends.tpu.gradients import Gradient, Gradients, by_expert, gradient_dtype, gradient_slots
 from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, tiles_for, unflatten
 from moe_kernels.backends.tpu.mlp import MlpSaved, padded_weights, weight_specs
 from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of, used_rows
 from moe_kernels.backends.tpu.step import this_step
-from moe_kernels.types import Layout, MlpWeights, Runs
+from moe_kernels.types import MlpWeights, Runs
 
 
 def expert_mlp_backward(
@@ -105,7 +105,7 @@ def run_backward(
     )
     scalars = scalars_of(layout, runs, tiles, target)
     drows, dw1, dw2, db1, db2 = run(scalars, rows, dout, w1, b1, w2)
-    db1, db2 = (_by_expert(db[:, 0], scalars.schedule, layout, once) for db in (db1, db2))
+    db1, db2 = (by_expert(db[:, 0], scalars.schedule, layout, once) for db in (db1, db2))
     expert_width = weights.w1.shape[2]
     return drows, MlpWeights(
         dw1[:, :, :expert_width].astype(weights.w1.dtype),
@@ -113,15 +113,6 @@ def run_backward(
         dw2[:, :expert_width].astype(weights.w2.dtype),
         None if weights.b2 is None else db2.astype(weights.b2.dtype),
     )
-
-
-def _by_expert(sums: Float[Array, "Q F"], schedule: Schedule, layout: Layout, once: bool) -> Float[Array, "E F"]:
-    """Add the sums of the items of each expert, without letting a NaN out of its expert."""
-    if once:
-        return sums[: layout.num_experts]
-    experts = jnp.arange(layout.num_experts, dtype=jnp.int32)
-    mine = (schedule.expert == experts[:, None]) & (schedule.part != PADDING)
-    return jnp.sum(jnp.where(mine[..., None], sums, 0.0), axis=1)
 
 
 class _Refs(NamedTuple):
@@ -229,7 +220,7 @@ class _Backward(NamedTuple):
             own = pl.ds(offset, size)
             x, dy = refs.x[slot, own], refs.dy[slot, own]
             hidden = (dot(x, w1[...], (1, 0)) + refs.b1[0]).astype(x.dtype).astype(jnp.float32)
-            activated, slope = gelu_and_slope(hidden, self.static.activation)
+            activated, slope = activate_and_slope(hidden, self.static.activation)
             dhidden = (dot(dy, w2[...], (1, 1)) * slope).astype(x.dtype)
             refs.dx[own] += dot(dhidden, w1[...], (1, 1))
             db1 = jnp.sum(dhidden.astype(jnp.float32), axis=0, keepdims=True)

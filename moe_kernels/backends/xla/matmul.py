@@ -2,20 +2,23 @@
 
 A tile may overhang its run. In the forward pass and in dX the overhang is overwritten by the next run, because runs are
 worked in ascending order of rows; in dW the rows past the end are masked out of both factors. Nothing is expanded to
-`[R, E]`, and tiles without rows are never visited.
+`[R, E]`, and tiles without rows are never visited. What an activation was of is computed again on the way back, one
+more matmul instead of `[R, F]` kept for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_kernels.backends.base import MatmulStatic, MatmulWeights
+from moe_kernels.backends.xla.activation import activate_and_slope, function_of
 from moe_kernels.backends.xla.block import OverExperts
-from moe_kernels.types import Layout, Runs
+from moe_kernels.types import Layout, MatmulActivation, Runs
 
 # Rows of a tile in the loop: on a 2-core CPU (November 2026, D 512, F 2048) smaller tiles pay more for slicing an
 # expert's weights than they save in padding.
@@ -29,7 +32,7 @@ class MatmulSaved(NamedTuple):
     """What the backward pass of a grouped matmul needs."""
 
     rows: Float[Array, "R D"]
-    weight: Float[Array, "E D F"]
+    weights: MatmulWeights
     runs: Runs
 
 
@@ -98,54 +101,130 @@ def add_at(total: Float[Array, "E ..."], expert: Int[Array, ""], part: Float[Arr
     return jax.lax.dynamic_update_index_in_dim(total, old + part.astype(total.dtype), expert, axis=0)
 
 
+def plus(values: Float[Array, "... F"], bias: Float[Array, "... F"] | None) -> Float[Array, "... F"]:
+    """Add a bias where there is one."""
+    return values if bias is None else values + bias.astype(jnp.float32)
+
+
+def _products(x: Float[Array, "P D"], w: MatmulWeights) -> tuple[Float[Array, "P F"], Float[Array, "P F"] | None]:
+    """`x weight + bias` and `x up`, rounded."""
+    before = plus(dot("pd,df->pf", x, w.weight), w.bias).astype(x.dtype)
+    return before, None if w.up is None else dot("pd,df->pf", x, w.up).astype(x.dtype)
+
+
+def _result(x: Float[Array, "P D"], w: MatmulWeights, activation: MatmulActivation | None) -> Float[Array, "P F"]:
+    """The rows `x` of one expert through the matmul and what follows it."""
+    before, up = _products(x, w)
+    if activation is None:
+        return before
+    activated = function_of(activation)(before.astype(jnp.float32))
+    return (activated if up is None else activated * up.astype(jnp.float32)).astype(x.dtype)
+
+
+def _result_backward(
+    x: Float[Array, "P D"],
+    dy: Float[Array, "P F"],
+    used: Bool[Array, " P"],
+    w: MatmulWeights,
+    activation: MatmulActivation | None,
+) -> tuple[tuple[Float[Array, "P F"], ...], Float[Array, "P D"]]:
+    """Gradients of `x weight + bias` and of `x up` (if there is one), 0 in unused rows, and of `x`; `dy` is 0 there."""
+    if activation is None:
+        return (dy,), dot("pf,df->pd", dy, w.weight).astype(x.dtype)
+    before, up = _products(x, w)
+    activated, slope = activate_and_slope(before, activation)
+    if w.up is None or up is None:
+        dbefore = select_rows(used, (dy * slope).astype(x.dtype))
+        return (dbefore,), dot("pf,df->pd", dbefore, w.weight).astype(x.dtype)
+    dbefore = select_rows(used, (dy * (up.astype(jnp.float32) * slope)).astype(x.dtype))
+    dup = select_rows(used, (dy * activated).astype(x.dtype))
+    dx = dot("pf,df->pd", dbefore, w.weight) + dot("pf,df->pd", dup, w.up)
+    return (dbefore, dup), dx.astype(x.dtype)
+
+
+def _cast(weights: MatmulWeights, dtype: jnp.dtype) -> MatmulWeights:
+    """Matrices in the dtype of the rows."""
+    up = None if weights.up is None else weights.up.astype(dtype)
+    return weights._replace(weight=weights.weight.astype(dtype), up=up)
+
+
 def grouped_matmul_forward(
-    over_experts: OverExperts, layout: Layout, rows: Float[Array, "R D"], weight: Float[Array, "E D F"], runs: Runs
+    over_experts: OverExperts, static: MatmulStatic, rows: Float[Array, "R D"], weights: MatmulWeights, runs: Runs
 ) -> tuple[Float[Array, "R F"], MatmulSaved]:
-    """`y = x W_e` for the rows of every expert e; unused rows hold anything finite inputs give."""
-    cast = weight.astype(rows.dtype)
+    """`y = x W_e` for the rows of every expert e, and what follows; unused rows hold anything finite inputs give."""
+    layout, cast, expert_width = static.layout, _cast(weights, rows.dtype), weights.weight.shape[2]
     if layout.rows_per_expert is not None:
         used = used_rows(runs, layout)
         block = rows.reshape(*used.shape, rows.shape[1])
-        (out,) = over_experts(lambda x, _, w: (dot("pd,df->pf", x[0], w).astype(rows.dtype),), (block,), used, cast)
-        return out.reshape(rows.shape[0], weight.shape[2]), MatmulSaved(rows, weight, runs)
+        (out,) = over_experts(lambda x, _, w: (_result(x[0], w, static.activation),), (block,), used, cast)
+        return out.reshape(rows.shape[0], expert_width), MatmulSaved(rows, weights, runs)
 
     padded = overhang(rows)
 
     def run(n: Int[Array, ""], expert: Int[Array, ""], out: Float[Array, "Q F"]) -> Float[Array, "Q F"]:
-        w = cast[expert]
-        return over_tiles(runs, n, lambda tile, out: tile.write(out, dot("pd,df->pf", tile.rows(padded), w)), out)
+        w = _of_expert(cast, expert)
+        return over_tiles(
+            runs, n, lambda tile, out: tile.write(out, _result(tile.rows(padded), w, static.activation)), out
+        )
 
-    out = over_runs(runs, run, jnp.zeros((padded.shape[0], weight.shape[2]), rows.dtype))
-    return out[: rows.shape[0]], MatmulSaved(rows, weight, runs)
+    out = over_runs(runs, run, jnp.zeros((padded.shape[0], expert_width), rows.dtype))
+    return out[: rows.shape[0]], MatmulSaved(rows, weights, runs)
 
 
 def grouped_matmul_backward(
-    over_experts: OverExperts, layout: Layout, saved: MatmulSaved, dout: Float[Array, "R F"]
-) -> tuple[Float[Array, "R D"], Float[Array, "E D F"]]:
-    """`dX_e = dY_e W_eᵀ` and `dW_e = X_eᵀ dY_e`, with unused rows masked in X and in dY; no rows: exactly 0."""
-    rows, weight, runs = saved
-    cast = weight.astype(rows.dtype)
+    over_experts: OverExperts, static: MatmulStatic, saved: MatmulSaved, dout: Float[Array, "R F"]
+) -> tuple[Float[Array, "R D"], MatmulWeights]:
+    """`dX_e = dY_e W_eᵀ` and `dW_e = X_eᵀ dY_e`, with unused rows masked in X and in dY; no rows: exactly 0.
+
+    With an activation, dY is first taken back through it.
+    """
+    rows, weights, runs = saved
+    layout, cast = static.layout, _cast(weights, rows.dtype)
     if layout.rows_per_expert is not None:
         used = used_rows(runs, layout)
         x = select_rows(used, rows.reshape(*used.shape, rows.shape[1]))
         dy = select_rows(used, dout.reshape(*used.shape, dout.shape[1]))
-        (dx,) = over_experts(lambda dy, _, w: (dot("pf,df->pd", dy[0], w).astype(rows.dtype),), (dy,), used, cast)
-        return dx.reshape(rows.shape), dot("epd,epf->edf", x, dy).astype(weight.dtype)
+
+        def expert(arrays: tuple[Array, ...], used: Array, w: MatmulWeights) -> tuple[Array, ...]:
+            dparts, dx = _result_backward(arrays[0], arrays[1], used, w, static.activation)
+            # Not what is there already: a loop over experts would copy it.
+            return dx, *(() if static.activation is None else dparts)
+
+        dx, *dparts = over_experts(expert, (x, dy), used, cast)
+        return dx.reshape(rows.shape), _like(weights, _gradients(weights, x, dparts or [dy]))
 
     padded, dpadded = overhang(rows), overhang(dout)
 
-    def run(n: Int[Array, ""], expert: Int[Array, ""], carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        w = cast[expert]
+    def run(
+        n: Int[Array, ""], expert: Int[Array, ""], carry: tuple[Array, MatmulWeights]
+    ) -> tuple[Array, MatmulWeights]:
+        w = _of_expert(cast, expert)
 
-        def step(tile: Tile, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            dx, dw = carry
-            dy = tile.used_rows(dpadded)
-            dx = tile.write(dx, dot("pf,df->pd", dy, w))
-            return dx, dw + dot("pd,pf->df", tile.used_rows(padded), dy)
+        def step(tile: Tile, carry: tuple[Array, MatmulWeights]) -> tuple[Array, MatmulWeights]:
+            dx, sums = carry
+            x, dy = tile.used_rows(padded), tile.used_rows(dpadded)
+            dparts, part = _result_backward(x, dy, tile.used, w, static.activation)
+            return tile.write(dx, part), jax.tree.map(jnp.add, sums, _gradients(weights, x, dparts))
 
-        dx, dweight = carry
-        dx, dw = over_tiles(runs, n, step, (dx, jnp.zeros(w.shape, jnp.float32)))
-        return dx, add_at(dweight, expert, dw)
+        dx, total = carry
+        zero = jax.tree.map(lambda total: jnp.zeros(total.shape[1:], jnp.float32), total)
+        dx, sums = over_tiles(runs, n, step, (dx, zero))
+        return dx, jax.tree.map(lambda total, part: add_at(total, expert, part), total, sums)
 
-    dx, dweight = over_runs(runs, run, (jnp.zeros_like(padded), jnp.zeros_like(weight)))
-    return dx[: rows.shape[0]], dweight
+    dx, dweights = over_runs(runs, run, (jnp.zeros_like(padded), jax.tree.map(jnp.zeros_like, weights)))
+    return dx[: rows.shape[0]], dweights
+
+
+def _of_expert(weights: MatmulWeights, expert: Int[Array, ""]) -> MatmulWeights:
+    return jax.tree.map(lambda w: w[expert], weights)
+
+
+def _gradients(weights: MatmulWeights, x: Float[Array, "*E P D"], dparts: Sequence[Array]) -> MatmulWeights:
+    """In float32."""
+    products = [dot("...pd,...pf->...df", x, dpart) for dpart in dparts]
+    bias = None if weights.bias is None else jnp.sum(dparts[0], axis=-2, dtype=jnp.float32)
+    return MatmulWeights(products[0], bias, None if weights.up is None else products[1])
+
+
+def _like(weights: MatmulWeights, gradients: MatmulWeights) -> MatmulWeights:
+    return jax.tree.map(lambda like, gradient: gradient.astype(like.dtype), weights, gradients)

@@ -13,8 +13,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_kernels.backends.base import MlpStatic
+from moe_kernels.backends.xla.activation import activate, activate_and_slope
 from moe_kernels.backends.xla.block import OverExperts
-from moe_kernels.backends.xla.matmul import Tile, add_at, dot, over_runs, over_tiles, overhang, select_rows, used_rows
+from moe_kernels.backends.xla.matmul import (
+    Tile,
+    add_at,
+    dot,
+    over_runs,
+    over_tiles,
+    overhang,
+    plus,
+    select_rows,
+    used_rows,
+)
 from moe_kernels.types import Activation, MlpWeights, Runs
 
 
@@ -28,26 +39,10 @@ class MlpSaved(NamedTuple):
     runs: Runs
 
 
-def activate(hidden: Float[Array, "..."], activation: Activation) -> Float[Array, "..."]:
-    """GELU in float32, rounded to the dtype of its input.
-
-    >>> import jax.numpy as jnp
-    >>> float(activate(jnp.zeros(()), "gelu_tanh"))
-    0.0
-    """
-    return jax.nn.gelu(hidden.astype(jnp.float32), approximate=activation == "gelu_tanh").astype(hidden.dtype)
-
-
 def _activate_backward(
     hidden: Float[Array, "..."], dactivated: Float[Array, "..."], activation: Activation
 ) -> Float[Array, "..."]:
-    gelu = lambda h: jax.nn.gelu(h, approximate=activation == "gelu_tanh")  # noqa: E731
-    _, slope = jax.jvp(gelu, (hidden.astype(jnp.float32),), (jnp.ones(hidden.shape, jnp.float32),))
-    return (dactivated * slope).astype(hidden.dtype)
-
-
-def _plus(values: Float[Array, "... F"], bias: Float[Array, "... F"] | None) -> Float[Array, "... F"]:
-    return values if bias is None else values + bias.astype(jnp.float32)
+    return (dactivated * activate_and_slope(hidden, activation)[1]).astype(hidden.dtype)
 
 
 def expert_mlp_forward(
@@ -59,8 +54,8 @@ def expert_mlp_forward(
     if layout.rows_per_expert is not None:
 
         def mlp(x: tuple[Array, ...], used: Array, w: MlpWeights) -> tuple[Array, Array]:
-            hidden = _plus(dot("pd,df->pf", x[0], w.w1), w.b1).astype(dtype)
-            out = _plus(dot("pf,fd->pd", activate(hidden, static.activation), w.w2), w.b2)
+            hidden = plus(dot("pd,df->pf", x[0], w.w1), w.b1).astype(dtype)
+            out = plus(dot("pf,fd->pd", activate(hidden, static.activation), w.w2), w.b2)
             return hidden, out.astype(dtype)
 
         used = used_rows(runs, layout)
@@ -77,8 +72,8 @@ def expert_mlp_forward(
 
         def step(tile: Tile, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             hidden, out = carry
-            h = _plus(dot("pd,df->pf", tile.rows(padded), v1), b1).astype(dtype)
-            y = _plus(dot("pf,fd->pd", activate(h, static.activation), v2), b2)
+            h = plus(dot("pd,df->pf", tile.rows(padded), v1), b1).astype(dtype)
+            y = plus(dot("pf,fd->pd", activate(h, static.activation), v2), b2)
             return tile.write(hidden, h), tile.write(out, y)
 
         return over_tiles(runs, n, step, carry)
