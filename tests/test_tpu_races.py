@@ -15,13 +15,14 @@ from moe_cases import FAST
 from moe_kernels.backends.tpu.launch import Target
 
 BLOCK = nasty.Rows(experts=4, rows_per_run=24, width=8, hidden=256)
-PACKED = nasty.Rows(experts=4, rows_per_run=None, width=8, hidden=256, packed_rows=96)
+PACKED = nasty.Rows(experts=4, rows_per_run=None, width=8, hidden=384, packed_rows=96)
 CASES = {
-    # Sizes; tiles: two chunks of F; an item of two pieces, items of one piece each (one expert has several).
+    # Sizes; tiles: two chunks of F and an item of two pieces; three chunks, so that gradients of the same chunk are not
+    # in the same slot again, and items of one piece each (one expert has several).
     "block": (BLOCK, (23, 0, 7, 24), test_tpu_mlp.tiles_of(BLOCK, 32, (16,), 128)),
     "packed": (PACKED, (33, 0, 9, 16), test_tpu_mlp.tiles_of(PACKED, 16, (16,), 128)),
     # One chunk of F: what is read back was written in the very step before.
-    "packed, one chunk": (PACKED, (33, 0, 9, 16), test_tpu_mlp.tiles_of(PACKED, 16, (16,), 256)),
+    "packed, one chunk": (PACKED, (33, 0, 9, 16), test_tpu_mlp.tiles_of(PACKED, 16, (16,), 384)),
 }
 
 

@@ -1,0 +1,195 @@
+"""Break the TPU kernels one way at a time and see the everyday tests fail: `python tests/mutate_tpu.py [NAME...]`.
+
+Each mutant names the smallest set of tests that should notice it. Block sizes and `vmem_limit_bytes` are left out: no
+interpreter has a limit, and the tests with the real compiler hold them.
+"""
+
+import sys
+
+from mutate import Mutant, Mutation, main
+
+
+def tests(*names: str) -> str:
+    """A program that runs tests and fails where one of them does."""
+    arguments = ["-n0", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in names)]
+    return f"import sys, pytest; sys.exit(pytest.main({arguments!r}))"
+
+
+MLP = tests("test_tpu_mlp.py::test_values_and_gradients[several chunks, several items, float32/float32]")
+MLP_PIECES = tests("test_tpu_mlp.py::test_values_and_gradients[packed, one chunk, bfloat16/float32]")
+MLP_RUNS = tests("test_tpu_mlp.py::test_values_and_gradients[several runs, bfloat16/bfloat16]")
+MLP_POISON = tests(
+    "test_tpu_mlp.py::test_what_is_not_an_experts_own_never_reaches_it[packed, one piece an item-size1-nan]"
+)
+MLP_EMPTY = tests("test_tpu_mlp.py::test_every_pattern_of_empty_experts[one piece]")
+MLP_RACES = tests("test_tpu_races.py::test_no_races_and_no_uninitialised_memory[packed-1-on_wait]")
+MATMUL = tests(
+    "test_tpu_matmul.py::test_values_and_gradients[several chunks, several items-bfloat16-float32-none]",
+)
+MATMUL_BIAS = tests("test_tpu_matmul.py::test_values_and_gradients[odd widths-bfloat16-float32-pointwise]")
+MATMUL_GATED = tests(
+    "test_tpu_matmul.py::test_values_and_gradients[several chunks, several items-float32-float32-gated]"
+)
+MATMUL_POISON = tests(
+    "test_tpu_matmul.py::test_what_is_not_an_experts_own_never_reaches_it[none-packed, one piece an item-size1-nan]"
+)
+MATMUL_RACES = tests("test_tpu_races.py::test_a_grouped_matmul_has_no_races[block-1-on_wait-0-none]")
+PACKED_RACES = tests("test_tpu_races.py::test_a_grouped_matmul_has_no_races[packed, one chunk-1-on_wait-4-none]")
+TWO_CORES = tests("test_tpu_races.py::test_a_grouped_matmul_has_no_races[packed-2-on_wait-3-none]")
+
+ROWS, STEP, GRADIENTS = "tpu/rows.py", "tpu/step.py", "tpu/gradients.py"
+MLP_FORWARD, MLP_BACKWARD = "tpu/mlp.py", "tpu/mlp_backward.py"
+FORWARD, BACKWARD = "tpu/matmul.py", "tpu/matmul_backward.py"
+
+MUTATIONS = {
+    # Masks.
+    "mask one row too long": Mutant(
+        MATMUL_POISON, Mutation(ROWS, "return row < schedule.size[at]", "return row <= schedule.size[at]")
+    ),
+    "mask one row too short": Mutant(
+        MATMUL, Mutation(ROWS, "return row < schedule.size[at]", "return row < schedule.size[at] - 1")
+    ),
+    "rows between runs not masked": Mutant(
+        MLP_RUNS, Mutation(ROWS, "(row < first + schedule.run_size[run])", "(row >= first)")
+    ),
+    "items of several runs masked as the first": Mutant(
+        MLP_RUNS,
+        Mutation(ROWS, "row = row + schedule.offset[at]", "row = row + 0 * schedule.offset[at]"),
+    ),
+    "mask by arithmetic": Mutant(
+        MATMUL_POISON,
+        Mutation(
+            BACKWARD,
+            "jnp.where(used, block[...], jnp.zeros((), block.dtype))",
+            "block[...] - jnp.where(used, jnp.zeros((), block.dtype), block[...])",
+        ),
+    ),
+    "dy not masked": Mutant(MATMUL_POISON, Mutation(BACKWARD, "        self._select(at, dy)\n", "")),
+    "x of the expert MLP not masked": Mutant(
+        MLP_POISON, Mutation(MLP_BACKWARD, "refs.x[slot] = jnp.where(used, refs.x[slot], zero)", "pass")
+    ),
+    # Offsets and sizes.
+    "pieces start one short": Mutant(
+        tests("test_tpu_matmul.py::test_what_is_left_takes_two_pieces"),
+        Mutation(ROWS, "offset = offset + taken * size\n", "offset = offset + taken * (size - 16)\n"),
+    ),
+    "last piece left out": Mutant(
+        MATMUL, Mutation(ROWS, "count - whole * largest + (PIECE - 1)", "count - whole * largest")
+    ),
+    "last rows not copied": Mutant(MATMUL, Mutation(ROWS, "self.count + (ROW_ALIGNMENT - 1)", "self.count")),
+    "copies start at the first row of VMEM": Mutant(
+        MATMUL,
+        Mutation(
+            ROWS, "self.vmem.at[pl.ds(_multiple(offset, min(PIECE, size)), size)]", "self.vmem.at[pl.ds(0, size)]"
+        ),
+    ),
+    "columns of the first chunk": Mutant(
+        MATMUL,
+        Mutation(
+            FORWARD,
+            "pl.ds(pl.multiple_of(chunk * tiles.chunk, tiles.chunk)",
+            "pl.ds(pl.multiple_of(0 * chunk, tiles.chunk)",
+        ),
+    ),
+    "gradients of the wrong chunk": Mutant(
+        MATMUL,
+        Mutation(GRADIENTS, "pl.multiple_of(chunk * self.chunk, self.chunk)", "pl.multiple_of(0 * chunk, self.chunk)"),
+    ),
+    "weights of the first expert": Mutant(
+        MLP,
+        Mutation(
+            "tpu/launch.py", "return schedule.fetched[at], jnp.where", "return 0 * schedule.fetched[at], jnp.where"
+        ),
+    ),
+    # Accumulators.
+    "dx not reset": Mutant(MATMUL, Mutation(BACKWARD, "refs.dx[...] = jnp.zeros(refs.dx.shape, jnp.float32)", "pass")),
+    "output not reset to the bias": Mutant(
+        MLP, Mutation(MLP_FORWARD, "@pl.when(busy & (step.chunk == 0))", "@pl.when(busy & (step.number == 0))")
+    ),
+    "weight sums not reset": Mutant(
+        MATMUL, Mutation(GRADIENTS, "sums[...] = jnp.zeros(sums.shape, jnp.float32)", "pass")
+    ),
+    "sums of an expert's last item lost": Mutant(
+        MATMUL,
+        Mutation(
+            GRADIENTS,
+            "starts = self.scalars.schedule.part[at] == STARTS",
+            "starts = self.scalars.schedule.part[at] != 0",
+        ),
+    ),
+    "an expert without rows keeps what was there": Mutant(
+        MLP_EMPTY, Mutation(GRADIENTS, "            self.zero(slot)\n", "")
+    ),
+    "bias sums not reset": Mutant(MATMUL_BIAS, Mutation(BACKWARD, "        self._no_bias()\n", "")),
+    "bias sums of an expert without rows kept": Mutant(
+        tests("test_tpu_matmul.py::test_every_pattern_of_empty_experts[one piece-pointwise]"),
+        Mutation(
+            BACKWARD, "self._work(step, out_slot, gradients), self._no_bias)", "self._work(step, out_slot, gradients))"
+        ),
+    ),
+    "db1 not reset": Mutant(
+        MLP_PIECES,
+        Mutation(
+            MLP_BACKWARD,
+            "            refs.db1[...] = jnp.zeros(refs.db1.shape, jnp.float32)\n\n            def add",
+            "            def add",
+        ),
+    ),
+    # Waits.
+    "rows not waited for": Mutant(MATMUL_RACES, Mutation(FORWARD, "        rows(at, slot).fetched()\n", "")),
+    "dy not waited for": Mutant(
+        MATMUL_RACES, Mutation(BACKWARD, "        self._dy(step.core, number).fetched()\n", "")
+    ),
+    "results not waited for": Mutant(
+        MATMUL_RACES, Mutation(FORWARD, "    pl.when(number >= 2)(lambda: results(number - 2).written())\n", "")
+    ),
+    "results not waited for at the end": Mutant(
+        MATMUL_RACES, Mutation(FORWARD, "            results(number - last).written()\n", "            pass\n")
+    ),
+    "rows overwrite results on their way": Mutant(
+        MLP_RACES,
+        Mutation(STEP, "pl.when(self.item > 0)(lambda: results(self.at - 1, other).written())", "pass"),
+    ),
+    "gradients overwritten on their way": Mutant(
+        PACKED_RACES,
+        Mutation(GRADIENTS, "        pl.when(waits)(lambda: self.wait(step.core, step.number - self.num_slots))\n", ""),
+    ),
+    "sums read back not waited for": Mutant(
+        TWO_CORES,
+        Mutation(GRADIENTS, "self._each(at, chunk, slot, lambda copy: copy.wait(), back=True)", "pass"),
+    ),
+    # Slots.
+    "the next rows overwrite these": Mutant(
+        MATMUL_RACES, Mutation(FORWARD, "lambda: rows(at + 1, 1 - slot).fetch()", "lambda: rows(at + 1, slot).fetch()")
+    ),
+    "one place for two items": Mutant(MLP_RACES, Mutation(STEP, "other = 1 - self.slot", "other = self.slot")),
+    "two slots for sums that are read back at once": Mutant(
+        PACKED_RACES, Mutation(GRADIENTS, "return 2 if once or grid.chunks > 1 else 1", "return 2")
+    ),
+    # What is computed.
+    "gradient through the gate left out": Mutant(
+        MATMUL_GATED, Mutation(BACKWARD, "(dy32 * (gated[0] * slope))", "(dy32 * slope)")
+    ),
+    "dx of the first matrix alone": Mutant(
+        MATMUL_GATED, Mutation(BACKWARD, "refs.dx[own] += sum(others, start=first)", "refs.dx[own] += first")
+    ),
+    "slope without the factor 3 of its cubic": Mutant(
+        tests("test_tpu_matmul.py::test_every_activation[pointwise-gelu_tanh]"),
+        Mutation("tpu/activation.py", "(_SCALE + 3 * _SCALE * _CUBIC * square)", "(_SCALE + _SCALE * _CUBIC * square)"),
+    ),
+    "sums of items given to their neighbours": Mutant(
+        MLP,
+        Mutation(
+            GRADIENTS,
+            "mine = (schedule.expert == experts[:, None])",
+            "mine = (schedule.expert == experts[:, None] + 1)",
+        ),
+    ),
+    "cores share items": Mutant(
+        TWO_CORES, Mutation("tpu/launch.py", "return core * self.items + item", "return core + item")
+    ),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main(MUTATIONS, sys.argv[1:], limit=120))
