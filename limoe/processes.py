@@ -31,6 +31,7 @@ EXIT_STATUS = 75  # "temporary failure": the same command goes on
 _POLL_SECONDS = 1.0
 # What is wrong is mostly wrong everywhere; without the first process the others are aborted before they can say it.
 _SECONDS_FOR_THE_SAME_ERROR = 3.0
+_BLOCK = 1024  # bytes
 
 # Runs beside a process until that ends; only what is killed or aborted ends without a word.
 _LAST_WORDS = """
@@ -109,6 +110,23 @@ def from_first(number: int) -> int:
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int64(number)))
+
+
+def texts_of_all(text: str) -> list[str]:
+    """The text that each process has, in their order; all must call it.
+
+    >>> texts_of_all("alone")
+    ['alone']
+    """
+    if jax.process_count() == 1:
+        return [text]
+    own = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([own.size])).reshape(-1)
+    # In whole blocks, because every shape is compiled anew.
+    padded = np.zeros(-(-max(int(sizes.max()), 1) // _BLOCK) * _BLOCK, np.uint8)
+    padded[: own.size] = own
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def wait_for_all(name: str) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from limoe import inputs, processes, report, results
 from limoe.checkpoint import Checkpoints
-from limoe.config import Config
+from limoe.config import Config, ConfigError
 from limoe.data.batches import BadExamples, Batch
 from limoe.data.source import Bad
 from limoe.encode import Encoder
@@ -27,6 +27,7 @@ from limoe.mesh import joined, place
 from limoe.optim import make_schedule
 from limoe.presets import preset
 from limoe.progress import progress_bar
+from limoe.settings import both_values, differences, from_json, to_json
 from limoe.step import Parameters, StepReport, TrainState, compile_step, new_state, prepare
 from limoe.stopping import StopSignals
 from limoe.tokenizer import Tokenizer
@@ -77,8 +78,21 @@ def _silent(text: str) -> None:
 
 def _open(folder: str | Path, config: Config) -> Workdir:
     """The work folder, which the first process makes and locks for all."""
+    _refuse_other_settings(config)
     with processes.first_before_others("the work folder is there"):
         return Workdir.open(folder, config) if processes.is_first() else Workdir.existing(folder)
+
+
+def _refuse_other_settings(config: Config) -> None:
+    """Raise ConfigError in every process if one has other settings than the first: it would train something else."""
+    first, *others = map(from_json, processes.texts_of_all(to_json(config)))
+    for number, other in enumerate(others, 1):
+        if names := differences(first, other):
+            listed = both_values(names, first, other, "in process 0", f"in process {number}")
+            raise ConfigError(
+                f"process {number} was started with other settings than process 0: {listed}; "
+                "start the same command on every host"
+            )
 
 
 def _train(

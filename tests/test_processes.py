@@ -73,6 +73,19 @@ def test_the_first_process_is_killed(tmp_path):
     assert "limoe: process 1 of 2" in left.said and "Start the same command on every host again" in left.said
 
 
+@pytest.mark.slow
+def test_other_settings_on_one_host_are_refused_before_anything_is_made(tmp_path):
+    with Team(tmp_path / "run", of_second=("train.seed=3", "mesh.exchange_chunks=2")) as team:
+        ended = [team.end(number) for number in range(2)]
+    for one in ended:
+        assert one.status == 1 and "Traceback" not in one.said
+        assert (
+            "process 1 was started with other settings than process 0: train.seed (0 in process 0, 3 in process 1), "
+            "mesh.exchange_chunks (1 in process 0, 2 in process 1); start the same command on every host" in one.said
+        )
+    assert not (tmp_path / "run").exists()
+
+
 def test_heartbeats_leave_time_for_the_others():
     assert HEARTBEAT_SECONDS <= SECONDS_TO_LEAVE
 
