@@ -1,13 +1,18 @@
 """Two real processes: the losses of one, one agreed step on SIGTERM, a soon end when one is killed."""
 
 import signal
+import subprocess
+import sys
+import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from process_cases import MESH, Team
-from run_cases import metrics, ran, summary
+from run_cases import environment, metrics, ran, summary
 
+from limoe import processes
 from limoe.checkpoint import Checkpoints
 from limoe.cli import main
 from limoe.config import ConfigError
@@ -98,3 +103,64 @@ def test_flags_that_do_not_say_enough(capsys):
     assert main(["train", "--coordinator=localhost:1"]) == 1
     assert "--num-processes, --process-id is missing" in capsys.readouterr().err
     assert main(["describe", "--process-id=0"]) == 2
+
+
+SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+BEFORE_JAX = "from limoe.processes import join; join(None, None, None)"
+
+
+@pytest.mark.slow
+def test_a_cluster_that_does_not_say_enough_is_no_reason_to_train_alone():
+    half = {**environment(), **SLURM, "SLURM_NTASKS": "two"}
+    words = [sys.executable, "-c", BEFORE_JAX]
+    ended = subprocess.run(words, env=half, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "ConfigError: the cluster that JAX sees here does not say what is needed: ValueError" in ended.stderr
+    assert "'two'; give --coordinator, --num-processes and --process-id" in ended.stderr
+
+
+def test_a_program_that_has_used_jax_stays_alone_only_without_a_cluster(monkeypatch):
+    assert jax.device_count() and not jax.distributed.is_initialized()
+    join(None, None, None)
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    join(None, None, None)
+    for tasks, message in (("2", "this program has used JAX already"), ("two", "does not say what is needed")):
+        monkeypatch.setenv("SLURM_NTASKS", tasks)
+        with pytest.raises(ConfigError, match=message):
+            join(None, None, None)
+    with pytest.raises(ConfigError, match="this program has used JAX already"):
+        join("localhost:1", 2, 1)
+
+
+@pytest.mark.parametrize("answer", [jax.errors.JaxRuntimeError("UNAVAILABLE"), [0]])
+def test_a_process_that_is_gone_after_the_end_is_not_missed(monkeypatch, answer):
+    """The watch asks who is alive while the others leave, as agreed."""
+
+    class Left(Exception):
+        pass
+
+    def leave(reason):
+        raise Left(reason)
+
+    def look(*, over):
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        watch = processes.Watch()
+
+        def get_live_nodes(numbers):
+            if over:
+                watch._over.set()
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        client = types.SimpleNamespace(get_live_nodes=get_live_nodes)
+        monkeypatch.setattr(processes.distributed, "global_state", types.SimpleNamespace(client=client))
+        monkeypatch.setattr(processes, "_POLL_SECONDS", 0.01)
+        monkeypatch.setattr(watch, "_leave", leave)
+        watch._look()
+
+    look(over=True)
+    with pytest.raises(Left, match=r"does not reach the first process|no sign of life of process 1"):
+        look(over=False)
