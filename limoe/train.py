@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import resource
 import tempfile
@@ -35,7 +36,7 @@ from limoe.workdir import MetricsLog, Workdir, WorkdirError, read_metrics, write
 
 # The first step compiles and the next ones warm up: a profile starts after them.
 PROFILE_AFTER = 5
-# Bad examples whose keys are shown; metrics.jsonl has more.
+# Bad examples of a step whose keys are kept, and of a run whose keys are shown.
 BAD_SHOWN = 5
 
 
@@ -184,8 +185,8 @@ class _Run:
                 seconds = time.monotonic() - started
                 self._check_report(step, step_report)
                 # Whoever got the signal: all save after the same step.
-                wishes, num_bad = processes.added_up(int(bool(signals.received)), batch.bad.num_bad)
-                bad = batch.bad._replace(num_bad=num_bad)
+                wishes, *counts = processes.added_up(int(bool(signals.received)), *batch.bad[:2])
+                bad = _bad_of_all(batch.bad, *counts)
                 self.stopped = wishes > 0
                 save = step % settings.checkpoint_every == 0 or step == settings.steps or self.stopped
                 if save:
@@ -313,6 +314,15 @@ class _Run:
         write_json(self.workdir.summary, content)
         self.say("")
         self.say(report.summary_table({**content, "figures": str(self.workdir.figures)}))
+
+
+def _bad_of_all(own: BadExamples, num_examined: int, num_bad: int) -> BadExamples:
+    """The bad examples of all processes, given how many there are; the first few of them in the order of rows."""
+    first: list[Bad] = []
+    if num_bad:
+        for text in processes.texts_of_all(json.dumps(own.first)):
+            first += [Bad(*fields) for fields in json.loads(text)]
+    return BadExamples(num_examined, num_bad, tuple(first[:BAD_SHOWN]))
 
 
 def _bad_text(bad: Bad) -> str:

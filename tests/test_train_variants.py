@@ -1,5 +1,6 @@
 """Runs unlike the usual one: values not finite, evaluation on the way, a profile, a dense twin, other losses."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from run_cases import (
 import limoe.train as trainer
 from limoe import inputs
 from limoe.config import ConfigError
+from limoe.data.batches import BadExamples
+from limoe.data.source import Bad
 from limoe.train import TrainingError, train
 from limoe.workdir import WorkdirError
 
@@ -127,6 +130,20 @@ def test_a_run_that_fails_before_its_first_step_leaves_the_folder_free(tmp_path:
         ran(tmp_path / "run", f"data.tokenizer={model}", "model.vocab_size=20")
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock"}
     ran(tmp_path / "run", "train.steps=4")  # other settings, in the same folder
+
+
+def test_bad_examples_of_all_processes_are_named_in_the_order_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = [
+        BadExamples(10, 2, (Bad("a", "no caption"), Bad("b", "cut short"))),
+        BadExamples(8, 0, ()),
+        BadExamples(12, 4, tuple(Bad(f"c{number}", "größer") for number in range(4))),
+    ]
+    texts = [json.dumps(share.first) for share in shares]
+    monkeypatch.setattr(trainer.processes, "texts_of_all", lambda own: texts if own in texts else [])
+    for own in shares:
+        bad = trainer._bad_of_all(own, 30, 6)
+        assert (bad.num_examined, bad.num_bad) == (30, 6)
+        assert [one.key for one in bad.first] == ["a", "b", "c0", "c1", "c2"] and bad.first[2].reason == "größer"
 
 
 def _tokenizer(tmp_path: Path) -> Path:
