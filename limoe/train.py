@@ -161,9 +161,10 @@ class _Run:
         """Step until the end or a signal; the state then, which is saved."""
         settings = self.config.train
         first = int(state.step)
-        if first == settings.steps:
-            return state
         with contextlib.ExitStack() as stack:
+            profile = stack.enter_context(_Profile(self.workdir.path / "profile", profile_steps, first, self._tell))
+            if first == settings.steps:
+                return state
             stream = stack.enter_context(contextlib.closing(batches(first)))
             bar = stack.enter_context(
                 progress_bar(
@@ -174,7 +175,6 @@ class _Run:
                     shown=self.log is not None,
                 )
             )
-            profile = stack.enter_context(_Profile(self.workdir.path / "profile", profile_steps, first, self._tell))
             for step in range(first + 1, settings.steps + 1):
                 started = time.monotonic()
                 batch = next(stream)
@@ -376,29 +376,36 @@ def _bar(description: str, unit: str) -> Callable[[int, int], None]:
 
 
 class _Profile:
-    """Traces `num_steps` steps with jax.profiler into a folder, after the first ones."""
+    """Traces `num_steps` steps with jax.profiler into a folder, after the first ones; says what it has traced."""
 
     def __init__(self, folder: Path, num_steps: int, first: int, say: Callable[[str], None]) -> None:
-        self._folder, self._say, self._running = folder, say, False
-        self._start = first + PROFILE_AFTER + 1 if num_steps else None
-        self._stop = first + PROFILE_AFTER + 1 + num_steps
+        self._folder, self._num_steps, self._say = folder, num_steps, say
+        self._first = self._step = first
+        self._start = first + PROFILE_AFTER + 1
+        self._running = False
 
     def __enter__(self) -> _Profile:
         return self
 
     def at(self, step: int) -> None:
         """Start or stop before this step."""
-        if step == self._start:
+        if self._num_steps and step == self._start:
             jax.profiler.start_trace(str(self._folder))
             self._running = True
-        elif step == self._stop:
+        elif step == self._start + self._num_steps:
             self._end()
+        self._step = step
 
     def __exit__(self, *error: object) -> None:
         self._end()
+        if self._num_steps and self._step < self._start:
+            self._say(
+                f"--profile has traced nothing: it starts after the first {PROFILE_AFTER} steps of a command, "
+                f"and this one made {self._step - self._first}"
+            )
 
     def _end(self) -> None:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
-            self._say(f"the trace of steps {self._start} to {self._stop - 1} is in {self._folder}")
+            self._say(f"the trace of steps {self._start} to {self._step} is in {self._folder}")

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 from run_cases import (
@@ -97,6 +98,31 @@ def test_a_profile(tmp_path: Path) -> None:
     run = ran(tmp_path / "run", profile_steps=2)
     assert f"the trace of steps 6 to 7 is in {run.folder / 'profile'}" in run.said
     assert list((run.folder / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "made", "said"),
+    [
+        (3, 12, "the trace of steps 26 to 28 is in profile"),
+        (20, 8, "the trace of steps 26 to 28 is in profile"),  # stopped on the way
+        (3, 5, "--profile has traced nothing: it starts after the first 5 steps of a command, and this one made 5"),
+        (3, 0, "--profile has traced nothing: it starts after the first 5 steps of a command, and this one made 0"),
+        (0, 12, ""),
+    ],
+)
+def test_a_profile_says_what_it_has_traced(monkeypatch: pytest.MonkeyPatch, asked: int, made: int, said: str) -> None:
+    heard: list[str] = []
+    calls: list[int] = []
+    step = 20
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(step))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(step))
+    with trainer._Profile(Path("profile"), asked, step, heard.append) as profile:
+        for _ in range(made):
+            step += 1
+            profile.at(step)
+    assert heard == [said] * bool(said)
+    # It stops before the step after the last one traced, or at the end.
+    assert calls == ([26, min(26 + asked, 20 + made)] if asked and made > 5 else [])
 
 
 @pytest.mark.slow
