@@ -27,6 +27,7 @@ from limoe.losses import by_name
 from limoe.mesh import joined, place
 from limoe.optim import make_schedule
 from limoe.presets import preset
+from limoe.profiling import Profile
 from limoe.progress import progress_bar
 from limoe.settings import both_values, differences, from_json, to_json
 from limoe.step import Parameters, StepReport, TrainState, compile_step, new_state, prepare
@@ -34,8 +35,6 @@ from limoe.stopping import StopSignals
 from limoe.tokenizer import Tokenizer
 from limoe.workdir import MetricsLog, Workdir, WorkdirError, read_metrics, write_json
 
-# The first step compiles and the next ones warm up: a profile starts after them.
-PROFILE_AFTER = 5
 # Bad examples of a step whose keys are kept, and of a run whose keys are shown.
 BAD_SHOWN = 5
 
@@ -162,7 +161,7 @@ class _Run:
         settings = self.config.train
         first = int(state.step)
         with contextlib.ExitStack() as stack:
-            profile = stack.enter_context(_Profile(self.workdir.path / "profile", profile_steps, first, self._tell))
+            profile = stack.enter_context(Profile(self.workdir.path / "profile", profile_steps, first, self._tell))
             if first == settings.steps:
                 return state
             stream = stack.enter_context(contextlib.closing(batches(first)))
@@ -373,39 +372,3 @@ def _bar(description: str, unit: str) -> Callable[[int, int], None]:
             bar[0].close()
 
     return progress
-
-
-class _Profile:
-    """Traces `num_steps` steps with jax.profiler into a folder, after the first ones; says what it has traced."""
-
-    def __init__(self, folder: Path, num_steps: int, first: int, say: Callable[[str], None]) -> None:
-        self._folder, self._num_steps, self._say = folder, num_steps, say
-        self._first = self._step = first
-        self._start = first + PROFILE_AFTER + 1
-        self._running = False
-
-    def __enter__(self) -> _Profile:
-        return self
-
-    def at(self, step: int) -> None:
-        """Start or stop before this step."""
-        if self._num_steps and step == self._start:
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
-        elif step == self._start + self._num_steps:
-            self._end()
-        self._step = step
-
-    def __exit__(self, *error: object) -> None:
-        self._end()
-        if self._num_steps and self._step < self._start:
-            self._say(
-                f"--profile has traced nothing: it starts after the first {PROFILE_AFTER} steps of a command, "
-                f"and this one made {self._step - self._first}"
-            )
-
-    def _end(self) -> None:
-        if self._running:
-            jax.profiler.stop_trace()
-            self._running = False
-            self._say(f"the trace of steps {self._start} to {self._step} is in {self._folder}")

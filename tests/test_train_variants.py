@@ -22,6 +22,7 @@ from limoe import inputs
 from limoe.config import ConfigError
 from limoe.data.batches import BadExamples
 from limoe.data.source import Bad
+from limoe.profiling import Profile
 from limoe.train import TrainingError, train
 from limoe.workdir import WorkdirError
 
@@ -116,7 +117,7 @@ def test_a_profile_says_what_it_has_traced(monkeypatch: pytest.MonkeyPatch, aske
     step = 20
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(step))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(step))
-    with trainer._Profile(Path("profile"), asked, step, heard.append) as profile:
+    with Profile(Path("profile"), asked, step, heard.append) as profile:
         for _ in range(made):
             step += 1
             profile.at(step)
