@@ -58,6 +58,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         raise ConfigError(f"{', '.join(missing)} is missing; give all of {', '.join(told)}, or none in a known cluster")
     if process_id is not None and num_processes is not None and not 0 <= process_id < num_processes:
         raise ConfigError(f"--process-id={process_id} is not one of --num-processes={num_processes}; count from 0")
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
+        raise ConfigError(f"--coordinator={coordinator} has no port; give HOST:PORT, the same on every host")
     nothing_told = len(missing) == len(told)
     if nothing_told and jax.distributed.is_initialized():
         return  # the program that calls us has joined them

@@ -137,6 +137,8 @@ def test_flags_that_do_not_say_enough(capsys):
         join("localhost:1", 2, None)
     with pytest.raises(ConfigError, match=r"--process-id=2 is not one of --num-processes=2; count from 0"):
         join("localhost:1", 2, 2)
+    with pytest.raises(ConfigError, match=r"--coordinator=localhost has no port; give HOST:PORT"):
+        join("localhost", 2, 0)
     assert main(["train", "--coordinator=localhost:1"]) == 1
     assert "--num-processes, --process-id is missing" in capsys.readouterr().err
     assert main(["describe", "--process-id=0"]) == 2
