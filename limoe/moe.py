@@ -67,8 +67,10 @@ class RoutingContext(NamedTuple):
     """A function of the run's seed and the step."""
     first_group: Int[Array, ""] | int
     """Index within the step's batch of the first group of this chunk."""
-    group_stride: int = 0
-    """On a mesh: from the first group of a device to that of the next one, within the step's batch."""
+    group_stride: int
+    """From the first group of a device to that of the next one, within the step's batch; 0 without a mesh.
+
+    Without a default: on a mesh 0 would give the groups of every device the same noise."""
 
 
 class LayerRouting(NamedTuple):

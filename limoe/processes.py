@@ -18,7 +18,9 @@ from typing import NoReturn
 
 import jax
 import numpy as np
-from jax._src import distributed  # the client that multihost_utils uses; JAX has no public way to ask who is alive
+
+# The client that multihost_utils uses, and how jax.distributed finds a cluster: JAX has no public way to ask either.
+from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 
 from limoe.config import ConfigError
@@ -31,6 +33,10 @@ EXIT_STATUS = 75  # "temporary failure": the same command goes on
 _POLL_SECONDS = 1.0
 # What is wrong is mostly wrong everywhere; without the first process the others are aborted before they can say it.
 _SECONDS_FOR_THE_SAME_ERROR = 3.0
+_BLOCK = 1024  # bytes
+# What jax.distributed says where it finds no cluster, and where it is too late for one.
+_NO_CLUSTER = "coordinator_address should be defined."
+_USED_BEFORE = "jax.distributed.initialize() must be called before"
 
 # Runs beside a process until that ends; only what is killed or aborted ends without a word.
 _LAST_WORDS = """
@@ -43,7 +49,8 @@ if not sys.stdin.buffer.read(1): sys.stderr.write(sys.argv[1])
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Join the other processes of the run: as told, else as the cluster says, else stay alone.
 
-    Before anything of JAX runs. Raises ConfigError when only some of the three are given, or the others do not come.
+    Before anything of JAX runs. Raises ConfigError when only some of the three are given, the cluster that is found
+    does not say enough, it is too late to join it, or the others do not come.
     """
     told = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     missing = [flag for flag, value in told.items() if value is None]
@@ -51,6 +58,11 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         raise ConfigError(f"{', '.join(missing)} is missing; give all of {', '.join(told)}, or none in a known cluster")
     if process_id is not None and num_processes is not None and not 0 <= process_id < num_processes:
         raise ConfigError(f"--process-id={process_id} is not one of --num-processes={num_processes}; count from 0")
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
+        raise ConfigError(f"--coordinator={coordinator} has no port; give HOST:PORT, the same on every host")
+    nothing_told = len(missing) == len(told)
+    if nothing_told and jax.distributed.is_initialized():
+        return  # the program that calls us has joined them
     # Else the end of one ends the others inside C++, before anybody can say why.
     jax.config.update("jax_enable_recoverability", True)
     try:
@@ -61,17 +73,37 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             initialization_timeout=JOIN_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except ValueError:
-        if not missing:
-            raise
-        # No cluster was found: one process does it all.
+    except (ValueError, LookupError) as error:
+        if nothing_told and str(error) == _NO_CLUSTER:
+            return  # one process does it all
+        raise _unusable_cluster(error) from error
     except RuntimeError as error:
-        if missing and "must be called before" in str(error):
-            return  # the program that calls us has used JAX already, so it is no fresh process of a cluster
-        raise ConfigError(
-            f"the {num_processes or ''} processes did not come together within {JOIN_SECONDS} s: {error}; is each of "
-            f"them started, and does it reach the coordinator {coordinator or 'of the cluster'}?"
-        ) from error
+        if _USED_BEFORE not in str(error):
+            raise ConfigError(
+                f"the {num_processes or ''} processes did not come together within {JOIN_SECONDS} s: {error}; is each "
+                f"of them started, and does it reach the coordinator {coordinator or 'of the cluster'}?"
+            ) from error
+        if not nothing_told or _size_of_cluster() > 1:
+            raise ConfigError(
+                "this program has used JAX already, so it cannot join the other processes any more; start limoe train "
+                "as a program of its own, or call jax.distributed.initialize before anything else of JAX"
+            ) from error
+
+
+def _size_of_cluster() -> int:
+    """Processes of the cluster that JAX finds around this one; 1 where there is none."""
+    try:
+        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, JOIN_SECONDS)
+    except (ValueError, LookupError, RuntimeError) as error:
+        raise _unusable_cluster(error) from error
+    return found[1] or 1
+
+
+def _unusable_cluster(error: Exception) -> ConfigError:
+    return ConfigError(
+        f"the cluster that JAX sees here does not say what is needed: {type(error).__name__}: {error}; give "
+        "--coordinator, --num-processes and --process-id, or mend the cluster's environment variables"
+    )
 
 
 def is_first() -> bool:
@@ -109,6 +141,23 @@ def from_first(number: int) -> int:
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int64(number)))
+
+
+def texts_of_all(text: str) -> list[str]:
+    """The text that each process has, in their order; all must call it.
+
+    >>> texts_of_all("alone")
+    ['alone']
+    """
+    if jax.process_count() == 1:
+        return [text]
+    own = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([own.size])).reshape(-1)
+    # In whole blocks, because every shape is compiled anew.
+    padded = np.zeros(-(-max(int(sizes.max()), 1) // _BLOCK) * _BLOCK, np.uint8)
+    padded[: own.size] = own
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def wait_for_all(name: str) -> None:
@@ -175,11 +224,13 @@ class Watch:
         while not self._over.wait(_POLL_SECONDS):
             try:
                 alive = client.get_live_nodes(list(range(self._count)))
+                gone = sorted(set(range(self._count)) - set(alive))
+                reason = f"has had no sign of life of process {', '.join(map(str, gone))}" if gone else ""
             except jax.errors.JaxRuntimeError:
-                self._leave("does not reach the first process any more")
-            gone = sorted(set(range(self._count)) - set(alive))
-            if gone and not self._over.is_set():
-                self._leave(f"has had no sign of life of process {', '.join(map(str, gone))}")
+                reason = "does not reach the first process any more"
+            # At the end, which all have agreed on, the others are gone before this one.
+            if reason and not self._over.is_set():
+                self._leave(reason)
 
     def _leave(self, reason: str) -> NoReturn:
         sys.stderr.write(f"\nlimoe: process {self._index} of {self._count} {reason}. {_WHAT_TO_DO}\n")

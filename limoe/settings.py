@@ -190,6 +190,22 @@ def differences(first: Config, second: Config) -> list[str]:
     return ["preset"] * (first.preset != second.preset) + names
 
 
+def both_values(names: Sequence[str], first: Config, second: Config, at_first: str, at_second: str) -> str:
+    """Settings with the values that two configs give them, for a message.
+
+    >>> both_values(["train.seed"], preset("tiny"), override(preset("tiny"), ["train.seed=1"]), "there", "now")
+    'train.seed (0 there, 1 now)'
+    """
+    return ", ".join(f"{name} ({_value(first, name)} {at_first}, {_value(second, name)} {at_second})" for name in names)
+
+
+def _value(config: Config, name: str) -> object:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
 def digest(config: Config) -> str:
     """16 hexadecimal digits that equal configs share and different ones do not.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import resource
 import tempfile
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from limoe import inputs, processes, report, results
 from limoe.checkpoint import Checkpoints
-from limoe.config import Config
+from limoe.config import Config, ConfigError
 from limoe.data.batches import BadExamples, Batch
 from limoe.data.source import Bad
 from limoe.encode import Encoder
@@ -26,15 +27,15 @@ from limoe.losses import by_name
 from limoe.mesh import joined, place
 from limoe.optim import make_schedule
 from limoe.presets import preset
+from limoe.profiling import Profile
 from limoe.progress import progress_bar
+from limoe.settings import both_values, differences, from_json, to_json
 from limoe.step import Parameters, StepReport, TrainState, compile_step, new_state, prepare
 from limoe.stopping import StopSignals
 from limoe.tokenizer import Tokenizer
 from limoe.workdir import MetricsLog, Workdir, WorkdirError, read_metrics, write_json
 
-# The first step compiles and the next ones warm up: a profile starts after them.
-PROFILE_AFTER = 5
-# Bad examples whose keys are shown; metrics.jsonl has more.
+# Bad examples of a step whose keys are kept, and of a run whose keys are shown.
 BAD_SHOWN = 5
 
 
@@ -77,8 +78,21 @@ def _silent(text: str) -> None:
 
 def _open(folder: str | Path, config: Config) -> Workdir:
     """The work folder, which the first process makes and locks for all."""
+    _refuse_other_settings(config)
     with processes.first_before_others("the work folder is there"):
         return Workdir.open(folder, config) if processes.is_first() else Workdir.existing(folder)
+
+
+def _refuse_other_settings(config: Config) -> None:
+    """Raise ConfigError in every process if one has other settings than the first: it would train something else."""
+    first, *others = map(from_json, processes.texts_of_all(to_json(config)))
+    for number, other in enumerate(others, 1):
+        if names := differences(first, other):
+            listed = both_values(names, first, other, "in process 0", f"in process {number}")
+            raise ConfigError(
+                f"process {number} was started with other settings than process 0: {listed}; "
+                "start the same command on every host"
+            )
 
 
 def _train(
@@ -146,9 +160,10 @@ class _Run:
         """Step until the end or a signal; the state then, which is saved."""
         settings = self.config.train
         first = int(state.step)
-        if first == settings.steps:
-            return state
         with contextlib.ExitStack() as stack:
+            profile = stack.enter_context(Profile(self.workdir.path / "profile", profile_steps, first, self._tell))
+            if first == settings.steps:
+                return state
             stream = stack.enter_context(contextlib.closing(batches(first)))
             bar = stack.enter_context(
                 progress_bar(
@@ -159,7 +174,6 @@ class _Run:
                     shown=self.log is not None,
                 )
             )
-            profile = stack.enter_context(_Profile(self.workdir.path / "profile", profile_steps, first, self._tell))
             for step in range(first + 1, settings.steps + 1):
                 started = time.monotonic()
                 batch = next(stream)
@@ -170,8 +184,8 @@ class _Run:
                 seconds = time.monotonic() - started
                 self._check_report(step, step_report)
                 # Whoever got the signal: all save after the same step.
-                wishes, num_bad = processes.added_up(int(bool(signals.received)), batch.bad.num_bad)
-                bad = batch.bad._replace(num_bad=num_bad)
+                wishes, *counts = processes.added_up(int(bool(signals.received)), *batch.bad[:2])
+                bad = _bad_of_all(batch.bad, *counts)
                 self.stopped = wishes > 0
                 save = step % settings.checkpoint_every == 0 or step == settings.steps or self.stopped
                 if save:
@@ -301,6 +315,15 @@ class _Run:
         self.say(report.summary_table({**content, "figures": str(self.workdir.figures)}))
 
 
+def _bad_of_all(own: BadExamples, num_examined: int, num_bad: int) -> BadExamples:
+    """The bad examples of all processes, given how many there are; the first few of them in the order of rows."""
+    first: list[Bad] = []
+    if num_bad:
+        for text in processes.texts_of_all(json.dumps(own.first)):
+            first += [Bad(*fields) for fields in json.loads(text)]
+    return BadExamples(num_examined, num_bad, tuple(first[:BAD_SHOWN]))
+
+
 def _bad_text(bad: Bad) -> str:
     return f"{bad.key}: {bad.reason}"
 
@@ -349,32 +372,3 @@ def _bar(description: str, unit: str) -> Callable[[int, int], None]:
             bar[0].close()
 
     return progress
-
-
-class _Profile:
-    """Traces `num_steps` steps with jax.profiler into a folder, after the first ones."""
-
-    def __init__(self, folder: Path, num_steps: int, first: int, say: Callable[[str], None]) -> None:
-        self._folder, self._say, self._running = folder, say, False
-        self._start = first + PROFILE_AFTER + 1 if num_steps else None
-        self._stop = first + PROFILE_AFTER + 1 + num_steps
-
-    def __enter__(self) -> _Profile:
-        return self
-
-    def at(self, step: int) -> None:
-        """Start or stop before this step."""
-        if step == self._start:
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
-        elif step == self._stop:
-            self._end()
-
-    def __exit__(self, *error: object) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        if self._running:
-            jax.profiler.stop_trace()
-            self._running = False
-            self._say(f"the trace of steps {self._start} to {self._stop - 1} is in {self._folder}")

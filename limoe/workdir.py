@@ -25,7 +25,7 @@ import numpy as np
 
 from limoe.config import Config, ConfigError
 from limoe.data import files
-from limoe.settings import differences, from_json, to_json
+from limoe.settings import both_values, differences, from_json, to_json
 
 _CONFIG = "config.json"
 _METRICS = "metrics.jsonl"
@@ -209,18 +209,10 @@ def _refuse_other_config(folder: Path, there: Config, here: Config) -> None:
     # The mesh may change on the way: neither the result nor what a checkpoint holds depends on it.
     names = [name for name in differences(there, here) if not name.startswith("mesh.")]
     if names:
-        listed = ", ".join(f"{name} ({_setting(there, name)} there, {_setting(here, name)} now)" for name in names)
         raise WorkdirError(
-            f"{folder} was made with other settings: {listed}; "
+            f"{folder} was made with other settings: {both_values(names, there, here, 'there', 'now')}; "
             "continue it with its own settings, or start a new run with --workdir=DIR"
         )
-
-
-def _setting(config: Config, name: str) -> object:
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
 
 
 class MetricsLog:

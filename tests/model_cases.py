@@ -45,6 +45,12 @@ def small_model(config: Config, seed: int = 0) -> tuple[Any, dict[str, Any]]:
     return graph, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+def neighbour(rng: np.random.Generator, array: jax.Array) -> jax.Array:
+    """Every entry one float32 up or down."""
+    towards = np.where(rng.random(array.shape) < 0.5, -np.inf, np.inf).astype(np.float32)
+    return jnp.asarray(np.nextafter(np.asarray(array), towards))
+
+
 def small_batch(config: Config, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Bytes [B, H, W, 3] and ids [B, N] that end in padding, at least one token in each caption."""
     rng = np.random.default_rng(seed)

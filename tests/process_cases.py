@@ -25,9 +25,9 @@ class Ended(NamedTuple):
 
 
 class Team:
-    """The processes of a run, which are killed when the block ends."""
+    """The processes of a run, killed when the block ends; `of_second` are settings of the second one alone."""
 
-    def __init__(self, folder: Path, *more: str):
+    def __init__(self, folder: Path, *more: str, of_second: tuple[str, ...] = ()):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
@@ -43,7 +43,8 @@ class Team:
         }
         for number in range(2):
             flags = [f"--coordinator={address}", "--num-processes=2", f"--process-id={number}"]
-            words = command("train", f"--workdir={folder}", *flags, "--set", *settings(*MESH, *more))
+            own = of_second if number else ()
+            words = command("train", f"--workdir={folder}", *flags, "--set", *settings(*MESH, *more, *own))
             log = open(folder.parent / f"process{number}.log", "w+")  # noqa: SIM115 (read when the process has ended)
             self.processes.append((subprocess.Popen(words, env=variables, stdout=log, stderr=log), log))
 

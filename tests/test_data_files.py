@@ -2,11 +2,16 @@
 
 import errno
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from limoe.data import files
 from limoe.data.files import DataError, StorageError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_a_written_file_is_there_whole_and_nothing_else_is(tmp_path):
@@ -26,6 +31,36 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         raise RuntimeError("stop")
     assert files.read_bytes(path) == b"old"
     assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_only_what_dead_writers_left_is_removed(tmp_path):
+    program = (
+        "import os, signal, sys\n"
+        "from limoe.data import files\n"
+        "with files.atomic_writer(sys.argv[1]) as file:\n"
+        "    file.write(b'half')\n"
+        "    file.flush()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    path = tmp_path / "a.bin"
+    killed = subprocess.run([sys.executable, "-c", program, str(path)], env={"PYTHONPATH": str(ROOT)}, check=False)
+    assert killed.returncode == -9
+    [left] = os.listdir(tmp_path)
+    files.remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == [left], "written since this process began: its writer may not have locked it yet"
+    kept = [".a.bin.1-abcdef0.tmp", "a.bin.1-abcdef01.tmp", ".a.bin.tmp", ".a.bin.x-abcdef01.tmp"]
+    for name in kept:
+        (tmp_path / name).write_bytes(b"the user's")
+    (tmp_path / ".a.bin.1-abcdef01.tmp").mkdir()
+    with files.atomic_writer(path) as file:
+        file.write(b"whole")
+        [living] = set(os.listdir(tmp_path)) - {left, *kept, ".a.bin.1-abcdef01.tmp"}
+        for name in os.listdir(tmp_path):
+            os.utime(tmp_path / name, (0, 0))
+        files.remove_leftovers(tmp_path)
+        assert set(os.listdir(tmp_path)) == {living, *kept, ".a.bin.1-abcdef01.tmp"}
+    assert path.read_bytes() == b"whole"
+    files.remove_leftovers(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from model_cases import small_batch, small_config
+from model_cases import neighbour, small_batch, small_config
 from moe_cases import FAST
 
 from limoe.checkpoint import Checkpoints
@@ -67,12 +67,6 @@ def trained(*settings: str) -> Trained:
     run = Run(config_of(*settings))
     reports = run.steps(STEPS)
     return Trained(run.config, jax.device_get(run.state), reports)
-
-
-def neighbour(rng: np.random.Generator, array: jax.Array) -> jax.Array:
-    """Every entry one float32 up or down."""
-    towards = np.where(rng.random(array.shape) < 0.5, -np.inf, np.inf).astype(np.float32)
-    return jnp.asarray(np.nextafter(np.asarray(array), towards))
 
 
 @functools.cache

@@ -27,7 +27,7 @@ def encode(graph, training, parameters, images, text, context):
 
 
 def context_of(seed: int = 0) -> RoutingContext:
-    return RoutingContext(jax.random.key(seed), jnp.int32(0))
+    return RoutingContext(jax.random.key(seed), jnp.int32(0), group_stride=0)
 
 
 def twin(config, parameters, images, text, context):

@@ -1,18 +1,28 @@
 """Two real processes: the losses of one, one agreed step on SIGTERM, a soon end when one is killed."""
 
+import functools
 import signal
+import subprocess
+import sys
+import types
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from model_cases import neighbour
 from process_cases import MESH, Team
-from run_cases import metrics, ran, summary
+from run_cases import environment, metrics, ran, summary
 
+import limoe.train as trainer
+from limoe import processes
 from limoe.checkpoint import Checkpoints
 from limoe.cli import main
 from limoe.config import ConfigError
 from limoe.losses import LossTerms
 from limoe.processes import HEARTBEAT_SECONDS, join
+from limoe.step import TrainState
 
 SECONDS_TO_LEAVE = 30
 
@@ -21,18 +31,42 @@ def committed(folder: Path) -> tuple[int, ...]:
     return Checkpoints(folder / "checkpoints", read_only=True).steps()
 
 
-def assert_same_curve(folder: Path, twin: Path) -> None:
-    mine, expected = metrics(folder), metrics(twin)
+# The losses and the norm of the gradient, by their names in the log.
+FIGURES = (*LossTerms._fields[:3], "gradient_norm")
+
+
+def ran_with_rounding(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int, *more: str) -> Path:
+    """A run in this process that begins with every parameter moved to a neighbouring float32."""
+    new_state, draw = trainer.new_state, functools.partial(neighbour, np.random.default_rng(seed))
+
+    def moved(*given: Any) -> TrainState:
+        state = new_state(*given)
+        return state._replace(parameters=jax.tree.map(draw, state.parameters))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "new_state", moved)
+        return ran(folder, *more).folder
+
+
+def assert_same_curve(folder: Path, twin: Path, moved: list[Path]) -> None:
+    """The same drops, and figures that lie no further apart than rounding carries.
+
+    Sums over the same numbers in another order round differently, and every update carries that on. How far is a
+    property of the run, measured by the twins that began one rounding away.
+    """
+    mine, expected, others = metrics(folder), metrics(twin), [metrics(path) for path in moved]
     assert [line["step"] for line in mine] == [line["step"] for line in expected]
-    for line, other in zip(mine, expected, strict=True):
+    for line, other, *rounded in zip(mine, expected, *others, strict=True):
         assert line["wanted"] == other["wanted"] and line["kept"] == other["kept"]
-        for name in ("total", *LossTerms._fields[:3], "gradient_norm"):
-            # The same sums in another order, through ten updates.
-            assert line[name] == pytest.approx(other[name], rel=1e-4), (line["step"], name)
+        for name in FIGURES:
+            reach = max(abs(one[name] - other[name]) for one in rounded)
+            # Eight of them: a sum rounds in many places, a twin was moved in one.
+            bound = 8 * (2.0**-23 * abs(other[name]) + reach)
+            assert line[name] == pytest.approx(other[name], rel=0, abs=bound), (line["step"], name)
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_lose_one_and_still_end_like_one(tmp_path):
+def test_two_processes_stop_together_lose_one_and_still_end_like_one(tmp_path, monkeypatch):
     """SIGTERM on one host, then SIGKILL of one process, then the rest: the whole log is that of a single process."""
     folder = tmp_path / "run"
     with Team(folder) as team:
@@ -52,15 +86,23 @@ def test_two_processes_stop_together_lose_one_and_still_end_like_one(tmp_path):
     assert left.status not in (0, 1) and left.seconds < SECONDS_TO_LEAVE
     assert "limoe: process 0 of 2" in left.said and "Start the same command on every host again" in left.said
 
+    last = committed(folder)[-1]
+    assert last >= saved
     with Team(folder) as team:
         ended = [team.end(number) for number in range(2)]
     assert [one.status for one in ended] == [0, 0], ended
-    assert f"going on from the checkpoint of step {committed(folder)[0]}" in ended[0].said or committed(folder)
-    single = ran(tmp_path / "single", *(text for text in MESH if not text.startswith("mesh.")))
-    assert_same_curve(folder, single.folder)
-    scores, expected = summary(folder), summary(single.folder)
-    assert scores["success_rate_text"] == pytest.approx(expected["success_rate_text"])
-    assert np.isclose(scores["zero_shot_top1"], expected["zero_shot_top1"], atol=0.05)
+    assert f"going on from the checkpoint of step {last}" in ended[0].said
+    alone = [text for text in MESH if not text.startswith("mesh.")]
+    single = ran(tmp_path / "single", *alone).folder
+    moved = [ran_with_rounding(tmp_path / f"moved{seed}", monkeypatch, seed, *alone) for seed in range(2)]
+    assert_same_curve(folder, single, moved)
+    scores, expected = summary(folder), summary(single)
+    assert scores["success_rate_text"] == expected["success_rate_text"]  # of the same counts
+    # Rounding moves the similarities of this run by up to 4.5e-7, and 1% of the images have their two best classes less
+    # than 1.2e-4 apart (both measured). So of 480 images 480 x 1% x 9e-7 / 1.2e-4 = 0.04 may change sides: one, hardly
+    # ever two.
+    images = expected["zero_shot_images"]
+    assert abs(scores["zero_shot_top1"] - expected["zero_shot_top1"]) < 1.5 / images
 
 
 @pytest.mark.full
@@ -73,6 +115,19 @@ def test_the_first_process_is_killed(tmp_path):
     assert "limoe: process 1 of 2" in left.said and "Start the same command on every host again" in left.said
 
 
+@pytest.mark.slow
+def test_other_settings_on_one_host_are_refused_before_anything_is_made(tmp_path):
+    with Team(tmp_path / "run", of_second=("train.seed=3", "mesh.exchange_chunks=2")) as team:
+        ended = [team.end(number) for number in range(2)]
+    for one in ended:
+        assert one.status == 1 and "Traceback" not in one.said
+        assert (
+            "process 1 was started with other settings than process 0: train.seed (0 in process 0, 3 in process 1), "
+            "mesh.exchange_chunks (1 in process 0, 2 in process 1); start the same command on every host" in one.said
+        )
+    assert not (tmp_path / "run").exists()
+
+
 def test_heartbeats_leave_time_for_the_others():
     assert HEARTBEAT_SECONDS <= SECONDS_TO_LEAVE
 
@@ -82,6 +137,69 @@ def test_flags_that_do_not_say_enough(capsys):
         join("localhost:1", 2, None)
     with pytest.raises(ConfigError, match=r"--process-id=2 is not one of --num-processes=2; count from 0"):
         join("localhost:1", 2, 2)
+    with pytest.raises(ConfigError, match=r"--coordinator=localhost has no port; give HOST:PORT"):
+        join("localhost", 2, 0)
     assert main(["train", "--coordinator=localhost:1"]) == 1
     assert "--num-processes, --process-id is missing" in capsys.readouterr().err
     assert main(["describe", "--process-id=0"]) == 2
+
+
+SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+BEFORE_JAX = "from limoe.processes import join; join(None, None, None)"
+
+
+@pytest.mark.slow
+def test_a_cluster_that_does_not_say_enough_is_no_reason_to_train_alone():
+    half = {**environment(), **SLURM, "SLURM_NTASKS": "two"}
+    words = [sys.executable, "-c", BEFORE_JAX]
+    ended = subprocess.run(words, env=half, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "ConfigError: the cluster that JAX sees here does not say what is needed: ValueError" in ended.stderr
+    assert "'two'; give --coordinator, --num-processes and --process-id" in ended.stderr
+
+
+def test_a_program_that_has_used_jax_stays_alone_only_without_a_cluster(monkeypatch):
+    assert jax.device_count() and not jax.distributed.is_initialized()
+    join(None, None, None)
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    join(None, None, None)
+    for tasks, message in (("2", "this program has used JAX already"), ("two", "does not say what is needed")):
+        monkeypatch.setenv("SLURM_NTASKS", tasks)
+        with pytest.raises(ConfigError, match=message):
+            join(None, None, None)
+    with pytest.raises(ConfigError, match="this program has used JAX already"):
+        join("localhost:1", 2, 1)
+
+
+@pytest.mark.parametrize("answer", [jax.errors.JaxRuntimeError("UNAVAILABLE"), [0]])
+def test_a_process_that_is_gone_after_the_end_is_not_missed(monkeypatch, answer):
+    """The watch asks who is alive while the others leave, as agreed."""
+
+    class Left(Exception):
+        pass
+
+    def leave(reason):
+        raise Left(reason)
+
+    def look(*, over):
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        watch = processes.Watch()
+
+        def get_live_nodes(numbers):
+            if over:
+                watch._over.set()
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        client = types.SimpleNamespace(get_live_nodes=get_live_nodes)
+        monkeypatch.setattr(processes.distributed, "global_state", types.SimpleNamespace(client=client))
+        monkeypatch.setattr(processes, "_POLL_SECONDS", 0.01)
+        monkeypatch.setattr(watch, "_leave", leave)
+        watch._look()
+
+    look(over=True)
+    with pytest.raises(Left, match=r"does not reach the first process|no sign of life of process 1"):
+        look(over=False)

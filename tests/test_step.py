@@ -10,6 +10,7 @@ from flax import nnx
 from model_cases import small_batch, small_config, small_model
 from moe_cases import FAST
 
+from limoe.losses import AuxiliaryTerms
 from limoe.moe import MoeLayer, RoutingContext
 from limoe.optim import make_optimizer
 from limoe.settings import override
@@ -49,7 +50,7 @@ def assert_same_gradient(actual, expected, *, terms: int) -> None:
     )
 
 
-ACCUMULATION = [("softmax", 2), ("sigmoid", 4)]
+ACCUMULATION = [("softmax", 4), ("sigmoid", 4), pytest.param("softmax", 2, marks=pytest.mark.full)]
 
 
 @pytest.mark.parametrize(("contrastive", "chunks"), ACCUMULATION)
@@ -95,6 +96,29 @@ def test_every_parameter_has_a_gradient(settings):
         else:
             assert (sizes > 1e-7 * largest).all(), name
     assert ("logit_bias" in grads) == ("contrastive=sigmoid" in settings)
+
+
+def test_each_auxiliary_weight_counts_for_its_term_and_no_other():
+    weights = dict(zip(AuxiliaryTerms._fields, (2, 3, 5, 7, 11, 13, 17), strict=True))
+    config = small_config(
+        *BASE,
+        *(f"{name}_weight={weight}" for name, weight in weights.items()),
+        # Above the entropies of a new router, else these two terms are 0.
+        *("threshold_experts_text=4", "threshold_experts_image=4"),
+    )
+    graph, parameters = small_model(config)
+    batch = small_batch(config)
+    terms = jax.jit(lambda *given: gradient(graph, *given, config)[1], compiler_options=FAST)(
+        parameters, *batch, jnp.int32(STEP)
+    )
+    # aux_weight is 1, so the mean of the seven.
+    shares = {name: weight / 7 * float(getattr(terms.auxiliary, name)) for name, weight in weights.items()}
+    expected = float(terms.contrastive) + sum(shares.values())
+    # Nine numbers in eight sums, each of which rounds once.
+    error = 8 * 2.0**-24 * expected
+    assert float(terms.total) == pytest.approx(expected, rel=0, abs=error)
+    # Any weight that was off by one would show.
+    assert min(share / weights[name] for name, share in shares.items()) > 100 * error, shares
 
 
 def test_the_auxiliary_loss_reaches_the_routers():
@@ -147,7 +171,7 @@ def test_noise_and_random_order_are_functions_of_layer_and_group():
 
     @functools.partial(jax.jit, compiler_options=FAST)
     def run(state, tokens, seed, number, first_group):
-        context = RoutingContext(jax.random.key(seed), first_group)
+        context = RoutingContext(jax.random.key(seed), first_group, group_stride=0)
         return nnx.merge(graph, state)(tokens, None, context, number)
 
     whole, routing = run(state, tokens, 0, 0, 0)

@@ -247,6 +247,7 @@ def test_a_killed_process_started_again_ends_with_the_same_bits(tmp_path: Path, 
     assert process.returncode == 0, complained
     assert f"going on from the checkpoint of step {STEPS}" in said or "is finished" in said
     assert "Traceback" not in complained
+    assert not list(cache.rglob("*.tmp")), "what the killed writer of the world left"
     assert result(folder) == expected
 
 

@@ -1,9 +1,11 @@
 """Runs unlike the usual one: values not finite, evaluation on the way, a profile, a dense twin, other losses."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 from run_cases import (
@@ -18,6 +20,9 @@ from run_cases import (
 import limoe.train as trainer
 from limoe import inputs
 from limoe.config import ConfigError
+from limoe.data.batches import BadExamples
+from limoe.data.source import Bad
+from limoe.profiling import Profile
 from limoe.train import TrainingError, train
 from limoe.workdir import WorkdirError
 
@@ -96,6 +101,31 @@ def test_a_profile(tmp_path: Path) -> None:
     assert list((run.folder / "profile").rglob("*.xplane.pb"))
 
 
+@pytest.mark.parametrize(
+    ("asked", "made", "said"),
+    [
+        (3, 12, "the trace of steps 26 to 28 is in profile"),
+        (20, 8, "the trace of steps 26 to 28 is in profile"),  # stopped on the way
+        (3, 5, "--profile has traced nothing: it starts after the first 5 steps of a command, and this one made 5"),
+        (3, 0, "--profile has traced nothing: it starts after the first 5 steps of a command, and this one made 0"),
+        (0, 12, ""),
+    ],
+)
+def test_a_profile_says_what_it_has_traced(monkeypatch: pytest.MonkeyPatch, asked: int, made: int, said: str) -> None:
+    heard: list[str] = []
+    calls: list[int] = []
+    step = 20
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(step))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(step))
+    with Profile(Path("profile"), asked, step, heard.append) as profile:
+        for _ in range(made):
+            step += 1
+            profile.at(step)
+    assert heard == [said] * bool(said)
+    # It stops before the step after the last one traced, or at the end.
+    assert calls == ([26, min(26 + asked, 20 + made)] if asked and made > 5 else [])
+
+
 @pytest.mark.slow
 def test_a_dense_twin_has_no_routing(tmp_path: Path) -> None:
     run = ran(tmp_path / "run", "model.moe_layers=()", "train.steps=5", name="tiny-dense")
@@ -127,6 +157,20 @@ def test_a_run_that_fails_before_its_first_step_leaves_the_folder_free(tmp_path:
         ran(tmp_path / "run", f"data.tokenizer={model}", "model.vocab_size=20")
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock"}
     ran(tmp_path / "run", "train.steps=4")  # other settings, in the same folder
+
+
+def test_bad_examples_of_all_processes_are_named_in_the_order_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = [
+        BadExamples(10, 2, (Bad("a", "no caption"), Bad("b", "cut short"))),
+        BadExamples(8, 0, ()),
+        BadExamples(12, 4, tuple(Bad(f"c{number}", "größer") for number in range(4))),
+    ]
+    texts = [json.dumps(share.first) for share in shares]
+    monkeypatch.setattr(trainer.processes, "texts_of_all", lambda own: texts if own in texts else [])
+    for own in shares:
+        bad = trainer._bad_of_all(own, 30, 6)
+        assert (bad.num_examined, bad.num_bad) == (30, 6)
+        assert [one.key for one in bad.first] == ["a", "b", "c0", "c1", "c2"] and bad.first[2].reason == "größer"
 
 
 def _tokenizer(tmp_path: Path) -> Path:

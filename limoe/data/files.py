@@ -6,13 +6,18 @@ this file alone.
 
 import contextlib
 import errno
+import fcntl
 import glob
 import os
+import re
 import secrets
+import time
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 Path = str | os.PathLike[str]
+
+_STARTED = time.time()
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder",
@@ -142,15 +147,40 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     with explained("write", path):
         try:
             with open(temporary, "xb") as file:
+                _lock(file)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
+                os.replace(temporary, target)  # under the lock: until then the file is for nobody else to remove
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
         _sync_folder(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what `atomic_writer` has left in a folder where it was killed, if that was before this process began.
+
+    A file of any other name stays, and so does one that a living writer holds, here or on another machine: the system
+    frees a writer's lock when it ends, however it does. What may not be removed stays as well.
+    """
+    with contextlib.suppress(OSError), os.scandir(_local(folder)) as entries:
+        for entry in entries:
+            if re.fullmatch(r"\..+\.\d+-[0-9a-f]{8}\.tmp", entry.name) and entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(OSError), open(entry.path, "r+b") as file:
+                    # The age too: a writer that has only just opened its file has not locked it yet.
+                    if os.fstat(file.fileno()).st_mtime < _STARTED and _lock(file):
+                        os.unlink(entry.path)
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Whether the file is now locked by this process; false where another has it or the file system knows no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -278,6 +278,8 @@ def write_world(
     folders = WorldFolders(*(os.path.join(root, split) for split in SPLITS))
     num_pairs = sum(world.num_examples(split) for split in SPLITS)
     done = 0
+    for folder in (root, *folders):
+        files.remove_leftovers(folder)
     try:
         for split, folder in zip(SPLITS, folders, strict=True):
             for first in range(0, world.num_examples(split), world.pairs_per_shard):
