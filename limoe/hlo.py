@@ -18,21 +18,11 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?(\S+) \(.*\{$")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|body|condition|to_apply|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
-# What moves no bytes by itself.
+# What moves no bytes by itself; nor does the end of anything asynchronous, which counts where it starts.
 _FREE = frozenset(
     {
         *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
-        *(
-            "copy-done",
-            "slice-done",
-            "async-start",
-            "async-update",
-            "async-done",
-            "after-all",
-            "opt-barrier",
-            "add-dependency",
-        ),
-        *("partition-id", "replica-id", "call-start", "call-done"),
+        *("async-update", "after-all", "opt-barrier", "add-dependency", "partition-id", "replica-id", "call-start"),
     }
 )
 COPIES = ("copy-start", "slice-start")
@@ -76,6 +66,17 @@ class Instruction:
         """The text of an attribute without blanks in it."""
         found = re.search(rf"[ ,]{name}=([^ ,]+(?:,[^ =]+)*)", self.rest)
         return found[1].rstrip(",") if found else None
+
+    @property
+    def results(self) -> tuple[Shape, ...]:
+        """What it computes. The start of something asynchronous names its operands first and flags last; but that of
+        a copy its target first, and that of an all-reduce its results alone."""
+        if self.opcode == "copy-start":
+            return self.shapes[:1]
+        count = len(self.operands)
+        if self.opcode.endswith("-start") and len(self.shapes) >= 2 * count:
+            return self.shapes[count : 2 * count]
+        return self.shapes
 
     @property
     def bytes(self) -> int:
@@ -227,25 +228,30 @@ class Program:
         A slice of an array, also inside a fusion, counts as the slice, and so does an update in place.
         """
         instruction, computation = run.instruction, run.computation
-        if instruction.opcode in _FREE or _NOTHING_DONE.search(instruction.rest):
+        opcode = instruction.opcode
+        if opcode in _FREE or opcode.endswith("-done") or _NOTHING_DONE.search(instruction.rest):
             return 0
-        operands = [computation.by_name[name] for name in instruction.operands if name in computation.by_name]
-        if instruction.opcode in COPIES:
-            # Its result names source and target; of a slice the source counts as the slice.
+        operands = [computation.by_name[name] for name in instruction.operands]
+        if opcode in COPIES:
+            # Its result names target and source; of a slice the source counts as the slice.
             pair = instruction.shapes[:2]
             return sum(shape.in_hbm for shape in pair) * min(shape.bytes for shape in pair)
-        if instruction.opcode == "fusion":
+        if opcode == "fusion":
             fused = self.computations[instruction.called[0]]
-            read = sum(
-                min(self._read(fused, number), 2**62) if operand.hbm_bytes else 0
-                for number, operand in enumerate(operands)
+            read = sum(self._read(fused, number) for number, operand in enumerate(operands) if operand.hbm_bytes)
+            return read + self._written(fused, instruction.shapes)
+        if opcode in ("dynamic-slice", "gather", "slice"):
+            sides = operands[0].shapes[0].in_hbm + instruction.shapes[0].in_hbm
+            return sides * instruction.bytes
+        if opcode in ("dynamic-update-slice", "scatter"):
+            # A scatter of n arrays has them, the indices, and n updates.
+            updates = operands[1:2] if opcode == "dynamic-update-slice" else operands[len(operands) // 2 + 1 :]
+            return sum(
+                update.bytes * (update.shapes[0].in_hbm + target.in_hbm)
+                for update, target in zip(updates, instruction.shapes, strict=True)
             )
-            return read + self._written(fused, instruction)
-        if instruction.opcode in ("dynamic-slice", "gather", "slice"):
-            return 2 * instruction.hbm_bytes
-        if instruction.opcode in ("dynamic-update-slice", "scatter"):
-            return 2 * operands[-1 if instruction.opcode == "scatter" else 1].hbm_bytes
-        return sum(operand.hbm_bytes for operand in operands) + instruction.hbm_bytes
+        written = sum(shape.bytes for shape in instruction.results if shape.in_hbm)
+        return sum(operand.hbm_bytes for operand in operands) + written
 
     def _read(self, fused: Computation, number: int) -> int:
         """Bytes of a fusion's operand that it reads."""
@@ -277,22 +283,24 @@ class Program:
             return 0
         return whole
 
-    def _written(self, fused: Computation, instruction: Instruction) -> int:
+    def _written(self, fused: Computation, shapes: tuple[Shape, ...]) -> int:
         """Bytes of a fusion's results that it writes: of an update in place, the update."""
         root = fused.root
         results = [fused.by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
-        total = 0
-        for result, shape in zip(results, instruction.shapes, strict=False):
-            if not shape.in_hbm:
-                continue
+        if sum(len(result.shapes) for result in results) != len(shapes):
+            raise HloError(f"{fused.name} returns {len(shapes)} arrays, but its root {root.name} names others")
+        total = place = 0
+        for result in results:
+            own = shapes[place : place + len(result.shapes)]
+            place += len(own)
             while result.opcode == "bitcast":
                 result = fused.by_name[result.operands[0]]
-            if result.opcode == "dynamic-update-slice":
-                total += min(fused.by_name[result.operands[1]].bytes, shape.bytes)
-            elif result.opcode == "fusion" and len(instruction.shapes) == 1:
-                total += self._written(self.computations[result.called[0]], instruction)
+            if result.opcode == "fusion":
+                total += self._written(self.computations[result.called[0]], own)
+            elif result.opcode == "dynamic-update-slice":
+                total += own[0].in_hbm * min(fused.by_name[result.operands[1]].bytes, own[0].bytes)
             else:
-                total += shape.bytes
+                total += sum(shape.bytes for shape in own if shape.in_hbm)
         return total
 
 
