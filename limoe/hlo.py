@@ -122,7 +122,7 @@ class Computation:
     def parameters(self) -> list[Instruction]:
         """Its parameters by number."""
         found = [i for i in self.instructions if i.opcode == "parameter"]
-        return sorted(found, key=lambda i: int(i.rest[: i.rest.index(")")]))
+        return sorted(found, key=_number)
 
     @property
     def root(self) -> Instruction:
@@ -171,8 +171,8 @@ class Program:
             if instruction.opcode not in _DESCEND:
                 continue
             if instruction.opcode == "while":
-                condition, body = self._condition_and_body(instruction)
-                yield from self._runs(body, trips * self.trips(instruction, computation, condition))
+                _, body = self._condition_and_body(instruction)
+                yield from self._runs(body, trips * self.trips(instruction, computation))
             else:
                 for name in instruction.called:
                     yield from self._runs(self.computations[name], trips)
@@ -182,36 +182,57 @@ class Program:
         assert names[0] and names[1], loop.name
         return self.computations[names[0][1]], self.computations[names[1][1]]
 
-    def trips(self, loop: Instruction, computation: Computation, condition: Computation) -> int:
-        """How often a loop runs: `known_trip_count` where XLA says it, else by `counter < constant` from its start.
+    def trips(self, loop: Instruction, computation: Computation) -> int:
+        """How often a loop runs: `known_trip_count` where XLA says it, else read from a counter that starts at a
+        constant, is compared with one by `counter < limit`, and goes up by 1.
 
-        Raises HloError for a loop whose condition is of another form (none of ours is).
+        Raises HloError for a loop of another form (none of ours is).
         """
         if known := re.search(r'known_trip_count"?:\{"n":"?(\d+)', loop.rest):
             return int(known[1])
-        compare = condition.root
-        if compare.opcode == "fusion":
-            condition = self.computations[compare.called[0]]
-            compare = condition.root
-        ends = [condition.by_name.get(name) for name in compare.operands]
-        limit = next((_constant(end) for end in ends if end is not None and end.opcode == "constant"), None)
-        if compare.opcode != "compare" or "direction=LT" not in compare.rest or limit is None:
+        condition, body = self._condition_and_body(loop)
+        parts = self._parts(condition, condition.root)
+        if parts.opcode != "compare" or "direction=LT" not in parts.attributes:
             raise HloError(
-                f"the loop {loop.name} runs while {compare.opcode}({', '.join(compare.operands)}), which is "
-                "not counter < constant, so its trips are not known"
+                f"the loop {loop.name} runs while {parts.opcode}({', '.join(condition.root.operands)}), which is not "
+                "counter < constant, so its trips are not known"
             )
-        return max(limit - self._start(loop, computation, ends), 0)
+        counter, limit = parts.operands
+        where, end = _element(counter, condition), _constant(limit)
+        if where is None or end is None:
+            raise HloError(
+                f"the loop {loop.name} compares {_words(counter)} with {_words(limit)}, not its counter with a "
+                "constant on the right, so its trips are not known"
+            )
+        before = _origin(loop.operands[0], computation)
+        start = _constant(_origin(before.operands[where], computation)) if before.opcode == "tuple" else None
+        if start is None:
+            raise HloError(f"the counter of the loop {loop.name} starts at no constant, so its trips are not known")
+        if not self._counts_up(body, where):
+            raise HloError(f"the counter of the loop {loop.name} does not go up by 1, so its trips are not known")
+        return max(end - start, 0)
 
-    def _start(self, loop: Instruction, computation: Computation, ends: list[Instruction | None]) -> int:
-        """The counter before the first trip: the constant in the loop's tuple that its condition reads."""
-        reads = next((end for end in ends if end is not None and end.opcode == "get-tuple-element"), None)
-        index = int(reads.attribute("index") or 0) if reads is not None else 0
-        first = computation.by_name.get(loop.operands[0])
-        while first is not None and first.opcode in ("tuple", "copy", "copy-done", "copy-start", "bitcast"):
-            name = first.operands[index if first.opcode == "tuple" else 0]
-            first = computation.by_name.get(name)
-        value = _constant(first) if first is not None and first.opcode == "constant" else None
-        return value or 0
+    def _counts_up(self, body: Computation, where: int) -> bool:
+        """Whether a loop's body adds 1 to that element of its tuple."""
+        after = _origin(body.root.operands[where], body) if body.root.opcode == "tuple" else body.root
+        parts = self._parts(body, after)
+        if parts.opcode != "add":
+            return False
+        one, other = parts.operands
+        return (_element(one, body), _constant(other)) == (where, 1) or (
+            (_constant(one), _element(other, body)) == (1, where)
+        )
+
+    def _parts(self, computation: Computation, instruction: Instruction) -> _Parts:
+        """What an instruction does with what, also when it is all that a fusion does."""
+        if instruction.opcode != "fusion":
+            origins = tuple(_origin(name, computation) for name in instruction.operands)
+            return _Parts(instruction.opcode, origins, instruction.rest)
+        fused = self.computations[instruction.called[0]]
+        inner = [_origin(name, fused) for name in fused.root.operands]
+        outer = [_origin(name, computation) for name in instruction.operands]
+        origins = tuple(outer[_number(one)] if one.opcode == "parameter" else one for one in inner)
+        return _Parts(fused.root.opcode, origins, fused.root.rest)
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Instruction, Computation]]:
         """The instruction's parts: of a fusion all that is fused, of anything else itself alone (without a
@@ -304,9 +325,42 @@ class Program:
         return total
 
 
+class _Parts(NamedTuple):
+    """An operation and where its operands come from."""
+
+    opcode: str
+    operands: tuple[Instruction, ...]
+    attributes: str
+
+
+def _origin(name: str, computation: Computation) -> Instruction:
+    """Where a value comes from, copies left out."""
+    found = computation.by_name[name]
+    while found.opcode in ("copy", "copy-start", "copy-done", "bitcast"):
+        found = computation.by_name[found.operands[0]]
+    return found
+
+
+def _element(instruction: Instruction, computation: Computation) -> int | None:
+    """Which element of the computation's only parameter it is; None for anything else."""
+    index = instruction.attribute("index")
+    if instruction.opcode != "get-tuple-element" or index is None:
+        return None
+    return int(index) if computation.by_name[instruction.operands[0]].opcode == "parameter" else None
+
+
 def _constant(instruction: Instruction) -> int | None:
-    found = re.match(r"(-?\d+)\)", instruction.rest)
+    """The value of an integer constant; None for anything else."""
+    found = re.match(r"(-?\d+)\)", instruction.rest) if instruction.opcode == "constant" else None
     return int(found[1]) if found else None
+
+
+def _number(parameter: Instruction) -> int:
+    return int(parameter.rest[: parameter.rest.index(")")])
+
+
+def _words(instruction: Instruction) -> str:
+    return f"{instruction.opcode}({instruction.rest.partition(')')[0]})"
 
 
 def _instruction(line: str) -> Instruction:

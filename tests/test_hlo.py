@@ -62,36 +62,88 @@ def test_a_scan_of_blocks_has_the_flops_of_its_unrolled_twin():
 
 
 LOOP = """
-%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %p = (s32[], f32[8]{0}) parameter(0)
-  %i = s32[] get-tuple-element(%p), index=0
-  %x = f32[8]{0} get-tuple-element(%p), index=1
+%next (i: s32[], by: s32[]) -> s32[] {
+  %i = s32[] parameter(0)
+  %by = s32[] parameter(1)
+  ROOT %sum = s32[] add(%by, %i)
+}
+
+%less (limit: s32[], i: s32[]) -> pred[] {
+  %limit = s32[] parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (p: (f32[8], s32[])) -> (f32[8], s32[]) {
+  %p = (f32[8]{0}, s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=1
+  %copied = s32[] copy(%i)
+  %one = s32[] constant(1)
+  %j = s32[] add(%copied, %one)
+  %x = f32[8]{0} get-tuple-element(%p), index=0
   %y = f32[8]{0} negate(%x)
-  ROOT %t = (s32[], f32[8]{0}) tuple(%i, %y)
+  ROOT %t = (f32[8]{0}, s32[]) tuple(%y, %j)
 }
 
-%condition (p: (s32[], f32[8])) -> pred[] {
-  %p = (s32[], f32[8]{0}) parameter(0)
+%condition (p: (f32[8], s32[])) -> pred[] {
+  %p = (f32[8]{0}, s32[]) parameter(0)
   %limit = s32[] constant(9)
-  %i = s32[] get-tuple-element(%p), index=0
-  ROOT %lt = pred[] compare(%i, %limit), direction=DIRECTION
+  %i = s32[] get-tuple-element(%p), index=1
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
 }
 
-ENTRY %main (x: f32[8]) -> (s32[], f32[8]) {
+ENTRY %main (x: f32[8], n: s32[]) -> (f32[8], s32[]) {
   %x = f32[8]{0} parameter(0)
+  %n = s32[] parameter(1)
   %start = s32[] constant(2)
   %copy = s32[] copy(%start)
-  %t = (s32[], f32[8]{0}) tuple(%copy, %x)
-  ROOT %loop = (s32[], f32[8]{0}) while(%t), condition=%condition, body=%body
+  %t = (f32[8]{0}, s32[]) tuple(%x, %copy)
+  ROOT %loop = (f32[8]{0}, s32[]) while(%t), condition=%condition, body=%body
 }
 """
 
 
-def test_trips_from_a_condition():
-    program = Program(LOOP.replace("DIRECTION", "LT"))
+def edited(old: str, new: str) -> Program:
+    assert old in LOOP
+    return Program(LOOP.replace(old, new))
+
+
+SAME_LOOPS = {
+    "as it is": ("", ""),
+    "sum the other way round": ("add(%copied, %one)", "add(%one, %copied)"),
+    "sum in a fusion": ("add(%copied, %one)", "fusion(%copied, %one), kind=kLoop, calls=%next"),
+    "condition in a fusion": (
+        "compare(%i, %limit), direction=LT\n}\n\nE",
+        "fusion(%limit, %i), calls=%less\n}\n\nE",
+    ),
+    "XLA says it": ("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}'),
+}
+
+
+@pytest.mark.parametrize("name", SAME_LOOPS)
+def test_trips_from_a_counter(name):
+    program = edited(*SAME_LOOPS[name])
     assert {run.instruction.name: run.trips for run in program.runs()}["y"] == 7
-    with pytest.raises(HloError, match=r"loop loop runs while compare.* trips are not known"):
-        list(Program(LOOP.replace("DIRECTION", "NE")).runs())
+
+
+END = "compare(%i, %limit), direction=LT\n}\n\nE"
+UNEVEN = "counter of the loop loop does not go up by 1"
+OTHER_LOOPS = [
+    ("direction=LT", "direction=NE", r"runs while compare\(i, limit\), which is not counter < constant"),
+    (END, "negate(%p)\n}\n\nE", r"runs while negate\(p\), which is not counter < constant"),
+    (END, END.replace("%i, %limit", "%limit, %i"), r"compares constant\(9\) with get-tuple-element\(%p\), not its"),
+    ("constant(9)", "negate(%p)", r"compares get-tuple-element\(%p\) with negate\(%p\), not its counter with"),
+    ("copy(%start)", "copy(%n)", "counter of the loop loop starts at no constant"),
+    ("%one = s32[] constant(1)", "%one = s32[] constant(2)", UNEVEN),
+    ("%p), index=1\n  %copied", "%p), index=0\n  %copied", UNEVEN),
+    ("add(%copied, %one)", "multiply(%copied, %one)", UNEVEN),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), OTHER_LOOPS)
+def test_a_loop_of_another_form_is_refused(old, new, message):
+    with pytest.raises(HloError, match=message + r".*, so its trips are not known"):
+        list(edited(old, new).runs())
 
 
 def test_a_text_that_is_no_program():
