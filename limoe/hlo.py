@@ -29,7 +29,7 @@ COPIES = ("copy-start", "slice-start")
 """Asynchronous copies between the main memory and the one on the chip."""
 # Custom calls that reserve memory or order others.
 _NOTHING_DONE = re.compile(r'custom_call_target="(AllocateBuffer|PrepareAsyncCall\w+|Sharding)"')
-_DESCEND = {"while", "call", "call-start", "conditional", "async-start"}
+_DESCEND = {"while", "call", "call-start", "conditional"}
 
 
 class HloError(ValueError):
@@ -159,7 +159,8 @@ class Program:
         self.entry = self.computations[entry]
 
     def runs(self) -> Iterator[Run]:
-        """Every instruction that runs, in order, fusions and collectives whole; bodies of loops with their trips.
+        """Every instruction that runs, in order, fusions and what is asynchronous whole; bodies of loops with their
+        trips.
 
         Of a conditional every branch is listed.
         """
@@ -235,9 +236,9 @@ class Program:
         return _Parts(fused.root.opcode, origins, fused.root.rest)
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Instruction, Computation]]:
-        """The instruction's parts: of a fusion all that is fused, of anything else itself alone (without a
-        computation's meaning)."""
-        for name in instruction.called if instruction.opcode == "fusion" else ():
+        """The instruction's parts: of a fusion all that is fused, of an asynchronous start what it starts, of anything
+        else none."""
+        for name in instruction.called if instruction.opcode in ("fusion", "async-start") else ():
             fused = self.computations[name]
             for part in fused.instructions:
                 yield part, fused
@@ -257,6 +258,9 @@ class Program:
             # Its result names target and source; of a slice the source counts as the slice.
             pair = instruction.shapes[:2]
             return sum(shape.in_hbm for shape in pair) * min(shape.bytes for shape in pair)
+        if opcode == "async-start":
+            started = self.computations[instruction.called[0]]
+            return sum(self.traffic(Run(part, started, run.trips)) for part in started.instructions)
         if opcode == "fusion":
             fused = self.computations[instruction.called[0]]
             read = sum(self._read(fused, number) for number, operand in enumerate(operands) if operand.hbm_bytes)

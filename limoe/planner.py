@@ -21,7 +21,7 @@ from flax import nnx
 from limoe.config import Config, ConfigError
 from limoe.describe import describe
 from limoe.hlo import COPIES, Program, Run
-from limoe.hlo_work import axes_of, collectives, kernel_flops, matmuls
+from limoe.hlo_work import axes_of, collectives, kernels, matmuls
 from limoe.mesh import Placement, place
 from limoe.model import scale_images
 from limoe.moe import RoutingContext
@@ -248,19 +248,19 @@ def _cost(program: Program, run: Run, pod: Pod, placement: Placement) -> _Cost:
     """Of one run of an instruction."""
     found = matmuls(program, run.instruction, run.computation)
     chip = pod.chip
-    # A float32 product takes six passes of bfloat16 ones.
-    padded = sum(product.on_array(chip.array_side) * (6 if product.dtype == "f32" else 1) for product in found)
-    in_kernels = kernel_flops(run.instruction)
+    padded = sum(product.on_array(chip.array_side) * product.passes for product in found)
+    in_kernels = kernels(program, run.instruction, run.computation)
+    padded += sum(kernel.flops * kernel.passes for kernel in in_kernels)
     exchanges = collectives(program, run.instruction, run.computation)
     together = sum(
         exchange_seconds(one.kind, one.bytes, one.groups[0], pod, placement.mesh) for one in exchanges if one.groups
     )
     alone = exchanges and run.instruction.opcode != "fusion"
     return _Cost(
-        compute=(padded + in_kernels) / chip.bf16_flops,
+        compute=padded / chip.bf16_flops,
         hbm=0.0 if alone else program.traffic(run) / chip.hbm_bandwidth,
         exchange=together,
-        flops=in_kernels + sum(product.flops for product in found),
+        flops=sum(one.flops for one in (*in_kernels, *found)),
     )
 
 
