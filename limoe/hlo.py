@@ -18,11 +18,13 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?(\S+) \(.*\{$")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|body|condition|to_apply|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
-# What moves no bytes by itself; nor does the end of anything asynchronous, which counts where it starts.
+# What moves no bytes by itself; nor does the end of anything asynchronous, which counts where it starts. What is sent
+# to other slices or received is an exchange.
 _FREE = frozenset(
     {
         *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
         *("async-update", "after-all", "opt-barrier", "add-dependency", "partition-id", "replica-id", "call-start"),
+        *("send", "recv"),
     }
 )
 COPIES = ("copy-start", "slice-start")

@@ -164,7 +164,7 @@ class Collective(NamedTuple):
     """An exchange between devices: what kind, among whom, and the bytes of a device's part.
 
     `bytes` is the larger of what a device puts in and takes out: of an all-gather the result, of a reduce-scatter what
-    is reduced, of an all-to-all what is shipped (its own share included).
+    is reduced, of an all-to-all what is shipped (its own share included). No groups: between slices, place by place.
     """
 
     kind: str
@@ -181,7 +181,20 @@ def collectives(program: Program, instruction: Instruction, computation: Computa
             operands = sum(home.by_name[name].bytes for name in part.operands)
             results = sum(shape.bytes for shape in part.results)
             found.append(Collective(kind, groups_of(part.rest), max(operands, results)))
+        elif part.opcode == "recv":
+            found.append(_between_slices(part, home))
     return found
+
+
+def _between_slices(received: Instruction, computation: Computation) -> Collective:
+    """An exchange that leaves the slice: each device sends its part to its host, the hosts exchange and add up."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', received.rest)
+    name = kind[1].lower().replace("_", "-") if kind else ""
+    meeting = re.search(r'_xla_host_transfer_rendezvous="[^"]+"', received.rest)
+    sends = [i for i in computation.instructions if i.opcode == "send" and meeting and meeting[0] in i.rest]
+    if name not in COLLECTIVES or len(sends) != 1:
+        raise HloError(f"{received.name} receives something from a host that is no exchange between slices")
+    return Collective(name, (), max(sends[0].shapes[0].bytes, received.shapes[0].bytes))
 
 
 def groups_of(text: str) -> tuple[tuple[int, ...], ...]:

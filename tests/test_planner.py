@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from model_cases import small_config
+from pod_cases import paper_pod
 
 from limoe import pods
 from limoe.cli import main
@@ -15,7 +16,7 @@ from limoe.mesh import AXES
 from limoe.plan_report import as_text
 from limoe.plan_search import search
 from limoe.planner import Memory, Plan, Times, on_pod, plan
-from limoe.pods import CHIPS, Pod, exchange_seconds, find_pod, topologies
+from limoe.pods import Pod, exchange_seconds, find_pod, topologies
 from limoe.presets import preset
 from limoe.settings import override
 
@@ -23,24 +24,6 @@ KEYS = {
     *("fits", "memory_per_chip_bytes", "hbm_bytes", "flops_per_step", "collective_bytes", "modelled_step_seconds"),
     *("modelled_mfu", "compile_seconds"),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """What a plan asks of a device."""
-
-    coords: tuple[int, ...]
-    process_index: int = 0
-    slice_index: int = 0
-
-
-def paper_pod(kind: str, *sides: int) -> Pod:
-    """A pod without the compiler: devices with their places, in the order of libtpu's hosts of 2 x 2 chips."""
-    grid = np.stack(np.meshgrid(*[np.arange(side) for side in sides], indexing="ij"), axis=-1).reshape(-1, len(sides))
-    host = [tuple(reversed((place // [2, 2, 1][: len(sides)]).tolist())) for place in grid]
-    order = sorted(range(len(grid)), key=lambda n: (host[n], tuple(reversed(grid[n].tolist()))))
-    devices = tuple(Device((*grid[n].tolist(), 0)[:3]) for n in order)
-    return Pod(f"{kind}:{'x'.join(map(str, sides))}", CHIPS[kind], sides, devices)
 
 
 def test_pods_that_do_not_exist():
