@@ -84,6 +84,41 @@ def test_exchanges_take_what_the_narrowest_cut_allows():
     assert exchange_seconds("all-to-all", 0, (0, 1), flat, Mesh(np.array(flat.devices).reshape(1, 8, 32), AXES)) == 0
 
 
+def between_slices(kind: str, size: int, pod: Pod, *, per_slice: int) -> float:
+    """Over two slices, of each of which a group has so many neighbouring devices."""
+    devices = [dataclasses.replace(device, slice_index=n) for n in range(2) for device in pod.devices]
+    mesh = Mesh(np.array(devices).reshape(2, 1, -1), AXES)
+    own = len(pod.devices)
+    group = tuple(n * own + place for n in range(2) for place in range(per_slice))
+    return exchange_seconds(kind, size, group, pod, mesh) - pods.LATENCY
+
+
+def test_exchanges_between_slices_ship_each_devices_share():
+    pod, size = paper_pod("v5p", 2, 2, 1), 10**9
+    # Half of the buffer belongs to the other slice.
+    half = size / 2 / pods.DATACENTRE_BANDWIDTH
+    assert between_slices("all-gather", size, pod, per_slice=4) == pytest.approx(half / 4)
+    assert between_slices("reduce-scatter", size, pod, per_slice=4) == pytest.approx(half / 4)
+    assert between_slices("all-reduce", size, pod, per_slice=4) == pytest.approx(2 * half / 4)
+    # One chip of each slice has nobody to share with, and nothing to do inside.
+    assert between_slices("all-gather", size, pod, per_slice=1) == pytest.approx(half)
+    # Rows for another slice have one way only; a permutation may move everything.
+    assert between_slices("all-to-all", size, pod, per_slice=4) == pytest.approx(half)
+    assert between_slices("collective-permute", size, pod, per_slice=1) == pytest.approx(2 * half)
+    # Two devices share a chip's part of the network.
+    halves = paper_pod("tpu7x", 2, 2, 1)
+    assert between_slices("all-gather", size, halves, per_slice=1) == pytest.approx(2 * half)
+
+
+def test_the_slower_of_both_levels_counts():
+    # 64 chips share the network, so that the rings of four in three dimensions take longer.
+    pod, size = paper_pod("v5p", 4, 4, 4), 10**9
+    assert between_slices("all-gather", size, pod, per_slice=64) == pytest.approx(63 / 64 * size / (6 * 90e9))
+    slow = pod._replace(chip=pod.chip._replace(link_bandwidth=900e9))
+    network = size / 2 / 64 / pods.DATACENTRE_BANDWIDTH
+    assert between_slices("all-gather", size, slow, per_slice=64) == pytest.approx(network)
+
+
 def made_up(config: Config, seconds: float | None, memory: int) -> Plan:
     pod = paper_pod("v5p", 2, 2, 1)
     mesh = config.mesh
