@@ -7,6 +7,7 @@ at peak (padded to the matrix unit) and its traffic at full bandwidth.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections import Counter, defaultdict
@@ -63,11 +64,12 @@ class Plan:
     """None where the compiler gave up because the program does not fit."""
     memory_per_chip_bytes: int
     hbm_bytes: int
-    flops_per_step: int
+    flops_per_step: int | None
+    """None, as all that is counted in the compiled program, where there is none."""
     model_flops_per_step: int
-    collective_bytes: dict[str, dict[str, int]]
+    collective_bytes: dict[str, dict[str, int]] | None
     """Bytes by kind of collective and by mesh axes."""
-    num_collectives: dict[str, dict[str, int]]
+    num_collectives: dict[str, dict[str, int]] | None
     times: Times | None
     modelled_step_seconds: float | None
     modelled_mfu: float | None
@@ -195,10 +197,10 @@ def _too_large(config: Config, pod: Pod, message: str, seconds: float) -> Plan:
         fits=False,
         memory=None,
         memory_per_chip_bytes=int(float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1)),
-        flops_per_step=0,
+        flops_per_step=None,
         model_flops_per_step=describe(config).flops_per_example * config.train.batch_size,
-        collective_bytes={},
-        num_collectives={},
+        collective_bytes=None,
+        num_collectives=None,
         times=None,
         modelled_step_seconds=None,
         modelled_mfu=None,
@@ -261,20 +263,40 @@ def _memory(config: Config, placement: Placement, training: Training, compiled: 
 
 def _bytes_of(tree: Any) -> int:
     """Bytes of one device's part of a tree."""
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+    return sum(_share(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _share(leaf: Any) -> int:
+    """Numbers of an array that one device holds."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape))
 
 
 def kept_for_backward(config: Config, training: Training, placement: Placement) -> int:
     """Bytes of one device that the tower's forward pass keeps for the backward pass, by JAX's own bookkeeping.
 
-    The compiler may keep less (it recomputes what is cheap), never more.
+    What grows with the batch is split like it; a parameter in another dtype lies like the parameter; the rest is on
+    every device. The compiler may keep less (it recomputes what is cheap), never more.
     """
-    model, chunk = config.model, config.train.chunk_size
-    images = jax.ShapeDtypeStruct((chunk, model.image_size, model.image_size, 3), jnp.uint8)
-    text = jax.ShapeDtypeStruct((chunk, model.text_length), jnp.int32)
+    chunk, parameters = config.train.chunk_size, jax.tree.leaves(training.abstract.parameters)
+    shares = {leaf.shape: _share(leaf) for leaf in parameters}
+    own = Counter((leaf.shape, leaf.dtype) for leaf in parameters)
+    total = 0
+    kept, of_twice = (_residuals(config, training, placement, pairs) for pairs in (chunk, 2 * chunk))
+    for leaf, larger in zip(kept, of_twice, strict=True):
+        if own[leaf.shape, leaf.dtype] > 0:  # a parameter itself
+            own[leaf.shape, leaf.dtype] -= 1
+        elif not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            size = math.prod(leaf.shape)
+            held = shares.get(leaf.shape, size) if leaf.shape == larger.shape else size // placement.size
+            total += held * leaf.dtype.itemsize
+    return total
+
+
+def _residuals(config: Config, training: Training, placement: Placement, pairs: int) -> list[jax.ShapeDtypeStruct]:
+    """What the forward pass over so many pairs hands to the backward pass."""
+    model = config.model
+    images = jax.ShapeDtypeStruct((pairs, model.image_size, model.image_size, 3), jnp.uint8)
+    text = jax.ShapeDtypeStruct((pairs, model.text_length), jnp.int32)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), training.abstract.parameters)
 
     def residuals(parameters: Any, images: jax.Array, text: jax.Array) -> Any:
@@ -288,12 +310,4 @@ def kept_for_backward(config: Config, training: Training, placement: Placement) 
         return jax.tree.leaves(jax.vjp(encode, parameters)[1])
 
     with jax.set_mesh(placement.mesh):
-        kept = jax.eval_shape(residuals, shapes, images, text)
-    own = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(shapes))
-    total = 0
-    for leaf in kept:
-        if own[leaf.shape, leaf.dtype] > 0:  # a parameter itself
-            own[leaf.shape, leaf.dtype] -= 1
-        elif not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            total += int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
-    return total // placement.size
+        return jax.eval_shape(residuals, shapes, images, text)

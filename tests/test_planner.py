@@ -12,13 +12,15 @@ from pod_cases import paper_pod
 from limoe import pods
 from limoe.cli import main
 from limoe.config import Config, ConfigError
-from limoe.mesh import AXES
+from limoe.mesh import AXES, place
+from limoe.overlap import Times
 from limoe.plan_report import as_text
 from limoe.plan_search import search
-from limoe.planner import Memory, Plan, Times, on_pod, plan
+from limoe.planner import Memory, Plan, _too_large, kept_for_backward, on_pod, plan
 from limoe.pods import Pod, exchange_seconds, find_pod, topologies
 from limoe.presets import preset
 from limoe.settings import override
+from limoe.step import prepare
 
 KEYS = {
     *("fits", "memory_per_chip_bytes", "hbm_bytes", "flops_per_step", "collective_bytes", "modelled_step_seconds"),
@@ -199,6 +201,37 @@ def planned():
         return plans[settings]
 
     return of
+
+
+def kept(*settings: str) -> int:
+    config = small_config(*SMALL, "compute_dtype=bfloat16", *settings)
+    placement = place(config.mesh)
+    assert placement is not None
+    return kept_for_backward(config, prepare(config, placement), placement)
+
+
+@pytest.mark.devices(4)
+def test_what_is_kept_is_split_where_it_carries_the_batch():
+    # With a part that halves on twice the devices and one that does not, k2 = v/2 + f and k4 = v/4 + f.
+    on_every_device = 2 * kept("mesh.data=4") - kept("mesh.data=2")
+    # Attention of four blocks, two dense MLPs, a projection for each modality: copies in bfloat16.
+    copies = 2 * (4 * 4 * 128 * 128 + 2 * 2 * 128 * 256 + 2 * 128 * 128)
+    # The rest are gains of norms and numbers of groups.
+    assert copies <= on_every_device < 1.01 * copies
+
+
+def test_what_the_compiler_refused_is_not_known_rather_than_nothing():
+    pod, config = paper_pod("v5e", 2, 2), small_config("batch_size=16", "group_examples=1")
+    message = "Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm. Exceeded hbm capacity by 5.75G."
+    fields = json.loads(json.dumps(_too_large(config, pod, message, 3.0).as_json()))
+    assert fields["memory_per_chip_bytes"] == 21.5 * 2**30 and fields["fits"] is False
+    unknown = {name for name, value in fields.items() if value is None}
+    assert unknown == {
+        *("memory", "flops_per_step", "collective_bytes", "num_collectives", "times", "modelled_step_seconds"),
+        *("modelled_mfu", "modelled_pairs_per_second", "modelled_days", "modelled_chip_hours"),
+    }
+    with pytest.raises(ConfigError, match="the TPU compiler refused the step for v5e:2x2: another reason"):
+        _too_large(config, pod, "another reason", 3.0)
 
 
 @pytest.mark.aot
