@@ -12,6 +12,7 @@ from pod_cases import paper_pod
 from limoe import pods
 from limoe.cli import main
 from limoe.config import Config, ConfigError
+from limoe.hlo import HloError
 from limoe.mesh import AXES, place
 from limoe.overlap import Times
 from limoe.plan_report import as_text
@@ -166,6 +167,27 @@ def test_the_search_finds_the_fastest_that_fits(monkeypatch):
     )
     assert {expert for _, expert, _ in seen} == {1, 2, 4} and len(said) == len(seen) == len(set(seen))
     assert "does not fit" in said[0] and "modelled" in said[-1]
+
+
+@pytest.mark.parametrize("refusal", [ConfigError("too many of them"), HloError("a loop of another form")])
+def test_the_search_goes_on_where_a_candidate_is_refused(monkeypatch, refusal):
+    monkeypatch.setattr("limoe.plan_search.find_pod", lambda name, slices: paper_pod("v5p", 2, 2, 1))
+    said = []
+
+    def planned(config: Config, topology: str) -> Plan:
+        if config.mesh.expert == 2 or config.mesh.exchange_chunks == 4:
+            raise refusal
+        return made_up(config, 1.0 / config.mesh.exchange_chunks, 2**30)
+
+    config = small_config("batch_size=16", "group_examples=1")
+    best = search(config, "v5p:2x2x1", say=said.append, planned=planned)
+    assert best.settings["mesh.exchange_chunks"] == 2
+    assert [line for line in said if "skipped" in line] == [
+        f"mesh.expert=2, mesh.data=2: skipped, because {refusal}",
+        f"mesh.exchange_chunks=4: skipped, because {refusal}",
+    ]
+    with pytest.raises(type(refusal), match=str(refusal)):
+        search(override(config, ["mesh.expert=2", "mesh.data=2"]), "v5p:2x2x1", say=said.append, planned=planned)
 
 
 def test_the_search_among_what_does_not_fit(monkeypatch):
