@@ -12,6 +12,7 @@ from pod_cases import paper_pod
 from limoe import pods
 from limoe.cli import main
 from limoe.config import Config, ConfigError
+from limoe.describe import describe
 from limoe.hlo import HloError
 from limoe.mesh import AXES, place
 from limoe.overlap import Times
@@ -256,16 +257,53 @@ def test_what_the_compiler_refused_is_not_known_rather_than_nothing():
         _too_large(config, pod, "another reason", 3.0)
 
 
+def small_flops(rows: int) -> int:
+    """FLOPs of a device's matmuls in a step of the small model, where an expert computes so many rows a layer.
+
+    Four pairs of 4 + 3 tokens, width 128, MLPs of 256, four experts of which a device has one.
+    """
+    pairs, tokens, width, hidden, experts = 4, 4 * 7, 128, 256, 4
+    # Forward, dX and dW: in four blocks of attention, two dense MLPs, two routers.
+    linear = 3 * 2 * tokens * (4 * 4 * width**2 + 2 * 2 * width * hidden + 2 * width * experts)
+    # Two products forward and four backward.
+    attention = 4 * 6 * 2 * pairs * width * (4**2 + 3**2)
+    patches = 2 * 2 * (4 * pairs) * (4 * 4 * 3) * width  # images have no gradient
+    ends = 3 * 2 * 2 * pairs * (width * width + width * 16)  # projections, and logits against all 16 pairs
+    # Two products forward; backward the first again and four more.
+    return linear + attention + patches + ends + 2 * 7 * 2 * rows * width * hidden
+
+
 @pytest.mark.aot
 def test_a_real_plan(planned):
     found = planned()
     fields = found.as_json()
     assert set(fields) >= KEYS and found.fits and fields["mesh"] == {"slice": 1, "data": 1, "expert": 4}
-    assert 0 < found.memory_per_chip_bytes < 10**9 and sum(found.memory or ()) == found.memory_per_chip_bytes
-    # What the model needs, and little more than the padding of places in experts.
-    share = found.model_flops_per_step / found.num_devices
-    assert share * 0.95 < found.flops_per_step < share * 2
-    assert 0 < found.modelled_step_seconds < 1 and 0 < found.modelled_mfu < 1
+    assert found.memory is not None and sum(found.memory) == found.memory_per_chip_bytes
+    size = describe(small_config(*SMALL))
+    assert found.memory.parameters == 4 * (size.parameters_total - size.parameters_experts * 3 // 4)
+    assert found.memory.batch == 4 * (8 * 8 * 3 + 3 * 4)
+    # Of each shard an expert gets 2 places for each of four groups, in 16 rows.
+    assert found.flops_per_step == small_flops(rows=4 * 16)
+    times, peak = found.times, CHIPS["v5p"].bf16_flops
+    assert times is not None and found.modelled_step_seconds == times.step
+    assert found.flops_per_step / peak <= times.compute <= times.busy <= times.compute + times.hbm
+    assert (
+        0 <= times.hidden <= times.exchange and found.num_collectives["all-to-all"]["expert"] * LATENCY < times.exchange
+    )
+    assert found.model_flops_per_step == 16 * size.flops_per_example
+    assert found.modelled_mfu == pytest.approx(found.model_flops_per_step / (4 * peak * times.step))
+
+
+@pytest.mark.aot
+@pytest.mark.full
+def test_two_slices_exchange_over_the_network_between_them():
+    found = plan(small_config(*SMALL, "compute_dtype=bfloat16", "mesh.slice=2"), "v5p:2x2x1")
+    assert found.num_chips == 8 and found.mesh == {"slice": 2, "data": 1, "expert": 4} and found.fits
+    # Rows stay inside a slice; sums cross, of the experts' gradients in float32 at least.
+    assert set(found.collective_bytes["all-to-all"]) == {"expert"}
+    assert found.collective_bytes["all-reduce"]["slice"] >= 2 * 2 * 128 * 256 * 4
+    network = found.collective_bytes["all-reduce"]["slice"] / 6.25e9
+    assert found.times.exchange > network + found.num_collectives["all-reduce"]["slice"] * LATENCY
 
 
 @pytest.mark.aot
@@ -318,9 +356,17 @@ def test_a_program_that_does_not_fit_is_a_plan_not_an_error():
 @pytest.mark.aot
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("name", "topology"),
-    [("b16", "v5p:4x4x4"), ("l16", "v5p:4x4x8"), ("h14", "v5p:8x8x8"), ("h14", "v6e:16x16")],
+    ("name", "topology", "remat", "mfu"),
+    [
+        ("b16", "v5p:4x4x4", "attention", 0.375),
+        ("l16", "v5p:4x4x8", "attention", 0.455),
+        ("h14", "v5p:8x8x8", "attention", 0.505),
+        ("h14", "v6e:16x16", "blocks", 0.235),
+    ],
 )
-def test_the_paper_fits_its_pods(name, topology):
-    found = plan(preset(name), topology)
-    assert found.fits and found.compile_seconds < 600
+def test_the_paper_fits_its_pods(name, topology, remat, mfu):
+    """As docs/pods.md says, whose percentages are rounded; the target for compiling is five minutes."""
+    config = override(preset(name), [f"model.remat={remat}", "mesh.exchange_chunks=2"])
+    found = plan(config, topology)
+    assert found.fits and found.modelled_mfu >= mfu
+    assert found.compile_seconds < 300
