@@ -231,7 +231,7 @@ def _cost(program: Program, run: Run, pod: Pod, placement: Placement) -> Cost:
     return Cost(
         compute=spent / chip.bf16_flops,
         hbm=0.0 if alone else program.traffic(run) / chip.hbm_bandwidth,
-        exchange=sum(
+        exchange=math.fsum(
             exchange_seconds(one.kind, one.bytes, _groups(one, placement)[0], pod, placement.mesh) for one in exchanges
         ),
         flops=sum(one.flops for one in (*products, *in_kernels)),

@@ -253,6 +253,17 @@ def test_what_crosses_slices_is_counted_on_their_axis():
     assert collectives(program, program.entry.root, program.entry) == [Collective("all-reduce", (), SIZE)]
 
 
+def test_work_covers_what_crosses_slices():
+    pod, placed = placement(2)
+    work = PRODUCT.replace("LEFT", "x").replace("RIGHT", "x")
+    lines = ["%x = f32[256,256]{1,0} parameter(0)", *ACROSS, f"%z = {RECEIVED}", f"%w = {work}"]
+    lines += ["%sd = token[] send-done(%s)", "ROOT %zd = (f32[256,256]{1,0}, token[]) recv-done(%z)"]
+    program = Program("\n  ".join(["ENTRY %main () -> x {", *lines]).replace("KIND", "ALL_REDUCE") + "\n}")
+    found = schedule((run, _cost(program, run, pod, placed)) for run in program.runs())
+    assert 0 < found.busy < found.exchange
+    assert found.hidden == pytest.approx(found.busy) and found.step == pytest.approx(found.exchange)
+
+
 @pytest.mark.parametrize(("old", "new"), [("sum_0", "sum_1"), ("ALL_REDUCE", "OTHER"), ("transfer_type", "x")])
 def test_what_a_host_sends_otherwise_is_refused(old, new):
     program = across(old, new)

@@ -19,7 +19,7 @@ from limoe.overlap import Times
 from limoe.plan_report import as_text
 from limoe.plan_search import search
 from limoe.planner import Memory, Plan, _too_large, kept_for_backward, on_pod, plan
-from limoe.pods import Pod, exchange_seconds, find_pod, topologies
+from limoe.pods import CHIPS, LATENCY, Pod, exchange_seconds, find_pod, topologies
 from limoe.presets import preset
 from limoe.settings import override
 from limoe.step import prepare
