@@ -18,28 +18,20 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?(\S+) \(.*\{$")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|body|condition|to_apply|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
-# What moves no bytes by itself.
+# What moves no bytes by itself; nor does the end of anything asynchronous, which counts where it starts. What is sent
+# to other slices or received is an exchange.
 _FREE = frozenset(
     {
         *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
-        *(
-            "copy-done",
-            "slice-done",
-            "async-start",
-            "async-update",
-            "async-done",
-            "after-all",
-            "opt-barrier",
-            "add-dependency",
-        ),
-        *("partition-id", "replica-id", "call-start", "call-done"),
+        *("async-update", "after-all", "opt-barrier", "add-dependency", "partition-id", "replica-id", "call-start"),
+        *("send", "recv"),
     }
 )
 COPIES = ("copy-start", "slice-start")
 """Asynchronous copies between the main memory and the one on the chip."""
 # Custom calls that reserve memory or order others.
 _NOTHING_DONE = re.compile(r'custom_call_target="(AllocateBuffer|PrepareAsyncCall\w+|Sharding)"')
-_DESCEND = {"while", "call", "call-start", "conditional", "async-start"}
+_DESCEND = {"while", "call", "call-start", "conditional"}
 
 
 class HloError(ValueError):
@@ -76,6 +68,17 @@ class Instruction:
         """The text of an attribute without blanks in it."""
         found = re.search(rf"[ ,]{name}=([^ ,]+(?:,[^ =]+)*)", self.rest)
         return found[1].rstrip(",") if found else None
+
+    @property
+    def results(self) -> tuple[Shape, ...]:
+        """What it computes. The start of something asynchronous names its operands first and flags last; but that of
+        a copy its target first, and that of an all-reduce its results alone."""
+        if self.opcode == "copy-start":
+            return self.shapes[:1]
+        count = len(self.operands)
+        if self.opcode.endswith("-start") and len(self.shapes) >= 2 * count:
+            return self.shapes[count : 2 * count]
+        return self.shapes
 
     @property
     def bytes(self) -> int:
@@ -121,7 +124,7 @@ class Computation:
     def parameters(self) -> list[Instruction]:
         """Its parameters by number."""
         found = [i for i in self.instructions if i.opcode == "parameter"]
-        return sorted(found, key=lambda i: int(i.rest[: i.rest.index(")")]))
+        return sorted(found, key=_number)
 
     @property
     def root(self) -> Instruction:
@@ -158,7 +161,8 @@ class Program:
         self.entry = self.computations[entry]
 
     def runs(self) -> Iterator[Run]:
-        """Every instruction that runs, in order, fusions and collectives whole; bodies of loops with their trips.
+        """Every instruction that runs, in order, fusions and what is asynchronous whole; bodies of loops with their
+        trips.
 
         Of a conditional every branch is listed.
         """
@@ -170,8 +174,8 @@ class Program:
             if instruction.opcode not in _DESCEND:
                 continue
             if instruction.opcode == "while":
-                condition, body = self._condition_and_body(instruction)
-                yield from self._runs(body, trips * self.trips(instruction, computation, condition))
+                _, body = self._condition_and_body(instruction)
+                yield from self._runs(body, trips * self.trips(instruction, computation))
             else:
                 for name in instruction.called:
                     yield from self._runs(self.computations[name], trips)
@@ -181,41 +185,62 @@ class Program:
         assert names[0] and names[1], loop.name
         return self.computations[names[0][1]], self.computations[names[1][1]]
 
-    def trips(self, loop: Instruction, computation: Computation, condition: Computation) -> int:
-        """How often a loop runs: `known_trip_count` where XLA says it, else by `counter < constant` from its start.
+    def trips(self, loop: Instruction, computation: Computation) -> int:
+        """How often a loop runs: `known_trip_count` where XLA says it, else read from a counter that starts at a
+        constant, is compared with one by `counter < limit`, and goes up by 1.
 
-        Raises HloError for a loop whose condition is of another form (none of ours is).
+        Raises HloError for a loop of another form (none of ours is).
         """
         if known := re.search(r'known_trip_count"?:\{"n":"?(\d+)', loop.rest):
             return int(known[1])
-        compare = condition.root
-        if compare.opcode == "fusion":
-            condition = self.computations[compare.called[0]]
-            compare = condition.root
-        ends = [condition.by_name.get(name) for name in compare.operands]
-        limit = next((_constant(end) for end in ends if end is not None and end.opcode == "constant"), None)
-        if compare.opcode != "compare" or "direction=LT" not in compare.rest or limit is None:
+        condition, body = self._condition_and_body(loop)
+        parts = self._parts(condition, condition.root)
+        if parts.opcode != "compare" or "direction=LT" not in parts.attributes:
             raise HloError(
-                f"the loop {loop.name} runs while {compare.opcode}({', '.join(compare.operands)}), which is "
-                "not counter < constant, so its trips are not known"
+                f"the loop {loop.name} runs while {parts.opcode}({', '.join(condition.root.operands)}), which is not "
+                "counter < constant, so its trips are not known"
             )
-        return max(limit - self._start(loop, computation, ends), 0)
+        counter, limit = parts.operands
+        where, end = _element(counter, condition), _constant(limit)
+        if where is None or end is None:
+            raise HloError(
+                f"the loop {loop.name} compares {_words(counter)} with {_words(limit)}, not its counter with a "
+                "constant on the right, so its trips are not known"
+            )
+        before = _origin(loop.operands[0], computation)
+        start = _constant(_origin(before.operands[where], computation)) if before.opcode == "tuple" else None
+        if start is None:
+            raise HloError(f"the counter of the loop {loop.name} starts at no constant, so its trips are not known")
+        if not self._counts_up(body, where):
+            raise HloError(f"the counter of the loop {loop.name} does not go up by 1, so its trips are not known")
+        return max(end - start, 0)
 
-    def _start(self, loop: Instruction, computation: Computation, ends: list[Instruction | None]) -> int:
-        """The counter before the first trip: the constant in the loop's tuple that its condition reads."""
-        reads = next((end for end in ends if end is not None and end.opcode == "get-tuple-element"), None)
-        index = int(reads.attribute("index") or 0) if reads is not None else 0
-        first = computation.by_name.get(loop.operands[0])
-        while first is not None and first.opcode in ("tuple", "copy", "copy-done", "copy-start", "bitcast"):
-            name = first.operands[index if first.opcode == "tuple" else 0]
-            first = computation.by_name.get(name)
-        value = _constant(first) if first is not None and first.opcode == "constant" else None
-        return value or 0
+    def _counts_up(self, body: Computation, where: int) -> bool:
+        """Whether a loop's body adds 1 to that element of its tuple."""
+        after = _origin(body.root.operands[where], body) if body.root.opcode == "tuple" else body.root
+        parts = self._parts(body, after)
+        if parts.opcode != "add":
+            return False
+        one, other = parts.operands
+        return (_element(one, body), _constant(other)) == (where, 1) or (
+            (_constant(one), _element(other, body)) == (1, where)
+        )
+
+    def _parts(self, computation: Computation, instruction: Instruction) -> _Parts:
+        """What an instruction does with what, also when it is all that a fusion does."""
+        if instruction.opcode != "fusion":
+            origins = tuple(_origin(name, computation) for name in instruction.operands)
+            return _Parts(instruction.opcode, origins, instruction.rest)
+        fused = self.computations[instruction.called[0]]
+        inner = [_origin(name, fused) for name in fused.root.operands]
+        outer = [_origin(name, computation) for name in instruction.operands]
+        origins = tuple(outer[_number(one)] if one.opcode == "parameter" else one for one in inner)
+        return _Parts(fused.root.opcode, origins, fused.root.rest)
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Instruction, Computation]]:
-        """The instruction's parts: of a fusion all that is fused, of anything else itself alone (without a
-        computation's meaning)."""
-        for name in instruction.called if instruction.opcode == "fusion" else ():
+        """The instruction's parts: of a fusion all that is fused, of an asynchronous start what it starts, of anything
+        else none."""
+        for name in instruction.called if instruction.opcode in ("fusion", "async-start") else ():
             fused = self.computations[name]
             for part in fused.instructions:
                 yield part, fused
@@ -227,25 +252,33 @@ class Program:
         A slice of an array, also inside a fusion, counts as the slice, and so does an update in place.
         """
         instruction, computation = run.instruction, run.computation
-        if instruction.opcode in _FREE or _NOTHING_DONE.search(instruction.rest):
+        opcode = instruction.opcode
+        if opcode in _FREE or opcode.endswith("-done") or _NOTHING_DONE.search(instruction.rest):
             return 0
-        operands = [computation.by_name[name] for name in instruction.operands if name in computation.by_name]
-        if instruction.opcode in COPIES:
-            # Its result names source and target; of a slice the source counts as the slice.
+        operands = [computation.by_name[name] for name in instruction.operands]
+        if opcode in COPIES:
+            # Its result names target and source; of a slice the source counts as the slice.
             pair = instruction.shapes[:2]
             return sum(shape.in_hbm for shape in pair) * min(shape.bytes for shape in pair)
-        if instruction.opcode == "fusion":
+        if opcode == "async-start":
+            started = self.computations[instruction.called[0]]
+            return sum(self.traffic(Run(part, started, run.trips)) for part in started.instructions)
+        if opcode == "fusion":
             fused = self.computations[instruction.called[0]]
-            read = sum(
-                min(self._read(fused, number), 2**62) if operand.hbm_bytes else 0
-                for number, operand in enumerate(operands)
+            read = sum(self._read(fused, number) for number, operand in enumerate(operands) if operand.hbm_bytes)
+            return read + self._written(fused, instruction.shapes)
+        if opcode in ("dynamic-slice", "gather", "slice"):
+            sides = operands[0].shapes[0].in_hbm + instruction.shapes[0].in_hbm
+            return sides * instruction.bytes
+        if opcode in ("dynamic-update-slice", "scatter"):
+            # A scatter of n arrays has them, the indices, and n updates.
+            updates = operands[1:2] if opcode == "dynamic-update-slice" else operands[len(operands) // 2 + 1 :]
+            return sum(
+                update.bytes * (update.shapes[0].in_hbm + target.in_hbm)
+                for update, target in zip(updates, instruction.shapes, strict=True)
             )
-            return read + self._written(fused, instruction)
-        if instruction.opcode in ("dynamic-slice", "gather", "slice"):
-            return 2 * instruction.hbm_bytes
-        if instruction.opcode in ("dynamic-update-slice", "scatter"):
-            return 2 * operands[-1 if instruction.opcode == "scatter" else 1].hbm_bytes
-        return sum(operand.hbm_bytes for operand in operands) + instruction.hbm_bytes
+        written = sum(shape.bytes for shape in instruction.results if shape.in_hbm)
+        return sum(operand.hbm_bytes for operand in operands) + written
 
     def _read(self, fused: Computation, number: int) -> int:
         """Bytes of a fusion's operand that it reads."""
@@ -277,28 +310,63 @@ class Program:
             return 0
         return whole
 
-    def _written(self, fused: Computation, instruction: Instruction) -> int:
+    def _written(self, fused: Computation, shapes: tuple[Shape, ...]) -> int:
         """Bytes of a fusion's results that it writes: of an update in place, the update."""
         root = fused.root
         results = [fused.by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
-        total = 0
-        for result, shape in zip(results, instruction.shapes, strict=False):
-            if not shape.in_hbm:
-                continue
+        if sum(len(result.shapes) for result in results) != len(shapes):
+            raise HloError(f"{fused.name} returns {len(shapes)} arrays, but its root {root.name} names others")
+        total = place = 0
+        for result in results:
+            own = shapes[place : place + len(result.shapes)]
+            place += len(own)
             while result.opcode == "bitcast":
                 result = fused.by_name[result.operands[0]]
-            if result.opcode == "dynamic-update-slice":
-                total += min(fused.by_name[result.operands[1]].bytes, shape.bytes)
-            elif result.opcode == "fusion" and len(instruction.shapes) == 1:
-                total += self._written(self.computations[result.called[0]], instruction)
+            if result.opcode == "fusion":
+                total += self._written(self.computations[result.called[0]], own)
+            elif result.opcode == "dynamic-update-slice":
+                total += own[0].in_hbm * min(fused.by_name[result.operands[1]].bytes, own[0].bytes)
             else:
-                total += shape.bytes
+                total += sum(shape.bytes for shape in own if shape.in_hbm)
         return total
 
 
+class _Parts(NamedTuple):
+    """An operation and where its operands come from."""
+
+    opcode: str
+    operands: tuple[Instruction, ...]
+    attributes: str
+
+
+def _origin(name: str, computation: Computation) -> Instruction:
+    """Where a value comes from, copies left out."""
+    found = computation.by_name[name]
+    while found.opcode in ("copy", "copy-start", "copy-done", "bitcast"):
+        found = computation.by_name[found.operands[0]]
+    return found
+
+
+def _element(instruction: Instruction, computation: Computation) -> int | None:
+    """Which element of the computation's only parameter it is; None for anything else."""
+    index = instruction.attribute("index")
+    if instruction.opcode != "get-tuple-element" or index is None:
+        return None
+    return int(index) if computation.by_name[instruction.operands[0]].opcode == "parameter" else None
+
+
 def _constant(instruction: Instruction) -> int | None:
-    found = re.match(r"(-?\d+)\)", instruction.rest)
+    """The value of an integer constant; None for anything else."""
+    found = re.match(r"(-?\d+)\)", instruction.rest) if instruction.opcode == "constant" else None
     return int(found[1]) if found else None
+
+
+def _number(parameter: Instruction) -> int:
+    return int(parameter.rest[: parameter.rest.index(")")])
+
+
+def _words(instruction: Instruction) -> str:
+    return f"{instruction.opcode}({instruction.rest.partition(')')[0]})"
 
 
 def _instruction(line: str) -> Instruction:

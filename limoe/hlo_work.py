@@ -9,19 +9,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from limoe.hlo import Computation, HloError, Instruction, Program
+from limoe.hlo import Computation, HloError, Instruction, Program, Shape
 
+_FLOATS = frozenset({"bf16", "f16", "f32", "f8e4m3fn", "f8e5m2"})
+# Of bfloat16, into which a float32 factor is split.
+_PARTS = {"default": 1, "high": 2, "highest": 3}
 COLLECTIVES = ("all-to-all", "all-reduce", "all-gather", "reduce-scatter", "collective-permute", "ragged-all-to-all")
 
 
 class Matmul(NamedTuple):
-    """`copies` products of [rows, depth] and [depth, columns]."""
+    """`copies` products of [rows, depth] and [depth, columns], with the dtypes of both factors and the precision asked
+    for each."""
 
     copies: int
     rows: int
     columns: int
     depth: int
-    dtype: str
+    dtypes: tuple[str, str] = ("bf16", "bf16")
+    precision: tuple[str, str] = ("default", "default")
 
     @property
     def flops(self) -> int:
@@ -31,12 +36,26 @@ class Matmul(NamedTuple):
     def on_array(self, side: int) -> int:
         """FLOPs that a systolic array of that side spends: depth, and rows or columns, fill whole arrays.
 
-        >>> Matmul(1, 4096, 64, 64, "bf16").on_array(128) // Matmul(1, 4096, 64, 64, "bf16").flops
+        >>> Matmul(1, 4096, 64, 64).on_array(128) // Matmul(1, 4096, 64, 64).flops
         2
         """
         rows, columns, depth = (-(-size // side) * side for size in (self.rows, self.columns, self.depth))
         held = min(self.rows * columns, rows * self.columns)
         return 2 * self.copies * held * depth
+
+    @property
+    def passes(self) -> int:
+        """Products of bfloat16 that it takes on a TPU: a float32 factor is split into 1, 2 or 3 parts of bfloat16 as
+        its precision says, and products of the smallest parts are left out.
+
+        >>> [Matmul(1, 8, 8, 8, ("f32", "f32"), (name, name)).passes for name in ("default", "high", "highest")]
+        [1, 3, 6]
+        """
+        left, right = (
+            _PARTS[precision] if dtype == "f32" else 1
+            for dtype, precision in zip(self.dtypes, self.precision, strict=True)
+        )
+        return sum(i + j < max(left, right) for i in range(left) for j in range(right))
 
 
 def matmuls(program: Program, instruction: Instruction, computation: Computation) -> list[Matmul]:
@@ -50,17 +69,31 @@ def matmuls(program: Program, instruction: Instruction, computation: Computation
     return found
 
 
-def kernel_flops(instruction: Instruction) -> int:
-    """The FLOPs of a Pallas kernel by its own cost estimate, 0 for anything else.
+class Kernel(NamedTuple):
+    """The FLOPs of a Pallas kernel, and the products of bfloat16 that each of its products takes."""
 
-    Raises HloError for a kernel without one, because nothing else in the program says what is inside.
+    flops: int
+    passes: int
+
+
+def kernels(program: Program, instruction: Instruction, computation: Computation) -> list[Kernel]:
+    """The Pallas kernels of an instruction, by their own cost estimates.
+
+    Ours multiply float32 rows at the highest precision, and rows of another dtype once, whatever the dtype of the
+    weights that they are given. Raises HloError for a kernel without an estimate, because nothing else in the program
+    says what is inside.
     """
-    if 'custom_call_target="tpu_custom_call"' not in instruction.rest:
-        return 0
-    found = re.search(r'"cost_estimate":\{"flops":"?(\d+)', instruction.rest)
-    if found is None:
-        raise HloError(f"the kernel {instruction.name} has no cost estimate; give its pallas_call one")
-    return int(found[1])
+    found = []
+    for part, home in [(instruction, computation), *program.inside(instruction)]:
+        if 'custom_call_target="tpu_custom_call"' not in part.rest:
+            continue
+        estimate = re.search(r'"cost_estimate":\{"flops":"?(\d+)', part.rest)
+        if estimate is None:
+            raise HloError(f"the kernel {part.name} has no cost estimate; give its pallas_call one")
+        dtypes = {shape.dtype for name in part.operands for shape in home.by_name[name].shapes}
+        exact = Matmul(1, 1, 1, 1, ("f32", "f32"), ("highest", "highest")).passes
+        found.append(Kernel(int(estimate[1]), exact if dtypes & _FLOATS == {"f32"} else 1))
+    return found
 
 
 def _dot(instruction: Instruction, computation: Computation) -> Matmul:
@@ -76,8 +109,16 @@ def _dot(instruction: Instruction, computation: Computation) -> Matmul:
         math.prod(left.sizes) // (copies * depth),
         math.prod(right.sizes) // (copies * depth),
         depth,
-        left.dtype,
+        *_factors(instruction, left, right),
     )
+
+
+def _factors(instruction: Instruction, left: Shape, right: Shape) -> tuple[tuple[str, str], tuple[str, str]]:
+    """The dtypes of both factors of a matmul, and their precisions."""
+    found = re.search(r"operand_precision=\{(\w+),(\w+)\}", instruction.rest)
+    if found and not {found[1], found[2]} <= _PARTS.keys():
+        raise HloError(f"the matmul {instruction.name} has a precision other than {', '.join(_PARTS)}: {found[0]}")
+    return (left.dtype, right.dtype), (found[1], found[2]) if found else ("default", "default")
 
 
 def _convolution(instruction: Instruction, computation: Computation) -> Matmul:
@@ -98,12 +139,10 @@ def _convolution(instruction: Instruction, computation: Computation) -> Matmul:
             copies *= size
         else:
             rows, depth = rows * size, depth * max(round(taps / size), 1)
-    groups = re.search(r"batch_group_count=(\d+)", instruction.rest)
-    if groups:
-        rows //= int(groups[1])
-    features = re.search(r"feature_group_count=(\d+)", instruction.rest)
-    share = int(features[1]) if features else 1
-    return Matmul(copies * share, rows, out.sizes[out_of["f"]] // share, depth, left.dtype)
+    # Groups of either kind share out the features of the result; its batch is that of one group already.
+    groups = math.prod(int(n) for n in re.findall(r"(?:batch|feature)_group_count=(\d+)", instruction.rest))
+    columns = out.sizes[out_of["f"]] // groups
+    return Matmul(copies * groups, rows, columns, depth, *_factors(instruction, left, right))
 
 
 def _taps(instruction: Instruction, number: int, size: int, window: int, out: int) -> int:
@@ -125,7 +164,7 @@ class Collective(NamedTuple):
     """An exchange between devices: what kind, among whom, and the bytes of a device's part.
 
     `bytes` is the larger of what a device puts in and takes out: of an all-gather the result, of a reduce-scatter what
-    is reduced, of an all-to-all what is shipped (its own share included).
+    is reduced, of an all-to-all what is shipped (its own share included). No groups: between slices, place by place.
     """
 
     kind: str
@@ -136,15 +175,26 @@ class Collective(NamedTuple):
 def collectives(program: Program, instruction: Instruction, computation: Computation) -> list[Collective]:
     """The exchanges of an instruction, those inside a fusion or an asynchronous start too."""
     found = []
-    called = instruction.called if instruction.opcode in ("fusion", "async-start") else ()
-    inside = [(part, program.computations[name]) for name in called for part in program.computations[name].instructions]
-    for part, home in [(instruction, computation), *inside]:
+    for part, home in [(instruction, computation), *program.inside(instruction)]:
         kind = part.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            operands = sum(home.by_name[name].bytes for name in part.operands if name in home.by_name)
-            result = part.shapes[-1].bytes if part.opcode.endswith("-start") else part.bytes
-            found.append(Collective(kind, groups_of(part.rest), max(operands, result)))
+            operands = sum(home.by_name[name].bytes for name in part.operands)
+            results = sum(shape.bytes for shape in part.results)
+            found.append(Collective(kind, groups_of(part.rest), max(operands, results)))
+        elif part.opcode == "recv":
+            found.append(_between_slices(part, home))
     return found
+
+
+def _between_slices(received: Instruction, computation: Computation) -> Collective:
+    """An exchange that leaves the slice: each device sends its part to its host, the hosts exchange and add up."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', received.rest)
+    name = kind[1].lower().replace("_", "-") if kind else ""
+    meeting = re.search(r'_xla_host_transfer_rendezvous="[^"]+"', received.rest)
+    sends = [i for i in computation.instructions if i.opcode == "send" and meeting and meeting[0] in i.rest]
+    if name not in COLLECTIVES or len(sends) != 1:
+        raise HloError(f"{received.name} receives something from a host that is no exchange between slices")
+    return Collective(name, (), max(sends[0].shapes[0].bytes, received.shapes[0].bytes))
 
 
 def groups_of(text: str) -> tuple[tuple[int, ...], ...]:

@@ -24,7 +24,7 @@ def as_text(plan: Plan) -> str:
         lines += [_row(name, _gib(size)) for name, size in plan.memory._asdict().items()]
     else:
         lines.append("  the compiler gave up; try --set model.remat=blocks, mesh.fully_sharded=true or more chips")
-    if plan.times is None or plan.modelled_mfu is None:
+    if plan.times is None or plan.modelled_mfu is None or plan.collective_bytes is None or plan.num_collectives is None:
         return "\n".join(lines)
     lines += ["", "work of a device and step, trips of loops counted"]
     lines.append(_row("FLOPs of matmuls", f"{plan.flops_per_step:.4g}"))

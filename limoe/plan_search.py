@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from limoe.config import Config, ConfigError
+from limoe.hlo import HloError
 from limoe.planner import Plan, on_pod, plan
 from limoe.pods import find_pod
 
 _REMATS = ("none", "attention", "blocks")
 _CHUNKS = (1, 2, 4)
+
+_Change = tuple[str, dict[str, Any]]
+"""A section of the configuration, and values for some of its settings."""
 
 
 def search(
@@ -19,46 +24,48 @@ def search(
     """The plan with the shortest modelled step among those that fit; without any, the one that needs least memory.
 
     One kind of setting after another, each from the best so far: rematerialisation first (it decides what fits), then
-    the size of the expert axis (1 included), then the number of chunks of an exchange.
+    the size of the expert axis (1 included), then the number of chunks of an exchange. A change that is refused is said
+    to be skipped; a configuration that is refused as it stands raises its ConfigError or HloError.
     """
     pod = find_pod(topology, config.mesh.slice)
-    best = planned(on_pod(config, pod), topology)
-    say(_line(best))
     best_config = on_pod(config, pod)
-    for candidates in (_remats, _meshes, _chunks):
-        for candidate in candidates(best_config, len(pod.devices)):
-            found = planned(candidate, topology)
+    best = planned(best_config, topology)
+    say(_line(best))
+    for changes in (_remats, _meshes, _chunks):
+        for section, values in changes(best_config, len(pod.devices)):
+            try:
+                candidate = replace(best_config, **{section: replace(getattr(best_config, section), **values)})
+                found = planned(candidate, topology)
+            except (ConfigError, HloError) as error:
+                settings = ", ".join(f"{section}.{name}={value}" for name, value in values.items())
+                say(f"{settings}: skipped, because {error}")
+                continue
             say(_line(found))
             if _rank(found) < _rank(best):
                 best, best_config = found, candidate
     return best
 
 
-def _remats(config: Config, num_devices: int) -> Iterator[Config]:
+def _remats(config: Config, num_devices: int) -> Iterator[_Change]:
     for remat in _REMATS:
         if remat != config.model.remat:
-            yield replace(config, model=replace(config.model, remat=remat))
+            yield "model", {"remat": remat}
 
 
-def _meshes(config: Config, num_devices: int) -> Iterator[Config]:
-    """Every other size of the expert axis that divides experts and devices, and copies instead of parts where what is
-    not an expert is split."""
+def _meshes(config: Config, num_devices: int) -> Iterator[_Change]:
+    """Every other size of the expert axis that divides experts and devices."""
     mesh = config.mesh
     within = num_devices // mesh.slice
     for expert in range(1, config.model.num_experts + 1 if config.model.moe_layers else 1):
-        if within % expert or config.model.num_experts % expert or expert == mesh.expert:
-            continue
-        try:
-            yield replace(config, mesh=replace(mesh, expert=expert, data=within // expert))
-        except ConfigError:
-            continue
+        if within % expert == 0 and config.model.num_experts % expert == 0 and expert != mesh.expert:
+            yield "mesh", {"expert": expert, "data": within // expert}
 
 
-def _chunks(config: Config, num_devices: int) -> Iterator[Config]:
+def _chunks(config: Config, num_devices: int) -> Iterator[_Change]:
     if config.mesh.expert > 1:
         for chunks in _CHUNKS:
             if chunks != config.mesh.exchange_chunks:
-                yield replace(config, mesh=replace(config.mesh, exchange_chunks=chunks))
+                yield "mesh", {"exchange_chunks": chunks}
 
 
 def _rank(found: Plan) -> tuple[bool, float]:

@@ -7,6 +7,7 @@ at peak (padded to the matrix unit) and its traffic at full bandwidth.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections import Counter, defaultdict
@@ -20,11 +21,12 @@ from flax import nnx
 
 from limoe.config import Config, ConfigError
 from limoe.describe import describe
-from limoe.hlo import COPIES, Program, Run
-from limoe.hlo_work import axes_of, collectives, kernel_flops, matmuls
+from limoe.hlo import Program, Run
+from limoe.hlo_work import Collective, axes_of, collectives, kernels, matmuls
 from limoe.mesh import Placement, place
 from limoe.model import scale_images
 from limoe.moe import RoutingContext
+from limoe.overlap import Cost, Times, schedule
 from limoe.pods import Pod, exchange_seconds, find_pod
 from limoe.step import Training, compile_step, prepare, step_key
 
@@ -41,26 +43,6 @@ class Memory(NamedTuple):
     activations: int
     temporary: int
     program: int
-
-
-class Times(NamedTuple):
-    """Modelled seconds of a step."""
-
-    compute: float
-    """Matmuls at peak, padded to the matrix unit."""
-    hbm: float
-    """Traffic of the main memory at full bandwidth."""
-    busy: float
-    """Instruction by instruction the longer of the two."""
-    exchange: float
-    """All exchanges between devices."""
-    hidden: float
-    """The part of exchanges that other work covers in the compiled schedule."""
-
-    @property
-    def step(self) -> float:
-        """The whole step."""
-        return self.busy + self.exchange - self.hidden
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +64,12 @@ class Plan:
     """None where the compiler gave up because the program does not fit."""
     memory_per_chip_bytes: int
     hbm_bytes: int
-    flops_per_step: int
+    flops_per_step: int | None
+    """None, as all that is counted in the compiled program, where there is none."""
     model_flops_per_step: int
-    collective_bytes: dict[str, dict[str, int]]
+    collective_bytes: dict[str, dict[str, int]] | None
     """Bytes by kind of collective and by mesh axes."""
-    num_collectives: dict[str, dict[str, int]]
+    num_collectives: dict[str, dict[str, int]] | None
     times: Times | None
     modelled_step_seconds: float | None
     modelled_mfu: float | None
@@ -160,7 +143,8 @@ def _account(
     config: Config, pod: Pod, placement: Placement, training: Training, compiled: jax.stages.Compiled, seconds: float
 ) -> Plan:
     program = Program(compiled.as_text() or "")
-    times, flops = _times(program, pod, placement)
+    costs = [(run, _cost(program, run, pod, placement)) for run in program.runs()]
+    times = schedule(costs)
     volumes, counts = _exchanges(program, placement)
     memory = _memory(config, placement, training, compiled)
     model_flops = describe(config).flops_per_example * config.train.batch_size
@@ -170,7 +154,7 @@ def _account(
         fits=sum(memory) <= pod.chip.hbm_bytes,
         memory=memory,
         memory_per_chip_bytes=sum(memory),
-        flops_per_step=flops,
+        flops_per_step=sum(cost.flops * run.trips for run, cost in costs),
         model_flops_per_step=model_flops,
         collective_bytes=volumes,
         num_collectives=counts,
@@ -213,10 +197,10 @@ def _too_large(config: Config, pod: Pod, message: str, seconds: float) -> Plan:
         fits=False,
         memory=None,
         memory_per_chip_bytes=int(float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1)),
-        flops_per_step=0,
+        flops_per_step=None,
         model_flops_per_step=describe(config).flops_per_example * config.train.batch_size,
-        collective_bytes={},
-        num_collectives={},
+        collective_bytes=None,
+        num_collectives=None,
         times=None,
         modelled_step_seconds=None,
         modelled_mfu=None,
@@ -230,89 +214,36 @@ def _exchanges(program: Program, placement: Placement) -> tuple[dict[str, dict[s
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for run in program.runs():
         for collective in collectives(program, run.instruction, run.computation):
-            axes = axes_of(collective.groups, shape)
+            axes = axes_of(_groups(collective, placement), shape)
             volumes[collective.kind][axes] += collective.bytes * run.trips
             counts[collective.kind][axes] += run.trips
     plain = lambda found: {kind: dict(axes) for kind, axes in found.items()}  # noqa: E731
     return plain(volumes), plain(counts)
 
 
-class _Cost(NamedTuple):
-    compute: float
-    hbm: float
-    exchange: float
-    flops: int
-
-
-def _cost(program: Program, run: Run, pod: Pod, placement: Placement) -> _Cost:
+def _cost(program: Program, run: Run, pod: Pod, placement: Placement) -> Cost:
     """Of one run of an instruction."""
-    found = matmuls(program, run.instruction, run.computation)
-    chip = pod.chip
-    # A float32 product takes six passes of bfloat16 ones.
-    padded = sum(product.on_array(chip.array_side) * (6 if product.dtype == "f32" else 1) for product in found)
-    in_kernels = kernel_flops(run.instruction)
-    exchanges = collectives(program, run.instruction, run.computation)
-    together = sum(
-        exchange_seconds(one.kind, one.bytes, one.groups[0], pod, placement.mesh) for one in exchanges if one.groups
-    )
+    chip, here = pod.chip, (program, run.instruction, run.computation)
+    products, in_kernels, exchanges = matmuls(*here), kernels(*here), collectives(*here)
+    spent = sum(product.on_array(chip.array_side) * product.passes for product in products)
+    spent += sum(kernel.flops * kernel.passes for kernel in in_kernels)
     alone = exchanges and run.instruction.opcode != "fusion"
-    return _Cost(
-        compute=(padded + in_kernels) / chip.bf16_flops,
+    return Cost(
+        compute=spent / chip.bf16_flops,
         hbm=0.0 if alone else program.traffic(run) / chip.hbm_bandwidth,
-        exchange=together,
-        flops=in_kernels + sum(product.flops for product in found),
+        exchange=math.fsum(
+            exchange_seconds(one.kind, one.bytes, _groups(one, placement)[0], pod, placement.mesh) for one in exchanges
+        ),
+        flops=sum(one.flops for one in (*products, *in_kernels)),
     )
 
 
-@dataclass
-class _Pending:
-    """Something asynchronous between its start and its done."""
-
-    seconds: float
-    is_copy: bool
-    left: float
-
-    def cover(self, spare: float) -> float:
-        """Use spare time of an instruction that runs meanwhile; what remains of it."""
-        used = min(spare, self.left)
-        self.left -= used
-        return spare - used
-
-
-def _times(program: Program, pod: Pod, placement: Placement) -> tuple[Times, int]:
-    """Times of a step, and the FLOPs of its matmuls.
-
-    Between start and done other instructions cover an exchange with all of their time, and a copy to or from the
-    memory on the chip with the time in which they leave the main memory alone; each second covers one second of each.
-    """
-    compute = hbm = busy = exchange = hidden = 0.0
-    flops = 0
-    pending: dict[tuple[str, str], _Pending] = {}
-    for run in program.runs():
-        cost, instruction = _cost(program, run, pod, placement), run.instruction
-        compute, hbm = compute + cost.compute * run.trips, hbm + cost.hbm * run.trips
-        exchange, flops = exchange + cost.exchange * run.trips, flops + cost.flops * run.trips
-        name = instruction.opcode
-        if name in COPIES or (cost.exchange and name.endswith("-start")):
-            is_copy = name in COPIES
-            seconds = cost.hbm if is_copy else cost.exchange
-            pending[run.computation.name, instruction.name] = _Pending(seconds, is_copy, seconds)
-            continue
-        if name.endswith("-done") and instruction.operands:
-            done = pending.pop((run.computation.name, instruction.operands[0]), None)
-            if done is not None and done.is_copy:
-                busy += done.left * run.trips
-            elif done is not None:
-                hidden += (done.seconds - done.left) * run.trips
-            continue
-        here = max(cost.compute, cost.hbm)
-        busy += here * run.trips
-        if cost.exchange and name == "fusion":
-            hidden += min(cost.exchange, here) * run.trips
-        spare = {True: here - cost.hbm, False: here}
-        for waiting in pending.values():
-            spare[waiting.is_copy] = waiting.cover(spare[waiting.is_copy])
-    return Times(compute, hbm, busy, exchange, hidden), flops
+def _groups(exchange: Collective, placement: Placement) -> tuple[tuple[int, ...], ...]:
+    """Who takes part; between slices those at the same place of each."""
+    if exchange.groups:
+        return exchange.groups
+    numbers = np.arange(placement.size).reshape(placement.config.slice, -1).T
+    return tuple(map(tuple, numbers.tolist()))
 
 
 def _memory(config: Config, placement: Placement, training: Training, compiled: jax.stages.Compiled) -> Memory:
@@ -332,20 +263,40 @@ def _memory(config: Config, placement: Placement, training: Training, compiled: 
 
 def _bytes_of(tree: Any) -> int:
     """Bytes of one device's part of a tree."""
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+    return sum(_share(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _share(leaf: Any) -> int:
+    """Numbers of an array that one device holds."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape))
 
 
 def kept_for_backward(config: Config, training: Training, placement: Placement) -> int:
     """Bytes of one device that the tower's forward pass keeps for the backward pass, by JAX's own bookkeeping.
 
-    The compiler may keep less (it recomputes what is cheap), never more.
+    What grows with the batch is split like it; a parameter in another dtype lies like the parameter; the rest is on
+    every device. The compiler may keep less (it recomputes what is cheap), never more.
     """
-    model, chunk = config.model, config.train.chunk_size
-    images = jax.ShapeDtypeStruct((chunk, model.image_size, model.image_size, 3), jnp.uint8)
-    text = jax.ShapeDtypeStruct((chunk, model.text_length), jnp.int32)
+    chunk, parameters = config.train.chunk_size, jax.tree.leaves(training.abstract.parameters)
+    shares = {leaf.shape: _share(leaf) for leaf in parameters}
+    own = Counter((leaf.shape, leaf.dtype) for leaf in parameters)
+    total = 0
+    kept, of_twice = (_residuals(config, training, placement, pairs) for pairs in (chunk, 2 * chunk))
+    for leaf, larger in zip(kept, of_twice, strict=True):
+        if own[leaf.shape, leaf.dtype] > 0:  # a parameter itself
+            own[leaf.shape, leaf.dtype] -= 1
+        elif not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            size = math.prod(leaf.shape)
+            held = shares.get(leaf.shape, size) if leaf.shape == larger.shape else size // placement.size
+            total += held * leaf.dtype.itemsize
+    return total
+
+
+def _residuals(config: Config, training: Training, placement: Placement, pairs: int) -> list[jax.ShapeDtypeStruct]:
+    """What the forward pass over so many pairs hands to the backward pass."""
+    model = config.model
+    images = jax.ShapeDtypeStruct((pairs, model.image_size, model.image_size, 3), jnp.uint8)
+    text = jax.ShapeDtypeStruct((pairs, model.text_length), jnp.int32)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), training.abstract.parameters)
 
     def residuals(parameters: Any, images: jax.Array, text: jax.Array) -> Any:
@@ -359,12 +310,4 @@ def kept_for_backward(config: Config, training: Training, placement: Placement) 
         return jax.tree.leaves(jax.vjp(encode, parameters)[1])
 
     with jax.set_mesh(placement.mesh):
-        kept = jax.eval_shape(residuals, shapes, images, text)
-    own = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(shapes))
-    total = 0
-    for leaf in kept:
-        if own[leaf.shape, leaf.dtype] > 0:  # a parameter itself
-            own[leaf.shape, leaf.dtype] -= 1
-        elif not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            total += int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
-    return total // placement.size
+        return jax.eval_shape(residuals, shapes, images, text)

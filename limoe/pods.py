@@ -147,24 +147,32 @@ def _span(group: tuple[int, ...], pod: Pod, mesh: Mesh) -> _Span:
 def exchange_seconds(kind: str, size: int, group: tuple[int, ...], pod: Pod, mesh: Mesh) -> float:
     """Modelled time of a collective of `size` bytes a device over a group of devices.
 
-    On a torus: what crosses each half of the group over the links there (all-to-all), or rings along all dimensions at
-    once (the others). Devices of a group count as a full block of the torus, so a scattered group is modelled too fast.
-    Between slices the datacentre's network bounds everything.
+    Inside a slice, on its torus: what crosses each half of the group over the links there (all-to-all), or rings along
+    all dimensions at once (the others). Devices of a group count as a full block of the torus, so a scattered group is
+    modelled too fast. Between slices, over the datacentre's network: sums and gathers are done in two levels, as the
+    TPU compiler writes them, so that each device ships its share of its slice's part only; in an all-to-all and in a
+    permutation there is nothing to share. The longer of the two levels counts, as if pieces of the buffer went through
+    both at once.
     """
     count = len(group)
     if count == 1 or not size:
         return 0.0
-    span, link = _span(group, pod, mesh), pod.chip.link_bandwidth
+    span, chip = _span(group, pod, mesh), pod.chip
+    within = count // span.num_slices
+    leaving = (span.num_slices - 1) / span.num_slices * size
     ways = [(n, 2 if ring else 1) for n, ring in zip(span.sizes, span.closed, strict=True) if n > 1]
     if not ways:
         ways = [(2, 1)]  # the devices of one chip
-    crossing = (span.num_slices - 1) / span.num_slices * size / DATACENTRE_BANDWIDTH
     if kind in ("all-to-all", "ragged-all-to-all"):
-        # A quarter of all that is shipped crosses the middle each way, over the links of one cut.
-        inside = max(n * size / (4 * links * link) for n, links in ways)
+        # A quarter of all that is shipped in the slice crosses the middle each way, over the links of one cut.
+        inside = max(n * (size - leaving) / (4 * links * chip.link_bandwidth) for n, links in ways)
     elif kind == "collective-permute":
-        inside = size / link
+        inside, leaving = size / chip.link_bandwidth, size if span.num_slices > 1 else 0.0
     else:
-        inside = (count - 1) / count * size / sum(links * link for _, links in ways)
+        inside = (within - 1) / within * size / sum(links * chip.link_bandwidth for _, links in ways)
+        leaving /= within
+    if within == 1:
+        inside = 0.0
+    crossing = leaving * chip.devices_per_chip / DATACENTRE_BANDWIDTH
     passes = 2 if kind == "all-reduce" else 1  # reduced, then gathered
     return LATENCY + passes * max(inside, crossing)

@@ -7,40 +7,27 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from model_cases import small_config
+from pod_cases import paper_pod
 
 from limoe import pods
 from limoe.cli import main
 from limoe.config import Config, ConfigError
-from limoe.mesh import AXES
+from limoe.describe import describe
+from limoe.hlo import HloError
+from limoe.mesh import AXES, place
+from limoe.overlap import Times
 from limoe.plan_report import as_text
 from limoe.plan_search import search
-from limoe.planner import Memory, Plan, Times, on_pod, plan
-from limoe.pods import CHIPS, Pod, exchange_seconds, find_pod, topologies
+from limoe.planner import Memory, Plan, _too_large, kept_for_backward, on_pod, plan
+from limoe.pods import CHIPS, LATENCY, Pod, exchange_seconds, find_pod, topologies
 from limoe.presets import preset
 from limoe.settings import override
+from limoe.step import prepare
 
 KEYS = {
     *("fits", "memory_per_chip_bytes", "hbm_bytes", "flops_per_step", "collective_bytes", "modelled_step_seconds"),
     *("modelled_mfu", "compile_seconds"),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """What a plan asks of a device."""
-
-    coords: tuple[int, ...]
-    process_index: int = 0
-    slice_index: int = 0
-
-
-def paper_pod(kind: str, *sides: int) -> Pod:
-    """A pod without the compiler: devices with their places, in the order of libtpu's hosts of 2 x 2 chips."""
-    grid = np.stack(np.meshgrid(*[np.arange(side) for side in sides], indexing="ij"), axis=-1).reshape(-1, len(sides))
-    host = [tuple(reversed((place // [2, 2, 1][: len(sides)]).tolist())) for place in grid]
-    order = sorted(range(len(grid)), key=lambda n: (host[n], tuple(reversed(grid[n].tolist()))))
-    devices = tuple(Device((*grid[n].tolist(), 0)[:3]) for n in order)
-    return Pod(f"{kind}:{'x'.join(map(str, sides))}", CHIPS[kind], sides, devices)
 
 
 def test_pods_that_do_not_exist():
@@ -101,6 +88,41 @@ def test_exchanges_take_what_the_narrowest_cut_allows():
     assert exchange_seconds("all-to-all", 0, (0, 1), flat, Mesh(np.array(flat.devices).reshape(1, 8, 32), AXES)) == 0
 
 
+def between_slices(kind: str, size: int, pod: Pod, *, per_slice: int) -> float:
+    """Over two slices, of each of which a group has so many neighbouring devices."""
+    devices = [dataclasses.replace(device, slice_index=n) for n in range(2) for device in pod.devices]
+    mesh = Mesh(np.array(devices).reshape(2, 1, -1), AXES)
+    own = len(pod.devices)
+    group = tuple(n * own + place for n in range(2) for place in range(per_slice))
+    return exchange_seconds(kind, size, group, pod, mesh) - pods.LATENCY
+
+
+def test_exchanges_between_slices_ship_each_devices_share():
+    pod, size = paper_pod("v5p", 2, 2, 1), 10**9
+    # Half of the buffer belongs to the other slice.
+    half = size / 2 / pods.DATACENTRE_BANDWIDTH
+    assert between_slices("all-gather", size, pod, per_slice=4) == pytest.approx(half / 4)
+    assert between_slices("reduce-scatter", size, pod, per_slice=4) == pytest.approx(half / 4)
+    assert between_slices("all-reduce", size, pod, per_slice=4) == pytest.approx(2 * half / 4)
+    # One chip of each slice has nobody to share with, and nothing to do inside.
+    assert between_slices("all-gather", size, pod, per_slice=1) == pytest.approx(half)
+    # Rows for another slice have one way only; a permutation may move everything.
+    assert between_slices("all-to-all", size, pod, per_slice=4) == pytest.approx(half)
+    assert between_slices("collective-permute", size, pod, per_slice=1) == pytest.approx(2 * half)
+    # Two devices share a chip's part of the network.
+    halves = paper_pod("tpu7x", 2, 2, 1)
+    assert between_slices("all-gather", size, halves, per_slice=1) == pytest.approx(2 * half)
+
+
+def test_the_slower_of_both_levels_counts():
+    # 64 chips share the network, so that the rings of four in three dimensions take longer.
+    pod, size = paper_pod("v5p", 4, 4, 4), 10**9
+    assert between_slices("all-gather", size, pod, per_slice=64) == pytest.approx(63 / 64 * size / (6 * 90e9))
+    slow = pod._replace(chip=pod.chip._replace(link_bandwidth=900e9))
+    network = size / 2 / 64 / pods.DATACENTRE_BANDWIDTH
+    assert between_slices("all-gather", size, slow, per_slice=64) == pytest.approx(network)
+
+
 def made_up(config: Config, seconds: float | None, memory: int) -> Plan:
     pod = paper_pod("v5p", 2, 2, 1)
     mesh = config.mesh
@@ -148,6 +170,27 @@ def test_the_search_finds_the_fastest_that_fits(monkeypatch):
     assert "does not fit" in said[0] and "modelled" in said[-1]
 
 
+@pytest.mark.parametrize("refusal", [ConfigError("too many of them"), HloError("a loop of another form")])
+def test_the_search_goes_on_where_a_candidate_is_refused(monkeypatch, refusal):
+    monkeypatch.setattr("limoe.plan_search.find_pod", lambda name, slices: paper_pod("v5p", 2, 2, 1))
+    said = []
+
+    def planned(config: Config, topology: str) -> Plan:
+        if config.mesh.expert == 2 or config.mesh.exchange_chunks == 4:
+            raise refusal
+        return made_up(config, 1.0 / config.mesh.exchange_chunks, 2**30)
+
+    config = small_config("batch_size=16", "group_examples=1")
+    best = search(config, "v5p:2x2x1", say=said.append, planned=planned)
+    assert best.settings["mesh.exchange_chunks"] == 2
+    assert [line for line in said if "skipped" in line] == [
+        f"mesh.expert=2, mesh.data=2: skipped, because {refusal}",
+        f"mesh.exchange_chunks=4: skipped, because {refusal}",
+    ]
+    with pytest.raises(type(refusal), match=str(refusal)):
+        search(override(config, ["mesh.expert=2", "mesh.data=2"]), "v5p:2x2x1", say=said.append, planned=planned)
+
+
 def test_the_search_among_what_does_not_fit(monkeypatch):
     monkeypatch.setattr("limoe.plan_search.find_pod", lambda name, slices: paper_pod("v5p", 2, 2, 1))
     planned = lambda config, _: made_up(config, None, (200 - 50 * (config.model.remat == "blocks")) * 2**30)  # noqa: E731
@@ -183,16 +226,84 @@ def planned():
     return of
 
 
+def kept(*settings: str) -> int:
+    config = small_config(*SMALL, "compute_dtype=bfloat16", *settings)
+    placement = place(config.mesh)
+    assert placement is not None
+    return kept_for_backward(config, prepare(config, placement), placement)
+
+
+@pytest.mark.devices(4)
+def test_what_is_kept_is_split_where_it_carries_the_batch():
+    # With a part that halves on twice the devices and one that does not, k2 = v/2 + f and k4 = v/4 + f.
+    on_every_device = 2 * kept("mesh.data=4") - kept("mesh.data=2")
+    # Attention of four blocks, two dense MLPs, a projection for each modality: copies in bfloat16.
+    copies = 2 * (4 * 4 * 128 * 128 + 2 * 2 * 128 * 256 + 2 * 128 * 128)
+    # The rest are gains of norms and numbers of groups.
+    assert copies <= on_every_device < 1.01 * copies
+
+
+def test_what_the_compiler_refused_is_not_known_rather_than_nothing():
+    pod, config = paper_pod("v5e", 2, 2), small_config("batch_size=16", "group_examples=1")
+    message = "Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm. Exceeded hbm capacity by 5.75G."
+    fields = json.loads(json.dumps(_too_large(config, pod, message, 3.0).as_json()))
+    assert fields["memory_per_chip_bytes"] == 21.5 * 2**30 and fields["fits"] is False
+    unknown = {name for name, value in fields.items() if value is None}
+    assert unknown == {
+        *("memory", "flops_per_step", "collective_bytes", "num_collectives", "times", "modelled_step_seconds"),
+        *("modelled_mfu", "modelled_pairs_per_second", "modelled_days", "modelled_chip_hours"),
+    }
+    with pytest.raises(ConfigError, match="the TPU compiler refused the step for v5e:2x2: another reason"):
+        _too_large(config, pod, "another reason", 3.0)
+
+
+def small_flops(rows: int) -> int:
+    """FLOPs of a device's matmuls in a step of the small model, where an expert computes so many rows a layer.
+
+    Four pairs of 4 + 3 tokens, width 128, MLPs of 256, four experts of which a device has one.
+    """
+    pairs, tokens, width, hidden, experts = 4, 4 * 7, 128, 256, 4
+    # Forward, dX and dW: in four blocks of attention, two dense MLPs, two routers.
+    linear = 3 * 2 * tokens * (4 * 4 * width**2 + 2 * 2 * width * hidden + 2 * width * experts)
+    # Two products forward and four backward.
+    attention = 4 * 6 * 2 * pairs * width * (4**2 + 3**2)
+    patches = 2 * 2 * (4 * pairs) * (4 * 4 * 3) * width  # images have no gradient
+    ends = 3 * 2 * 2 * pairs * (width * width + width * 16)  # projections, and logits against all 16 pairs
+    # Two products forward; backward the first again and four more.
+    return linear + attention + patches + ends + 2 * 7 * 2 * rows * width * hidden
+
+
 @pytest.mark.aot
 def test_a_real_plan(planned):
     found = planned()
     fields = found.as_json()
     assert set(fields) >= KEYS and found.fits and fields["mesh"] == {"slice": 1, "data": 1, "expert": 4}
-    assert 0 < found.memory_per_chip_bytes < 10**9 and sum(found.memory or ()) == found.memory_per_chip_bytes
-    # What the model needs, and little more than the padding of places in experts.
-    share = found.model_flops_per_step / found.num_devices
-    assert share * 0.95 < found.flops_per_step < share * 2
-    assert 0 < found.modelled_step_seconds < 1 and 0 < found.modelled_mfu < 1
+    assert found.memory is not None and sum(found.memory) == found.memory_per_chip_bytes
+    size = describe(small_config(*SMALL))
+    assert found.memory.parameters == 4 * (size.parameters_total - size.parameters_experts * 3 // 4)
+    assert found.memory.batch == 4 * (8 * 8 * 3 + 3 * 4)
+    # Of each shard an expert gets 2 places for each of four groups, in 16 rows.
+    assert found.flops_per_step == small_flops(rows=4 * 16)
+    times, peak = found.times, CHIPS["v5p"].bf16_flops
+    assert times is not None and found.modelled_step_seconds == times.step
+    assert found.flops_per_step / peak <= times.compute <= times.busy <= times.compute + times.hbm
+    assert (
+        0 <= times.hidden <= times.exchange and found.num_collectives["all-to-all"]["expert"] * LATENCY < times.exchange
+    )
+    assert found.model_flops_per_step == 16 * size.flops_per_example
+    assert found.modelled_mfu == pytest.approx(found.model_flops_per_step / (4 * peak * times.step))
+
+
+@pytest.mark.aot
+@pytest.mark.full
+def test_two_slices_exchange_over_the_network_between_them():
+    found = plan(small_config(*SMALL, "compute_dtype=bfloat16", "mesh.slice=2"), "v5p:2x2x1")
+    assert found.num_chips == 8 and found.mesh == {"slice": 2, "data": 1, "expert": 4} and found.fits
+    # Rows stay inside a slice; sums cross, of the experts' gradients in float32 at least.
+    assert set(found.collective_bytes["all-to-all"]) == {"expert"}
+    assert found.collective_bytes["all-reduce"]["slice"] >= 2 * 2 * 128 * 256 * 4
+    network = found.collective_bytes["all-reduce"]["slice"] / 6.25e9
+    assert found.times.exchange > network + found.num_collectives["all-reduce"]["slice"] * LATENCY
 
 
 @pytest.mark.aot
@@ -245,9 +356,17 @@ def test_a_program_that_does_not_fit_is_a_plan_not_an_error():
 @pytest.mark.aot
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("name", "topology"),
-    [("b16", "v5p:4x4x4"), ("l16", "v5p:4x4x8"), ("h14", "v5p:8x8x8"), ("h14", "v6e:16x16")],
+    ("name", "topology", "remat", "mfu"),
+    [
+        ("b16", "v5p:4x4x4", "attention", 0.375),
+        ("l16", "v5p:4x4x8", "attention", 0.455),
+        ("h14", "v5p:8x8x8", "attention", 0.505),
+        ("h14", "v6e:16x16", "blocks", 0.235),
+    ],
 )
-def test_the_paper_fits_its_pods(name, topology):
-    found = plan(preset(name), topology)
-    assert found.fits and found.compile_seconds < 600
+def test_the_paper_fits_its_pods(name, topology, remat, mfu):
+    """As docs/pods.md says, whose percentages are rounded; the target for compiling is five minutes."""
+    config = override(preset(name), [f"model.remat={remat}", "mesh.exchange_chunks=2"])
+    found = plan(config, topology)
+    assert found.fits and found.modelled_mfu >= mfu
+    assert found.compile_seconds < 300
