@@ -19,10 +19,10 @@ SpanName = Literal["route", "dispatch", "grouped_matmul", "expert_mlp", "combine
 class Problem:
     """The static facts by which a back end is chosen: what is asked for, on which platform, in which shape and dtype.
 
-    `shape` and `dtype` are those of the tokens or rows; `expert_width` is the F of a matmul's weights; `chip` is the
-    device kind as JAX names it ("TPU v5 lite"), empty if unknown, `num_cores` its TensorCores or multiprocessors, 0 if
-    unknown; `named` says that the user asked for this back end by
-    name, which is how a kernel runs interpreted on a CPU.
+    `shape` and `dtype` are those of the tokens or rows; `expert_width` is the F of a matmul's weights; `layout` is that
+    of the rows, and `route` what is static about a routing call; `chip` is the device kind as JAX names it ("TPU v5
+    lite"), empty if unknown, `num_cores` its TensorCores or multiprocessors, 0 if unknown; `named` says that the user
+    asked for this back end by name, which is how a kernel runs interpreted on a CPU.
 
     >>> Problem("dispatch", "cpu", "float32", (4, 8), 2).span
     'dispatch'
@@ -35,6 +35,7 @@ class Problem:
     num_experts: int
     expert_width: int = 0
     layout: Layout | None = None
+    route: RouteStatic | None = None
     chip: str = ""
     num_cores: int = 1
     named: bool = False
