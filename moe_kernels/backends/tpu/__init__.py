@@ -20,8 +20,8 @@ from moe_kernels.backends.tpu.mlp import expert_mlp_forward
 from moe_kernels.backends.tpu.mlp_backward import expert_mlp_backward
 from moe_kernels.backends.tpu.route_tiles import route_misfit
 from moe_kernels.backends.tpu.routing import route_forward
+from moe_kernels.backends.tpu.routing_backward import route_backward
 from moe_kernels.backends.tpu.rows import ROW_ALIGNMENT
-from moe_kernels.backends.xla.routing import route_backward
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2}
 # Weights may be float32 whatever the rows are; a problem does not say, so blocks must fit in the larger case too.
@@ -47,7 +47,7 @@ def why_not(problem: Problem) -> str | None:
     if problem.span in TILES:
         return _rows_misfit(problem) or _vmem_misfit(problem)
     if problem.span == "route":
-        return route_misfit(problem, CHIPS[_target(problem).chip])
+        return route_misfit(problem, ITEMSIZES[problem.dtype], CHIPS[_target(problem).chip])
     return None
 
 
@@ -87,15 +87,11 @@ def _span(forward: Any, backward: Any, target: Target) -> Span:
     return Span(functools.partial(forward, target), functools.partial(backward, target))
 
 
-def _route_backward(_: Target, *args: Any) -> Any:
-    return route_backward(*args)
-
-
 TPU = Backend(
     name="tpu",
     why_not=why_not,
     spans={
-        "route": lambda problem: _span(route_forward, _route_backward, _target(problem)),
+        "route": lambda problem: _span(route_forward, route_backward, _target(problem)),
         "grouped_matmul": lambda problem: _span(grouped_matmul_forward, grouped_matmul_backward, _target(problem)),
         "expert_mlp": lambda problem: _span(expert_mlp_forward, expert_mlp_backward, _target(problem)),
     },

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from moe_kernels.backends.base import Problem, RouteStatic
 from moe_kernels.backends.tiling import MARGIN, MIB, SLACK, Chip, round_up
 
 LANES = 128
-# Tokens of a tile at most: a copy of as many is long enough for the memory, and a short one hides less.
+# Tokens of a tile at most: a copy of as many is long enough for the memory.
 MOST_TOKENS = 1024
+# Choices and modalities are written out one after the other in the kernels.
+MOST_CHOICES, MOST_MODALITIES = 16, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,49 +31,112 @@ class RouteTiles:
     """Bytes that the kernel needs, at most."""
 
     def at(self, part: Any, tile: Any) -> tuple[Any, Any]:
-        """Group, and tile in that group, of a part of it and a tile of the part."""
+        """Group, and tile in that group, of a part and a tile of the part; parts are numbered through."""
         if self.parts == 1:
             return part, tile
         return part // self.parts, part % self.parts * self.steps + tile
 
+    def along_rows(self, part: Any, tile: Any) -> tuple[Any, Any, int]:
+        """Block of a `[G, S, D]` array."""
+        return *self.at(part, tile), 0
+
+    def along_lanes(self, part: Any, tile: Any) -> tuple[Any, int, Any]:
+        """Block of a `[G, rows, S]` array."""
+        group, block = self.at(part, tile)
+        return group, 0, block
+
+
+def _tiles(
+    static: RouteStatic,
+    num_tokens: int,
+    num_experts: int,
+    chip: Chip,
+    num_cores: int,
+    need: Callable[[int, int, int], int],
+) -> RouteTiles | None:
+    """The longest tile that fits: `need(tokens, step, experts)` bytes."""
+    size, experts = num_tokens // static.num_groups, round_up(num_experts, 8)
+    for tokens in _lengths(size):
+        step = 256 if tokens % 256 == 0 else LANES
+        vmem = int(need(tokens, step, experts) * MARGIN) + SLACK
+        if vmem <= chip.vmem - MIB:
+            tiles = -(-size // tokens)
+            parts = num_cores if static.num_groups % num_cores and tiles % num_cores == 0 else 1
+            return RouteTiles(tokens, step, parts, tiles // parts, experts, vmem)
+    return None
+
+
+def _lengths(size: int) -> Iterator[int]:
+    """Tokens of a tile: first what divides a group, so that no tile is partly filled; at least a row of lanes."""
+    if size % LANES == 0:
+        yield from (tokens for tokens in range(MOST_TOKENS, LANES, -LANES) if size % tokens == 0)
+    yield from (tokens for tokens in (512, 256) if tokens <= size)
+    yield LANES
+
 
 @functools.lru_cache
-def route_tiles(
+def forward_tiles(
     static: RouteStatic, num_tokens: int, width: int, num_experts: int, itemsize: int, chip: Chip, num_cores: int
 ) -> RouteTiles | None:
     """Block sizes of the forward pass, or None where not even the smallest fit.
 
     >>> from moe_kernels.backends.tiling import CHIPS
-    >>> tiles = route_tiles(RouteStatic(1, 8, 1, 0.1), 16384, 768, 32, 2, CHIPS["TPU v5 lite"], 1)
+    >>> tiles = forward_tiles(RouteStatic(1, 8, 1, 0.1), 16384, 768, 32, 2, CHIPS["TPU v5 lite"], 1)
     >>> tiles.tokens, tiles.steps
     (1024, 2)
     """
-    size = num_tokens // static.num_groups
-    experts = round_up(num_experts, 8)
-    whole = max(LANES, size // LANES * LANES)
-    # Exact divisors of a group first, so that no tile is partly filled.
-    options = [n for n in range(min(MOST_TOKENS, whole), 0, -LANES) if whole % n == 0 and size % LANES == 0]
-    for tokens in [n for n in options if n >= 256] + [n for n in (512, 256, 128) if n <= whole]:
-        step = 256 if tokens % 256 == 0 else LANES
-        tiles = max(1, -(-size // tokens))
-        parts = num_cores if static.num_groups % num_cores and tiles % num_cores == 0 else 1
-        held = 2 * tokens * width * itemsize + 2 * 3 * round_up(experts, 16) * width * 2
-        held += 2 * tokens * 4 * (2 * experts + 2 * round_up(static.num_choices, 8) + 8)
+
+    def need(tokens: int, step: int, experts: int) -> int:
+        held = 2 * tokens * width * itemsize + 2 * _factor(experts, width, itemsize)
+        held += 2 * tokens * 4 * (experts + 2 * round_up(static.num_choices, 8) + 8)
         held += 2 * static.num_modalities * (3 * experts + 8) * LANES * 4
-        values = step * 4 * 12 * experts
-        vmem = int((held + values) * MARGIN) + SLACK
-        if vmem <= chip.vmem - MIB:
-            return RouteTiles(tokens, step, parts, tiles // parts, experts, vmem)
-    return None
+        return held + step * 4 * 12 * experts
+
+    return _tiles(static, num_tokens, num_experts, chip, num_cores, need)
 
 
-def route_misfit(problem: Problem, chip: Chip) -> str | None:
+@functools.lru_cache
+def backward_tiles(
+    static: RouteStatic, num_tokens: int, width: int, num_experts: int, itemsize: int, chip: Chip, num_cores: int
+) -> RouteTiles | None:
+    """Block sizes of the backward pass, or None where not even the smallest fit.
+
+    >>> from moe_kernels.backends.tiling import CHIPS
+    >>> tiles = backward_tiles(RouteStatic(1, 8, 1, 0.1), 16384, 768, 32, 2, CHIPS["TPU v5 lite"], 1)
+    >>> tiles.tokens, tiles.steps
+    (1024, 2)
+    """
+
+    def need(tokens: int, step: int, experts: int) -> int:
+        held = 4 * tokens * width * itemsize + 4 * _factor(experts, width, itemsize) + 2 * experts * width * 4
+        held += 2 * tokens * 4 * (experts + 2 * round_up(static.num_choices, 8) + 8)
+        held += 2 * static.num_modalities * (2 * experts + 8) * LANES * 4
+        return held + step * 4 * (12 * experts + 2 * width)
+
+    return _tiles(static, num_tokens, num_experts, chip, num_cores, need)
+
+
+def _factor(experts: int, width: int, itemsize: int) -> int:
+    """Bytes of the router: as three bfloat16 pieces, or in float32."""
+    return round_up(3 * experts, 16) * round_up(width, LANES) * 2 if itemsize == 2 else experts * width * 4
+
+
+def route_misfit(problem: Problem, itemsize: int, chip: Chip) -> str | None:
     """Why the kernels cannot take a routing problem, or None."""
-    if problem.route is None:
+    static = problem.route
+    if static is None:
         return "what is static about the routing is not known"
     if 0 in problem.shape:
         return f"tokens of shape {problem.shape} are empty"
-    itemsize = 2 if problem.dtype == "bfloat16" else 4
-    if route_tiles(problem.route, *problem.shape, problem.num_experts, itemsize, chip, problem.num_cores) is None:
-        return f"width {problem.shape[1]} with {problem.num_experts} experts does not fit the VMEM"
+    if static.num_choices > MOST_CHOICES or static.num_modalities > MOST_MODALITIES:
+        return (
+            f"{static.num_choices} choices and {static.num_modalities} modalities are more than "
+            f"{MOST_CHOICES} and {MOST_MODALITIES}"
+        )
+    num_tokens, width = problem.shape
+    for choose in (forward_tiles, backward_tiles):
+        if choose(static, num_tokens, width, problem.num_experts, itemsize, chip, problem.num_cores) is None:
+            return (
+                f"width {width} with {problem.num_experts} experts does not fit the {chip.vmem // MIB} MiB of VMEM"
+            )
     return None
