@@ -1,4 +1,4 @@
-"""What the routing kernels share: operands with tokens along the lanes, exact products, and the softmax over experts."""
+"""What the routing kernels share: operands with tokens along the lanes, exact products, softmax over experts."""
 
 from __future__ import annotations
 

@@ -136,7 +136,5 @@ def route_misfit(problem: Problem, itemsize: int, chip: Chip) -> str | None:
     num_tokens, width = problem.shape
     for choose in (forward_tiles, backward_tiles):
         if choose(static, num_tokens, width, problem.num_experts, itemsize, chip, problem.num_cores) is None:
-            return (
-                f"width {width} with {problem.num_experts} experts does not fit the {chip.vmem // MIB} MiB of VMEM"
-            )
+            return f"width {width} with {problem.num_experts} experts does not fit the {chip.vmem // MIB} MiB of VMEM"
     return None

@@ -56,9 +56,7 @@ def route_forward(
     inputs: RouteInputs,
 ) -> tuple[Routing, RouteSaved]:
     """Decide experts (ties to the lower index), gates and sums."""
-    tiles = forward_tiles(
-        static, *tokens.shape, router.shape[1], tokens.dtype.itemsize, target.facts, target.num_cores
-    )
+    tiles = forward_tiles(static, *tokens.shape, router.shape[1], tokens.dtype.itemsize, target.facts, target.num_cores)
     assert tiles is not None, "refused by why_not"
     expert, gate, sums = run_forward(tiles, target, static, tokens, router, inputs)
     # Named here, inside, so that a remat policy saves the decision itself and not a recomputed twin of it.
@@ -118,7 +116,7 @@ def run_forward(
             vmem_limit_bytes=min(target.facts.vmem, tiles.vmem + MIB),
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * operands[0].size * operands[1].shape[0],
+            flops=2 * tokens.size * num_experts,
             transcendentals=2 * groups * length * padded,
             bytes_accessed=sum(array.size * array.dtype.itemsize for array in (*operands, *shapes)),
         ),
@@ -210,9 +208,7 @@ class _Forward:
             threshold = jnp.where(finite, best[-1], math.nan)
             load = 0.5 + 0.5 * jax.lax.erf((clean - threshold) * (math.sqrt(0.5) / self.static.noise_std))
         gate = [jnp.where(finite, jnp.exp(value - best[0]) * inverse, math.nan) for value in best]
-        return _Decision(
-            expert, gate, wanted, softmax.probability, load, softmax.entropy, softmax.log_partition
-        )
+        return _Decision(expert, gate, wanted, softmax.probability, load, softmax.entropy, softmax.log_partition)
 
     def add(self, sums: Any, found: _Decision, mine: Bool[Array, "1 C"] | None) -> None:
         """Add some tokens to the sums of a modality, each lane to itself; by selection."""

@@ -1,7 +1,7 @@
 """The router as one kernel, backward: gradients of logits, tokens and router, reading tokens once.
 
-Logits are computed again (the tokens are in VMEM anyway, for `dW = xᵀ dA`). With p = softmax(A), q = softmax(A + noise),
-u the experts of a token and L = logsumexp(A):
+Logits are computed again (the tokens are in VMEM anyway, for `dW = xᵀ dA`). With p = softmax(A), q = softmax(A +
+noise), u the experts of a token and L = logsumexp(A):
   gates, largest gate:         dA = q (dq - Σ q dq), dq = dgate at u
   probability, entropy:        dA = p (v - Σ p v), v = dprobability - log p dentropy
   squared log-partition:       dA = 2 L p d(L²)
@@ -113,7 +113,7 @@ def run_backward(
             vmem_limit_bytes=min(target.facts.vmem, tiles.vmem + MIB),
         ),
         cost_estimate=pl.CostEstimate(
-            flops=6 * operands[0].size * factor.shape[0],
+            flops=6 * tokens.size * num_experts,
             transcendentals=2 * groups * operands[0].shape[1] * padded,
             bytes_accessed=sum(array.size * array.dtype.itemsize for array in (*operands, *shapes)),
         ),
