@@ -283,6 +283,6 @@ def test_tiles_cover_a_group(chip, size):
     for tiles in (
         f(RouteStatic(2, 3, 2, 0.1), 3 * size, 768, 32, 2, CHIPS[chip], 2) for f in (forward_tiles, backward_tiles)
     ):
-        assert tiles.tokens % tiles.step == 0 and tiles.tokens <= max(size, 128)
+        assert tiles.tokens % 128 == 0 and tiles.tokens <= max(size, 128)
         blocks = {tiles.at(part, tile) for part in range(3 * tiles.parts) for tile in range(tiles.steps)}
         assert blocks == {(g, b) for g in range(3) for b in range(-(-size // tiles.tokens))}

@@ -101,7 +101,7 @@ class Experts(NamedTuple):
     real: Bool[Array, "E C"] | None
 
     @classmethod
-    def of(cls, shape: tuple[int, int], num_experts: int) -> "Experts":
+    def of(cls, shape: tuple[int, ...], num_experts: int) -> "Experts":
         """For `[E, C]` values."""
         ids = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
         return cls(ids.astype(jnp.float32), None if num_experts == shape[0] else ids < num_experts)

@@ -166,22 +166,18 @@ class _Forward:
 
         first = self.tiles.at(pl.program_id(0), tile)[1] * self.tiles.tokens
 
-        def step(n: Any, carry: None) -> None:
-            own = pl.ds(pl.multiple_of(n * self.tiles.step, LANES), self.tiles.step)
-            member = None if members is None else members[0, :, own]
-            clean = logits_of(factor[...], tokens[0, own, :], self.tiles.experts, member)
-            found = self.decide(clean, None if noise is None else clean + noise[0, :, own])
-            for choice in range(self.static.num_choices):
-                kept = found.gate[choice]
-                expert[0, pl.ds(choice, 1), own] = found.expert[choice]
-                gate[0, pl.ds(choice, 1), own] = kept if member is None else jnp.where(member == NEVER, 0.0, kept)
-            if size % self.tiles.tokens:
-                place = first + n * self.tiles.step + jax.lax.broadcasted_iota(jnp.int32, (1, self.tiles.step), 1)
-                member = jnp.where(place < size, 0 if member is None else member, NEVER)
-            for modality in range(self.static.num_modalities if self.has_members else 1):
-                self.add(sums.at[0, modality], found, None if member is None else member == modality)
-
-        jax.lax.fori_loop(0, self.tiles.tokens // self.tiles.step, step, None)
+        member = None if members is None else members[0]
+        clean = logits_of(factor[...], tokens[0], self.tiles.experts, member)
+        found = self.decide(clean, None if noise is None else clean + noise[0])
+        for choice in range(self.static.num_choices):
+            kept = found.gate[choice]
+            expert[0, pl.ds(choice, 1)] = found.expert[choice]
+            gate[0, pl.ds(choice, 1)] = kept if member is None else jnp.where(member == NEVER, 0.0, kept)
+        if size % self.tiles.tokens:
+            place = first + jax.lax.broadcasted_iota(jnp.int32, (1, self.tiles.tokens), 1)
+            member = jnp.where(place < size, 0 if member is None else member, NEVER)
+        for modality in range(self.static.num_modalities if self.has_members else 1):
+            self.add(sums.at[0, modality], found, None if member is None else member == modality)
 
     def decide(self, clean: Float[Array, "E C"], noisy: Float[Array, "E C"] | None) -> _Decision:
         """Softmax, the best experts, their gates and what is added up, for some tokens."""

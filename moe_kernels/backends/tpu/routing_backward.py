@@ -186,35 +186,31 @@ class _Backward:
 
         first = self.tiles.at(pl.program_id(0), tile)[1] * self.tiles.tokens
 
-        def step(n: Any, carry: None) -> None:
-            own = pl.ds(pl.multiple_of(n * self.tiles.step, LANES), self.tiles.step)
-            member = None if members is None else members[0, :, own]
-            if size % self.tiles.tokens:
-                place = first + n * self.tiles.step + jax.lax.broadcasted_iota(jnp.int32, (1, self.tiles.step), 1)
-                member = jnp.where(place < size, 0 if member is None else member, NEVER)
-            x = tokens[0, own, :]
-            if member is not None:
-                x = _select(member != NEVER, x)
-            clean = logits_of(factor[...], x, self.tiles.experts, None)
-            dlogits = self.dlogits(
-                clean,
-                None if noise is None else clean + noise[0, :, own],
-                [expert[0, pl.ds(choice, 1), own] for choice in range(self.static.num_choices)],
-                [dgate[0, pl.ds(choice, 1), own] for choice in range(self.static.num_choices)],
-                self.cotangents(sums.at[0], member),
-            )
-            if member is not None:
-                dlogits = jnp.where(member != NEVER, dlogits, 0.0)
-            product = dot(_pieces_for_tokens(dlogits, x.dtype), back[...], (0, 0))
-            dtokens[0, own, :] = product.astype(dtokens.dtype)
-            pieces = jnp.concatenate(split(dlogits, 3)) if x.dtype == jnp.bfloat16 else dlogits
-            drouter[0] += add_pieces(dot(pieces, x, (1, 0)), self.tiles.experts)
-
-        jax.lax.fori_loop(0, self.tiles.tokens // self.tiles.step, step, None)
+        member = None if members is None else members[0]
+        if size % self.tiles.tokens:
+            place = first + jax.lax.broadcasted_iota(jnp.int32, (1, self.tiles.tokens), 1)
+            member = jnp.where(place < size, 0 if member is None else member, NEVER)
+        x = tokens[0]
+        if member is not None:
+            x = _select(member != NEVER, x)
+        clean = logits_of(factor[...], x, self.tiles.experts, None)
+        dlogits = self.dlogits(
+            clean,
+            None if noise is None else clean + noise[0],
+            [expert[0, pl.ds(choice, 1)] for choice in range(self.static.num_choices)],
+            [dgate[0, pl.ds(choice, 1)] for choice in range(self.static.num_choices)],
+            self.cotangents(sums.at[0], member),
+        )
+        if member is not None:
+            dlogits = jnp.where(member != NEVER, dlogits, 0.0)
+        product = dot(_pieces_for_tokens(dlogits, x.dtype), back[...], (0, 0))
+        dtokens[0] = product.astype(dtokens.dtype)
+        pieces = jnp.concatenate(split(dlogits, 3)) if x.dtype == jnp.bfloat16 else dlogits
+        drouter[0] += add_pieces(dot(pieces, x, (1, 0)), self.tiles.experts)
 
     def cotangents(self, sums: Any, member: Int[Array, "1 C"] | None) -> _Cotangents:
         """From those of each modality, by selection."""
-        copies = self.tiles.step // LANES
+        copies = self.tiles.tokens // LANES
 
         def of(first: int, count: int) -> Float[Array, "N C"]:
             found = None
