@@ -11,7 +11,7 @@ from test_tpu_mlp_aot import TOPOLOGIES, WIDTHS, kernel_vmem
 from moe_kernels import Routing, RoutingSums
 from moe_kernels.backends import choose, problem_of
 from moe_kernels.backends.base import RouteInputs, RouteStatic
-from moe_kernels.backends.tiling import CHIPS
+from moe_kernels.backends.tiling import CHIPS, MIB
 from moe_kernels.backends.tpu.route_tiles import backward_tiles, forward_tiles
 
 pytestmark = pytest.mark.aot
@@ -68,8 +68,11 @@ def check(chip: str, width: int, problem: str, dtype) -> None:
     compiled, computed = compile_both(chip, width, problem, dtype)
     for name, estimate in zip(("forward", "backward"), computed, strict=True):
         real = kernel_vmem(compiled.as_text(), f"route_{name}")
-        print(f"{chip} {width} {problem} {jnp.dtype(dtype)} {name}: {estimate / real:.2f} of {real / 2**20:.2f} MiB")
-        assert real <= estimate, f"{name}: computed {estimate / 2**20:.2f} MiB, real {real / 2**20:.2f}"
+        assert real <= estimate, f"{name}: computed {estimate / MIB:.2f} MiB, real {real / MIB:.2f}"
+        # Less is used where XLA lays operands into VMEM by itself, which it cannot with as many tokens; and by chips
+        # that keep fewer values between the products than v4.
+        if problem == "64k tokens" and dtype == jnp.bfloat16:
+            assert estimate <= 1.3 * real + 3 * MIB, f"{name}: computed {estimate / MIB:.2f} MiB, real {real / MIB:.2f}"
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,8 @@ def check(chip: str, width: int, problem: str, dtype) -> None:
         ("v4", 1280, "one group", jnp.float32),
         ("v5e", 130, "odd", jnp.bfloat16),
         ("v5p", 768, "ragged", jnp.bfloat16),
-        ("v6e", 768, "eight groups", jnp.bfloat16),
+        ("v6e", 768, "eight groups", jnp.float32),
+        ("v6e", 768, "64k tokens", jnp.bfloat16),
         ("7x", 512, "many experts", jnp.bfloat16),
     ],
 )
