@@ -17,9 +17,9 @@ LANES = 128
 MOST_TOKENS, MOST_VALUES = 1024, 32 * 1024
 # Choices and modalities are written out one after the other in the kernels.
 MOST_CHOICES, MOST_MODALITIES = 16, 16
-# Bytes that the compiler keeps for each entry of a tile, by its itemsize, forward and backward; fitted to what libtpu
-# 0.0.42 reports (modelled), where v4 needs most. Float32 products work on copies in bfloat16 pieces.
-_SPILLED = {2: (0, 2.5), 4: (6, 20)}
+# Twice the bytes that the compiler keeps for each entry of a tile, by its itemsize, forward and backward; fitted to
+# what libtpu 0.0.42 reports (modelled), where v4 needs most. Float32 products work on copies in bfloat16 pieces.
+_SPILLED = {2: (0, 5), 4: (12, 40)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _tiles(
     num_experts: int,
     chip: Chip,
     num_cores: int,
-    need: Callable[[int, int], float],
+    need: Callable[[int, int], int],
 ) -> RouteTiles | None:
     """The longest tile that fits, of `need(tokens, experts)` bytes; one that splits a group where cores need that."""
     size, experts = num_tokens // static.num_groups, round_up(num_experts, 8)
@@ -93,10 +93,10 @@ def forward_tiles(
     (1024, 2)
     """
 
-    def need(tokens: int, experts: int) -> float:
+    def need(tokens: int, experts: int) -> int:
         held = 2 * tokens * width * itemsize + 2 * _factor(experts, width, itemsize)
         held += _rows(static, tokens, experts) + 2 * static.num_modalities * (3 * experts + 8) * LANES * 4
-        return held + tokens * width * _SPILLED[itemsize][0]
+        return held + tokens * width * _SPILLED[itemsize][0] // 2
 
     return _tiles(static, num_tokens, num_experts, chip, num_cores, need)
 
@@ -113,10 +113,10 @@ def backward_tiles(
     (1024, 2)
     """
 
-    def need(tokens: int, experts: int) -> float:
+    def need(tokens: int, experts: int) -> int:
         held = 4 * tokens * width * itemsize + 4 * _factor(experts, width, itemsize) + 2 * experts * width * 4
         held += _rows(static, tokens, experts) + 2 * static.num_modalities * (2 * experts + 8) * LANES * 4
-        return held + tokens * width * _SPILLED[itemsize][1]
+        return held + tokens * width * _SPILLED[itemsize][1] // 2
 
     return _tiles(static, num_tokens, num_experts, chip, num_cores, need)
 
