@@ -35,10 +35,10 @@ class Problem:
     num_experts: int
     expert_width: int = 0
     layout: Layout | None = None
-    route: RouteStatic | None = None
     chip: str = ""
     num_cores: int = 1
     named: bool = False
+    route: RouteStatic | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,7 +47,8 @@ def why_not(problem: Problem) -> str | None:
     if problem.span in TILES:
         return _rows_misfit(problem) or _vmem_misfit(problem)
     if problem.span == "route":
-        return route_misfit(problem, ITEMSIZES[problem.dtype], CHIPS[_target(problem).chip])
+        target = _target(problem)
+        return route_misfit(problem, ITEMSIZES[problem.dtype], target.facts, target.num_cores)
     return None
 
 

@@ -131,7 +131,7 @@ def _factor(experts: int, width: int, itemsize: int) -> int:
     return round_up(3 * experts, 16) * round_up(width, LANES) * 2 if itemsize == 2 else experts * width * 4
 
 
-def route_misfit(problem: Problem, itemsize: int, chip: Chip) -> str | None:
+def route_misfit(problem: Problem, itemsize: int, chip: Chip, num_cores: int) -> str | None:
     """Why the kernels cannot take a routing problem, or None."""
     static = problem.route
     if static is None:
@@ -145,6 +145,6 @@ def route_misfit(problem: Problem, itemsize: int, chip: Chip) -> str | None:
         )
     num_tokens, width = problem.shape
     for choose in (forward_tiles, backward_tiles):
-        if choose(static, num_tokens, width, problem.num_experts, itemsize, chip, problem.num_cores) is None:
+        if choose(static, num_tokens, width, problem.num_experts, itemsize, chip, num_cores) is None:
             return f"width {width} with {problem.num_experts} experts does not fit the {chip.vmem // MIB} MiB of VMEM"
     return None
