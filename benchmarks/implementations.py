@@ -30,7 +30,7 @@ from moe_kernels import (
     route,
 )
 from moe_kernels.backends import BACKENDS, problem_of, tiling
-from moe_kernels.backends.base import Backend, Problem
+from moe_kernels.backends.base import Backend, Problem, RouteStatic
 from moe_kernels.backends.gpu.tiling import NUM_CONSUMERS, WARPGROUP_ROWS
 from moe_kernels.backends.xla.matmul import TILE_ROWS
 from moe_kernels.types import Layout
@@ -118,7 +118,8 @@ def _why_not(backend: Backend | None, case: Case, dtype: str, platform: str) -> 
     for span in backend.spans:
         length = case.tokens if span in ("route", "dispatch") else layout.num_rows
         array = jax.ShapeDtypeStruct((length, case.width), dtype)
-        problem = problem_of(span, array, case.experts, expert_width=case.expert_width, layout=layout)
+        static = RouteStatic(case.choices, case.groups, 1, 1 / case.experts) if span == "route" else None
+        problem = problem_of(span, array, case.experts, expert_width=case.expert_width, layout=layout, route=static)
         if reason := backend.why_not(dataclasses.replace(problem, platform=platform)):
             return reason
     return None

@@ -40,7 +40,7 @@ def route(
     check_route(tokens, router, num_choices, num_groups, noise, modality, num_modalities, mask)
     num_experts = router.shape[1]
     static = RouteStatic(num_choices, num_groups, num_modalities, 1.0 / num_experts if noise_std is None else noise_std)
-    span = backends.choose(backends.problem_of("route", tokens, num_experts), backend)
+    span = backends.choose(backends.problem_of("route", tokens, num_experts, route=static), backend)
     return apply(span, static, (tokens, router), (RouteInputs(noise, modality, mask),))
 
 

@@ -7,7 +7,7 @@ import difflib
 
 import jax
 
-from moe_kernels.backends.base import Backend, Problem, Span, SpanName
+from moe_kernels.backends.base import Backend, Problem, RouteStatic, Span, SpanName
 from moe_kernels.backends.gpu import GPU
 from moe_kernels.backends.tpu import TPU
 from moe_kernels.backends.xla import XLA
@@ -26,6 +26,7 @@ def problem_of(
     expert_width: int = 0,
     layout: Layout | None = None,
     epilogue: Epilogue = "none",
+    route: RouteStatic | None = None,
 ) -> Problem:
     """Describe a call by its span and its main array, on the device that the call is traced for.
 
@@ -45,6 +46,7 @@ def problem_of(
         num_experts,
         expert_width=expert_width,
         layout=layout,
+        route=route,
         chip=chip,
         num_cores=num_cores,
         epilogue=epilogue,

@@ -19,10 +19,11 @@ SpanName = Literal["route", "dispatch", "grouped_matmul", "expert_mlp", "combine
 class Problem:
     """The static facts by which a back end is chosen: what is asked for, on which platform, in which shape and dtype.
 
-    `shape` and `dtype` are those of the tokens or rows; `expert_width` is the F of a matmul's weights; `chip` is the
-    device kind as JAX names it ("TPU v5 lite"), empty if unknown, `num_cores` its TensorCores or multiprocessors, 0 if
-    unknown; `named` says that the user asked for this back end by name, which is how a kernel runs interpreted on a
-    CPU; `epilogue` is that of a grouped matmul.
+    `shape` and `dtype` are those of the tokens or rows; `expert_width` is the F of a matmul's weights; `layout` is that
+    of the rows, and `route` what is static about a routing call; `chip` is the device kind as JAX names it ("TPU v5
+    lite"), empty if unknown, `num_cores` its TensorCores or multiprocessors, 0 if unknown; `named` says that the user
+    asked for this back end by name, which is how a kernel runs interpreted on a CPU; `epilogue` is that of a grouped
+    matmul.
 
     >>> Problem("dispatch", "cpu", "float32", (4, 8), 2).span
     'dispatch'
@@ -39,6 +40,7 @@ class Problem:
     num_cores: int = 1
     named: bool = False
     epilogue: Epilogue = "none"
+    route: RouteStatic | None = None
 
 
 @dataclasses.dataclass(frozen=True)

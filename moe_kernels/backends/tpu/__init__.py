@@ -19,6 +19,9 @@ from moe_kernels.backends.tpu.matmul import grouped_matmul_forward
 from moe_kernels.backends.tpu.matmul_backward import grouped_matmul_backward
 from moe_kernels.backends.tpu.mlp import expert_mlp_forward
 from moe_kernels.backends.tpu.mlp_backward import expert_mlp_backward
+from moe_kernels.backends.tpu.route_tiles import route_misfit
+from moe_kernels.backends.tpu.routing import route_forward
+from moe_kernels.backends.tpu.routing_backward import route_backward
 from moe_kernels.backends.tpu.rows import ROW_ALIGNMENT
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2}
@@ -44,6 +47,9 @@ def why_not(problem: Problem) -> str | None:
         return f"chip {problem.chip!r} is none of {tuple(CHIPS)}"
     if problem.span in TILES:
         return _rows_misfit(problem) or _vmem_misfit(problem)
+    if problem.span == "route":
+        target = _target(problem)
+        return route_misfit(problem, ITEMSIZES[problem.dtype], target.facts, target.num_cores)
     return None
 
 
@@ -88,6 +94,7 @@ TPU = Backend(
     name="tpu",
     why_not=why_not,
     spans={
+        "route": lambda problem: _span(route_forward, route_backward, _target(problem)),
         "grouped_matmul": lambda problem: _span(grouped_matmul_forward, grouped_matmul_backward, _target(problem)),
         "expert_mlp": lambda problem: _span(expert_mlp_forward, expert_mlp_backward, _target(problem)),
     },
