@@ -20,9 +20,9 @@ conflicts of memory banks, the latency of a copy (three columns show each row's 
 hang on it), what two cores lose by sharing HBM and waiting for each other, work given to SparseCore (its bytes and
 time; such instructions are named), clock changes under load, and the host. Branches on data that is no integer operand
 count as taken where that is slower; loops whose length is not known count once, copies whose guard is not known as
-made, and those of unknown size as empty; all of these are reported. Uneven routing can therefore show in kernels that are told the sizes of their groups, and nowhere else. The clocks are assumed (see
-tpu_chips.py), so shares of a floor and ratios say more than microseconds. XLA's own estimate is a column of its own;
-nothing uses it.
+made, and those of unknown size as empty; all of these are reported. Uneven routing can therefore show in kernels that
+are told the sizes of their groups, and nowhere else. The clocks are assumed (see tpu_chips.py), so shares of a floor
+and ratios say more than microseconds. XLA's own estimate is a column of its own; nothing uses it.
 """
 
 import contextlib
