@@ -280,7 +280,7 @@ def matmul_backward_tiles(
         held = 2 * _bytes(rows.rows, width, itemsize) + 2 * _bytes(rows.rows, chunk, itemsize)
         each = 2 * (_bytes(width, chunk, weight_itemsize) + _bytes(width, chunk, out)) + cast + sums
         # The product that is added to dx, and what is computed again of an activation's argument, value and slope.
-        values = _bytes(rows.pieces[0], width, 4)
+        values = _bytes(rows.pieces[0], width, 4) * 9 // 8
         values += {"none": 0, "pointwise": 1, "gated": 4}[epilogue] * _bytes(rows.pieces[0], chunk, 4)
         return matrices * each + held + _bytes(rows.rows, width, 4) + values
 
