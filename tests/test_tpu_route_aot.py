@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from test_tpu_mlp_aot import TOPOLOGIES, WIDTHS, kernel_vmem
+from tpu_aot import TOPOLOGIES, WIDTHS, kernel_vmem
 
 from moe_kernels import Routing, RoutingSums
 from moe_kernels.backends import choose, problem_of

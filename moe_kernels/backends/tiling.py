@@ -279,8 +279,10 @@ def matmul_backward_tiles(
         cast = _bytes(width, chunk, itemsize) if itemsize != weight_itemsize else 0
         held = 2 * _bytes(rows.rows, width, itemsize) + 2 * _bytes(rows.rows, chunk, itemsize)
         each = 2 * (_bytes(width, chunk, weight_itemsize) + _bytes(width, chunk, out)) + cast + sums
-        # The product that is added to dx, and what is computed again of an activation's argument, value and slope.
-        values = _bytes(rows.pieces[0], width, 4) * 9 // 8
+        # The products that are added to dx; what is computed again: from rows as the MXU wants them, an activation's
+        # argument, value and slope.
+        values = matrices * _bytes(rows.pieces[0], width, 4) * 9 // 8
+        values += 0 if epilogue == "none" else _bytes(rows.pieces[0], width, itemsize)
         values += {"none": 0, "pointwise": 1, "gated": 4}[epilogue] * _bytes(rows.pieces[0], chunk, 4)
         return matrices * each + held + _bytes(rows.rows, width, 4) + values
 
