@@ -71,10 +71,8 @@ class Instruction:
 
     @property
     def results(self) -> tuple[Shape, ...]:
-        """What it computes. The start of something asynchronous names its operands first and flags last; but that of
-        a copy its target first, and that of an all-reduce its results alone."""
-        if self.opcode == "copy-start":
-            return self.shapes[:1]
+        """What it computes. The start of an exchange names its operands first and flags last, only that of an
+        all-reduce its results alone."""
         count = len(self.operands)
         if self.opcode.endswith("-start") and len(self.shapes) >= 2 * count:
             return self.shapes[count : 2 * count]

@@ -80,8 +80,8 @@ def kernels(program: Program, instruction: Instruction, computation: Computation
     """The Pallas kernels of an instruction, by their own cost estimates.
 
     Ours multiply float32 rows at the highest precision, and rows of another dtype once, whatever the dtype of the
-    weights that they are given. Raises HloError for a kernel without an estimate, because nothing else in the program
-    says what is inside.
+    weights that they are given; only the router's float32 weights are at the highest precision always. Raises HloError
+    for a kernel without an estimate, because nothing else in the program says what is inside.
     """
     found = []
     for part, home in [(instruction, computation), *program.inside(instruction)]:
@@ -91,8 +91,10 @@ def kernels(program: Program, instruction: Instruction, computation: Computation
         if estimate is None:
             raise HloError(f"the kernel {part.name} has no cost estimate; give its pallas_call one")
         dtypes = {shape.dtype for name in part.operands for shape in home.by_name[name].shapes}
-        exact = Matmul(1, 1, 1, 1, ("f32", "f32"), ("highest", "highest")).passes
-        found.append(Kernel(int(estimate[1]), exact if dtypes & _FLOATS == {"f32"} else 1))
+        rows = "f32" if dtypes & _FLOATS == {"f32"} else "bf16"
+        weights = "f32" if part.name.startswith("route_") else rows
+        passes = Matmul(1, 1, 1, 1, (rows, weights), ("highest", "highest")).passes
+        found.append(Kernel(int(estimate[1]), passes))
     return found
 
 

@@ -143,6 +143,8 @@ def test_a_kernel_counts_by_its_own_estimate(rows, weights, passes):
     wrapped = "\n  ".join(["%wrapped (n: x, x: x, w: x) -> y {", *parameters, line]) + "\n}\n"
     start = f"%s = ((s32[4]{{0}}), {rows}[8]{{0}}) async-start(%n, %x, %w), calls=%wrapped"
     assert of(kernels, *parameters, start, before=wrapped) == [Kernel(12, passes)]
+    router = line.replace("%k =", "%route_forward.1 =")
+    assert of(kernels, *parameters, router) == [Kernel(12, 6 if rows == "f32" else 3)]
     with pytest.raises(HloError, match="the kernel k has no cost estimate"):
         of(kernels, *parameters, line.replace(ESTIMATE, ""))
 

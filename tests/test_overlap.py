@@ -230,11 +230,15 @@ ACROSS = (
 RECEIVED = f"(f32[256,256]{{1,0}}, u32[], token[]) recv(%token), frontend_attributes={{{MEETING}}}"
 
 
-@pytest.mark.parametrize(("kind", "passes"), [("ALL_REDUCE", 2), ("ALL_GATHER", 1), ("REDUCE_SCATTER", 1)])
-def test_what_crosses_slices_goes_over_the_network_between_them(kind, passes):
-    ahead = tuple(line.replace("KIND", kind) for line in ACROSS)
-    found = cost_of(RECEIVED.replace("KIND", kind), num_slices=2, ahead=ahead)
-    # Half of it is another slice's.
+@pytest.mark.parametrize(
+    ("kind", "sent", "received", "passes"),
+    [("ALL_REDUCE", 256, 256, 2), ("ALL_GATHER", 128, 256, 1), ("REDUCE_SCATTER", 256, 128, 1)],
+)
+def test_what_crosses_slices_goes_over_the_network_between_them(kind, sent, received, passes):
+    token, send = (line.replace("KIND", kind).replace("[256,256]", f"[{sent},256]") for line in ACROSS)
+    receive = RECEIVED.replace("KIND", kind).replace("[256,256]", f"[{received},256]")
+    found = cost_of(receive, num_slices=2, ahead=(token, send))
+    # Half of the whole is another slice's.
     assert found.exchange == pytest.approx(pods.LATENCY + passes * SIZE / 2 / pods.DATACENTRE_BANDWIDTH)
     assert found.hbm == found.compute == 0
 

@@ -263,14 +263,15 @@ def small_flops(rows: int) -> int:
     Four pairs of 4 + 3 tokens, width 128, MLPs of 256, four experts of which a device has one.
     """
     pairs, tokens, width, hidden, experts = 4, 4 * 7, 128, 256, 4
-    # Forward, dX and dW: in four blocks of attention, two dense MLPs, two routers.
-    linear = 3 * 2 * tokens * (4 * 4 * width**2 + 2 * 2 * width * hidden + 2 * width * experts)
+    # Forward, dX and dW: in four blocks of attention, two dense MLPs; two routers, backward with the logits again.
+    linear = 3 * 2 * tokens * (4 * 4 * width**2 + 2 * 2 * width * hidden)
+    routers = 2 * 4 * 2 * tokens * width * experts
     # Two products forward and four backward.
     attention = 4 * 6 * 2 * pairs * width * (4**2 + 3**2)
     patches = 2 * 2 * (4 * pairs) * (4 * 4 * 3) * width  # images have no gradient
     ends = 3 * 2 * 2 * pairs * (width * width + width * 16)  # projections, and logits against all 16 pairs
     # Two products forward; backward the first again and four more.
-    return linear + attention + patches + ends + 2 * 7 * 2 * rows * width * hidden
+    return linear + routers + attention + patches + ends + 2 * 7 * 2 * rows * width * hidden
 
 
 @pytest.mark.aot
