@@ -69,9 +69,9 @@ def check(chip: str, width: int, problem: str, dtype) -> None:
     for name, estimate in zip(("forward", "backward"), computed, strict=True):
         real = kernel_vmem(compiled.as_text(), f"route_{name}")
         assert real <= estimate, f"{name}: computed {estimate / MIB:.2f} MiB, real {real / MIB:.2f}"
-        # Less is used where XLA lays operands into VMEM by itself, which it cannot with as many tokens; and by chips
+        # Less is used where XLA lays operands into VMEM by itself, which it cannot with tokens of 134 MB; and by chips
         # that keep fewer values between the products than v4.
-        if problem == "64k tokens" and dtype == jnp.bfloat16:
+        if problem == "64k tokens" and width >= 1024 and dtype == jnp.bfloat16:
             assert estimate <= 1.3 * real + 3 * MIB, f"{name}: computed {estimate / MIB:.2f} MiB, real {real / MIB:.2f}"
 
 
@@ -82,7 +82,7 @@ def check(chip: str, width: int, problem: str, dtype) -> None:
         ("v5e", 130, "odd", jnp.bfloat16),
         ("v5p", 768, "ragged", jnp.bfloat16),
         ("v6e", 768, "eight groups", jnp.float32),
-        ("v6e", 768, "64k tokens", jnp.bfloat16),
+        ("v6e", 1280, "64k tokens", jnp.bfloat16),
         ("7x", 512, "many experts", jnp.bfloat16),
     ],
 )
