@@ -1,5 +1,9 @@
 """Plans against the reference: exact, for every pattern of load, with ties."""
 
+import functools
+from unittest import mock
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -107,3 +111,26 @@ def test_bad_arguments_fail_at_the_door():
         make_plan(routing, num_experts=3, num_modalities=2)
     with pytest.raises(ValueError, match="must be positive"):
         expert_capacity(8, 1, 2, 0.0)
+
+
+@given(st.sampled_from(SHAPES), st.integers(0, 10**6), st.sampled_from(PATTERNS), st.booleans())
+def test_a_tpu_plans_the_same(shape, seed, pattern, bpr):
+    expert, gate = gates(shape, seed, pattern)
+    gate[np.random.default_rng(seed).random(shape.tokens) < 0.3] = 0
+    priority = gate[:, 0] if bpr else None
+    expected = plan_of(shape, expert, gate, priority)
+    for name, actual in tpu_plan_of(shape, expert, gate, priority)._asdict().items():
+        jax.tree.map(functools.partial(np.testing.assert_array_equal, err_msg=name), actual, getattr(expected, name))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def tpu_plan_of(shape, expert, gate, priority):
+    """What `make_plan` gives where the program is for a TPU; nothing in it needs one."""
+    with mock.patch.object(jax.lax, "platform_dependent", lambda *args, tpu, default: tpu(*args)):
+        return make_plan(
+            Routing(expert, gate, no_sums(shape)),
+            num_experts=shape.experts,
+            num_groups=shape.groups,
+            capacity=shape.capacity,
+            priority=priority,
+        )

@@ -83,8 +83,10 @@ def choose(problem: Problem, name: str | None = None) -> Span:
             near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.3)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"backend {name!r} does not exist{hint} (back ends: {', '.join(known)})")
-        if any(backend.name == name and problem.span in backend.spans for backend in BACKENDS):
-            problem = dataclasses.replace(problem, named=True)
+        named = dataclasses.replace(problem, named=True)
+        backend = next(backend for backend in BACKENDS if backend.name == name)
+        if problem.span in backend.spans and (problem.span not in backend.optional or backend.why_not(named) is None):
+            problem = named
         else:
             name = None
     reasons = []
@@ -115,7 +117,7 @@ def explain(problem: Problem) -> str:
     """Say line by line which back end a problem gets, and why the others do not take it.
 
     >>> print(explain(Problem("dispatch", "cpu", "float32", (4, 8), 2)))
-    tpu: no, has no dispatch
+    tpu: no, platform cpu is not tpu; named, it runs interpreted
     gpu: no, has no dispatch
     xla: chosen
     """

@@ -114,12 +114,14 @@ class Backend:
     """A row of the table of back ends. `why_not` is pure: None if the problem is taken, else the reason.
 
     `spans` gives for each operation the function from a problem that is taken to its span; equal problems should get
-    the same span, so that JAX finds what it has traced before.
+    the same span, so that JAX finds what it has traced before. Those in `optional` go to the first back end that takes
+    them where this one was named and refuses: a whole layer can be asked for by the name of its matmuls.
     """
 
     name: str
     why_not: Callable[[Problem], str | None]
     spans: dict[SpanName, Callable[[Problem], Span]] = dataclasses.field(hash=False)
+    optional: frozenset[SpanName] = frozenset()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -9,6 +9,7 @@ from moe_kernels.backends.base import Backend, Problem, Span
 from moe_kernels.backends.tiling import (
     CHIPS,
     MIB,
+    gather_tiles,
     matmul_backward_tiles,
     matmul_forward_tiles,
     mlp_backward_tiles,
@@ -19,6 +20,12 @@ from moe_kernels.backends.tpu.matmul import grouped_matmul_forward
 from moe_kernels.backends.tpu.matmul_backward import grouped_matmul_backward
 from moe_kernels.backends.tpu.mlp import expert_mlp_forward
 from moe_kernels.backends.tpu.mlp_backward import expert_mlp_backward
+from moe_kernels.backends.tpu.permute import (
+    combine_backward,
+    combine_forward,
+    dispatch_backward,
+    dispatch_forward,
+)
 from moe_kernels.backends.tpu.route_tiles import route_misfit
 from moe_kernels.backends.tpu.routing import route_forward
 from moe_kernels.backends.tpu.routing_backward import route_backward
@@ -27,6 +34,9 @@ from moe_kernels.backends.tpu.rows import ROW_ALIGNMENT
 ITEMSIZES = {"float32": 4, "bfloat16": 2}
 # Weights may be float32 whatever the rows are; a problem does not say, so blocks must fit in the larger case too.
 LARGEST_WEIGHT = 4
+GATHERS = ("dispatch", "combine")
+# Bytes of a row that is one sublane of whole planes, and of scalar memory that places and gates may take.
+ROW_BYTES, SMEM = 512, 512 * 1024
 TILES = {
     "expert_mlp": (mlp_forward_tiles, mlp_backward_tiles),
     "grouped_matmul": (matmul_forward_tiles, matmul_backward_tiles),
@@ -50,6 +60,8 @@ def why_not(problem: Problem) -> str | None:
     if problem.span == "route":
         target = _target(problem)
         return route_misfit(problem, ITEMSIZES[problem.dtype], target.facts, target.num_cores)
+    if problem.span in GATHERS:
+        return _gather_misfit(problem)
     return None
 
 
@@ -77,6 +89,24 @@ def _vmem_misfit(problem: Problem) -> str | None:
     return None
 
 
+def _gather_misfit(problem: Problem) -> str | None:
+    layout, width, itemsize = problem.layout, problem.shape[-1], ITEMSIZES[problem.dtype]
+    if problem.platform == "tpu" and problem.num_cores > 1:
+        return f"the kernel runs on one TensorCore, the device has {problem.num_cores}"
+    if layout is None:
+        return "the layout of the rows is not known"
+    if width == 0 or width * itemsize % ROW_BYTES:
+        return f"rows of {width * itemsize} bytes are no multiple of {ROW_BYTES}"
+    choices = layout.num_tokens * layout.num_choices
+    if (needed := 4 * (2 * layout.num_rows + choices)) > SMEM:
+        return f"{choices} choices need {needed} bytes of scalar memory; at most {SMEM} are used"
+    tokens, rows, chip = layout.num_tokens, layout.num_rows, CHIPS[_target(problem).chip]
+    for length, count, terms in ((tokens, rows, 1), (rows, tokens, layout.num_choices)):
+        if min(length, count) and gather_tiles(length, count, width, itemsize, terms, chip) is None:
+            return f"{length} rows of width {width} do not fit {chip.vmem // MIB} MiB of VMEM"
+    return None
+
+
 def _target(problem: Problem) -> Target:
     if problem.platform != "tpu":
         return Target(STAND_IN, interpret=True)
@@ -96,6 +126,9 @@ TPU = Backend(
     spans={
         "route": lambda problem: _span(route_forward, route_backward, _target(problem)),
         "grouped_matmul": lambda problem: _span(grouped_matmul_forward, grouped_matmul_backward, _target(problem)),
+        "dispatch": lambda problem: _span(dispatch_forward, dispatch_backward, _target(problem)),
+        "combine": lambda problem: _span(combine_forward, combine_backward, _target(problem)),
         "expert_mlp": lambda problem: _span(expert_mlp_forward, expert_mlp_backward, _target(problem)),
     },
+    optional=frozenset(GATHERS),
 )

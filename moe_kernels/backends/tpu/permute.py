@@ -1,0 +1,189 @@
+"""Dispatch and combine as one kernel: gather rows from VMEM, weigh them, add them up.
+
+`out[m] = sum_k weight[m, k] * x[index[m, k]]` is dispatch (no weights), combine, and both of their derivatives. All of
+`x` is brought to VMEM first, in 32-bit words that hold a bfloat16 of the left half of a row and one of the right half;
+so a row is one sublane of D / 256 planes, which a single strided load fetches and a single strided store puts where the
+tile of results is assembled. The plane's distance is an odd multiple of 8 sublanes: 4 of them can be read at once.
+An index behind the last row reads zeros that lie there, so nothing is masked and nothing of another row can leak.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from moe_kernels.backends.tiling import MIB, GatherTiles, gather_tiles
+from moe_kernels.backends.tpu.launch import Target
+from moe_kernels.types import Plan
+
+LANES, SUBLANES = 128, 8
+
+
+def dispatch_forward(
+    target: Target, static: None, tokens: Float[Array, "T D"], plan: Plan
+) -> tuple[Float[Array, "R D"], Plan]:
+    """Copy tokens into their rows; unused rows are 0."""
+    return _gather(target, tokens, plan.source // plan.layout.num_choices, 1), plan
+
+
+def dispatch_backward(target: Target, static: None, plan: Plan, drows: Float[Array, "R D"]) -> tuple[Array]:
+    """Add up the cotangents of a token's rows, in float32."""
+    return (_gather(target, drows, plan.row.reshape(-1), plan.layout.num_choices),)
+
+
+def combine_forward(
+    target: Target, static: None, rows: Float[Array, "R D"], gate: Float[Array, "T K"], plan: Plan
+) -> tuple[Float[Array, "T D"], tuple[Float[Array, "R D"], Float[Array, "T K"], Plan]]:
+    """Weigh and add a token's rows in float32; a token with a gate that is not finite becomes NaN."""
+    weight = jnp.where(jnp.isfinite(gate), gate, jnp.float32(jnp.nan)).reshape(-1)
+    index = plan.row.reshape(-1)
+    return _gather(target, rows, index, plan.layout.num_choices, weight), (rows, gate, plan)
+
+
+def combine_backward(
+    target: Target,
+    static: None,
+    saved: tuple[Float[Array, "R D"], Float[Array, "T K"], Plan],
+    dtokens: Float[Array, "T D"],
+) -> tuple[Float[Array, "R D"], Float[Array, "T K"]]:
+    """Cotangents of rows and gates: `drows = gate dy`, `dgate = <rows, dy>`."""
+    rows, gate, plan = saved
+    # The entry behind the last choice is the weight of unused rows.
+    weight = jnp.append(gate.reshape(-1), jnp.float32(0))
+    drows = _gather(target, dtokens, plan.source // plan.layout.num_choices, 1, weight, plan.source)
+    dy = dtokens.astype(jnp.float32)
+    dgate = [
+        jnp.sum(_gather(target, rows, plan.row[:, choice], 1).astype(jnp.float32) * dy, axis=1)
+        for choice in range(plan.layout.num_choices)
+    ]
+    # A dropped choice's gate has no influence on the output, also where dy is not finite (0 * NaN above).
+    return drows, jnp.where(plan.row < plan.layout.num_rows, jnp.stack(dgate, axis=1), jnp.float32(0))
+
+
+def _gather(
+    target: Target,
+    x: Float[Array, "N D"],
+    index: Int[Array, " MK"],
+    terms: int,
+    weight: Float[Array, " W"] | None = None,
+    weight_index: Int[Array, " MK"] | None = None,
+) -> Float[Array, "M D"]:
+    """`out[m] = sum_k weight[m K + k] x[index[m K + k]]` over `terms` K; or with `weight[weight_index[m K + k]]`.
+
+    Terms whose index is N or more read zeros.
+    """
+    (length, width), count = x.shape, index.shape[0] // terms
+    if length == 0 or count == 0:
+        return jnp.zeros((count, width), x.dtype)
+    tiles = gather_tiles(length, count, width, x.dtype.itemsize, terms, target.facts)
+    assert tiles is not None, "refused by why_not"
+    more, zeros = tiles.outputs * tiles.out - count, tiles.inputs * tiles.load
+    # Whatever does not exist, rows of the last tile too, reads the zeros behind the last block that was loaded.
+    scalars = [jnp.pad(jnp.where(index < length, index, zeros), (0, more * terms), constant_values=zeros)]
+    if weight is not None:
+        scalars.append(jnp.pad(weight, (0, more * terms)) if weight_index is None else weight)
+        if weight_index is not None:
+            scalars.append(jnp.pad(weight_index, (0, more * terms), constant_values=weight.shape[0] - 1))
+
+    def kernel(*refs: Any) -> None:
+        *steering, x_ref, out_ref, data, picked, weights = refs
+        step = pl.program_id(0)
+        pl.when(step == 0)(lambda: _clear(tiles, data))
+        pl.when(step < tiles.inputs)(lambda: _load(tiles, step, x_ref, data))
+        first = (step - tiles.inputs) * tiles.out
+        pl.when(step >= tiles.inputs)(lambda: _pick(tiles, terms, first, steering, data, picked, weights))
+        pl.when(step >= tiles.inputs)(lambda: _finish(tiles, terms, len(steering) > 1, picked, weights, out_ref))
+
+    @jax.custom_batching.sequential_vmap
+    def run(*operands: Array) -> Array:
+        return pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(scalars),
+                grid=(tiles.inputs + tiles.outputs,),
+                in_specs=[pl.BlockSpec((tiles.load, width), lambda i, *_: (jnp.minimum(i, tiles.inputs - 1), 0))],
+                out_specs=pl.BlockSpec((tiles.out, width), lambda i, *_: (jnp.maximum(i - tiles.inputs, 0), 0)),
+                scratch_shapes=[
+                    pltpu.VMEM((tiles.planes * tiles.stride, LANES), jnp.int32),
+                    pltpu.VMEM((terms * tiles.planes * tiles.out_stride, LANES), jnp.int32),
+                    pltpu.VMEM((terms * tiles.out if weight is not None else SUBLANES, LANES), jnp.float32),
+                ],
+            ),
+            out_shape=jax.ShapeDtypeStruct((count, width), x.dtype),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("arbitrary",), vmem_limit_bytes=min(target.facts.vmem, tiles.vmem + MIB)
+            ),
+            interpret=target.interpret,
+            name="gather_rows",
+        )(*operands)
+
+    return run(*scalars, x)
+
+
+def _clear(tiles: GatherTiles, data: Any) -> None:
+    for plane in range(tiles.planes):
+        data[pl.ds(plane * tiles.stride + tiles.inputs * tiles.load, SUBLANES), :] = jnp.zeros(
+            (SUBLANES, LANES), jnp.int32
+        )
+
+
+def _load(tiles: GatherTiles, step: Any, x_ref: Any, data: Any) -> None:
+    """A block of x as words: for bfloat16 the left half of the columns in the low bits, the right half in the high."""
+    at = pl.multiple_of(step * tiles.load, SUBLANES)
+    for plane in range(tiles.planes):
+        words = _bits(x_ref, plane)
+        if x_ref.dtype == jnp.bfloat16:
+            low = jax.lax.shift_right_logical(words, jnp.full_like(words, 16))
+            words = low | _bits(x_ref, plane + tiles.planes)
+        data[pl.ds(plane * tiles.stride + at, tiles.load), :] = words
+
+
+def _bits(x_ref: Any, lane_tile: int) -> Int[Array, "N L"]:
+    values = x_ref[:, lane_tile * LANES : (lane_tile + 1) * LANES].astype(jnp.float32)
+    return jax.lax.bitcast_convert_type(values, jnp.int32)
+
+
+def _pick(tiles: GatherTiles, terms: int, first: Any, steering: Any, data: Any, picked: Any, weights: Any) -> None:
+    """Copy the rows of all terms of a tile, and spread their weights over the lanes."""
+    index, *weighing = steering
+
+    def pick(step: Any, carry: None) -> None:
+        base = (first + step * tiles.unrolled) * terms
+        for n in range(tiles.unrolled):
+            row = step * tiles.unrolled + n
+            for term in range(terms):
+                at = base + (n * terms + term)
+                source = index[at]
+                for plane in range(0, tiles.planes, SUBLANES):
+                    planes = min(SUBLANES, tiles.planes - plane)
+                    words = data[pl.ds(plane * tiles.stride + source, planes, stride=tiles.stride), :]
+                    to = (term * tiles.planes + plane) * tiles.out_stride + row
+                    picked[pl.ds(to, planes, stride=tiles.out_stride), :] = words
+                if weighing:
+                    weight = weighing[0][at if len(weighing) == 1 else weighing[1][at]]
+                    weights[pl.ds(term * tiles.out + row, 1), :] = jnp.full((1, LANES), weight, jnp.float32)
+
+    jax.lax.fori_loop(0, tiles.out // tiles.unrolled, pick, None)
+
+
+def _finish(tiles: GatherTiles, terms: int, weighed: bool, picked: Any, weights: Any, out_ref: Any) -> None:
+    """Weigh, add up and write a tile."""
+    halves = 2 if out_ref.dtype == jnp.bfloat16 else 1
+    for plane in range(tiles.planes):
+        for half in range(halves):
+            total = None
+            for term in range(terms):
+                words = picked[pl.ds((term * tiles.planes + plane) * tiles.out_stride, tiles.out), :]
+                if halves == 2:
+                    words = words & jnp.int32(-65536) if half else jax.lax.shift_left(words, jnp.full_like(words, 16))
+                value = jax.lax.bitcast_convert_type(words, jnp.float32)
+                if weighed:
+                    value = value * weights[pl.ds(term * tiles.out, tiles.out), :]
+                total = value if total is None else total + value
+            column = (half * tiles.planes + plane) * LANES
+            out_ref[:, column : column + LANES] = total.astype(out_ref.dtype)

@@ -1,0 +1,64 @@
+"""Dispatch and combine through the real TPU compiler, within the VMEM that was computed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from test_tpu_mlp_aot import TOPOLOGIES
+
+from moe_kernels import combine, dispatch
+from moe_kernels.backends import explain, problem_of
+from moe_kernels.types import Layout, Plan, Runs
+
+pytestmark = pytest.mark.aot
+
+BLOCK = Layout(16384, 1, 1, 32, 32 * 544, 544)
+LAYOUTS = {"one choice": BLOCK, "two choices": dataclasses.replace(BLOCK, num_tokens=8192, num_choices=2)}
+
+
+def check(chip, width, layout, dtype):
+    """Compile both operations and their derivatives; the kernel takes them, and the compiler finds room for it."""
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
+    mesh = Mesh(np.array(topology.devices[:1]), ("x",))
+
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    ids = [array((32,), jnp.int32)] * 3
+    row, source = array((layout.num_tokens, layout.num_choices), jnp.int32), array((layout.num_rows,), jnp.int32)
+    plan = Plan(row, source, Runs(*ids), array((1, 1, 32), jnp.float32), layout)
+    tokens, rows = (array((n, width), dtype) for n in (layout.num_tokens, layout.num_rows))
+    said = []
+
+    def both(plan, tokens, rows, gate):
+        said.append(explain(problem_of("dispatch", tokens, 32, layout=layout)))
+        out, back = jax.vjp(lambda tokens: dispatch(tokens, plan), tokens)
+        y, weigh_back = jax.vjp(lambda rows, gate: combine(rows, gate, plan), rows, gate)
+        return out, back(rows), y, weigh_back(tokens)
+
+    mapped = jax.shard_map(both, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    arguments = plan, tokens, rows, array(row.shape, jnp.float32)
+    compiled = jax.jit(mapped).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    assert said[0].startswith("tpu: chosen")
+    assert (compiled.as_text() or "").count("tpu_custom_call") >= 4 + layout.num_choices
+
+
+@pytest.mark.parametrize(
+    ("chip", "width", "layout"),
+    [("v5e", 768, "two choices"), ("v6e", 1280, "one choice"), ("7x", 1024, "one choice")],
+)
+def test_a_sample_compiles(chip, width, layout):
+    check(chip, width, LAYOUTS[layout], jnp.bfloat16)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("width", [512, 768, 1024])
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_all_compile(chip, width, layout, dtype):
+    check(chip, width, LAYOUTS[layout], dtype)
