@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from moe_kernels.plan import round_up
-from moe_kernels.types import Layout, Plan, Runs
+from moe_kernels.types import Layout, Plan, Runs, round_up
 
 # A block is rounded up to the depth of the MXU (128 rows), or half or a quarter of it, where that adds at most a
 # twentieth, and else to a bfloat16 tile of a TPU, which has 16 rows.

@@ -5,17 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from fractions import Fraction
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from moe_kernels.types import CapacityFactor, Layout, Plan, Routing, Runs
+from moe_kernels.types import ROW_ALIGNMENT, CapacityFactor, Layout, Plan, Routing, Runs, round_up
 
-# Rows that a run is rounded up to: a float32 tile of a TPU has 8. On CPU every row of padding costs its share of the
-# matmuls: at a capacity of 135 places, 144 rows (16) instead of 136 (8) took 5% longer (2 cores, November 2026).
-ROW_ALIGNMENT = 8
 SUBLANES = 8
 # An [E, rows] block is planned while it holds at most this many times the rows that choices can fill; above it (a large
 # capacity factor), empty places would cost more than the tile loop of a packed layout.
@@ -85,18 +82,6 @@ def modality_priority(modality: Int[Array, " T"], first_modality: int) -> Float[
     [0.0, 1.0, 1.0]
     """
     return (modality == first_modality).astype(jnp.float32)
-
-
-Number = TypeVar("Number", int, Array)
-
-
-def round_up(value: Number, multiple: int) -> Number:
-    """The next multiple.
-
-    >>> round_up(9, 8)
-    16
-    """
-    return -(-value // multiple) * multiple
 
 
 class _Sorted(NamedTuple):

@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, Int
 from moe_kernels import backends
 from moe_kernels.backends.base import Span, apply
 from moe_kernels.exchange import Received
-from moe_kernels.plan import ROW_ALIGNMENT, as_fraction, kept_by_modality, round_up
-from moe_kernels.types import CapacityFactor, Layout, Plan, Routing, Runs
+from moe_kernels.plan import as_fraction, kept_by_modality
+from moe_kernels.types import ROW_ALIGNMENT, CapacityFactor, Layout, Plan, Routing, Runs, round_up
 
 PLATFORMS_WITH_RAGGED = ("tpu", "gpu")
 

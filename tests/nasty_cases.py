@@ -17,8 +17,7 @@ from moe_cases import assert_close
 import reference
 from moe_kernels import MlpWeights
 from moe_kernels.backends.base import MatmulWeights
-from moe_kernels.plan import ROW_ALIGNMENT
-from moe_kernels.types import Activation, Epilogue, Layout, MatmulActivation, Runs
+from moe_kernels.types import ROW_ALIGNMENT, Activation, Epilogue, Layout, MatmulActivation, Runs
 
 
 @dataclasses.dataclass(frozen=True)

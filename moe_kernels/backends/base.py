@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_kernels.types import Activation, Epilogue, Layout, MatmulActivation
+from moe_kernels.types import ROW_ALIGNMENT, Activation, Epilogue, Layout, MatmulActivation
 
 SpanName = Literal["route", "dispatch", "grouped_matmul", "expert_mlp", "combine", "dispatch_mlp_combine"]
 
@@ -122,6 +122,20 @@ class Backend:
     why_not: Callable[[Problem], str | None]
     spans: dict[SpanName, Callable[[Problem], Span]] = dataclasses.field(hash=False)
     optional: frozenset[SpanName] = frozenset()
+
+
+def rows_misfit(layout: Layout | None) -> str | None:
+    """Why kernels that copy rows by eights cannot work on rows that lie so.
+
+    >>> rows_misfit(Layout(8, 1, 1, 2, 24, 12))
+    'runs of 12 rows do not start at multiples of 8'
+    """
+    if layout is None:
+        return "the layout of the rows is not known"
+    spacing = layout.num_rows if layout.rows_per_expert is None else layout.rows_per_expert // layout.runs_per_expert
+    if spacing % ROW_ALIGNMENT:
+        return f"runs of {spacing} rows do not start at multiples of {ROW_ALIGNMENT}"
+    return None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 
-from moe_kernels.types import Epilogue, Layout
+from moe_kernels.types import Epilogue, Layout, round_up
 
 MIB = 2**20
 # Rows of two bfloat16 in a register: pieces start at multiples of it.
@@ -68,15 +68,6 @@ class Tiles:
     def num_chunks(self) -> int:
         """Chunks of F."""
         return self.padded // self.chunk
-
-
-def round_up(value: int, multiple: int) -> int:
-    """The next multiple.
-
-    >>> round_up(17, 16)
-    32
-    """
-    return -(-value // multiple) * multiple
 
 
 def pieces(largest: int) -> tuple[int, ...]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from moe_kernels.backends.base import Backend, Problem, Span
+from moe_kernels.backends.base import Backend, Problem, Span, rows_misfit
 from moe_kernels.backends.gpu.launch import INTERPRETED_SMS, Device
 from moe_kernels.backends.gpu.matmul import grouped_matmul_backward, grouped_matmul_forward
 from moe_kernels.backends.gpu.mlp import expert_mlp_backward, expert_mlp_forward
-from moe_kernels.backends.gpu.tiling import ROW_ALIGNMENT, WIDTH_ALIGNMENT, chip_of
-from moe_kernels.types import Layout
+from moe_kernels.backends.gpu.tiling import WIDTH_ALIGNMENT, chip_of
 
 DTYPES = ("bfloat16", "float16")
 # The chip whose limits hold where kernels are interpreted.
@@ -40,18 +39,10 @@ def why_not(problem: Problem) -> str | None:
             return f"{name} {size} is not a multiple of {WIDTH_ALIGNMENT}"
     if problem.epilogue != "none":
         return "a grouped matmul with bias, activation or gate is not written for GPUs"
-    return _rows_misfit(problem.layout)
-
-
-def _rows_misfit(layout: Layout | None) -> str | None:
-    if layout is None:
-        return "the layout of the rows is not known"
-    if layout.num_rows == 0 or layout.num_experts == 0:
+    layout = problem.layout
+    if layout is not None and (layout.num_rows == 0 or layout.num_experts == 0):
         return "there are no rows"
-    spacing = layout.num_rows if layout.rows_per_expert is None else layout.rows_per_expert // layout.runs_per_expert
-    if spacing % ROW_ALIGNMENT:
-        return f"runs of {spacing} rows do not start at multiples of {ROW_ALIGNMENT}"
-    return None
+    return rows_misfit(layout)
 
 
 def _device(problem: Problem) -> Device:

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.gpu.launch import Device, Ring, launch, over_steps, ring_barriers, specialise, swizzled
 from moe_kernels.backends.gpu.schedule import RowTiles
-from moe_kernels.backends.gpu.tiling import CHUNK, DEPTH, NUM_CONSUMERS, ROW_ALIGNMENT, SUM_STAGES, WARPGROUP_ROWS
+from moe_kernels.backends.gpu.tiling import CHUNK, DEPTH, NUM_CONSUMERS, SUM_STAGES, WARPGROUP_ROWS
+from moe_kernels.types import ROW_ALIGNMENT
 
 
 def column_sums(rows: Float[Array, "R F"], tiles: RowTiles, device: Device) -> Float[Array, "E F"]:

@@ -35,11 +35,10 @@ from moe_kernels.backends.gpu.tiling import (
     CHUNK,
     DEPTH,
     NUM_CONSUMERS,
-    ROW_ALIGNMENT,
     WARPGROUP_ROWS,
     choose_blocks,
 )
-from moe_kernels.types import Activation
+from moe_kernels.types import ROW_ALIGNMENT, Activation
 
 Epilogue = Literal["store", "gelu", "gelu_backward"]
 

@@ -15,8 +15,6 @@ DEPTH = 64
 CHUNK = 64
 SWIZZLE_BYTES = 128
 ITEMSIZE = 2
-# Copies of tiles of 8 rows can only start at a multiple of 8, which is what runs are aligned to.
-ROW_ALIGNMENT = 8
 # Tiles are 128 rows, two consumers' worth; widths that 128 does not divide would need copies that hang over.
 WIDTH_ALIGNMENT = 128
 NUM_CONSUMERS = 2

@@ -22,11 +22,11 @@ from moe_kernels.backends.gpu.schedule import RowTiles
 from moe_kernels.backends.gpu.tiling import (
     DEPTH,
     NUM_CONSUMERS,
-    ROW_ALIGNMENT,
     SWIZZLE_BYTES,
     WARPGROUP_ROWS,
     choose_blocks,
 )
+from moe_kernels.types import ROW_ALIGNMENT
 
 
 def weight_gradient(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from moe_kernels.backends.base import Backend, Problem, Span
+from moe_kernels.backends.base import Backend, Problem, Span, rows_misfit
 from moe_kernels.backends.tiling import (
     CHIPS,
     MIB,
@@ -29,7 +29,6 @@ from moe_kernels.backends.tpu.permute import (
 from moe_kernels.backends.tpu.route_tiles import route_misfit
 from moe_kernels.backends.tpu.routing import route_forward
 from moe_kernels.backends.tpu.routing_backward import route_backward
-from moe_kernels.backends.tpu.rows import ROW_ALIGNMENT
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2}
 # Weights may be float32 whatever the rows are; a problem does not say, so blocks must fit in the larger case too.
@@ -56,22 +55,12 @@ def why_not(problem: Problem) -> str | None:
     if problem.platform == "tpu" and problem.chip not in CHIPS:
         return f"chip {problem.chip!r} is none of {tuple(CHIPS)}"
     if problem.span in TILES:
-        return _rows_misfit(problem) or _vmem_misfit(problem)
+        return rows_misfit(problem.layout) or _vmem_misfit(problem)
     if problem.span == "route":
         target = _target(problem)
         return route_misfit(problem, ITEMSIZES[problem.dtype], target.facts, target.num_cores)
     if problem.span in GATHERS:
         return _gather_misfit(problem)
-    return None
-
-
-def _rows_misfit(problem: Problem) -> str | None:
-    layout = problem.layout
-    if layout is None:
-        return "the layout of the rows is not known"
-    spacing = layout.num_rows if layout.rows_per_expert is None else layout.rows_per_expert // layout.runs_per_expert
-    if spacing % ROW_ALIGNMENT:
-        return f"runs of {spacing} rows do not start at multiples of {ROW_ALIGNMENT}"
     return None
 
 

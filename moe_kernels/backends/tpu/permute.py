@@ -176,7 +176,7 @@ def _finish(tiles: GatherTiles, terms: int, weighed: bool, picked: Any, weights:
     halves = 2 if out_ref.dtype == jnp.bfloat16 else 1
     for plane in range(tiles.planes):
         for half in range(halves):
-            total = None
+            total: Any = None
             for term in range(terms):
                 words = picked[pl.ds((term * tiles.planes + plane) * tiles.out_stride, tiles.out), :]
                 if halves == 2:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from moe_kernels.backends.base import Problem, RouteStatic
-from moe_kernels.backends.tiling import MARGIN, MIB, SLACK, Chip, round_up
+from moe_kernels.backends.tiling import MARGIN, MIB, SLACK, Chip
+from moe_kernels.types import round_up
 
 LANES = 128
 # Tokens of a tile at most, and logits of one: the more at once, the better the compiler fills its bundles (a loop over

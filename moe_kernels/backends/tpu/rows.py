@@ -13,11 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_kernels.backends.schedule import Schedule
 from moe_kernels.backends.tiling import PIECE, RowTiles
-from moe_kernels.types import Layout
+from moe_kernels.types import ROW_ALIGNMENT, Layout
 
 Scalar = Any  # a traced integer inside a kernel
-# Runs start at multiples of it (the plan promises that), so copies of rows can end there.
-ROW_ALIGNMENT = 8
 
 
 class Scalars(NamedTuple):
