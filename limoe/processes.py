@@ -31,6 +31,8 @@ HEARTBEAT_SECONDS = 10
 JOIN_SECONDS = 300
 EXIT_STATUS = 75  # "temporary failure": the same command goes on
 _POLL_SECONDS = 1.0
+# The answer comes at once where the first process lives; where it does not, this one is on its way out anyway.
+_SECONDS_TO_LOOK_AWAY = 5.0
 # What is wrong is mostly wrong everywhere; without the first process the others are aborted before they can say it.
 _SECONDS_FOR_THE_SAME_ERROR = 3.0
 _BLOCK = 1024  # bytes
@@ -187,6 +189,7 @@ class Watch:
         self._count, self._index = jax.process_count(), jax.process_index()
         self._over, self._together = threading.Event(), True
         self._beside: subprocess.Popen[bytes] | None = None
+        self._looking: threading.Thread | None = None
 
     def __enter__(self) -> Watch:
         if self._count > 1:
@@ -197,7 +200,8 @@ class Watch:
             self._beside = subprocess.Popen(
                 [sys.executable, "-S", "-c", _LAST_WORDS, words], stdin=subprocess.PIPE, start_new_session=True
             )
-            threading.Thread(target=self._look, daemon=True).start()
+            self._looking = threading.Thread(target=self._look, daemon=True)
+            self._looking.start()
         return self
 
     def part(self) -> None:
@@ -212,6 +216,9 @@ class Watch:
         if error is None and self._together:
             wait_for_all("the end")
         self._over.set()
+        if self._looking is not None:
+            # A question still under way when JAX takes its client down aborts the process.
+            self._looking.join(_SECONDS_TO_LOOK_AWAY)
         if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and _is_broken_exchange(str(error)):
             self._leave("lost the connection to another one in the middle of an exchange")
         if error is not None and self._index == 0:

@@ -119,5 +119,5 @@ TPU = Backend(
         "combine": lambda problem: _span(combine_forward, combine_backward, _target(problem)),
         "expert_mlp": lambda problem: _span(expert_mlp_forward, expert_mlp_backward, _target(problem)),
     },
-    optional=frozenset(GATHERS),
+    optional=frozenset(("route", *GATHERS)),
 )
