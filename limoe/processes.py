@@ -31,8 +31,8 @@ HEARTBEAT_SECONDS = 10
 JOIN_SECONDS = 300
 EXIT_STATUS = 75  # "temporary failure": the same command goes on
 _POLL_SECONDS = 1.0
-# The answer comes at once where the first process lives; where it does not, this one is on its way out anyway.
-_SECONDS_TO_LOOK_AWAY = 5.0
+# How long the first process stays for the others to leave, after all have agreed on the end.
+_SECONDS_TO_SEE_OFF = 15.0
 # What is wrong is mostly wrong everywhere; without the first process the others are aborted before they can say it.
 _SECONDS_FOR_THE_SAME_ERROR = 3.0
 _BLOCK = 1024  # bytes
@@ -216,9 +216,9 @@ class Watch:
         if error is None and self._together:
             wait_for_all("the end")
         self._over.set()
-        if self._looking is not None:
-            # A question still under way when JAX takes its client down aborts the process.
-            self._looking.join(_SECONDS_TO_LOOK_AWAY)
+        if error is None and self._index == 0 and self._looking is not None:
+            # Whoever finds the first process gone when it takes its leave is aborted by JAX.
+            self._looking.join(_SECONDS_TO_SEE_OFF)
         if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and _is_broken_exchange(str(error)):
             self._leave("lost the connection to another one in the middle of an exchange")
         if error is not None and self._index == 0:
@@ -238,6 +238,11 @@ class Watch:
             # At the end, which all have agreed on, the others are gone before this one.
             if reason and not self._over.is_set():
                 self._leave(reason)
+        if self._index == 0:
+            # Answered when every other process has asked too, or has left.
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                while len(client.get_live_nodes(list(range(self._count)))) > 1:
+                    time.sleep(_POLL_SECONDS / 20)
 
     def _leave(self, reason: str) -> NoReturn:
         sys.stderr.write(f"\nlimoe: process {self._index} of {self._count} {reason}. {_WHAT_TO_DO}\n")

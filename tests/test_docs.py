@@ -21,11 +21,15 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").g
 TWO_STEPS = "train.steps=2 train.batch_size=16 optimizer.warmup_steps=1 optimizer.cooldown_steps=1"
 SMALL_WORLD = f"{TWO_STEPS} data.world_pairs=256 data.cache_dir=cache"
 
+# A suite of minutes, and one operation of it that takes seconds.
+QUICK = "--case=tiny --op=dispatch --check"
+
 # Commands that take minutes, and what makes their last part short; everything else of them is kept.
 LONG = {
     "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/limoe train": f"--set {SMALL_WORLD}",
     ".venv/bin/limoe train --workdir=runs/four --set model.num_experts=4 train.seed=1": SMALL_WORLD,
     ".venv/bin/limoe train --workdir=runs/squares --set data.shards=shards data.eval_shards=shards": TWO_STEPS,
+    ".venv/bin/python benchmarks/dispatch.py": QUICK,
 }
 
 
@@ -82,7 +86,6 @@ def checkout(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.compat
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_runs_from_top_to_bottom(page, checkout):
     names = {"__name__": "__main__"}

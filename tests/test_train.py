@@ -40,6 +40,7 @@ TERMS = {"total", "contrastive", "auxiliary_total", *AuxiliaryTerms._fields}
 
 
 @pytest.mark.slow
+@pytest.mark.compat
 def test_the_log_has_each_step_once_with_every_figure(finished: Ran) -> None:
     lines = metrics(finished.folder)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -62,6 +63,7 @@ def test_the_log_has_each_step_once_with_every_figure(finished: Ran) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.compat
 def test_the_folder_of_a_finished_run(finished: Ran) -> None:
     names = {path.name for path in finished.folder.iterdir()} - {".lock"}
     assert names == {"config.json", "metrics.jsonl", "checkpoints", "figures", "summary.json", "tokenizer.model"}
@@ -74,6 +76,7 @@ def test_the_folder_of_a_finished_run(finished: Ran) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.compat
 def test_the_summary(finished: Ran) -> None:
     content, lines = summary(finished.folder), metrics(finished.folder)
     assert set(content) >= SUMMARY_KEYS and all(content[name] is not None for name in SUMMARY_KEYS)
