@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from importlib.metadata import version  # noqa: F401 (read by the condition of an expected failure)
 
 import numpy as np
 import pytest
@@ -318,6 +319,8 @@ def test_rolled_loops_count_like_their_unrolled_twin(planned):
 
 @pytest.mark.aot
 @pytest.mark.xfail(
+    # Of this compiler: another one is held to it again, and strict says when this one is.
+    "version('libtpu').startswith('0.0.42.')",
     strict=True,
     reason="rolled, XLA copies stacked arrays of this size to VMEM again in every trip: 1,266 copies against 647",
 )

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from model_cases import neighbour
+from model_cases import LID, neighbour
 from process_cases import MESH, Team
 from run_cases import environment, metrics, ran, summary
 
@@ -61,6 +61,7 @@ def assert_same_curve(folder: Path, twin: Path, moved: list[Path]) -> None:
         for name in FIGURES:
             reach = max(abs(one[name] - other[name]) for one in rounded)
             # Eight of them: a sum rounds in many places, a twin was moved in one.
+            assert reach <= LID * abs(other[name]), (line["step"], name, reach)
             bound = 8 * (2.0**-23 * abs(other[name]) + reach)
             assert line[name] == pytest.approx(other[name], rel=0, abs=bound), (line["step"], name)
 

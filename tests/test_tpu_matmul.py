@@ -35,7 +35,7 @@ def check(rows, given, size, found, activation=None) -> None:
 def check_case(rows, tiles, dtype, weight_dtype, epilogue="none", activation=None) -> None:
     given = nasty.matmul_operands(rows, dtype=dtype, weight_dtype=weight_dtype, epilogue=epilogue)
     activation = activation or EPILOGUES[epilogue]
-    for size in nasty.SIZES.get(rows, ()):
+    for size in nasty.SIZES[rows]:
         found = matmul(rows, tiles, TARGET, activation, given, np.array(size, np.int32))
         check(rows, given, size, found, activation)
 

@@ -74,7 +74,7 @@ def cases(names=None, dtypes=nasty.DTYPES):
 
 def check_case(rows, tiles, dtype, weight_dtype, activation="gelu_tanh", target=TARGET) -> None:
     given = nasty.operands(rows, dtype=dtype, weight_dtype=weight_dtype)
-    for size in nasty.SIZES.get(rows, ()):
+    for size in nasty.SIZES[rows]:
         found = mlp(rows, tiles, target, activation, given, np.array(size, np.int32))
         check(rows, given, size, found, activation)
 
