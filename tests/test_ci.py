@@ -5,13 +5,15 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 CI = ROOT / ".ci" / "run"
 
 
 def ci(*arguments, **variables):
-    # Not inherited: a pyenv version that whoever runs the tests has selected.
-    environment = {name: value for name, value in os.environ.items() if name != "PYENV_VERSION"} | variables
+    # Not inherited: what whoever runs the tests has told pyenv.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYENV_")} | variables
     return subprocess.run([CI, *arguments], capture_output=True, text=True, env=environment, timeout=60)
 
 
@@ -30,16 +32,43 @@ def test_an_unknown_argument_is_refused():
     assert ci("tests").returncode == 2
 
 
-def test_a_newer_python_is_named_only_if_it_runs(tmp_path):
+def fake_python(path, status):
+    """A program that ends with `status` whatever it is asked."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\nexit {status}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """What finds no Python but those that a test makes: a PATH, and a pyenv that is not on it."""
+    for tool in ("bash", "dirname", "sort"):
+        (tmp_path / "bin" / tool).parent.mkdir(exist_ok=True)
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    return {"PATH": str(tmp_path / "bin"), "PYENV_ROOT": str(tmp_path / "pyenv")}
+
+
+def test_a_newer_python_is_named_only_if_it_runs(tmp_path, bare):
     """A shim that exists and fails, as pyenv's do, is passed over for the next candidate."""
-    for tool in ("bash", "dirname"):
-        (tmp_path / tool).symlink_to(shutil.which(tool))
     for name, status in {"python3.14": 127, "python3.13": 1, "python3.12": 0}.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\nexit {status}\n")
-        (tmp_path / name).chmod(0o755)
-    assert ci("newer-python", PATH=str(tmp_path)).stdout.strip() == str(tmp_path / "python3.12")
-    (tmp_path / "python3.12").unlink()
-    assert ci("newer-python", PATH=str(tmp_path)).stdout.strip() == ""
+        fake_python(tmp_path / "bin" / name, status)
+    assert ci("newer-python", **bare).stdout.strip() == str(tmp_path / "bin" / "python3.12")
+    (tmp_path / "bin" / "python3.12").unlink()
+    assert ci("newer-python", **bare).stdout.strip() == ""
+
+
+@pytest.mark.parametrize("on_the_path", [True, False], ids=["pyenv on the PATH", "its folder only"])
+def test_an_activated_environment_does_not_hide_the_newer_python(tmp_path, bare, on_the_path):
+    """Its python, too old here, comes before pyenv's shims; the newest that works is still found."""
+    fake_python(tmp_path / "bin" / "python", 1)
+    versions = tmp_path / "pyenv" / "versions"
+    for version, status in {"3.9.18": 1, "3.12.9": 0, "3.12.11": 0, "3.13.2": 127}.items():
+        fake_python(versions / version / "bin" / "python", status)
+    if on_the_path:
+        pyenv = fake_python(tmp_path / "bin" / "pyenv", 0)
+        pyenv.write_text(f"#!/bin/sh\necho {bare.pop('PYENV_ROOT')}\n")
+    assert ci("newer-python", **bare).stdout.strip() == str(versions / "3.12.11" / "bin" / "python")
 
 
 def test_what_it_names_is_new_enough():
