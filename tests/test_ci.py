@@ -1,6 +1,7 @@
 """`.ci/run` does what the README says, and finds out by running it whether a newer Python works."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -90,3 +91,83 @@ def test_a_checkout_that_is_not_clean_is_refused(tmp_path):
     assert done.returncode == 1
     assert "no clean checkout" in done.stderr
     assert "=== test" not in done.stdout
+
+
+# Stands for every program: it says how it was called, and fails where it was told to.
+STAGE = """#!/bin/sh
+name="${0##*/} $*"
+echo "called: $name"
+case "$name" in *"$FAILING"*) exit 1 ;; esac
+"""
+# Stands for a newer Python, whose environments hold such programs.
+NEWER = """#!/bin/sh
+case "$*" in
+  -c*) exit 0 ;;
+  "-m venv "*) mkdir -p "$3/bin" && cp stage "$3/bin/pip" && cp stage "$3/bin/python" ;;
+esac
+"""
+EVERYTHING = ["test", "development tools", "format", "lint", "types", "accelerators' compilers", "compatibility"]
+
+
+@pytest.fixture
+def staged(tmp_path, bare):
+    """Runs a copy of .ci/run in a checkout of such programs, with one of them told to fail."""
+    folder = tmp_path / "checkout"
+    (folder / ".ci").mkdir(parents=True)
+    (folder / ".ci" / "run").write_bytes(CI.read_bytes())
+    copies = " && ".join(f"cp stage .venv/bin/{name}" for name in ("pip", "python", "ruff", "pyright"))
+    (folder / "README.md").write_text(f"python3 -m venv .venv && {copies} && .venv/bin/python -m pytest\n")
+    (folder / "stage").write_text(STAGE)
+    (folder / "stage").chmod(0o755)
+    for tool in ("mkdir", "cp", "rm", "mktemp", "cat", "touch", "grep", "wc", "sh"):
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    (tmp_path / "bin" / "python3").write_text(NEWER.replace("-c*) exit 0", "-c*) exit 1"))
+    (tmp_path / "bin" / "python3").chmod(0o755)
+
+    def run(failing="nothing", *, newer=True):
+        if newer:
+            (tmp_path / "bin" / "python3.13").write_text(NEWER)
+            (tmp_path / "bin" / "python3.13").chmod(0o755)
+        variables = bare | {"FAILING": failing, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+        return subprocess.run(
+            ["bash", folder / ".ci" / "run"], capture_output=True, text=True, env=variables, timeout=60
+        )
+
+    return run
+
+
+def test_every_stage_runs_and_the_last_line_says_how_long(staged):
+    done = staged()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split(" passed")[0][4:] for line in done.stdout.splitlines() if " passed in " in line] == EVERYTHING
+    assert "called: python -m pytest -m compat" in done.stdout
+    assert re.fullmatch(r"\d+ s in all", done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("failing", "stage"),
+    [
+        ("python -m pytest", "test"),
+        ("ruff check", "lint"),
+        ("pytest -m aot", "accelerators' compilers"),
+        ("pytest -m compat", "compatibility"),
+    ],
+)
+def test_a_stage_that_fails_is_named_after_the_others_ran(staged, failing, stage):
+    done = staged(failing)
+    assert done.returncode == 1
+    assert stage in done.stdout.splitlines()[-1].removeprefix("FAILED: ")
+    assert len([line for line in done.stdout.splitlines() if re.search(r"^=== .* in \d+ s$", line)]) == len(EVERYTHING)
+
+
+def test_an_environment_that_cannot_be_made_fails_with_its_reason(staged):
+    done = staged("pip install -e .[test]")
+    assert done.returncode == 1 and "compatibility FAILED" in done.stdout
+    assert "called: pip install -e .[test]" in done.stdout
+
+
+def test_without_a_newer_python_the_last_line_says_what_was_not_tested(staged):
+    done = staged(newer=False)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1].endswith("compatibility NOT tested: no Python 3.12 or newer works here")
+    assert "=== compatibility" not in done.stdout
