@@ -1,5 +1,6 @@
 """What every test shares: the platform, run-time checks of all array annotations, and how Hypothesis searches."""
 
+import collections
 import os
 
 # JAX reads this when it is imported, so it comes before anything that imports JAX; JAX_PLATFORMS from outside wins.
@@ -24,6 +25,12 @@ hypothesis.settings.register_profile("default", max_examples=30, **_common)
 hypothesis.settings.register_profile("ci", max_examples=30, derandomize=True, database=None, **_common)
 hypothesis.settings.register_profile("long", max_examples=1000, **_common)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that no worker is left alone with one in the end."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
