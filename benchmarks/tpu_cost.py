@@ -156,5 +156,10 @@ def _steering_by_instruction(
 
 
 def _natural(name: str) -> tuple[str, int]:
-    base, _, number = name.rpartition(".")
-    return (base, int(number)) if number.isdigit() else (name, -1)
+    """An instruction's name without what the compiler puts behind it: a number and, newer ones, an operand's name.
+
+    >>> _natural("gather_rows.12.refs_10_"), _natural("gather_rows")
+    (('gather_rows', 12), ('gather_rows', -1))
+    """
+    base, *rest = name.split(".")
+    return base, next((int(part) for part in rest if part.isdigit()), -1)

@@ -52,7 +52,7 @@ _OP = flags.DEFINE_multi_enum(
     "op", None, OPS, "Operation. Default: the layer of everybody, and the operations of ours."
 )
 _PASS = flags.DEFINE_multi_enum("pass", list(_PASSES), _PASSES, "Forward, or forward and backward.")
-_DISTRIBUTION = flags.DEFINE_multi_enum("distribution", ["balanced"], DISTRIBUTIONS, "Spread of tokens over experts.")
+_DISTRIBUTION = flags.DEFINE_multi_enum("distribution", list(DISTRIBUTIONS), DISTRIBUTIONS, "Tokens over experts.")
 _IMPLEMENTATION = flags.DEFINE_multi_enum("implementation", None, list(IMPLEMENTATIONS), "Default: all that can run.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Of tokens and weights.")
 _PARTS = flags.DEFINE_integer("parts", 0, "Also print this many of the slowest instructions.", lower_bound=0)
@@ -76,7 +76,11 @@ def problems() -> Iterator[list[Request]]:
 
 
 def model(request: Request) -> dict[str, Modelled]:
-    """Compile one program and model it for every distribution. Raises CompileError if it does not compile."""
+    """Compile one program and model it for every distribution.
+
+    Raises CompileError if it does not compile, and RuntimeError if its scalar program hangs on what nobody knows here
+    (XLA's own kernel for a ragged dot computes its tiles inside the compiled program).
+    """
     compiled = compile_for_tpu(request, _DISTRIBUTION.value)
     programs = read_programs(compiled)
     return {
@@ -89,7 +93,7 @@ def model(request: Request) -> dict[str, Modelled]:
 
 def report(requests: list[Request], json_file: TextIO | None) -> list[Modelled]:
     """Model a problem's programs and print a table for each distribution, the first one as its lines come."""
-    made: dict[str, dict[str, Modelled] | CompileError] = {}
+    made: dict[str, dict[str, Modelled] | RuntimeError] = {}
     for distribution in _DISTRIBUTION.value:
         first = requests[0]
         words = ", ".join((first.case, distribution, first.dtype, first.chip))
@@ -99,14 +103,15 @@ def report(requests: list[Request], json_file: TextIO | None) -> list[Modelled]:
             if name not in made:
                 try:
                     made[name] = model(request)
-                except CompileError as error:
+                except RuntimeError as error:
                     made[name] = error
             results = made[name]
-            if isinstance(results, CompileError):
-                print(f"{name:16s} not compiled: {results}", flush=True)
+            if isinstance(results, RuntimeError):
+                stage = "compiled" if isinstance(results, CompileError) else "modelled"
+                print(f"{name:16s} not {stage}: {results}", flush=True)
                 continue
             _show(results[distribution], json_file)
-    done = [result for result in made.values() if not isinstance(result, CompileError)]
+    done = [result for result in made.values() if not isinstance(result, RuntimeError)]
     for distribution in _DISTRIBUTION.value:
         if text := against_peers([results[distribution] for results in done]):
             print(text, flush=True)
