@@ -77,7 +77,7 @@ def summarise(request: Request, distribution: str, cost: Cost, compiled: Compile
     implementation = IMPLEMENTATIONS[request.implementation]
     op: Op = request.op  # type: ignore[assignment]
     passes: Pass = request.passes  # type: ignore[assignment]
-    load, counts = _load(case, distribution)
+    load, counts = load_of(case, distribution)
     if implementation.is_dense:
         load = Load(case.tokens * case.choices, 1)
     floor_op: Op = "expert_mlp" if implementation.is_dense and op == "layer" else op
@@ -124,7 +124,7 @@ def summarise(request: Request, distribution: str, cost: Cost, compiled: Compile
     )
 
 
-def _load(case: Case, distribution: str) -> tuple[Load, Counts]:
+def load_of(case: Case, distribution: str) -> tuple[Load, Counts]:
     """What finds room, and how much of it each expert gets."""
     groups = draw_experts(case, distribution).reshape(case.groups, -1)
     wanted = np.stack([np.bincount(group, minlength=case.experts) for group in groups])
