@@ -100,7 +100,7 @@ def small_tiles(length, count, width, itemsize, terms, chip):
     return GatherTiles(16, -(-length // 16), 16, -(-count // 16), width * itemsize // 512, 16, vmem=0)
 
 
-@pytest.mark.parametrize(("num_cores", "mode"), [(1, "eager"), (2, "on_wait")])
+@pytest.mark.parametrize(("num_cores", "mode"), [pytest.param(1, "eager", marks=pytest.mark.full), (2, "on_wait")])
 def test_with_simulated_memories_results_are_the_same_and_no_core_disturbs_the_other(monkeypatch, num_cores, mode):
     given = operands(CASES["two choices"], "bfloat16")
     expected = both("tpu", *given)
