@@ -6,7 +6,7 @@ They are plain but not naive: the same float32 router, the same capacity and Bat
 - one-hot: V-MoE's einsum dispatch through a [G, S, E, C] tensor; its cost grows with the group
 - scatter: V-MoE's other way, scatter to [G, E, C, D] and gather back
 - ragged_dot, megablox, mosaic, tokamax: a sort by expert, then `jax.lax.ragged_dot`, JAX's Pallas kernels for TPU and
-  for Hopper, or tokamax
+  for Hopper, or tokamax; tokamax-v2 is its newer kernel for TPUs
 """
 
 import importlib
@@ -273,15 +273,23 @@ def _megablox_why_not(case: Case, dtype: str, platform: str) -> str | None:
     return None if platform == "tpu" else f"is for TPUs, not for {platform}"
 
 
-def _tokamax(rows: Array, weight: Array, sizes: Array) -> Array:
-    tokamax = importlib.import_module("tokamax")
-    return tokamax.ragged_dot(rows, weight, group_sizes=sizes)
+def _tokamax(implementation: str) -> Matmul:
+    def matmul(rows: Array, weight: Array, sizes: Array) -> Array:
+        tokamax = importlib.import_module("tokamax")
+        # Left to itself, it looks for a TPU in this machine and takes XLA's ragged dot where it finds none.
+        return tokamax.ragged_dot(rows, weight, group_sizes=sizes, implementation=implementation)
+
+    return matmul
 
 
 def _tokamax_why_not(case: Case, dtype: str, platform: str) -> str | None:
     if importlib.util.find_spec("tokamax") is None:
         return "is not installed (pip install tokamax; it needs Python 3.12)"
     return None if platform in ("tpu", "gpu") else f"has no kernel for {platform}"
+
+
+def _tokamax_v2_why_not(case: Case, dtype: str, platform: str) -> str | None:
+    return _tokamax_why_not(case, dtype, platform) if platform == "tpu" else f"is for TPUs, not for {platform}"
 
 
 def mosaic_matmul(rows: Array, weight: Array, sizes: Array) -> Array:
@@ -334,5 +342,6 @@ PEERS = (
     _after_sort("ragged_dot", _ragged_dot, _ragged_dot_rows, _ragged_dot_why_not),
     _after_sort("megablox", megablox_matmul, _tiles_visited, _megablox_why_not),
     _after_sort("mosaic", mosaic_matmul, _tiles_visited, _mosaic_why_not),
-    _after_sort("tokamax", _tokamax, lambda case, counts, setting: None, _tokamax_why_not),
+    _after_sort("tokamax", _tokamax("mosaic"), lambda case, counts, setting: None, _tokamax_why_not),
+    _after_sort("tokamax-v2", _tokamax("mosaic_tpu_v2"), lambda case, counts, setting: None, _tokamax_v2_why_not),
 )

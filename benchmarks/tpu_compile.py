@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,23 +23,29 @@ _TEXTS = "final_bundles"
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to compile: names from the tables of cases, implementations and chips; passes are forward or both."""
+    """What to compile: names from the tables of cases, implementations and chips; passes are forward or both.
+
+    How tokens spread over experts is no part of it: it changes values, never a program.
+    """
 
     chip: str
     implementation: str
     op: str
     passes: str
     case: str
-    distribution: str
     dtype: str
+
+
+Steering = tuple[str, dict[int, list[int]]]
+"""A kernel's name, and the values of its integer operands by their index."""
 
 
 class Compiled(NamedTuple):
     """What the compiler says. `texts` holds the final bundles by instruction; the top level is called TLP."""
 
     texts: dict[str, str]
-    steering: list[tuple[str, dict[int, list[int]]]]
-    """Values of the integer operands of every Pallas kernel, in the program's order."""
+    steering: dict[str, list[Steering]]
+    """For each distribution that was asked for: what steers every Pallas kernel, in the program's order."""
     temp_bytes: int
     compile_seconds: float
     estimated_seconds: float
@@ -49,8 +56,8 @@ class CompileError(RuntimeError):
     """The compiler, or the implementation, refused; the message is the last line that it said."""
 
 
-def compile_for_tpu(request: Request, timeout: float = 900) -> Compiled:
-    """Compile in a child process. Raises CompileError with the reason if that fails."""
+def compile_for_tpu(request: Request, distributions: Sequence[str], timeout: float = 900) -> Compiled:
+    """Compile once, for all distributions, in a child process. Raises CompileError with the reason if that fails."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={_TEXTS}"
         # Equal fusions would share one text under the name of the first.
@@ -64,7 +71,12 @@ def compile_for_tpu(request: Request, timeout: float = 900) -> Compiled:
             "TPU_WORKER_HOSTNAMES": "localhost",
             "LIBTPU_INIT_ARGS": flags,
         }
-        command = [sys.executable, "-m", "benchmarks.tpu_compile", json.dumps(dataclasses.asdict(request))]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.tpu_compile",
+            json.dumps([dataclasses.asdict(request), *distributions]),
+        ]
         try:
             done = subprocess.run(
                 command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
@@ -75,7 +87,12 @@ def compile_for_tpu(request: Request, timeout: float = 900) -> Compiled:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             raise CompileError(lines[-1] if lines else f"exit status {done.returncode}")
         said = json.loads(done.stdout.splitlines()[-1])
-        steering = [(name, {int(k): v for k, v in operands.items()}) for name, operands in said.pop("steering")]
+        steering = {
+            distribution: [
+                (name, {int(index): values for index, values in operands.items()}) for name, operands in calls
+            ]
+            for distribution, calls in said.pop("steering").items()
+        }
         return Compiled(texts=_read_texts(Path(folder)), steering=steering, **said)
 
 
@@ -90,31 +107,20 @@ def _read_texts(folder: Path) -> dict[str, str]:
     return texts
 
 
-def _compile(request: Request) -> dict[str, Any]:
+def _compile(request: Request, distributions: Sequence[str]) -> dict[str, Any]:
     """In the child: trace for the chip's mesh, compile, and compute what steers the kernels."""
     import jax
-    import jax.numpy as jnp
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from benchmarks.cases import CASES, Inputs, draw_experts, imposing_noise, make_inputs
-    from benchmarks.jobs import make_job, prepare
+    from benchmarks.cases import CASES
     from benchmarks.tpu_chips import CHIPS
     from benchmarks.tpu_implementations import IMPLEMENTATIONS
     from benchmarks.tpu_operands import steering_operands
 
-    case, implementation = CASES[request.case], IMPLEMENTATIONS[request.implementation]
-    if reason := implementation.why_not(case, request.dtype, "tpu"):
+    if reason := IMPLEMENTATIONS[request.implementation].why_not(CASES[request.case], request.dtype, "tpu"):
         raise CompileError(reason)
-    expert = draw_experts(case, request.distribution)
-    noise = imposing_noise(case, expert)
-    shapes = jax.eval_shape(lambda: make_inputs(case, request.distribution, request.dtype)._replace(expert=None))
-    # Only what decides where tokens go needs its values; zeros of this kind cost no memory until they are read.
-    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), shapes)
-    inputs = Inputs(*zeros)._replace(noise=jnp.asarray(noise), expert=expert)
-    gate = np.take_along_axis(np.asarray(jax.nn.softmax(noise, axis=1)), expert, axis=1)
-    prepared = prepare(make_job(request.op, implementation, case, inputs, gate), request.passes)  # type: ignore[arg-type]
-
+    prepared = _prepare(request, distributions[0])
     topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[request.chip].topology)
     mesh = Mesh(np.array(topology.devices[:1]), ("device",))
     everywhere = PartitionSpec()
@@ -131,15 +137,45 @@ def _compile(request: Request) -> dict[str, Any]:
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    steering = steering_operands(traced.jaxpr, jax.tree.leaves(prepared.arguments))
     assert memory is not None, "the TPU compiler says what a program needs"
+    steering = {}
+    for distribution in distributions:
+        values = _prepare(request, distribution).arguments
+        steering[distribution] = [
+            (found.kernel, {index: operand.tolist() for index, operand in found.operands.items()})
+            for found in steering_operands(traced.jaxpr, jax.tree.leaves(values))
+        ]
     return {
-        "steering": [(s.kernel, {k: v.tolist() for k, v in s.operands.items()}) for s in steering],
+        "steering": steering,
         "temp_bytes": int(memory.temp_size_in_bytes),
         "compile_seconds": seconds,
         "estimated_seconds": float(costs.get("optimal_seconds", float("nan"))),
     }
 
 
+def _prepare(request: Request, distribution: str) -> Any:
+    """The program and its arguments; only those that decide where tokens go have their values."""
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks.cases import CASES, Inputs, draw_experts, imposing_noise, make_inputs
+    from benchmarks.jobs import make_job, prepare
+    from benchmarks.tpu_implementations import IMPLEMENTATIONS
+
+    case, implementation = CASES[request.case], IMPLEMENTATIONS[request.implementation]
+    expert = draw_experts(case, distribution)
+    noise = imposing_noise(case, expert)
+    shapes = jax.eval_shape(lambda: make_inputs(case, distribution, request.dtype)._replace(expert=None))
+    # Zeros of this kind cost no memory until they are read.
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), shapes)
+    inputs = Inputs(*zeros)._replace(noise=jnp.asarray(noise), expert=expert)
+    gate = np.take_along_axis(np.asarray(jax.nn.softmax(noise, axis=1)), expert, axis=1)
+    job = make_job(request.op, implementation, case, inputs, gate)  # type: ignore[arg-type]
+    return prepare(job, request.passes)  # type: ignore[arg-type]
+
+
 if __name__ == "__main__":
-    print(json.dumps(_compile(Request(**json.loads(sys.argv[1])))))
+    asked, *names = json.loads(sys.argv[1])
+    # tokamax reads its own options there; else the gradients of its kernels want a TPU in this machine.
+    sys.argv.append("--tokamax_cross_compile")
+    print(json.dumps(_compile(Request(**asked), names)))

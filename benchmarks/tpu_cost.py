@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from benchmarks.tpu_bundles import Program, parse
 from benchmarks.tpu_chips import GRANULE, Chip
-from benchmarks.tpu_compile import Compiled
+from benchmarks.tpu_compile import Compiled, Steering
 from benchmarks.tpu_schedule import Run, run
 
 _TOP = "TLP"
@@ -32,6 +32,8 @@ class Part(NamedTuple):
     hbm_bytes: float
     row_copies: int
     unknown_branches: int
+    matmul_bundles: int = 0
+    """Those of `bundles` that lie in straight pieces of code with a matmul."""
 
     @property
     def seconds(self) -> float:
@@ -61,16 +63,20 @@ class Cost(NamedTuple):
         return self.seconds + sum(max(0.0, 1e-9 * nanoseconds * p.row_copies - p.seconds) for p in self.parts)
 
 
-def module_cost(compiled: Compiled, chip: Chip) -> Cost:
-    """Model a compiled program."""
-    programs = {name: parse(text) for name, text in compiled.texts.items()}
+def read_programs(compiled: Compiled) -> dict[str, Program]:
+    """The scalar programs of a compiled module's instructions."""
+    return {name: parse(text) for name, text in compiled.texts.items()}
+
+
+def module_cost(programs: Mapping[str, Program], steering: Sequence[Steering], chip: Chip) -> Cost:
+    """Model the programs of a compiled module, with what steers its kernels."""
     delay = min(d for program in programs.values() if (d := program.branch_delay()) is not None)
-    steering = _steering_by_instruction(programs, compiled.steering)
+    operands = _steering_by_instruction(programs, steering)
     top = run(programs[_TOP], delay)
     parts = [part_cost(_TOP, 1, [top], chip)]
     for name, trips in top.calls.items():
         if name in programs:
-            parts.append(part_cost(name, trips, _runs(programs[name], delay, steering.get(name), chip), chip))
+            parts.append(part_cost(name, trips, _runs(programs[name], delay, operands.get(name), chip), chip))
     # Copies of the top level run beside the instructions.
     beside, serial = parts[0].hbm_seconds, [parts[0]._replace(hbm_seconds=0.0), *parts[1:]]
     hbm = sum(part.hbm_seconds for part in serial) + beside
@@ -123,11 +129,12 @@ def part_cost(name: str, trips: int, runs: Sequence[Run], chip: Chip) -> Part:
         hbm_bytes=copied,
         row_copies=trips * sum(count for kind, size, count in copies if 0 < size <= ROW_BYTES and "smem" not in kind),
         unknown_branches=max(ran.unknown_branches for ran in runs),
+        matmul_bundles=trips * max(ran.matmul_bundles for ran in runs),
     )
 
 
 def _steering_by_instruction(
-    programs: Mapping[str, Program], steering: Sequence[tuple[str, Mapping[int, Sequence[int]]]]
+    programs: Mapping[str, Program], steering: Sequence[Steering]
 ) -> dict[str, Mapping[int, Sequence[int]]]:
     """Give each kernel its integer operands: those whose name (where it has one), indices and lengths fit.
 
@@ -149,5 +156,10 @@ def _steering_by_instruction(
 
 
 def _natural(name: str) -> tuple[str, int]:
-    base, _, number = name.rpartition(".")
-    return (base, int(number)) if number.isdigit() else (name, -1)
+    """An instruction's name without what the compiler puts behind it: a number and, newer ones, an operand's name.
+
+    >>> _natural("gather_rows.12.refs_10_"), _natural("gather_rows")
+    (('gather_rows', 12), ('gather_rows', -1))
+    """
+    base, *rest = name.split(".")
+    return base, next((int(part) for part in rest if part.isdigit()), -1)

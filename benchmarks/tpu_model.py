@@ -41,9 +41,9 @@ from benchmarks.results import commit, versions  # noqa: E402
 from benchmarks.roofline import OPS, Pass  # noqa: E402
 from benchmarks.tpu_chips import CHIPS  # noqa: E402
 from benchmarks.tpu_compile import CompileError, Request, compile_for_tpu  # noqa: E402
-from benchmarks.tpu_cost import module_cost  # noqa: E402
+from benchmarks.tpu_cost import module_cost, read_programs  # noqa: E402
 from benchmarks.tpu_implementations import IMPLEMENTATIONS, OURS  # noqa: E402
-from benchmarks.tpu_report import HEADER, Modelled, line, summarise  # noqa: E402
+from benchmarks.tpu_report import HEADER, Modelled, against_peers, line, part_line, summarise  # noqa: E402
 
 _PASSES: tuple[Pass, ...] = ("forward", "both")
 _CHIP = flags.DEFINE_multi_enum("chip", ["v6e"], list(CHIPS), "TPU; this and the next five may be given several times.")
@@ -52,49 +52,79 @@ _OP = flags.DEFINE_multi_enum(
     "op", None, OPS, "Operation. Default: the layer of everybody, and the operations of ours."
 )
 _PASS = flags.DEFINE_multi_enum("pass", list(_PASSES), _PASSES, "Forward, or forward and backward.")
-_DISTRIBUTION = flags.DEFINE_multi_enum("distribution", ["balanced"], DISTRIBUTIONS, "Spread of tokens over experts.")
+_DISTRIBUTION = flags.DEFINE_multi_enum("distribution", list(DISTRIBUTIONS), DISTRIBUTIONS, "Tokens over experts.")
 _IMPLEMENTATION = flags.DEFINE_multi_enum("implementation", None, list(IMPLEMENTATIONS), "Default: all that can run.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Of tokens and weights.")
 _PARTS = flags.DEFINE_integer("parts", 0, "Also print this many of the slowest instructions.", lower_bound=0)
 _JSON = flags.DEFINE_string("json", None, "File to which one JSON object a line is appended.")
 
 
-def requests() -> Iterator[Request]:
-    """What the flags ask for, one problem after the other; the layer of everybody first."""
+def problems() -> Iterator[list[Request]]:
+    """What the flags ask for, a list of programs of one problem at a time; the layer of everybody first."""
     ours = {implementation.name for implementation in OURS}
     for chip in _CHIP.value:
         for case in _CASE.value:
-            for distribution in _DISTRIBUTION.value:
-                for op in _OP.value or ("layer", *(op for op in OPS if op != "layer")):
-                    for passes in _PASS.value if op != "plan" else ["forward"]:
-                        for name, implementation in IMPLEMENTATIONS.items():
-                            chosen = name in (_IMPLEMENTATION.value or IMPLEMENTATIONS)
-                            shown = _OP.value or op == "layer" or name in ours
-                            if chosen and shown and op in implementation.operations:
-                                yield Request(chip, name, op, passes, case, distribution, _DTYPE.value)
+            for op in _OP.value or ("layer", *(op for op in OPS if op != "layer")):
+                for passes in _PASS.value if op != "plan" else ["forward"]:
+                    yield [
+                        Request(chip, name, op, passes, case, _DTYPE.value)
+                        for name, implementation in IMPLEMENTATIONS.items()
+                        if name in (_IMPLEMENTATION.value or IMPLEMENTATIONS)
+                        and (_OP.value or op == "layer" or name in ours)
+                        and op in implementation.operations
+                    ]
 
 
-def model(request: Request) -> Modelled:
-    """Compile one program and model it. Raises CompileError if it does not compile."""
-    compiled = compile_for_tpu(request)
-    cost = module_cost(compiled, CHIPS[request.chip])
-    return summarise(request, cost, compiled.temp_bytes, compiled.compile_seconds, compiled.estimated_seconds)
+def model(request: Request) -> dict[str, Modelled]:
+    """Compile one program and model it for every distribution.
+
+    Raises CompileError if it does not compile, and RuntimeError if its scalar program hangs on what nobody knows here
+    (XLA's own kernel for a ragged dot computes its tiles inside the compiled program).
+    """
+    compiled = compile_for_tpu(request, _DISTRIBUTION.value)
+    programs = read_programs(compiled)
+    return {
+        distribution: summarise(
+            request, distribution, module_cost(programs, compiled.steering[distribution], CHIPS[request.chip]), compiled
+        )
+        for distribution in _DISTRIBUTION.value
+    }
 
 
-def report(request: Request, json_file: TextIO | None) -> Modelled | None:
-    """Model one program and print it; None, with the reason printed, if it does not compile."""
-    try:
-        result = model(request)
-    except CompileError as error:
-        print(f"{request.implementation:16s} not compiled: {error}", flush=True)
-        return None
+def report(requests: list[Request], json_file: TextIO | None) -> list[Modelled]:
+    """Model a problem's programs and print a table for each distribution, the first one as its lines come."""
+    made: dict[str, dict[str, Modelled] | RuntimeError] = {}
+    for distribution in _DISTRIBUTION.value:
+        first = requests[0]
+        words = ", ".join((first.case, distribution, first.dtype, first.chip))
+        print(f"\n{first.op} {first.passes}, {words} (modelled)\n{HEADER}")
+        for request in requests:
+            name = request.implementation
+            if name not in made:
+                try:
+                    made[name] = model(request)
+                except RuntimeError as error:
+                    made[name] = error
+            results = made[name]
+            if isinstance(results, RuntimeError):
+                stage = "compiled" if isinstance(results, CompileError) else "modelled"
+                print(f"{name:16s} not {stage}: {results}", flush=True)
+                continue
+            _show(results[distribution], json_file)
+    done = [result for result in made.values() if not isinstance(result, RuntimeError)]
+    for distribution in _DISTRIBUTION.value:
+        if text := against_peers([results[distribution] for results in done]):
+            print(text, flush=True)
+    return [result for results in done for result in results.values()]
+
+
+def _show(result: Modelled, json_file: TextIO | None) -> None:
     print(line(result), flush=True)
     for part in result.parts[: _PARTS.value]:
-        print(f"    {part['us']:9.1f} us  {part['name']} (x {part['trips']}), bound by {part['bound']}", flush=True)
+        print(part_line(part), flush=True)
     if json_file is not None:
         json_file.write(result.to_json() + "\n")
         json_file.flush()
-    return result
 
 
 def main(argv: list[str]) -> int:
@@ -104,17 +134,13 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.WARNING)
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     print(f"modelled, nothing ran on a TPU; {packages}; commit {commit()}")
-    title, results = "", []
+    results = []
     with contextlib.ExitStack() as stack:
         json_file = stack.enter_context(open(_JSON.value, "a", encoding="utf-8")) if _JSON.value else None
-        for request in requests():
-            words = (request.case, request.distribution, request.dtype, request.chip)
-            new = f"{request.op} {request.passes}, {', '.join(words)}"
-            if new != title:
-                title = new
-                print(f"\n{title} (modelled)\n{HEADER}")
-            results.append(report(request, json_file))
-    return int(not any(results))
+        for requests in problems():
+            if requests:
+                results += report(requests, json_file)
+    return int(not results)
 
 
 if __name__ == "__main__":

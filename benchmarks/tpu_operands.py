@@ -12,9 +12,11 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
 # Primitives that are one more level of the same program, by the parameter that holds it.
-_INSIDE = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
+_INSIDE = ("jaxpr", "call_jaxpr", "fun_jaxpr", "fwd_jaxpr", "call")
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "shard_map", "custom_jvp_call")
-_CALLS += ("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call")
+_CALLS += ("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call", "remat_opt")
+# A kernel for one core or a grid of them, and one for all cores of a device (newer versions of JAX).
+_KERNELS = ("pallas_call", "mpmd_map")
 
 
 class Steering(NamedTuple):
@@ -71,7 +73,7 @@ def _walk(jaxpr: Any, consts: list[_Lazy], arguments: list[_Lazy], found: list[A
             consts = [_Lazy(lambda value=value: value) for value in getattr(inner, "consts", [])]
             outputs = _walk(getattr(inner, "jaxpr", inner), consts, inputs, found)
         else:
-            if name == "pallas_call":
+            if name in _KERNELS:
                 found.append((_kernel_name(equation), _integers(equation, inputs)))
             outputs = _outputs(equation, inputs)
         values |= dict(zip(equation.outvars, outputs, strict=True))

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -11,9 +12,9 @@ from benchmarks.implementations import Counts, Setting
 from benchmarks.results import commit, versions
 from benchmarks.roofline import EXPERT_MATMULS, Load, Op, Pass, work
 from benchmarks.tpu_chips import CHIPS, Chip
-from benchmarks.tpu_compile import Request
+from benchmarks.tpu_compile import Compiled, Request
 from benchmarks.tpu_cost import DESCRIPTOR_NANOSECONDS, Cost
-from benchmarks.tpu_implementations import IMPLEMENTATIONS
+from benchmarks.tpu_implementations import CHOSEN, IMPLEMENTATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +71,13 @@ def floor_seconds(op: Op, passes: Pass, case: Case, load: Load, chip: Chip, dtyp
     return max(4.0 * rows * width * expert_width / peak, moved / bandwidth)
 
 
-def summarise(request: Request, cost: Cost, temp_bytes: int, compile_seconds: float, estimate: float) -> Modelled:
+def summarise(request: Request, distribution: str, cost: Cost, compiled: Compiled) -> Modelled:
     """Set a modelled program against its definition."""
     case, chip = CASES[request.case], CHIPS[request.chip]
     implementation = IMPLEMENTATIONS[request.implementation]
     op: Op = request.op  # type: ignore[assignment]
     passes: Pass = request.passes  # type: ignore[assignment]
-    load, counts = _load(case, request.distribution)
+    load, counts = load_of(case, distribution)
     if implementation.is_dense:
         load = Load(case.tokens * case.choices, 1)
     floor_op: Op = "expert_mlp" if implementation.is_dense and op == "layer" else op
@@ -90,20 +91,20 @@ def summarise(request: Request, cost: Cost, temp_bytes: int, compile_seconds: fl
         op=op,
         passes=passes,
         case=case.name,
-        distribution=request.distribution,
+        distribution=distribution,
         dtype=request.dtype,
         implementation=implementation.name,
         chip=chip.name,
         modelled_us=1e6 * cost.seconds,
         modelled_us_by_descriptor_ns={ns: 1e6 * cost.with_descriptors(ns) for ns in DESCRIPTOR_NANOSECONDS},
-        xla_estimate_us=1e6 * estimate,
+        xla_estimate_us=1e6 * compiled.estimated_seconds,
         times_floor=cost.seconds / floor_seconds(floor_op, passes, case, load, chip, request.dtype),
         useful_macs=useful / cost.macs if useful is not None and cost.macs else None,
         useful_rows=load.rows / computed if computed is not None and op in EXPERT_MATMULS else None,
         times_least_bytes=cost.hbm_bytes / least.bytes,
         row_copies=sum(part.row_copies for part in cost.parts),
-        temp_bytes=temp_bytes,
-        compile_seconds=compile_seconds,
+        temp_bytes=compiled.temp_bytes,
+        compile_seconds=compiled.compile_seconds,
         unknown_branches=cost.unknown_branches,
         missing=cost.missing,
         parts=[
@@ -115,18 +116,50 @@ def summarise(request: Request, cost: Cost, temp_bytes: int, compile_seconds: fl
                 "us": 1e6 * part.seconds,
                 "mxu_us": 1e6 * part.mxu_seconds,
                 "hbm_us": 1e6 * part.hbm_seconds,
+                "hbm_bytes": part.hbm_bytes,
+                "matmul_us": part.matmul_bundles / (1e3 * chip.gigahertz),
             }
             for part in cost.parts
         ],
     )
 
 
-def _load(case: Case, distribution: str) -> tuple[Load, Counts]:
+def load_of(case: Case, distribution: str) -> tuple[Load, Counts]:
     """What finds room, and how much of it each expert gets."""
     groups = draw_experts(case, distribution).reshape(case.groups, -1)
     wanted = np.stack([np.bincount(group, minlength=case.experts) for group in groups])
     kept = np.minimum(wanted, case.capacity).sum(axis=0)
     return Load(int(kept.sum()), int((kept > 0).sum())), Counts(kept, wanted.sum(axis=0))
+
+
+def against_peers(results: Sequence[Modelled]) -> str:
+    """How the layer that users get compares with everybody else, the fastest of them first; empty without both.
+
+    >>> against_peers([])
+    ''
+    """
+    ours = next((result for result in results if result.implementation == CHOSEN.name), None)
+    dense = {name for name, implementation in IMPLEMENTATIONS.items() if implementation.is_dense}
+    others = sorted((r for r in results if r is not ours), key=lambda r: (r.implementation in dense, r.modelled_us))
+    if ours is None or not others:
+        return ""
+    ratios = ", ".join(f"{ours.modelled_us / other.modelled_us:.2f} of {other.implementation}" for other in others)
+    words = f"{ours.op} {ours.passes}, {ours.case}, {ours.distribution}, {ours.chip}"
+    return f"{words}: {ours.implementation} takes {ratios} (modelled)"
+
+
+def part_line(part: Mapping[str, float | int | str]) -> str:
+    """An instruction with its three limits; of one with matmuls, cycles of its matmul code over the MXU's floor.
+
+    >>> limits = {"us": 9.0, "mxu_us": 4.0, "hbm_us": 2.0, "matmul_us": 5.0}
+    >>> part_line({"name": "x", "trips": 1, "bound": "bundles"} | limits)
+    '          9.0 us  x (x 1), bound by bundles; MXU 4.0, HBM 2.0; its matmul code 1.25 of the MXU floor'
+    """
+    text = f"    {part['us']:9.1f} us  {part['name']} (x {part['trips']}), bound by {part['bound']}"
+    text += f"; MXU {part['mxu_us']:.1f}, HBM {part['hbm_us']:.1f}"
+    if isinstance(mxu := part["mxu_us"], float) and isinstance(code := part["matmul_us"], float) and mxu:
+        text += f"; its matmul code {code / mxu:.2f} of the MXU floor"
+    return text
 
 
 HEADER = (

@@ -33,6 +33,8 @@ class Run(NamedTuple):
     """Rows that the matrix units take in."""
     places: int
     """A sum over the addresses of all copies, by which two cores with different work can be told apart."""
+    matmul_bundles: int = 0
+    """Bundles that ran in straight pieces of code that hold a matmul: the inside of a matmul loop."""
 
     @property
     def bundles(self) -> int:
@@ -263,5 +265,21 @@ def run(program: Program, delay: int, operands: Mapping[int, Sequence[int]] | No
     change[first] += 1
     change[size] -= 1
     counts = np.cumsum(change[:size])
-    rows = int(counts @ np.array([bundle.streamed_rows for bundle in bundles]))
-    return Run(counts, copies, calls, len(unknown), rows, places)
+    streamed = np.array([bundle.streamed_rows for bundle in bundles])
+    return Run(
+        counts,
+        copies,
+        calls,
+        len(unknown),
+        int(counts @ streamed),
+        places,
+        _beside_matmuls(program, delay, counts, streamed),
+    )
+
+
+def _beside_matmuls(program: Program, delay: int, counts: np.ndarray, streamed: np.ndarray) -> int:
+    """Bundles that ran between two places where control can come or go, if a matmul is among them."""
+    leaves = [index + delay + 1 for index, bundle in enumerate(program.bundles) if bundle.branch]
+    cuts = sorted({0, *program.regions.values(), *(index for index in leaves if index < len(counts))})
+    pieces = zip(np.add.reduceat(counts, cuts), np.add.reduceat(streamed, cuts), strict=True)
+    return int(sum(ran for ran, rows in pieces if rows))

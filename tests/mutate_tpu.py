@@ -36,6 +36,7 @@ MATMUL_POISON = tests(
 MATMUL_RACES = tests("test_tpu_races.py::test_a_grouped_matmul_has_no_races[block-1-on_wait-0-none]")
 PACKED_RACES = tests("test_tpu_races.py::test_a_grouped_matmul_has_no_races[packed, one chunk-1-on_wait-4-none]")
 TWO_CORES = tests("test_tpu_races.py::test_a_grouped_matmul_has_no_races[packed-2-on_wait-3-none]")
+MEMORIES = "test_with_simulated_memories_results_are_the_same_and_no_core_disturbs_the_other"
 
 ROWS, STEP, GRADIENTS = "tpu/rows.py", "tpu/step.py", "tpu/gradients.py"
 MLP_FORWARD, MLP_BACKWARD = "tpu/mlp.py", "tpu/mlp_backward.py"
@@ -187,6 +188,14 @@ MUTATIONS = {
     ),
     "cores share items": Mutant(
         TWO_CORES, Mutation("tpu/launch.py", "return core * self.items + item", "return core + item")
+    ),
+    "no piece for an expert that fills it": Mutant(
+        tests("test_tpu_mlp.py::test_the_shortest_piece_that_fills_the_mxu_holds_all_rows"),
+        Mutation(MLP_BACKWARD, "(count > shorter) & (count <= size)", "(count > shorter) & (count < size)"),
+    ),
+    "the second core gathers the tiles of the first": Mutant(
+        tests(f"test_tpu_permute.py::{MEMORIES}[2-on_wait]"),
+        Mutation("tpu/permute.py", "jnp.minimum(core * share + ", "jnp.minimum("),
     ),
 }
 

@@ -57,7 +57,9 @@ def test_blocks_cover_rows_and_columns_within_vmem(choose_tiles, layout, chip):
             assert tiles.num_chunks * tiles.chunk == tiles.padded >= expert_width
             assert tiles.padded <= max(1.07 * expert_width, expert_width + 127)
             rows = tiles.rows
-            assert rows.rows % rows.pieces[0] == 0 and rows.copied % 8 == 0
+            assert rows.rows % PIECE == 0 and rows.copied % 8 == 0
+            # Whatever an item's number of rows, its pieces end inside the place that it has in VMEM.
+            assert rows.rows >= max(computed_rows(n, rows, CHIPS[chip].depth) for n in range(1, rows.rows + 1, 5))
             assert rows.copied <= layout.num_rows and rows.copied <= rows.rows
             if layout.rows_per_expert is not None and one_item(layout, rows):
                 assert rows.copied == layout.rows_per_expert

@@ -186,6 +186,15 @@ def test_the_same_input_twice_gives_the_same_bits_and_vmap_is_one_after_the_othe
         jax.tree.map(lambda a, b, n=n: np.testing.assert_array_equal(b[n], a), one[2], together[2])
 
 
+def test_the_shortest_piece_that_fills_the_mxu_holds_all_rows():
+    """144 rows cost the matmuls over rows 256 of a depth of 128; an expert with at most 128 of them leaves out 16."""
+    rows = nasty.Rows(experts=3, rows_per_run=144, width=8, hidden=16)
+    tiles, target = tiles_of(rows, 144, (144, 16), 16), Target("TPU v5 lite", interpret=True)
+    given = nasty.operands(rows)
+    for size in [(129, 128, 0), (144, 1, 127)]:
+        check(rows, given, size, mlp(rows, tiles, target, "gelu_tanh", given, np.array(size, np.int32)))
+
+
 def test_without_rows_and_without_biases():
     rows = nasty.EMPTY
     given = nasty.operands(rows)

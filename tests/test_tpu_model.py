@@ -1,6 +1,7 @@
 """The modelled benchmark for TPUs: reading the compiler's bundles, running their scalar program, and the arithmetic."""
 
 import collections
+import dataclasses
 import doctest
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from benchmarks.roofline import Load
 from benchmarks.tpu_bundles import parse
 from benchmarks.tpu_chips import CHIPS
 from benchmarks.tpu_compile import Compiled, CompileError, Request, compile_for_tpu
-from benchmarks.tpu_cost import module_cost, part_cost
+from benchmarks.tpu_cost import module_cost, part_cost, read_programs
 from benchmarks.tpu_operands import steering_operands
-from benchmarks.tpu_report import floor_seconds, line, summarise
+from benchmarks.tpu_report import against_peers, floor_seconds, line, summarise
 from benchmarks.tpu_schedule import Run, run
 
 # A Pallas kernel for v5e: a grid of 4 steps with a window of 8 x 128 floats in and out; step i adds the window sizes[i]
@@ -149,10 +150,14 @@ TOP = """
 """
 
 
+def cost_of(texts, steering):
+    return module_cost({name: parse(text) for name, text in texts.items()}, steering, CHIPS["v5e"])
+
+
 def test_a_module_adds_up():
     texts = {"TLP": TOP, "sums.1": SAMPLE}
     steering = [("other", {0: [9, 9, 9, 9]}), ("sums", {0: [3, 0, 2, 1]})]
-    cost = module_cost(Compiled(texts, steering, 0, 0.0, 0.0), CHIPS["v5e"])
+    cost = cost_of(texts, steering)
     assert cost.missing == ("sort.2",) and cost.unknown_branches == 0
     by_name = {part.name: part for part in cost.parts}
     assert by_name["sums.1"].bundles == run(parse(SAMPLE), DELAY, {0: [3, 0, 2, 1]}).bundles
@@ -180,9 +185,9 @@ def test_chips_have_the_peaks_of_their_data_sheets():
 
 def test_a_line_says_what_is_missing():
     texts = {"TLP": TOP, "sums.1": SAMPLE}
-    cost = module_cost(Compiled(texts, [], 0, 0.0, 0.0), CHIPS["v5e"])
-    request = Request("v5e", "dense", "layer", "forward", "b16", "balanced", "bfloat16")
-    text = line(summarise(request, cost, 1_000_000, 2.0, 3e-6))
+    compiled = Compiled(texts, {"balanced": []}, 1_000_000, 2.0, 3e-6)
+    request = Request("v5e", "dense", "layer", "forward", "b16", "bfloat16")
+    text = line(summarise(request, "balanced", cost_of(texts, []), compiled))
     assert "2 branches or copies hang on unknown data" in text and "without a schedule: sort.2" in text
 
 
@@ -206,6 +211,37 @@ def test_steering_operands_are_computed_and_nothing_else():
     assert {index: values.tolist() for index, values in call.operands.items()} == {0: [1, 0, 2, 0]}
 
 
+def test_cycles_beside_matmuls():
+    """Of the bundles of a loop, those between two places where control can come or go, if a matmul is among them."""
+    text = """
+     0   :  { %s1_s0 = smov 0 }
+   0x1 LB: > { %s2_s0 = sadd.s32 1, %s1_s0  ;;  %s1_s0 = sphi %s1_s0, %s2_s0 } /* Start region 5 */
+   0x2   : > { %p3_p0 = scmp.ge.s32.totalorder %s2_s0, 4  ;;  %v9_v0 = vmatmul.bf16.gmra.mxu0 %v1_v1 }
+   0x3   :  { %9 = sbr.rel (!%p3_p0) target = $region5 }
+   0x4   : > {}
+   0x5   :  {}
+   0x6   :  {}
+"""
+    ran = run(parse(text), delay=1)
+    assert ran.bundles == 1 + 4 * 4 + 2 and ran.matmul_bundles == 4 * 4 and ran.streamed_rows == 4 * 16
+
+
+def test_peers_stand_in_the_order_of_their_time_and_dense_last():
+    def result(name, us):
+        texts = {"TLP": TOP, "sums.1": SAMPLE}
+        request = Request("v5e", name, "layer", "forward", "b16", "bfloat16")
+        made = summarise(request, "zipf", cost_of(texts, []), Compiled(texts, {}, 0, 1.0, 0.0))
+        return dataclasses.replace(made, modelled_us=us)
+
+    results = [
+        result(name, us) for name, us in (("dense", 2.0), ("one-hot", 8.0), ("moe_kernels", 4.0), ("megablox", 5.0))
+    ]
+    assert against_peers(results) == (
+        "layer forward, b16, zipf, v5e: moe_kernels takes 0.80 of megablox, 0.50 of one-hot, 2.00 of dense (modelled)"
+    )
+    assert against_peers(results[:2]) == ""
+
+
 @pytest.mark.parametrize(
     "module", [tpu_bundles, tpu_schedule, tpu_cost, tpu_operands, tpu_report], ids=lambda module: module.__name__
 )
@@ -224,9 +260,9 @@ def test_noise_imposes_the_experts():
 @pytest.mark.aot
 def test_a_grouped_matmul_issues_what_its_tiles_say():
     """megablox in tiles of 128 x 512 x 512 at D 768: 1.33 times the multiply-adds where groups are whole tiles."""
-    request = Request("v5e", "megablox", "grouped_matmul", "forward", "b16-8groups", "balanced", "bfloat16")
-    compiled = compile_for_tpu(request)
-    cost = module_cost(compiled, CHIPS["v5e"])
+    request = Request("v5e", "megablox", "grouped_matmul", "forward", "b16-8groups", "bfloat16")
+    compiled = compile_for_tpu(request, ["balanced"])
+    cost = module_cost(read_programs(compiled), compiled.steering["balanced"], CHIPS["v5e"])
     kernel = max(cost.parts, key=lambda part: part.macs)
     useful = 16_384 * 768 * 3_072
     assert kernel.macs == useful * 1024 / 768 and kernel.unknown_branches == 0
@@ -241,4 +277,4 @@ def test_a_grouped_matmul_issues_what_its_tiles_say():
 @pytest.mark.aot
 def test_a_refusal_is_an_error_with_its_reason():
     with pytest.raises(CompileError, match="needs a capacity"):
-        compile_for_tpu(Request("v5e", "one-hot", "layer", "forward", "llm-8x14336", "balanced", "bfloat16"))
+        compile_for_tpu(Request("v5e", "one-hot", "layer", "forward", "llm-8x14336", "bfloat16"), ["balanced"])

@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from moe_cases import FAST, Shape, assert_close, gates, plan_of
 from nasty_cases import POISONS
+from test_tpu_races import simulate
 
 from moe_kernels import combine, dispatch
 from moe_kernels.backends import choose, explain, problem_of
 from moe_kernels.backends.base import Problem
+from moe_kernels.backends.tiling import GatherTiles
+from moe_kernels.backends.tpu import permute
 from moe_kernels.types import Layout
 
 # One row, dropped choices in several groups, two choices, packed runs, more than a block of 512 rows.
@@ -41,21 +43,30 @@ def operands(shape, dtype, pattern="uniform"):
     return plan, tokens, rows, jnp.asarray(gate), dy, drows
 
 
-def compare(actual, expected, dtype):
+def compare(given, actual, expected, dtype, exact=False):
     eps = 2.0**-23 if dtype == "float32" else 2.0**-8
     names = ("rows", "dtokens", "tokens", "drows", "dgate")
     for name, found, wanted in zip(names, actual, expected, strict=True):
         assert found.dtype == wanted.dtype, name
         np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted), err_msg=name)
         found, wanted = (np.nan_to_num(np.asarray(a, np.float64)) for a in (found, wanted))
-        assert_close(found, wanted, length=found.shape[-1], name=name, eps=eps)
+        if name == "dgate":
+            # One float32 sum over the width, whatever the rows are, which may cancel.
+            plan, _, rows, _, dy, _ = (jax.tree.map(np.asarray, leaf) for leaf in given)
+            behind = np.append(np.abs(rows.astype(np.float64)), np.zeros((1, rows.shape[1])), axis=0)[plan.row]
+            scale = np.einsum("tkd,td->tk", behind, np.abs(dy.astype(np.float64)))
+            assert_close(found, wanted, length=rows.shape[1], name=name, roundings=1, scale=scale)
+        elif exact:
+            np.testing.assert_array_equal(found, wanted, err_msg=name)
+        else:
+            assert_close(found, wanted, length=found.shape[-1], name=name, eps=eps)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel_gathers_what_xla_gathers(name, dtype):
     given = operands(CASES[name], dtype)
-    compare(both("tpu", *given), both("xla", *given), dtype)
+    compare(given, both("tpu", *given), both("xla", *given), dtype)
 
 
 @pytest.mark.parametrize("poison", POISONS)
@@ -76,14 +87,32 @@ def test_what_is_not_finite_stays_where_it_belongs(poison):
     np.testing.assert_array_equal(np.delete(y, lost, axis=0), np.delete(clean[2], lost, axis=0))
 
 
-def test_with_simulated_memories_bits_are_the_same():
+def spans(target, plan, tokens, rows, gate, dy, drows):
+    """The same five arrays from the back end's own functions, for a device of any number of cores."""
+    out, _ = permute.dispatch_forward(target, None, tokens, plan)
+    (dtokens,) = permute.dispatch_backward(target, None, plan, drows)
+    y, saved = permute.combine_forward(target, None, rows, gate, plan)
+    return out, dtokens, y, *permute.combine_backward(target, None, saved, dy)
+
+
+def small_tiles(length, count, width, itemsize, terms, chip):
+    """Three tiles of 34 tokens, so that one of two cores has one less than the other."""
+    return GatherTiles(16, -(-length // 16), 16, -(-count // 16), width * itemsize // 512, 16, vmem=0)
+
+
+@pytest.mark.parametrize(("num_cores", "mode"), [pytest.param(1, "eager", marks=pytest.mark.full), (2, "on_wait")])
+def test_with_simulated_memories_results_are_the_same_and_no_core_disturbs_the_other(monkeypatch, num_cores, mode):
     given = operands(CASES["two choices"], "bfloat16")
     expected = both("tpu", *given)
-    parameters = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise", detect_races=True)
-    with pltpu.force_tpu_interpret_mode(parameters):
-        found = jax.jit(both.__wrapped__, static_argnums=0)("tpu", *given)
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(one, other)
+    monkeypatch.setattr(permute, "gather_tiles", small_tiles)
+
+    def run(target, given, size):
+        return spans(target, *given)
+
+    found, races = simulate(run, given, (), num_cores=num_cores, mode=mode)
+    # Tiles of another size: XLA adds up the products of a row in another order, and copies and weighs as before.
+    compare(given, found, expected, "bfloat16", exact=True)
+    assert not races
 
 
 def problem(width=768, dtype="bfloat16", tokens=16384, **facts):
@@ -98,7 +127,6 @@ def problem(width=768, dtype="bfloat16", tokens=16384, **facts):
         ({"width": 640 - 8}, "no multiple of 512"),
         ({"chip": "TPU v4"}, "do not fit 16 MiB of VMEM"),
         ({"tokens": 131072}, "of scalar memory"),
-        ({"num_cores": 2}, "one TensorCore, the device has 2"),
         ({"layout": None}, "layout of the rows is not known"),
         ({"dtype": "float16"}, "dtype float16"),
     ],

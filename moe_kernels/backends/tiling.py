@@ -124,8 +124,12 @@ def computed_rows(count: int, tiles: RowTiles, depth: int) -> int:
     return whole * tiles.pieces[0] + sum(size for n, size in enumerate(tiles.pieces) if bits >> n & 1)
 
 
-def _row_tiles(layout: Layout, chip: Chip) -> Iterator[RowTiles]:
-    """Ways to cut the rows, those that fetch weights least often first."""
+def _row_tiles(layout: Layout, chip: Chip, *, contracted: bool = False) -> Iterator[RowTiles]:
+    """Ways to cut the rows, those that fetch weights least often first.
+
+    Where matmuls contract over rows (weight gradients) the MXU takes them by its depth, so a piece of several is a
+    multiple of that: 272 rows would cost 384 of a depth of 128, and 544 cost 768 of 256.
+    """
     whole = max(layout.rows_per_expert or layout.num_rows, PIECE)
     parts = itertools.count(-(-whole // (MOST_ROWS if layout.rows_per_expert else MOST_PACKED)))
     previous = 0
@@ -136,9 +140,23 @@ def _row_tiles(layout: Layout, chip: Chip) -> Iterator[RowTiles]:
         previous = rows
         steps = -(-rows // chip.matmul_rows)
         piece = round_up(-(-rows // steps), PIECE)
+        if contracted and steps > 1 and piece >= chip.depth:
+            piece = piece // chip.depth * chip.depth
         held = round_up(rows, piece)
         sizes = pieces(piece) if layout.rows_per_expert is not None or chip.depth <= 128 else fine_pieces(piece)
+        if contracted:
+            held = _covered(rows, sizes, chip.depth)
         yield RowTiles(held, min(held, layout.rows_per_expert or layout.num_rows), sizes)
+
+
+def _covered(rows: int, sizes: tuple[int, ...], depth: int) -> int:
+    """Rows that pieces go over at most, for any number of rows up to `rows`.
+
+    >>> _covered(544, (256, 128, 64, 32, 16), 128), _covered(560, (256, 128, 64, 32, 16), 128)
+    (544, 576)
+    """
+    tiles = RowTiles(rows, rows, sizes)
+    return max(computed_rows(count, tiles, depth) for count in range(PIECE, rows + 1, PIECE))
 
 
 def _chunks(expert_width: int) -> Iterator[tuple[int, int]]:
@@ -151,9 +169,11 @@ def _chunks(expert_width: int) -> Iterator[tuple[int, int]]:
             yield chunk, padded
 
 
-def _choose(layout: Layout, expert_width: int, chip: Chip, need: Callable[[RowTiles, int], int]) -> Tiles | None:
+def _choose(
+    layout: Layout, expert_width: int, chip: Chip, need: Callable[[RowTiles, int], int], *, contracted: bool = False
+) -> Tiles | None:
     """The first way to cut the rows for which a chunk of F fits, and the largest chunk; None if nothing fits."""
-    options = list(_row_tiles(layout, chip))
+    options = list(_row_tiles(layout, chip, contracted=contracted))
     # All rows of an expert at once come before longer chunks: its weight gradients are then written once.
     for rows, enough in ((options[0], 256), *((rows, enough) for enough in (512, 256, 1) for rows in options)):
         for chunk, padded in _chunks(expert_width):
@@ -204,14 +224,14 @@ def mlp_backward_tiles(
     def need(rows: RowTiles, chunk: int) -> int:
         pair = lambda size: _bytes(width, chunk, size) + _bytes(chunk, width, size)  # noqa: E731
         out = weight_itemsize if one_item(layout, rows) else 4
-        sums = 0 if out == 4 else pair(4)
+        sums = 0 if out == 4 or straight(layout, rows) else pair(4)
         cast = pair(itemsize) if itemsize != weight_itemsize else 0
         biases = 4 * 8 * 4 * (round_up(chunk, 128) + round_up(width, 128))
         held = 4 * _bytes(rows.rows, width, itemsize) + _bytes(rows.rows, width, 4)
         values = 3 * _bytes(rows.pieces[0], chunk, 4) + 5 * _bytes(rows.pieces[0], width, 4) // 2
         return 2 * pair(weight_itemsize) + cast + 2 * pair(out) + sums + biases + held + values
 
-    return _choose(layout, expert_width, chip, need)
+    return _choose(layout, expert_width, chip, need, contracted=True)
 
 
 @functools.lru_cache
@@ -277,7 +297,7 @@ def matmul_backward_tiles(
         values += {"none": 0, "pointwise": 1, "gated": 4}[epilogue] * _bytes(rows.pieces[0], chunk, 4)
         return matrices * each + held + _bytes(rows.rows, width, 4) + values
 
-    return _choose(layout, expert_width, chip, need)
+    return _choose(layout, expert_width, chip, need, contracted=True)
 
 
 def one_item(layout: Layout, rows: RowTiles) -> bool:
@@ -287,6 +307,23 @@ def one_item(layout: Layout, rows: RowTiles) -> bool:
     True
     """
     return layout.rows_per_expert is not None and layout.rows_per_expert <= rows.rows
+
+
+def straight(layout: Layout, rows: RowTiles) -> bool:
+    """Whether every expert's rows are one item and one piece: then nothing of its weight gradients is added up."""
+    return one_item(layout, rows) and rows.rows == rows.pieces[0]
+
+
+def straight_pieces(rows: RowTiles, depth: int) -> tuple[int, ...]:
+    """Pieces of which one holds all rows of an expert: those that fill the MXU's depth, and all rows.
+
+    Matmuls that contract over rows take them by the depth, and loading weights takes as long as `depth` rows, so
+    anything in between would cost as much as the next one.
+
+    >>> straight_pieces(RowTiles(544, 544, (544, 272)), 256), straight_pieces(RowTiles(48, 48, (48, 32)), 256)
+    ((256, 512, 544), (48,))
+    """
+    return (*range(depth, rows.rows, depth), rows.rows)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,8 +80,6 @@ def _vmem_misfit(problem: Problem) -> str | None:
 
 def _gather_misfit(problem: Problem) -> str | None:
     layout, width, itemsize = problem.layout, problem.shape[-1], ITEMSIZES[problem.dtype]
-    if problem.platform == "tpu" and problem.num_cores > 1:
-        return f"the kernel runs on one TensorCore, the device has {problem.num_cores}"
     if layout is None:
         return "the layout of the rows is not known"
     if width == 0 or width * itemsize % ROW_BYTES:

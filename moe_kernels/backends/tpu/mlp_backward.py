@@ -2,9 +2,10 @@
 
 With `h = x w1 + b1`, `a = act(h)`: `dh = (dy w2ᵀ) act'(h)`, `dx = dh w1ᵀ`, `dw1 = xᵀ dh`, `dw2 = aᵀ dy`, `db1 = Σ dh`,
 `db2 = Σ dy`. Grid (core, item, chunk of F) as in the forward pass; `dx` is added up in float32 over chunks and leaves
-from the buffer that `dy` came in. Where one piece covers an item, weight gradients leave straight from the MXU; else
-they are added up in float32 over pieces and, for an expert of several items, over items through HBM. Rows that belong
-to no run are zeroed in `x` and in `dy` before any matmul. Biases' gradients leave as one sum an item.
+from the buffer that `dy` came in. Where an expert is one item of one piece, weight gradients leave straight from the
+MXU, and of pieces that fill its depth the shortest that holds the rows is taken; else they are added up in float32 over
+pieces and, for an expert of several items, over items through HBM. Rows that belong to no run are zeroed in `x` and in
+`dy` before any matmul. Biases' gradients leave as one sum an item.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.schedule import STARTS
-from moe_kernels.backends.tiling import Tiles, mlp_backward_tiles, one_item
+from moe_kernels.backends.tiling import Tiles, mlp_backward_tiles, one_item, straight, straight_pieces
 from moe_kernels.backends.tpu.activation import activate_and_slope
 from moe_kernels.backends.tpu.gradients import Gradient, Gradients, by_expert, gradient_dtype, gradient_slots
 from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, tiles_for, unflatten
@@ -55,10 +56,11 @@ def run_backward(
     cast = weights.w1.dtype != rows.dtype
     once = one_item(layout, tiles.rows)
     dtype, slots = gradient_dtype(weights.w1.dtype, once), gradient_slots(grid, once)
-    summed = dtype != jnp.float32
+    summed = dtype != jnp.float32 and not straight(layout, tiles.rows)
 
     def kernel(*refs: Any) -> None:
-        _Backward(tiles, static, grid, once, unflatten(refs[:NUM_SCALARS]), _Refs(*refs[NUM_SCALARS:])).run()
+        scalars, arrays = unflatten(refs[:NUM_SCALARS]), _Refs(*refs[NUM_SCALARS:])
+        _Backward(tiles, static, grid, once, target.facts.depth, scalars, arrays).run()
 
     hbm = pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)
     w1, b1, w2, _ = padded_weights(weights, tiles.padded)
@@ -151,6 +153,7 @@ class _Backward(NamedTuple):
     static: MlpStatic
     grid: Grid
     once: bool
+    depth: int
     scalars: Scalars
     refs: _Refs
 
@@ -226,18 +229,21 @@ class _Backward(NamedTuple):
             db1 = jnp.sum(dhidden.astype(jnp.float32), axis=0, keepdims=True)
             return dot(x, dhidden, (0, 0)), dot(activated.astype(x.dtype), dy, (0, 0)), db1
 
-        repeats, bits = pieces_of(self.scalars, at, rows)
-        starts = self.scalars.schedule.part[at] == STARTS
-        # One piece, and that the first or the only one of its kind: nothing to add up.
-        single = starts & (repeats == 1) & (bits <= 1) if rows.rows == rows.pieces[0] else None
-
-        def at_once() -> None:
-            g1, g2, db1 = gradients(0, rows.pieces[0])
+        def at_once(size: int) -> None:
+            g1, g2, db1 = gradients(0, size)
             dw1[...], dw2[...], refs.db1[0] = g1.astype(dw1.dtype), g2.astype(dw2.dtype), db1
 
+        if straight(self.static.layout, rows):
+            count, shorter = self.scalars.schedule.size[at], 0
+            for size in straight_pieces(rows, self.depth):
+                pl.when((count > shorter) & (count <= size))(lambda size=size: at_once(size))
+                shorter = size
+            return
+        repeats, bits = pieces_of(self.scalars, at, rows)
+        chunks = self._gradients()
+        sum1, sum2 = (weight.sums(out_slot) for weight in chunks.weights)
+
         def piecewise() -> None:
-            chunks = self._gradients()
-            sum1, sum2 = (weight.sums(out_slot) for weight in chunks.weights)
             chunks.begin(at, chunk, out_slot)
             refs.db1[...] = jnp.zeros(refs.db1.shape, jnp.float32)
 
@@ -247,11 +253,13 @@ class _Backward(NamedTuple):
                 sum2[...] += g2
                 refs.db1[0] += db1
 
-            over_pieces(repeats, bits, rows, add, first=single is None or not self.once)
+            over_pieces(repeats, bits, rows, add)
             chunks.finish(out_slot)
 
-        if single is None:
+        if rows.rows != rows.pieces[0]:
             piecewise()
-        else:
-            pl.when(single)(at_once)
-            pl.when(jnp.logical_not(single))(piecewise)
+            return
+        # One piece, and the first of its expert: nothing to add up.
+        single = (self.scalars.schedule.part[at] == STARTS) & (repeats == 1) & (bits <= 1)
+        pl.when(single)(lambda: at_once(rows.pieces[0]))
+        pl.when(jnp.logical_not(single))(piecewise)

@@ -1,14 +1,19 @@
 """Dispatch and combine as one kernel: gather rows from VMEM, weigh them, add them up.
 
-`out[m] = sum_k weight[m, k] * x[index[m, k]]` is dispatch (no weights), combine, and both of their derivatives. All of
-`x` is brought to VMEM first, in 32-bit words that hold a bfloat16 of the left half of a row and one of the right half;
-so a row is one sublane of D / 256 planes, which a single strided load fetches and a single strided store puts where the
-tile of results is assembled. The plane's distance is an odd multiple of 8 sublanes: 4 of them can be read at once.
-An index behind the last row reads zeros that lie there, so nothing is masked and nothing of another row can leak.
+`out[m] = sum_k weight[m, k] * x[index[m, k]]` is dispatch (no weights), combine, and both of their derivatives; the
+gates' gradient is `out[k, m] = <x[index[m, k]], dy[m]>` of the same rows. All of `x` is brought to VMEM first, in
+32-bit words that hold a bfloat16 of the left half of a row and one of the right half; so a row is one sublane of
+D / 256 planes, which a single strided load fetches and a single strided store puts where the tile of results is
+assembled. The plane's distance is an odd multiple of 8 sublanes: 4 of them can be read at once. An index behind the
+last row reads zeros that lie there, so nothing is masked and nothing of another row can leak.
+
+Grid (core, block of x or tile of results): where a device has two TensorCores, each reads all of x and makes half of
+the tiles.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -53,16 +58,13 @@ def combine_backward(
 ) -> tuple[Float[Array, "R D"], Float[Array, "T K"]]:
     """Cotangents of rows and gates: `drows = gate dy`, `dgate = <rows, dy>`."""
     rows, gate, plan = saved
+    choices = plan.layout.num_choices
     # The entry behind the last choice is the weight of unused rows.
     weight = jnp.append(gate.reshape(-1), jnp.float32(0))
-    drows = _gather(target, dtokens, plan.source // plan.layout.num_choices, 1, weight, plan.source)
-    dy = dtokens.astype(jnp.float32)
-    dgate = [
-        jnp.sum(_gather(target, rows, plan.row[:, choice], 1).astype(jnp.float32) * dy, axis=1)
-        for choice in range(plan.layout.num_choices)
-    ]
+    drows = _gather(target, dtokens, plan.source // choices, 1, weight, plan.source)
+    dgate = _gather(target, rows, plan.row.reshape(-1), choices, against=dtokens)
     # A dropped choice's gate has no influence on the output, also where dy is not finite (0 * NaN above).
-    return drows, jnp.where(plan.row < plan.layout.num_rows, jnp.stack(dgate, axis=1), jnp.float32(0))
+    return drows, jnp.where(plan.row < plan.layout.num_rows, dgate.T, jnp.float32(0))
 
 
 def _gather(
@@ -72,16 +74,20 @@ def _gather(
     terms: int,
     weight: Float[Array, " W"] | None = None,
     weight_index: Int[Array, " MK"] | None = None,
-) -> Float[Array, "M D"]:
+    against: Float[Array, "M D"] | None = None,
+) -> Float[Array, "..."]:
     """`out[m] = sum_k weight[m K + k] x[index[m K + k]]` over `terms` K; or with `weight[weight_index[m K + k]]`.
 
-    Terms whose index is N or more read zeros.
+    With `against`, instead, `out[k, m] = <x[index[m K + k]], against[m]>` in float32. Terms whose index is N or more
+    read zeros.
     """
     (length, width), count = x.shape, index.shape[0] // terms
     if length == 0 or count == 0:
-        return jnp.zeros((count, width), x.dtype)
+        return jnp.zeros((count, width), x.dtype) if against is None else jnp.zeros((terms, count), jnp.float32)
     tiles = gather_tiles(length, count, width, x.dtype.itemsize, terms, target.facts)
     assert tiles is not None, "refused by why_not"
+    cores = min(target.num_cores, tiles.outputs)
+    share = -(-tiles.outputs // cores)
     more, zeros = tiles.outputs * tiles.out - count, tiles.inputs * tiles.load
     # Whatever does not exist, rows of the last tile too, reads the zeros behind the last block that was loaded.
     scalars = [jnp.pad(jnp.where(index < length, index, zeros), (0, more * terms), constant_values=zeros)]
@@ -90,14 +96,38 @@ def _gather(
         if weight_index is not None:
             scalars.append(jnp.pad(weight_index, (0, more * terms), constant_values=weight.shape[0] - 1))
 
+    def loaded(core: Any, step: Any, *_: Any) -> tuple[Any, int]:
+        return jnp.minimum(step, tiles.inputs - 1), 0
+
+    def tile_of(core: Any, step: Any) -> Any:
+        """A core with fewer tiles than the other makes its last one twice."""
+        return jnp.minimum(core * share + jnp.maximum(step - tiles.inputs, 0), tiles.outputs - 1)
+
+    def tile(core: Any, step: Any, *_: Any) -> tuple[Any, int]:
+        return tile_of(core, step), 0
+
+    def columns(core: Any, step: Any, *_: Any) -> tuple[int, Any]:
+        return 0, tile_of(core, step)
+
     def kernel(*refs: Any) -> None:
-        *steering, x_ref, out_ref, data, picked, weights = refs
-        step = pl.program_id(0)
+        steering, (x_ref, *against_ref, out_ref, data, picked, weights) = refs[: len(scalars)], refs[len(scalars) :]
+        core, step = pl.program_id(0), pl.program_id(1)
         pl.when(step == 0)(lambda: _clear(tiles, data))
         pl.when(step < tiles.inputs)(lambda: _load(tiles, step, x_ref, data))
-        first = (step - tiles.inputs) * tiles.out
-        pl.when(step >= tiles.inputs)(lambda: _pick(tiles, terms, first, steering, data, picked, weights))
-        pl.when(step >= tiles.inputs)(lambda: _finish(tiles, terms, len(steering) > 1, picked, weights, out_ref))
+
+        @pl.when(step >= tiles.inputs)
+        def _() -> None:
+            _pick(tiles, terms, tile_of(core, step) * tiles.out, steering, data, picked, weights)
+            if against is None:
+                _add_up(tiles, terms, len(steering) > 1, picked, weights, out_ref)
+            else:
+                _multiply(tiles, terms, picked, against_ref[0], out_ref)
+
+    by_tile, by_column = pl.BlockSpec((tiles.out, width), tile), pl.BlockSpec((terms, tiles.out), columns)
+    if against is None:
+        out_shape = jax.ShapeDtypeStruct((count, width), x.dtype)
+    else:
+        out_shape = jax.ShapeDtypeStruct((terms, tiles.outputs * tiles.out), jnp.float32)
 
     @jax.custom_batching.sequential_vmap
     def run(*operands: Array) -> Array:
@@ -105,24 +135,27 @@ def _gather(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(scalars),
-                grid=(tiles.inputs + tiles.outputs,),
-                in_specs=[pl.BlockSpec((tiles.load, width), lambda i, *_: (jnp.minimum(i, tiles.inputs - 1), 0))],
-                out_specs=pl.BlockSpec((tiles.out, width), lambda i, *_: (jnp.maximum(i - tiles.inputs, 0), 0)),
+                grid=(cores, tiles.inputs + share),
+                in_specs=[pl.BlockSpec((tiles.load, width), loaded), *([] if against is None else [by_tile])],
+                out_specs=by_tile if against is None else by_column,
                 scratch_shapes=[
                     pltpu.VMEM((tiles.planes * tiles.stride, LANES), jnp.int32),
                     pltpu.VMEM((terms * tiles.planes * tiles.out_stride, LANES), jnp.int32),
                     pltpu.VMEM((terms * tiles.out if weight is not None else SUBLANES, LANES), jnp.float32),
                 ],
             ),
-            out_shape=jax.ShapeDtypeStruct((count, width), x.dtype),
+            out_shape=out_shape,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("arbitrary",), vmem_limit_bytes=min(target.facts.vmem, tiles.vmem + MIB)
+                dimension_semantics=("parallel", "arbitrary"),
+                vmem_limit_bytes=min(target.facts.vmem, tiles.vmem + MIB),
             ),
             interpret=target.interpret,
-            name="gather_rows",
+            name="gather_rows" if against is None else "gather_products",
         )(*operands)
 
-    return run(*scalars, x)
+    if against is None:
+        return run(*scalars, x)
+    return run(*scalars, x, against)[:, :count]
 
 
 def _clear(tiles: GatherTiles, data: Any) -> None:
@@ -171,19 +204,40 @@ def _pick(tiles: GatherTiles, terms: int, first: Any, steering: Any, data: Any, 
     jax.lax.fori_loop(0, tiles.out // tiles.unrolled, pick, None)
 
 
-def _finish(tiles: GatherTiles, terms: int, weighed: bool, picked: Any, weights: Any, out_ref: Any) -> None:
-    """Weigh, add up and write a tile."""
-    halves = 2 if out_ref.dtype == jnp.bfloat16 else 1
+def _values(tiles: GatherTiles, picked: Any, term: int, plane: int, half: int, halves: int) -> Float[Array, "M L"]:
+    """128 columns of the rows that a term picked for a tile, in float32."""
+    words = picked[pl.ds((term * tiles.planes + plane) * tiles.out_stride, tiles.out), :]
+    if halves == 2:
+        words = words & jnp.int32(-65536) if half else jax.lax.shift_left(words, jnp.full_like(words, 16))
+    return jax.lax.bitcast_convert_type(words, jnp.float32)
+
+
+def _columns(tiles: GatherTiles, dtype: Any) -> Iterator[tuple[int, int, int, slice]]:
+    """Plane, half and number of halves of every 128 columns, and where these lie in a row."""
+    halves = 2 if dtype == jnp.bfloat16 else 1
     for plane in range(tiles.planes):
         for half in range(halves):
-            total: Any = None
-            for term in range(terms):
-                words = picked[pl.ds((term * tiles.planes + plane) * tiles.out_stride, tiles.out), :]
-                if halves == 2:
-                    words = words & jnp.int32(-65536) if half else jax.lax.shift_left(words, jnp.full_like(words, 16))
-                value = jax.lax.bitcast_convert_type(words, jnp.float32)
-                if weighed:
-                    value = value * weights[pl.ds(term * tiles.out, tiles.out), :]
-                total = value if total is None else total + value
             column = (half * tiles.planes + plane) * LANES
-            out_ref[:, column : column + LANES] = total.astype(out_ref.dtype)
+            yield plane, half, halves, slice(column, column + LANES)
+
+
+def _add_up(tiles: GatherTiles, terms: int, weighed: bool, picked: Any, weights: Any, out_ref: Any) -> None:
+    """Weigh, add up and write a tile."""
+    for plane, half, halves, columns in _columns(tiles, out_ref.dtype):
+        total: Any = None
+        for term in range(terms):
+            value = _values(tiles, picked, term, plane, half, halves)
+            if weighed:
+                value = value * weights[pl.ds(term * tiles.out, tiles.out), :]
+            total = value if total is None else total + value
+        out_ref[:, columns] = total.astype(out_ref.dtype)
+
+
+def _multiply(tiles: GatherTiles, terms: int, picked: Any, against_ref: Any, out_ref: Any) -> None:
+    """Products of a tile's rows with those of another array, one number a row, along lanes."""
+    for term in range(terms):
+        total: Any = None
+        for plane, half, halves, columns in _columns(tiles, against_ref.dtype):
+            value = _values(tiles, picked, term, plane, half, halves) * against_ref[:, columns].astype(jnp.float32)
+            total = value if total is None else total + value
+        out_ref[pl.ds(term, 1), :] = jnp.sum(total.T, axis=0, keepdims=True)
