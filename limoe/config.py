@@ -52,7 +52,7 @@ def checked(name: str, value: object, kind: Any) -> Any:
     1.0
     """
     if kind is float and type(value) is int:
-        return float(value)  # 1 and 1.0 are one setting: equal JSON, equal digest
+        return float(value)  # 1 and 1.0 are one setting: equal JSON
     if not fits(value, kind):
         raise ConfigError(f"{name}={value!r} is not of the right type; use {type_name(kind)}")
     return value
