@@ -20,8 +20,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from limoe.analysis import IMAGE, TEXT, TopPatches, expert_modality
+from limoe.analysis import TopPatches, expert_modality
 from limoe.data import files
+from limoe.moe import IMAGE, TEXT
 
 MODALITIES = ("image", "text")
 # Okabe and Ito's palette.
