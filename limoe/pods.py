@@ -92,7 +92,7 @@ def find_pod(name: str, num_slices: int = 1) -> Pod:
 
     >>> find_pod("v5e:3x3")
     Traceback (most recent call last):
-    limoe.config.ConfigError: --topology=v5e:3x3 does not exist; v5e has v5e:2x2, v5e:2x4, ...
+    limoe.section.ConfigError: --topology=v5e:3x3 does not exist; v5e has v5e:2x2, v5e:2x4, ...
     """
     kind, _, dims = name.partition(":")
     if kind not in CHIPS:

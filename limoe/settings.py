@@ -15,12 +15,9 @@ from limoe.config import (
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
-    checked,
-    fits,
-    setting_types,
-    type_name,
 )
 from limoe.presets import preset
+from limoe.section import checked, fits, setting_types, type_name
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
@@ -114,7 +111,7 @@ def override(config: Config, settings: Sequence[str]) -> Config:
     7
     >>> override(tiny, ["optimizer.learning_rte=1e-4"])
     Traceback (most recent call last):
-    limoe.config.ConfigError: there is no setting 'optimizer.learning_rte'; did you mean optimizer.learning_rate?
+    limoe.section.ConfigError: there is no setting 'optimizer.learning_rte'; did you mean optimizer.learning_rate?
     """
     changes: dict[str, dict[str, Any]] = {}
     for text in settings:

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limoe.config import Config, ConfigError, ModelConfig, checked, setting_types
+from limoe.config import Config, ConfigError, ModelConfig
 from limoe.presets import PRESETS, preset
+from limoe.section import checked, setting_types
 from limoe.settings import SECTIONS, differences, from_json, override, settings_help, to_json
 
 TINY = preset("tiny")
