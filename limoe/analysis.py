@@ -5,12 +5,11 @@ image, 1 text), E experts, T tokens. Counts may be floats, as sums over devices 
 """
 
 import math
-from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 
-IMAGE, TEXT = 0, 1
+from limoe.moe import TEXT, expert_capacity
 
 
 class ExpertShares(NamedTuple):
@@ -97,22 +96,6 @@ def expert_modality(wanted: np.ndarray, *, purity: float = 0.9) -> tuple[tuple[s
     return tuple(tuple(map(name, *layer)) for layer in zip(preference.tolist(), unused.tolist(), strict=True))
 
 
-def effective_experts(probability: np.ndarray) -> np.ndarray:
-    """exp(H(p)) with p the mean of the gates: the effective number of experts, from sums of gates [..., E].
-
-    Sums of zero tokens have NaN (paper section 6).
-
-    >>> effective_experts(np.array([[5.0, 5.0, 5.0, 5.0], [3.0, 0.0, 0.0, 0.0]])).round(6)
-    array([4., 1.])
-    """
-    total = np.asarray(probability, np.float64)
-    if total.ndim == 0 or np.any(total < 0):
-        raise ValueError(f"probability must be sums [..., E] of at least 0, not {total.dtype} {list(total.shape)}")
-    every = total.sum(axis=-1, keepdims=True)
-    mean = np.divide(total, every, out=np.full(total.shape, np.nan), where=every > 0)
-    return np.exp(-np.sum(mean * np.log(np.where(mean > 0, mean, 1)), axis=-1))
-
-
 def success_rate_bound(num_experts: int, tokens_per_group: int, num_choices: int, capacity_factor: float) -> float:
     """Expected share of choices that a perfect router with independent tokens keeps (paper section 2).
 
@@ -129,10 +112,8 @@ def success_rate_bound(num_experts: int, tokens_per_group: int, num_choices: int
             f"num_experts={num_experts}, tokens_per_group={tokens_per_group} and num_choices={num_choices} must be at "
             "least 1, and no more choices than experts"
         )
-    if not (capacity_factor > 0 and math.isfinite(capacity_factor)):
-        raise ValueError(f"capacity_factor={capacity_factor} must be above 0 and finite")
     tokens, p = tokens_per_group, num_choices / num_experts
-    capacity = math.ceil(Fraction(str(capacity_factor)) * tokens * num_choices / num_experts)
+    capacity = expert_capacity(tokens, num_choices, num_experts, capacity_factor)
     mean = tokens * p
     if num_choices == num_experts or capacity >= tokens:
         return min(capacity / mean, 1.0)

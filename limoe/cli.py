@@ -27,6 +27,9 @@ _SET = flags.DEFINE_multi_string("set", [], "settings by name, key=value; severa
 _DATA = flags.DEFINE_string(
     "data", "", "shards to evaluate on (default: those of the run); a classes.json in the folder asks for zero-shot"
 )
+_PROBE_DATA = flags.DEFINE_string(
+    "probe-data", "", "eval: shards with a class each, for a linear probe of 10 images a class (default: no probe)"
+)
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object")
 _PROFILE = flags.DEFINE_integer(
     "profile", 0, "steps to trace with jax.profiler into WORKDIR/profile, after the first five; 0 = none", lower_bound=0
@@ -45,8 +48,8 @@ USAGE = """limoe: train and evaluate a language-image mixture of experts.
       embedded world, a few minutes on two CPU cores. The same command goes on with an interrupted run.
       On several hosts: the same command on each; TPU pods, Slurm and GKE are recognised, elsewhere add
       --coordinator=HOST:PORT --num-processes=P --process-id=0..P-1.
-  limoe eval --workdir=DIR [--data=SHARDS] [--json]
-      Evaluate the newest checkpoint: zero-shot classification and retrieval.
+  limoe eval --workdir=DIR [--data=SHARDS] [--probe-data=SHARDS] [--json]
+      Evaluate the newest checkpoint: zero-shot classification, retrieval, and, given labelled shards, a linear probe.
   limoe describe [--preset=tiny] [--set key=value ...] [--json]
       Parameters and FLOPs of a configuration; nothing is allocated.
   limoe plan --preset=h14 --topology=v5p:8x8x8 [--batch=PAIRS] [--set key=value ...] [--search] [--json]
@@ -163,7 +166,8 @@ def _evaluate(settings: list[str]) -> int:
 
     if _WORKDIR.value is None:
         raise UsageError("eval needs --workdir=DIR, the folder of a trained run")
-    result = evaluate_run(_WORKDIR.value, _DATA.value, say=lambda text: print(text, file=sys.stderr))
+    say = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    result = evaluate_run(_WORKDIR.value, _DATA.value, _PROBE_DATA.value, say=say)
     print(json.dumps(result) if _JSON.value else evaluation_text(result))
     return 0
 
@@ -184,12 +188,12 @@ def _plan(settings: list[str]) -> int:
     return 0
 
 
-_FLAGS = ("preset", "workdir", "set", "profile", "data", "json", "topology", "batch", "search")
+_FLAGS = ("preset", "workdir", "set", "profile", "data", "probe-data", "json", "topology", "batch", "search")
 _PROCESS_FLAGS = ("coordinator", "num-processes", "process-id")
 _FLAGS += _PROCESS_FLAGS
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], tuple[str, ...]]] = {
     "train": (_train, ("preset", "workdir", "set", "profile", *_PROCESS_FLAGS)),
-    "eval": (_evaluate, ("workdir", "data", "json")),
+    "eval": (_evaluate, ("workdir", "data", "probe-data", "json")),
     "describe": (_describe, ("preset", "set", "json")),
     "plan": (_plan, ("preset", "topology", "batch", "set", "search", "json")),
     "settings": (_settings, ("preset",)),

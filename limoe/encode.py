@@ -86,15 +86,23 @@ class Encoder:
         self.scale = float(np.exp(parameters["log_scale"]))
         return self
 
-    def images(self, images: np.ndarray) -> np.ndarray:
-        """Embeddings [N, P] of uint8 images [N, H, W, 3]."""
+    def images(self, images: np.ndarray, parameters: Parameters | None = None) -> np.ndarray:
+        """Embeddings [N, P] of uint8 images [N, H, W, 3], by these parameters if not by one's own."""
         text = np.ones((len(images), self._config.model.text_length), np.int32)
-        return self._all(images, text, "image")
+        return self._all(parameters or self.parameters, images, text, "image")
+
+    def image_features(self, images: np.ndarray) -> np.ndarray:
+        """What `images` are projected from: mean of their tokens, L2-normalised, [N, D]."""
+        kernel = self.parameters["image_projection"]["kernel"]
+        unprojected = {**self.parameters, "image_projection": {"kernel": jnp.eye(len(kernel), dtype=kernel.dtype)}}
+        return self.images(images, unprojected)
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings [N, P] of texts."""
         size = self._config.model.image_size
-        return self._all(np.zeros((len(texts), size, size, 3), np.uint8), self._tokenizer.encode(texts), "text")
+        return self._all(
+            self.parameters, np.zeros((len(texts), size, size, 3), np.uint8), self._tokenizer.encode(texts), "text"
+        )
 
     def assignments(self, images: np.ndarray, texts: Sequence[str]) -> tuple[Assignment, np.ndarray]:
         """First choice and gate of every token `[L, N, tokens]`, and the text ids [N, text tokens]."""
@@ -103,10 +111,8 @@ class Encoder:
         joined = [jnp.concatenate(field, axis=1)[:, : len(images)] for field in zip(*parts, strict=True)]
         return Assignment(*joined), text
 
-    def _all(self, images: np.ndarray, text: np.ndarray, which: str) -> np.ndarray:
-        parts = [
-            np.asarray(getattr(self._embed(self.parameters, *batch), which)) for batch in self._batches(images, text)
-        ]
+    def _all(self, parameters: Parameters, images: np.ndarray, text: np.ndarray, which: str) -> np.ndarray:
+        parts = [np.asarray(getattr(self._embed(parameters, *batch), which)) for batch in self._batches(images, text)]
         width = self._config.model.width
         return np.concatenate([*parts, np.zeros((0, width), np.float32)])[: len(images)]
 

@@ -10,16 +10,18 @@ from limoe import inputs, results
 from limoe.checkpoint import CheckpointError, Checkpoints
 from limoe.config import MeshConfig
 from limoe.encode import Encoder
+from limoe.evaluate import Probe
 from limoe.step import prepare
 from limoe.tokenizer import load_tokenizer
 from limoe.workdir import Workdir
 
 
-def evaluate_run(folder: str, data: str, *, say: Callable[[str], None]) -> dict[str, Any]:
+def evaluate_run(folder: str, data: str, probe_data: str = "", *, say: Callable[[str], None]) -> dict[str, Any]:
     """Evaluate a work folder's newest good checkpoint, dropless; a mapping with preset, step and all of `Scores`.
 
     `data` names shards (with classes.json for zero-shot classification); empty means the run's own evaluation data.
-    Nothing in the folder is changed. Raises CheckpointError without a checkpoint, and what reading raises.
+    `probe_data` names labelled shards of the same classes, which a linear probe learns from; its figures are None
+    without. Nothing in the folder is changed. Raises CheckpointError without a checkpoint, and what reading raises.
     """
     workdir = Workdir.existing(folder)
     config = replace(workdir.config, mesh=MeshConfig())  # one device is enough, whatever trained it
@@ -33,14 +35,16 @@ def evaluate_run(folder: str, data: str, *, say: Callable[[str], None]) -> dict[
     tokenizer = load_tokenizer(workdir.tokenizer, length=config.model.text_length)
     evaluation = results.read_evaluation_data(config, inputs.evaluation_folders(config, data))
     encoder = Encoder(training.graph, restored.state.parameters, config, tokenizer)
+    probe = results.probe(encoder, config, evaluation, probe_data)._asdict() if probe_data else {}
     scores = results.score(encoder, evaluation)
-    return {"preset": config.preset, "step": restored.step, "data": data, **scores._asdict()}
+    named = {f"probe_{name}": probe.get(name) for name in Probe._fields}
+    return {"preset": config.preset, "step": restored.step, "data": data, **scores._asdict(), **named}
 
 
 def evaluation_text(result: dict[str, Any]) -> str:
     """The result for a terminal.
 
-    >>> empty = {name: None for name in results.Scores._fields} | {"zero_shot_images": 0, "retrieval_pairs": 0}
+    >>> empty = dict.fromkeys([*results.Scores._fields, "probe_top1"]) | {"zero_shot_images": 0, "retrieval_pairs": 0}
     >>> print(evaluation_text(empty | {"preset": "tiny", "step": 10, "evaluation_bad_examples": 0}).splitlines()[0])
     tiny, step 10
     """
@@ -49,6 +53,11 @@ def evaluation_text(result: dict[str, Any]) -> str:
         lines.append(
             f"  zero-shot, {result['zero_shot_images']:,} images: top-1 {result['zero_shot_top1']:.1%}, "
             f"top-5 {result['zero_shot_top5']:.1%}, chance {result['zero_shot_chance']:.1%}"
+        )
+    if result["probe_top1"] is not None:
+        lines.append(
+            f"  linear probe, {result['probe_shots']} shots: top-1 {result['probe_top1']:.1%}, "
+            f"chance {result['probe_chance']:.1%}"
         )
     if result["image_to_text_r1"] is not None:
         for way in ("image_to_text", "text_to_image"):

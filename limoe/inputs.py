@@ -58,27 +58,38 @@ def evaluation_folders(config: Config, data: str) -> DataFolders:
     return data_folders(config)
 
 
+def ready_tokenizer(config: Config, path: Path) -> Tokenizer | None:
+    """The tokenizer at `path` if it is there, else the configured one, saved there; None if one has to be trained.
+
+    Raises ConfigError if it has more pieces than `model.vocab_size`, DataError if it cannot be read.
+    """
+    given = path if files.exists(path) else config.data.tokenizer
+    if not given:
+        return None
+    tokenizer = load_tokenizer(given, length=config.model.text_length)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {given} has {tokenizer.vocab_size} pieces, more than model.vocab_size="
+            f"{config.model.vocab_size}; set model.vocab_size={tokenizer.vocab_size}"
+        )
+    if given != path:
+        tokenizer.save(path)
+    return tokenizer
+
+
 def tokenizer_for(config: Config, path: Path, source: ShardSource) -> Tokenizer:
     """The tokenizer of a run: the one at `path` if it is there, else the configured or a newly trained one, saved
     there.
 
-    Raises ConfigError if it has more pieces than `model.vocab_size`, DataError if it cannot be read or trained.
+    Raises like `ready_tokenizer`, and DataError if it cannot be trained.
     """
-    length = config.model.text_length
-    if files.exists(path):
-        tokenizer = load_tokenizer(path, length=length)
-    elif config.data.tokenizer:
-        tokenizer = load_tokenizer(config.data.tokenizer, length=length)
-        tokenizer.save(path)
-    else:
+    tokenizer = ready_tokenizer(config, path)
+    if tokenizer is None:
         captions = source.captions(limit=TOKENIZER_CAPTIONS)
-        tokenizer = train_tokenizer(captions, vocab_size=config.model.vocab_size, length=length)
+        model = config.model
+        tokenizer = train_tokenizer(captions, vocab_size=model.vocab_size, length=model.text_length)
+        assert tokenizer.vocab_size <= model.vocab_size
         tokenizer.save(path)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, more than model.vocab_size={config.model.vocab_size}; "
-            f"set model.vocab_size={tokenizer.vocab_size}"
-        )
     return tokenizer
 
 

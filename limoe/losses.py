@@ -152,6 +152,13 @@ def auxiliary_terms(sums: RoutingSums, config: Config) -> AuxiliaryTerms:
 
     With `loss.aux_scope=batch` the sums of all groups are added first; with `group` each group has a loss of its own
     and the mean over groups is taken. Entropies in nats. A modality without tokens in a group contributes 0.
+
+    >>> from limoe.presets import preset
+    >>> one, even = jnp.ones((1, 1, 2)), jnp.ones((1, 1, 2, 8))  # a layer, a group, both modalities, eight experts
+    >>> sums = RoutingSums(8 * one, even, even, one, one, even, one)
+    >>> terms = auxiliary_terms(sums, preset("tiny"))
+    >>> float(terms.importance), float(terms.z), float(terms.local_text), float(terms.global_image)
+    (0.0, 0.125, 0.125, 0.0)
     """
     if config.loss.aux_scope == "batch":
         sums = RoutingSums(*(values.sum(axis=1, keepdims=True) for values in sums))
@@ -210,6 +217,11 @@ def total_loss(
     """The loss of the whole step from its embeddings and routing sums; a dense model has auxiliary terms 0.
 
     `mesh` says that the rows of the embeddings are split over all of its devices.
+
+    >>> from limoe.presets import preset
+    >>> terms = total_loss(jnp.eye(2), jnp.eye(2), None, jnp.float32(0.0), None, preset("tiny-dense"))
+    >>> round(float(terms.total), 4), float(terms.auxiliary_total)
+    (0.6931, 0.0)
     """
     if config.loss.contrastive == "sigmoid":
         assert bias is not None

@@ -64,7 +64,7 @@ def place(config: MeshConfig, devices: Sequence[Any] | None = None) -> Placement
     True
     >>> place(MeshConfig(expert=4096))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    limoe.config.ConfigError: mesh.slice=1 x mesh.data=1 x mesh.expert=4096 needs 4096 devices, but there are ...
+    limoe.section.ConfigError: mesh.slice=1 x mesh.data=1 x mesh.expert=4096 needs 4096 devices, but there are ...
     """
     here = jax.devices() if devices is None else devices
     needed, processes = config.num_devices, len({device.process_index for device in here})

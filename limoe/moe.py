@@ -20,6 +20,7 @@ from moe_kernels import (
     RoutingFigures,
     RoutingSums,
     entropy_of_mean,
+    expert_capacity,
     expert_parallel,
     moe_mlp,
     route,
@@ -38,6 +39,7 @@ __all__ = [
     "RoutingFigures",
     "RoutingSums",
     "entropy_of_mean",
+    "expert_capacity",
     "layer_figures",
     "saved_names",
 ]

@@ -20,8 +20,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from limoe.analysis import IMAGE, TEXT, TopPatches, expert_modality
+from limoe.analysis import TopPatches, expert_modality, text_preference
 from limoe.data import files
+from limoe.moe import IMAGE, TEXT
 
 MODALITIES = ("image", "text")
 # Okabe and Ito's palette.
@@ -233,23 +234,61 @@ def label_expert(axes: Axes, view: LayerView, expert: int, row: int) -> None:
 
 
 def draw_bars(axes: Axes, view: LayerView, experts: Sequence[int], rows: int) -> None:
-    """For each expert the share of all image and of all text tokens that it gets, as two bars."""
-    names = expert_modality(view.wanted[None])[0]
+    """For each expert the share of all image tokens that it gets, to the left, and of all text tokens, to the right.
+
+    Below its name stands how many times larger its share of one modality is than that of the other.
+    """
     share = view.wanted / np.maximum(view.wanted.sum(axis=1, keepdims=True), 1e-30)
-    for modality, name in enumerate(MODALITIES):
-        place = np.arange(len(experts)) + (modality - 0.5) * 0.38
-        bars = axes.barh(place, share[modality, experts], 0.36, color=COLOURS[name], label=f"of {name} tokens")
-        axes.bar_label(bars, [f"{value:.0%}" for value in share[modality, experts]], fontsize=8, padding=2)
-    axes.set_yticks(range(len(experts)), [f"expert {e}: {names[e]}" for e in experts])
+    unused = [name == "unused" for name in expert_modality(view.wanted[None])[0]]
+    preference = np.where(unused, np.nan, text_preference(view.wanted[None])[0])
+    place = np.arange(len(experts))
+    limit = 1.35 * float(share[:, experts].max())
+    for modality, (name, sign) in enumerate(zip(MODALITIES, (-1, 1), strict=True)):
+        mine = share[modality, experts]
+        axes.barh(place, sign * mine, 0.72, color=COLOURS[name])
+        for row, value in enumerate(mine):
+            align = {"ha": "left" if sign > 0 else "right", "va": "center"}
+            axes.text(sign * (value + limit / 50), row, f"{value:.0%}", fontsize=8, **align)
+        unit = {"transform": axes.transAxes, "ha": "center", "va": "top", "fontweight": "bold"}
+        axes.text(0.5 + sign / 4, -0.06, f"share of\n{name} tokens", color=COLOURS[name], **unit)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(place, [f"expert {e}\n{leaning(preference[e])}" for e in experts], linespacing=1.3)
     for label, expert in zip(axes.get_yticklabels(), experts, strict=True):
-        label.set_color(COLOURS[names[expert]])
+        label.set_color(_preferred_colour(preference[expert]))
         label.set_fontweight("bold")
     axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
     axes.set_ylim(rows - 0.5, -0.5)
-    axes.set_xlim(0, 1.22 * float(share[:, experts].max()))
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=2, columnspacing=1.0, handlelength=1.2)
+    axes.set_xlim(-limit, limit)
+    axes.xaxis.set_major_locator(MaxNLocator(5, symmetric=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):.0%}"))
+
+
+def leaning(preference: float) -> str:
+    """What an expert leans to, from its `text_preference`: the larger share over the smaller one.
+
+    >>> leaning(0.75), leaning(0.1), leaning(0.51), leaning(1.0), leaning(math.nan)
+    ('text 3.0×', 'image 9.0×', 'both alike', 'text only', 'unused')
+    """
+    if math.isnan(preference):
+        return "unused"
+    name, larger = ("text", preference) if preference > 0.5 else ("image", 1 - preference)
+    if larger == 1:
+        return f"{name} only"
+    ratio = larger / (1 - larger)
+    if ratio < 1.05:
+        return "both alike"
+    return f"{name} >99×" if ratio > 99 else f"{name} {ratio:.{1 if ratio < 9.95 else 0}f}×"
+
+
+def _preferred_colour(preference: float) -> tuple[float, float, float]:
+    """From the colour of image over grey to that of text."""
+    if math.isnan(preference):
+        return to_rgb(COLOURS["unused"])
+    amount = math.sqrt(abs(2 * preference - 1))
+    ends = to_rgb(COLOURS["shared"]), to_rgb(COLOURS["text" if preference > 0.5 else "image"])
+    red, green, blue = ((1 - amount) * grey + amount * full for grey, full in zip(*ends, strict=True))
+    return red, green, blue
 
 
 def draw_guesses(axes: Axes, probability: np.ndarray, names: Sequence[str], right: Sequence[bool]) -> None:

@@ -89,6 +89,10 @@ def find_pod(name: str, num_slices: int = 1) -> Pod:
     """The pod slice of that name, such as `v5p:8x8x8`, or several of them.
 
     Raises ConfigError for one that does not exist, with those that do, and without TPU compiler.
+
+    >>> find_pod("v5e:3x3")
+    Traceback (most recent call last):
+    limoe.section.ConfigError: --topology=v5e:3x3 does not exist; v5e has v5e:2x2, v5e:2x4, ...
     """
     kind, _, dims = name.partition(":")
     if kind not in CHIPS:

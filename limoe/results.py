@@ -23,6 +23,8 @@ from limoe.tokenizer import Tokenizer
 # Training steps whose mean the summary's success rates and the figure of shares are.
 LAST_STEPS = 100
 EXAMPLES_SHOWN = 12
+# Training images of a class in the linear probe (paper, section 7).
+PROBE_SHOTS = 10
 
 
 class ZeroShotData(NamedTuple):
@@ -63,32 +65,35 @@ def read_evaluation_data(config: Config, folders: DataFolders) -> EvaluationData
 
     Raises DataError if a folder has no usable example, or if one in a folder with classes.json has no valid class.
     """
-
-    def pairs(folder: str, *, metadata: bool) -> Pairs:
-        size, cache = config.model.image_size, config.data.cache_dir
-        found = read_pairs(ShardSource(folder, image_size=size, metadata=metadata, cache_dir=cache))
-        if not found.captions:
-            raise DataError(
-                f"none of the {found.num_bad} examples in {folder} is usable, {found.first_bad}; repair them"
-            )
-        return found
-
     zero_shot = None
     if folders.zero_shot:
         classes = evaluate.read_classes(folders.zero_shot)
-        labelled = pairs(folders.zero_shot, metadata=True)
-        wrong = np.flatnonzero((labelled.labels < 0) | (labelled.labels >= len(classes.names)))
-        if len(wrong):
-            raise DataError(
-                f"{len(wrong)} examples in {folders.zero_shot} have no class between 0 and {len(classes.names) - 1}; "
-                'give each a .json with {"class": index} or remove classes.json'
-            )
-        zero_shot = ZeroShotData(labelled, classes)
+        zero_shot = ZeroShotData(read_labelled(config, folders.zero_shot, len(classes.names)), classes)
     if zero_shot and folders.retrieval == folders.zero_shot:
         return EvaluationData(zero_shot, zero_shot.pairs, zero_shot.pairs.num_bad)
-    retrieval = pairs(folders.retrieval, metadata=False) if folders.retrieval else None
+    retrieval = _read(config, folders.retrieval, metadata=False) if folders.retrieval else None
     num_bad = sum(read.num_bad for read in (zero_shot and zero_shot.pairs, retrieval) if read is not None)
     return EvaluationData(zero_shot, retrieval, num_bad)
+
+
+def read_labelled(config: Config, folder: str, num_classes: int) -> Pairs:
+    """Read shards whose examples all have a class; raises DataError as `read_evaluation_data`."""
+    labelled = _read(config, folder, metadata=True)
+    wrong = np.flatnonzero((labelled.labels < 0) | (labelled.labels >= num_classes))
+    if len(wrong):
+        raise DataError(
+            f"{len(wrong)} examples in {folder} have no class between 0 and {num_classes - 1}; "
+            'give each a .json with {"class": index}, or evaluate without classes.json'
+        )
+    return labelled
+
+
+def _read(config: Config, folder: str, *, metadata: bool) -> Pairs:
+    size, cache = config.model.image_size, config.data.cache_dir
+    found = read_pairs(ShardSource(folder, image_size=size, metadata=metadata, cache_dir=cache))
+    if not found.captions:
+        raise DataError(f"none of the {found.num_bad} examples in {folder} is usable, {found.first_bad}; repair them")
+    return found
 
 
 def zero_shot_probability(encoder: Encoder, data: ZeroShotData, images: np.ndarray) -> np.ndarray:
@@ -131,6 +136,28 @@ def score(encoder: Encoder, data: EvaluationData) -> Scores:
         retrieval_pairs=len(data.retrieval.images) if data.retrieval else 0,
         evaluation_bad_examples=data.num_bad,
     )
+
+
+def probe(encoder: Encoder, config: Config, data: EvaluationData, folder: str) -> evaluate.Probe:
+    """`PROBE_SHOTS`-shot linear probe of the frozen image representation before its projection (paper, section 7).
+
+    Learned from the labelled shards in `folder`, tested on the images of the zero-shot evaluation. Raises DataError
+    where there is none, or where `folder` lacks examples of a class.
+    """
+    if data.zero_shot is None:
+        raise DataError("a probe needs evaluation data with classes.json; give its folder with --data")
+    names = data.zero_shot.classes.names
+    shots = read_labelled(config, folder, len(names))
+    count = np.bincount(shots.labels, minlength=len(names))
+    if count.min() < PROBE_SHOTS:
+        scarce = int(count.argmin())
+        raise DataError(
+            f"{folder} has {count[scarce]} examples of class {scarce} ({names[scarce]!r}); "
+            f"a linear probe needs {PROBE_SHOTS} of every class"
+        )
+    test = data.zero_shot.pairs
+    train_features, test_features = (encoder.image_features(pairs.images) for pairs in (shots, test))
+    return evaluate.ridge_probe(train_features, shots.labels, test_features, test.labels, shots=PROBE_SHOTS)
 
 
 def bound(config: Config) -> float | None:

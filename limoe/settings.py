@@ -1,7 +1,6 @@
 """Settings by name: set from the command line, written to JSON and read back, compared, listed with their help."""
 
 import difflib
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -16,12 +15,9 @@ from limoe.config import (
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
-    checked,
-    fits,
-    setting_types,
-    type_name,
 )
 from limoe.presets import preset
+from limoe.section import checked, fits, setting_types, type_name
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
@@ -31,6 +27,9 @@ SECTIONS: dict[str, type] = {
     "train": TrainConfig,
     "mesh": MeshConfig,
 }
+
+# Settings that differ which a message lists; another preset alone has twenty.
+_VALUES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def override(config: Config, settings: Sequence[str]) -> Config:
     7
     >>> override(tiny, ["optimizer.learning_rte=1e-4"])
     Traceback (most recent call last):
-    limoe.config.ConfigError: there is no setting 'optimizer.learning_rte'; did you mean optimizer.learning_rate?
+    limoe.section.ConfigError: there is no setting 'optimizer.learning_rte'; did you mean optimizer.learning_rate?
     """
     changes: dict[str, dict[str, Any]] = {}
     for text in settings:
@@ -191,12 +190,16 @@ def differences(first: Config, second: Config) -> list[str]:
 
 
 def both_values(names: Sequence[str], first: Config, second: Config, at_first: str, at_second: str) -> str:
-    """Settings with the values that two configs give them, for a message.
+    """The first few settings with the values that two configs give them, for a message; texts are quoted.
 
     >>> both_values(["train.seed"], preset("tiny"), override(preset("tiny"), ["train.seed=1"]), "there", "now")
     'train.seed (0 there, 1 now)'
     """
-    return ", ".join(f"{name} ({_value(first, name)} {at_first}, {_value(second, name)} {at_second})" for name in names)
+    listed = ", ".join(
+        f"{name} ({_quoted(_value(first, name))} {at_first}, {_quoted(_value(second, name))} {at_second})"
+        for name in names[:_VALUES_SHOWN]
+    )
+    return listed + f", and {len(names) - _VALUES_SHOWN} more" * (len(names) > _VALUES_SHOWN)
 
 
 def _value(config: Config, name: str) -> object:
@@ -204,15 +207,6 @@ def _value(config: Config, name: str) -> object:
     for part in name.split("."):
         value = getattr(value, part)
     return value
-
-
-def digest(config: Config) -> str:
-    """16 hexadecimal digits that equal configs share and different ones do not.
-
-    >>> digest(preset("tiny")) == digest(from_json(to_json(preset("tiny"))))
-    True
-    """
-    return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]
 
 
 def settings_help(preset_name: str = "tiny") -> str:
@@ -237,3 +231,8 @@ def _shown(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "()"
     return str(value)
+
+
+def _quoted(value: object) -> str:
+    """A value in the middle of a sentence, where an empty text would not be seen."""
+    return repr(value) if isinstance(value, str) else _shown(value)

@@ -83,7 +83,6 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int, length: int) ->
         sentencepiece.SentencePieceTrainer.train(  # pyright: ignore
             sentence_iterator=iter(sentences),
             model_writer=model,
-            # Not unigram: from captions of few distinct words it finds no pieces longer than a few letters.
             # Not unigram: on captions of few different words (the embedded world: 101) it stops at 144 pieces and cuts
             # words up, 16.4 tokens a caption where byte pairs need 9.1.
             model_type="bpe",

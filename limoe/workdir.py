@@ -126,19 +126,20 @@ class Workdir:
         """Whether the run in this folder came to its end: its summary is there."""
         return files.exists(self.summary)
 
-    def discard_unstarted(self) -> None:
-        """Removes what a run wrote that failed before its first step, so that other settings may have the folder.
+    def discard_unstarted(self) -> bool:
+        """Removes what a run wrote that ended before its first step, so that other settings may have the folder.
 
-        A run that has logged a step or saved a checkpoint keeps everything.
+        A run that has logged a step or saved a checkpoint keeps everything, and gets False.
         """
         started = files.exists(self.metrics) and self.metrics.stat().st_size
         if started or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
-            return
+            return False
         for path in (self.path / _CONFIG, self.tokenizer, self.metrics):
             path.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.figures):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+        return True
 
     def close(self) -> None:
         """Frees the folder for another run; a second call does nothing."""

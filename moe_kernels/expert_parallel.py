@@ -170,6 +170,17 @@ def moe_mlp_on_shard(
     Everything is this shard's own: its tokens and groups (`first_group` is the number of its first one in the whole
     batch), the whole router, and the weights of its E / shards experts; so are the result's tokens and sums. Raises
     ValueError for a number of experts that cannot be split over the axis.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from moe_kernels import MlpWeights
+    >>> mesh = jax.make_mesh((1,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    >>> weights = MlpWeights(jnp.ones((2, 4, 8)), None, jnp.ones((2, 8, 4)), None)
+    >>> def kept(tokens, router, weights):
+    ...     return moe_mlp_on_shard(tokens, router, weights, expert_axis="expert", capacity_factor=1.0).kept
+    >>> split, whole = PartitionSpec("expert"), PartitionSpec()
+    >>> here = jax.shard_map(kept, mesh=mesh, in_specs=(split, whole, split), out_specs=split, check_vma=False)
+    >>> here(jnp.ones((6, 4)), jnp.eye(4, 2), weights).tolist()
+    [[[3.0, 0.0]]]
     """
     shards = jax.lax.axis_size(expert_axis)
     _check_options(router.shape[-1], shards, expert_axis, num_chunks, capacity_factor, buffer_factor)

@@ -51,7 +51,7 @@ def test_bound_of_huge_groups_is_one_and_never_above():
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1, 1.0), (4, 0, 1, 1.0), (4, 1, 5, 1.0), (4, 1, 1, 0.0), (4, 1, 1, math.nan)])
 def test_bound_refuses_nonsense(sizes):
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(ValueError, match=r"must be|is not a finite number"):
         success_rate_bound(*sizes)
 
 
@@ -86,16 +86,6 @@ def test_names_of_experts():
     assert analysis.expert_modality(wanted, purity=0.99)[0][:3] == ("shared", "shared", "shared")
     with pytest.raises(ValueError, match="purity"):
         analysis.expert_modality(wanted, purity=0.5)
-
-
-def test_effective_experts_is_the_loop():
-    sums = np.random.default_rng(2).random((4, 2, 6))
-    result = analysis.effective_experts(sums)
-    for layer in range(4):
-        for m in range(2):
-            mean = [p / sums[layer, m].sum() for p in sums[layer, m]]
-            assert result[layer, m] == pytest.approx(math.exp(-sum(p * math.log(p) for p in mean)), rel=1e-14)
-    assert np.isnan(analysis.effective_experts(np.zeros((2, 3)))).all()
 
 
 def top_patches_ref(gate, expert, num_experts, patches, count, per_image):
@@ -194,7 +184,6 @@ IMAGES = np.zeros((2, 4, 4, 3), np.uint8)
         (lambda: analysis.expert_shares(-COUNTS, COUNTS), "wanted must be finite and at least 0"),
         (lambda: analysis.expert_shares(COUNTS[0], COUNTS[0]), r"must be counts \[layers, modalities, experts\]"),
         (lambda: analysis.text_preference(np.ones((1, 3, 3))), "3 modalities"),
-        (lambda: analysis.effective_experts(np.array([-1.0])), "at least 0"),
         (lambda: analysis.top_patches(np.ones(4), np.arange(4), num_experts=3, patches_per_image=2), "0 to 2"),
         (lambda: analysis.top_patches(np.ones(4), np.arange(3), num_experts=4, patches_per_image=2), "must both be"),
         (lambda: analysis.top_patches(np.ones(4), np.arange(4), num_experts=4, patches_per_image=3), "whole images"),

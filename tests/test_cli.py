@@ -10,9 +10,9 @@ import pytest
 from run_cases import command, environment, ran, settings, summary
 
 from limoe import cli
-from limoe.config import setting_types
 from limoe.presets import PRESETS, preset
 from limoe.progress import progress_bar
+from limoe.section import setting_types
 from limoe.settings import SECTIONS
 
 

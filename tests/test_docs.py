@@ -27,7 +27,9 @@ QUICK = "--case=tiny --op=dispatch --check"
 # Commands that take minutes, and what makes their last part short; everything else of them is kept.
 LONG = {
     "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/limoe train": f"--set {SMALL_WORLD}",
-    ".venv/bin/limoe train --workdir=runs/four --set model.num_experts=4 train.seed=1": SMALL_WORLD,
+    ".venv/bin/limoe train --workdir=runs/short --set train.steps=100 warmup_steps=20 cooldown_steps=50": (
+        "train.batch_size=16 data.world_pairs=256 data.cache_dir=cache"
+    ),
     ".venv/bin/limoe train --workdir=runs/squares --set data.shards=shards data.eval_shards=shards": TWO_STEPS,
     ".venv/bin/python benchmarks/dispatch.py": QUICK,
 }

@@ -1,12 +1,13 @@
 """Figures are written whole, are not blank, survive what data may hold, and repeat byte for byte."""
 
 import io
+import math
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from limoe import report
+from limoe import panels, report
 from limoe.analysis import TopPatches
 from limoe.panels import COLOURS, History, LayerView, one_line, pack_words
 
@@ -123,6 +124,30 @@ def test_overview_has_all_three_parts(tmp_path, num_experts, evaluations):
     assert picture.shape[1] > 1.5 * picture.shape[0]
     for third in np.array_split(picture, 3, axis=1):
         assert third.std() > 10
+
+
+def test_experts_are_named_by_what_they_lean_to():
+    shares = {0.2: "image 4.0×", 0.024: "image 41×", 0.004: "image >99×", 0.0: "image only", 0.5: "both alike"}
+    shares |= {0.512: "both alike", 0.6: "text 1.5×", 0.9088: "text 10×", 1.0: "text only", math.nan: "unused"}
+    for preference, text in shares.items():
+        assert panels.leaning(preference) == text
+
+
+def test_image_lies_to_the_left_and_text_to_the_right(tmp_path):
+    path = tmp_path / "bars.png"
+    wanted = np.array([[60.0, 40.0, 0.0], [0.0, 5.0, 5.0]])
+    some = view(3)._replace(wanted=wanted)
+    with panels.open_figure(path, 4.0, 4.0) as figure:
+        axes = panels.axes_at(figure, 1.0, 0.5, 2.5, 2.5)
+        panels.draw_bars(axes, some, [2, 1, 0], 3)
+        widths = [round(bar.get_width(), 2) for bar in axes.patches]
+        assert widths == [0.0, -0.4, -0.6, 0.5, 0.5, 0.0]
+        assert [label.get_text() for label in axes.get_yticklabels()] == [
+            "expert 2\ntext only",
+            "expert 1\ntext 1.3×",
+            "expert 0\nimage only",
+        ]
+        assert {"share of\nimage tokens", "share of\ntext tokens"} <= {text.get_text() for text in axes.texts}
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path):

@@ -15,10 +15,13 @@ from limoe.checkpoint import CheckpointError
 from limoe.data.files import DataError
 from limoe.data.shards import write_shard
 from limoe.describe import as_text, describe
+from limoe.encode import Encoder
 from limoe.evaluation import evaluate_run, evaluation_text
 from limoe.inputs import DataFolders, evaluation_folders
 from limoe.presets import PRESETS, preset
 from limoe.settings import override
+from limoe.step import create_model
+from limoe.tokenizer import train_tokenizer
 from limoe.workdir import Workdir, WorkdirError
 
 
@@ -35,7 +38,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_on_its_own_data_scores_as_in_its_summary(run: Path) -> None:
     result = evaluate_run(str(run), "", say=silent)
     content = summary(run)
-    assert set(results.Scores._fields) | {"preset", "step", "data"} == set(result)
+    probe = {"probe_top1", "probe_chance", "probe_shots"}
+    assert set(results.Scores._fields) | {"preset", "step", "data"} | probe == set(result)
+    assert {result[name] for name in probe} == {None}
     assert {name: result[name] for name in results.Scores._fields} == {
         name: content[name] for name in results.Scores._fields
     }
@@ -67,7 +72,45 @@ def test_given_shards_with_classes_count_each_bad_example_once(run: Path, tmp_pa
     assert (result["zero_shot_images"], result["retrieval_pairs"], result["evaluation_bad_examples"]) == (9, 9, 1)
     assert result["zero_shot_chance"] == pytest.approx(1 / 3)
     assert result["zero_shot_top5"] == 1  # of three classes
-    assert "1 bad examples left out" in evaluation_text(result)
+    assert "1 bad examples left out" in evaluation_text(result) and "probe" not in evaluation_text(result)
+
+
+@pytest.mark.slow
+def test_a_linear_probe_learns_from_labelled_shards(run: Path, tmp_path: Path) -> None:
+    def labelled(name: str, count: int) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        examples = [(f"{n:03d}", picture(n), b"a caption", {"class": n % 3}) for n in range(count)]
+        write_raw(folder / "0.tar", examples)
+        return str(folder)
+
+    test = labelled("test", 9)
+    classes_json(tmp_path / "test")
+    # Pictures of one colour each: the colours of the shots are those of the test.
+    result = evaluate_run(str(run), test, labelled("shots", 30), say=silent)
+    assert (result["probe_top1"], result["probe_shots"]) == (1.0, 10)
+    assert "  linear probe, 10 shots: top-1 100.0%, chance 33.3%" in evaluation_text(result).splitlines()
+    with pytest.raises(DataError, match=r"few has 9 examples of class 1 \('green'\); a linear probe needs 10 of every"):
+        evaluate_run(str(run), test, labelled("few", 28), say=silent)
+    with pytest.raises(
+        DataError, match=r"a probe needs evaluation data with classes\.json; give its folder with --data"
+    ):
+        evaluate_run(str(run), labelled("no classes", 9), test, say=silent)
+
+
+def test_image_features_are_what_is_projected() -> None:
+    small = config()
+    graph, parameters = create_model(small)
+    captions = ["a red ring", "two blue squares"] * 9
+    encoder = Encoder(graph, parameters, small, train_tokenizer(captions, vocab_size=40, length=8), batch_size=4)
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    embeddings, features = encoder.images(images), encoder.image_features(images)
+    projected = features.astype(np.float64) @ np.asarray(parameters["image_projection"]["kernel"], np.float64)
+    projected /= np.linalg.norm(projected, axis=1, keepdims=True)
+    width = small.model.width
+    np.testing.assert_allclose(projected, embeddings, atol=2 * np.finfo(np.float32).eps * math.sqrt(width))
+    assert abs(features - embeddings).max() > 0.01
+    np.testing.assert_array_equal(encoder.images(images), embeddings)
 
 
 @pytest.mark.slow

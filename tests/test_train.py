@@ -26,10 +26,13 @@ from run_cases import (
 
 import limoe.checkpoint
 import limoe.train as trainer
+from limoe.config import ConfigError
+from limoe.data.files import DataError
 from limoe.describe import describe
 from limoe.losses import AuxiliaryTerms
 from limoe.moe import RoutingFigures
 from limoe.results import bound
+from limoe.tokenizer import train_tokenizer
 from limoe.workdir import MetricsLog, WorkdirError
 
 SUMMARY_KEYS = {
@@ -151,10 +154,27 @@ def test_a_signal_outside_the_loop_ends_the_run_at_once(
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.results, where, interrupted)
-        assert "Stopped by SIGTERM" in ran(tmp_path / "run").said
+        said = ran(tmp_path / "run").said
+    if where == "read_evaluation_data":
+        assert "Stopped by SIGTERM before the first step; the work folder is free for any settings" in said
+        assert os.listdir(tmp_path / "run") == [".lock"]
+    else:
+        assert "Stopped by SIGTERM; what was saved is kept" in said
     assert not (tmp_path / "run" / "summary.json").exists()
     ran(tmp_path / "run")
     assert result(tmp_path / "run") == expected
+
+
+def test_a_given_tokenizer_is_refused_before_the_world_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "large.model"
+    train_tokenizer(["a red ring", "two blue squares"] * 9, vocab_size=40, length=8).save(model)
+    monkeypatch.setattr(trainer.inputs, "data_folders", lambda *_: pytest.fail("the world is written first"))
+    with pytest.raises(ConfigError, match=r"large\.model has \d+ pieces, more than model\.vocab_size=20; set"):
+        ran(tmp_path / "run", f"data.tokenizer={model}", "model.vocab_size=20")
+    with pytest.raises(DataError, match=r"there is no tokenizer model .*none\.model"):
+        ran(tmp_path / "run", f"data.tokenizer={tmp_path / 'none.model'}")
 
 
 class Snapshots:

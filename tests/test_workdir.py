@@ -66,8 +66,17 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     other = override(TINY, ["train.seed=7", "model.moe_layers=()"])
     with pytest.raises(WorkdirError, match=r"model\.moe_layers \(.*train\.seed \(0 there, 7 now\); .*--workdir"):
         Workdir.open(tmp_path, other)
-    with pytest.raises(WorkdirError, match="preset \\(tiny there, tiny-dense now\\)"):
+    with pytest.raises(
+        WorkdirError, match=r"preset \('tiny' there, 'tiny-dense' now\), model\.moe_layers \(1,3 there, \(\) now\); "
+    ):
         Workdir.open(tmp_path, preset("tiny-dense"))
+    with pytest.raises(WorkdirError, match=r"settings: data\.shards \('' there, 'mine' now\); "):
+        Workdir.open(tmp_path, override(TINY, ["data.shards=mine"]))
+    with pytest.raises(
+        WorkdirError, match=r"settings: preset \('tiny' there, 'b16' now\), .*, and \d+ more; "
+    ) as caught:
+        Workdir.open(tmp_path, preset("b16"))
+    assert str(caught.value).count(" there, ") == 5
     assert (tmp_path / "config.json").read_bytes() == content
     Workdir.open(tmp_path, TINY).close()  # a refusal frees the lock
 
@@ -97,6 +106,30 @@ def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
     (tmp_path / ".config.json.1-abcdef01.tmp").write_text("{")
     Workdir.open(tmp_path, TINY).close()
     assert sorted(os.listdir(tmp_path)) == [".lock", "config.json", "figures"]
+
+
+def test_only_a_run_without_a_step_is_discarded(tmp_path: Path) -> None:
+    with Workdir.open(tmp_path, TINY) as workdir:
+        (tmp_path / "notes.txt").write_text("the user's")
+        workdir.tokenizer.write_bytes(b"model")
+        workdir.metrics.write_bytes(b"")
+        workdir.checkpoints.mkdir()
+        assert workdir.discard_unstarted()
+    assert sorted(os.listdir(tmp_path)) == [".lock", "notes.txt"]
+    (tmp_path / "notes.txt").unlink()
+    other = override(TINY, ["train.seed=7"])
+    with Workdir.open(tmp_path, other) as workdir:
+        MetricsLog(workdir.metrics).append(1, {})
+        before = sorted(os.listdir(tmp_path))
+        assert not workdir.discard_unstarted()
+        assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_folder_where_none_can_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for path, reason in (("/proc/run", "the system makes no folders there"), (tmp_path / "file" / "run", "a file is")):
+        with pytest.raises(files.StorageError, match=f"cannot make the folder {path}: {reason}.*choose another folder"):
+            Workdir.open(path, TINY)
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:

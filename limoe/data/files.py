@@ -59,9 +59,13 @@ def explained(action: str, path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _ADVICE:
             raise
-        explanation = StorageError(f"cannot {action} {os.fspath(path)}: {_ADVICE[error.errno]}")
-        explanation.errno = error.errno
-        raise explanation from error
+        raise _refusal(action, path, _ADVICE[error.errno], error) from error
+
+
+def _refusal(action: str, path: Path, reason: str, cause: OSError) -> StorageError:
+    refusal = StorageError(f"cannot {action} {os.fspath(path)}: {reason}")
+    refusal.errno = cause.errno
+    return refusal
 
 
 def open_binary(path: Path) -> BinaryIO:
@@ -118,9 +122,16 @@ def list_files(pattern: Path) -> list[str]:
 
 
 def make_folder(path: Path) -> None:
-    """Makes the folder and those above it unless they are there; `StorageError` if it may not be made."""
-    with explained("make the folder", path):
-        os.makedirs(_local(path), exist_ok=True)
+    """Makes the folder and those above it unless they are there; `StorageError` if it cannot be made."""
+    action = "make the folder"
+    with explained(action, path):
+        try:
+            os.makedirs(_local(path), exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            reason = "a file is in its place or above it; choose another folder"
+            raise _refusal(action, path, reason, error) from error
+        except FileNotFoundError as error:  # as below /proc
+            raise _refusal(action, path, "the system makes no folders there; choose another folder", error) from error
 
 
 def cache_folder(cache_dir: Path = "") -> str:

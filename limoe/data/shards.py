@@ -43,6 +43,13 @@ def write_shard(path: files.Path, examples: Iterable[Example]) -> int:
 
     Raises `ValueError` for a key with a dot or slash in it or an unknown image extension, `StorageError` if it cannot
     be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_shard(f"{folder}/00000.tar", [Example("000", b"the bytes of a JPEG", "a red ring")])
+    ...     [os.path.basename(path) for path in find_shards(folder)]
+    1
+    ['00000.tar']
     """
     count = 0
     with files.atomic_writer(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
@@ -95,8 +102,10 @@ def find_shards(spec: files.Path) -> list[str]:
             matches = [pattern] if files.exists(pattern) else files.list_files(pattern)
         if not matches:
             named = "" if pattern == text else f" (one of {text})"
+            absent = looked_for == pattern and not glob.has_magic(os.path.basename(pattern))
+            what = f"there is no file or folder {pattern}" if absent else f"looked for {looked_for}"
             raise DataError(
-                f"no shards found: looked for {looked_for}{named}, seen from the folder {os.getcwd()}; "
+                f"no shards found: {what}{named}, seen from the folder {os.getcwd()}; "
                 "give a folder of .tar files, a glob or a brace list"
             )
         found.update(matches)
@@ -144,6 +153,13 @@ def load_index(path: files.Path, *, cache_dir: files.Path = "") -> ShardIndex:
 
     It is stored beside the tar, or in `cache_dir` (the user's cache folder if empty) where the tar's folder may not be
     written, and only kept in memory where neither may. Raises like `files.open_binary`.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     number = write_shard(f"{folder}/00000.tar", [Example("000", b"the bytes of a JPEG", "a red ring")])
+    ...     index = load_index(f"{folder}/00000.tar")
+    >>> index.keys, index.image.tolist(), index.caption[:, 1].tolist(), index.damage
+    (['000'], [[512, 19]], [10], '')
     """
     stamp = files.stamp(path)
     beside = os.fspath(path) + INDEX_SUFFIX
