@@ -11,17 +11,21 @@ import argparse
 import io
 import json
 import os
+import sys
 import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from limoe.data import files
-from limoe.data.files import cache_folder
-from limoe.data.shards import find_shards
-from limoe.data.world import COLOURS, HELD_OUT, SHAPES, TEXTURES, Triple, World, write_world
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from limoe.data import files  # noqa: E402
+from limoe.data.files import cache_folder  # noqa: E402
+from limoe.data.shards import find_shards  # noqa: E402
+from limoe.data.world import COLOURS, HELD_OUT, SHAPES, TEXTURES, Triple, World, write_world  # noqa: E402
 
 TARGET = 0.4
 NUM_FOLDS = 5
