@@ -33,7 +33,7 @@ from moe_kernels.backends import BACKENDS, problem_of, tiling
 from moe_kernels.backends.base import Backend, Problem, RouteStatic
 from moe_kernels.backends.gpu.tiling import NUM_CONSUMERS, WARPGROUP_ROWS
 from moe_kernels.backends.xla.matmul import TILE_ROWS
-from moe_kernels.types import Layout
+from moe_kernels.types import Layout, round_up
 
 
 class Setting(NamedTuple):
@@ -177,17 +177,13 @@ def _computed_rows(backend: Backend | None, case: Case, kept: np.ndarray, settin
         of_item = functools.partial(tiling.computed_rows, tiles=tiles.rows, depth=chip.depth)
         return int(whole.sum()) * of_item(tiles.rows.rows) + sum(of_item(int(count)) for count in tail)
     if backend.name == "gpu":
-        return int(_rounded(kept, NUM_CONSUMERS * WARPGROUP_ROWS).sum())
+        return int(round_up(kept, NUM_CONSUMERS * WARPGROUP_ROWS).sum())
     if layout.rows_per_expert is None:
-        return int(_rounded(kept, TILE_ROWS).sum())
+        return int(round_up(kept, TILE_ROWS).sum())
     if setting.platform != "cpu":
         return layout.num_rows
     half = (layout.rows_per_expert + 1) // 2
     return int(np.where(kept <= half, half, layout.rows_per_expert).sum())
-
-
-def _rounded(counts: np.ndarray, multiple: int) -> np.ndarray:
-    return -(-counts // multiple) * multiple
 
 
 CHOSEN = from_backend(None)
