@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+from PIL import Image
 
-from limoe.data import files  # noqa: E402
-from limoe.data.files import cache_folder  # noqa: E402
-from limoe.data.shards import find_shards  # noqa: E402
-from limoe.data.world import COLOURS, HELD_OUT, SHAPES, TEXTURES, Triple, World, write_world  # noqa: E402
+from limoe.data import files
+from limoe.data.files import cache_folder
+from limoe.data.shards import find_shards
+from limoe.data.world import COLOURS, HELD_OUT, SHAPES, TEXTURES, Triple, World, write_world
 
 TARGET = 0.4
 NUM_FOLDS = 5

@@ -53,8 +53,8 @@ class Device:
 
 
 # By the whole name that JAX gives, the first pattern that fits: bfloat16 TFLOP/s, float32 TFLOP/s, GB/s; by the makers'
-# data sheets, dense. A JAX device of v4 and 7x is one of a chip's two cores, so half of the sheet. A float32 product on a
-# TPU takes six bfloat16 passes.
+# data sheets, dense. A JAX device of v4 and 7x is one of a chip's two cores, so half of the sheet. A float32 product on
+# a TPU takes six bfloat16 passes.
 _SHEETS = {
     "TPU v4": (137.5, 137.5 / 6, 614),
     "TPU (v5 lite|v5e)": (197, 197 / 6, 819),
