@@ -68,6 +68,8 @@ class Implementation:
     """Rows that its matmuls go through; None where nobody knows."""
     why_not: Callable[[Case, str, str], str | None] = lambda case, dtype, platform: None
     """The reason why it cannot run a case in a dtype on a platform, or None."""
+    around_flops: Callable[[Case], float] = lambda case: 0.0
+    """FLOPs of a dispatch by matmul, which the definition of one does not have."""
     is_dense: bool = False
     """One MLP for all tokens, with the weights of the first expert: its own [D, F] and [F, D]."""
 
@@ -147,6 +149,7 @@ def _pick(case: Case, plan: Plan, rows: Array) -> Array:
     return padded[plan.row.reshape(-1)]
 
 
+@functools.cache
 def _layout(case: Case) -> Layout:
     shape = (case.tokens, case.choices)
     choices = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
