@@ -11,9 +11,13 @@ import argparse
 import io
 import json
 import os
+import sys
 import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from PIL import Image

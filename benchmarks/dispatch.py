@@ -7,10 +7,14 @@
     python benchmarks/dispatch.py --sweep=tokens
     python benchmarks/dispatch.py --check                          only compares with the reference
 
+With any of --case, --op, --pass, --distribution, --dtype and --sweep no suite is run but what they name; those not
+given are: issue, layer, both, balanced, float32. Each but --sweep may be given several times.
+
 Every implementation is first compared with `reference` (float64 loops): all values and gradients on a small twin of
-the problem, then results and token gradients of sampled tokens at the full size. A wrong one is reported as wrong,
-never timed, and the exit status is 1. Then all run in turns, round by round, so that a drift of the machine hits all
-alike; ratios are paired by round. FLOPs and bytes are counted from the definition: useful rows only, every array once.
+the problem; then, at the full size, results and token gradients of sampled tokens and weight gradients of two experts.
+A wrong one is reported as wrong and never timed, and the exit status is 1, as it is if nothing could be measured. Then
+all run in turns, round by round, so that a drift of the machine hits all alike; ratios are paired by round. FLOPs and
+bytes are counted from the definition: useful rows only, every array once.
 
 What donation changes: each call gets its last result as a donated argument, as a train step hands over its old
 gradients, so that results are written where they lay before. Without it, 268 MB of gradients (32 experts of 512 x 2048,
@@ -21,6 +25,7 @@ to dense mean what it would in training. Both are measured with it.
 
 import contextlib
 import dataclasses
+import os
 import signal
 import sys
 from collections.abc import Iterable, Sequence
@@ -33,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 import jax  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 
-from benchmarks import plot, selection, summary  # noqa: E402
+from benchmarks import estimate, plot, selection, summary  # noqa: E402
 from benchmarks.cases import CASES, DISTRIBUTIONS, DTYPES  # noqa: E402
 from benchmarks.implementations import OURS  # noqa: E402
 from benchmarks.markdown import write_section  # noqa: E402
@@ -45,17 +50,20 @@ _SUITE = flags.DEFINE_enum(
     "suite",
     None,
     list(selection.SUITES),
-    "Problems to run, unless chosen by the flags below; default: gpu where there is one, else quick.",
+    "Problems to run instead of naming some; default: gpu where there is one, else quick.",
 )
-_CASE = flags.DEFINE_multi_enum(
-    "case", None, list(CASES), "Size; may be given several times. With any of these five flags,"
+_CASE = flags.DEFINE_multi_enum("case", None, list(CASES), "Sizes to run; issue if only other things are named.")
+_OP = flags.DEFINE_multi_enum("op", None, OPS, "Operations to run; layer if only other things are named.")
+_PASS = flags.DEFINE_multi_enum(
+    "pass",
+    None,
+    PASSES,
+    "Passes to run; both if only other things are named. dx and dw are the halves of a grouped matmul's backward pass.",
 )
-_OP = flags.DEFINE_multi_enum("op", None, OPS, "operation,")
-_PASS = flags.DEFINE_multi_enum("pass", None, PASSES, "pass,")
-_DISTRIBUTION = flags.DEFINE_multi_enum("distribution", None, DISTRIBUTIONS, "spread of tokens over experts, and")
-_DTYPE = flags.DEFINE_multi_enum(
-    "dtype", None, DTYPES, "dtype, the suite is not used; those not given are: issue, layer, both, balanced, float32."
+_DISTRIBUTION = flags.DEFINE_multi_enum(
+    "distribution", None, DISTRIBUTIONS, "How tokens spread over experts; balanced if only other things are named."
 )
+_DTYPE = flags.DEFINE_multi_enum("dtype", None, DTYPES, "Dtypes to run; float32 if only other things are named.")
 _IMPLEMENTATION = flags.DEFINE_multi_enum(
     "implementation",
     None,
@@ -144,9 +152,17 @@ def say_exponents(problems: Sequence[Problem], axis: str, report: Report) -> Non
 
 
 def chosen_problems() -> list[Problem]:
-    """The problems that the flags ask for."""
-    if _SWEEP.value is None and not any(flag.value for flag in (_OP, _PASS, _CASE, _DISTRIBUTION, _DTYPE)):
+    """The problems that the flags ask for. Raises UsageError if they do not go together."""
+    named = [flag.name for flag in (_OP, _PASS, _CASE, _DISTRIBUTION, _DTYPE, _SWEEP) if flag.value]
+    if named and _SUITE.value:
+        raise app.UsageError(f"--suite={_SUITE.value} has its own problems; leave it out, or --{', --'.join(named)}")
+    if not named:
         return selection.SUITES[_SUITE.value or ("gpu" if jax.default_backend() == "gpu" else "quick")]()
+    for op in _OP.value or ["layer"]:
+        for a_pass in _PASS.value or []:
+            if not selection.has_pass(op, a_pass):
+                passes = ", ".join(known for known in PASSES if selection.has_pass(op, known))
+                raise app.UsageError(f"--op={op} has no pass {a_pass}, only {passes}")
     # absl has checked that each is one of the names.
     problems = selection.product(
         cast(Sequence[Op], _OP.value or ["layer"]),
@@ -163,15 +179,32 @@ def chosen_problems() -> list[Problem]:
     return [dataclasses.replace(problems[0], case=case) for case in cases]
 
 
+def check_files() -> None:
+    """Raise UsageError for a file that cannot be written, before anything runs."""
+    for flag in (_JSON, _PLOT, _MARKDOWN):
+        if flag.value:
+            file = Path(flag.value)
+            if not file.parent.is_dir():
+                raise app.UsageError(f"--{flag.name}={file}: there is no folder {file.parent}; make it first")
+            if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+                raise app.UsageError(f"--{flag.name}={file} cannot be written")
+    if _PLOT.value and Path(_PLOT.value).suffix != ".png":
+        raise app.UsageError(f"--plot={_PLOT.value} must end in .png")
+
+
 def main(argv: list[str]) -> int:
-    """Run what was asked for; 1 if any result is wrong, 130 after Ctrl-C."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    """Run what was asked for; 1 if any result is wrong or there is none, 2 for bad arguments, 130 after Ctrl-C."""
     # JAX tells at length which platforms it did not find.
     logging.set_verbosity(logging.WARNING)
+    try:
+        if len(argv) > 1:
+            raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+        check_files()
+        problems = chosen_problems()
+    except app.UsageError as error:
+        return refuse(error)
     # A shell that is not interactive starts background commands with Ctrl-C ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    problems = chosen_problems()
     names = _IMPLEMENTATION.value or list(IMPLEMENTATIONS)
     with contextlib.ExitStack() as stack:
         json_file = stack.enter_context(open(_JSON.value, "a", encoding="utf-8")) if _JSON.value else None
@@ -181,16 +214,22 @@ def main(argv: list[str]) -> int:
         try:
             device = this_device()
             report.say(machine(device))
+            rates = device if len(problems) == 1 else estimate.with_rates(device, {p.dtype for p in problems})
+            repetitions = 0 if options.check_only else options.repetitions
+            problems, remarks = estimate.plan_run(problems, options.implementations, repetitions, rates)
+            for remark in remarks:
+                report.say(remark)
             run_all(problems, options, device, report)
         except KeyboardInterrupt:
             report.say("\nstopped; what was measured until then:")
             status = 130
         say_summary(report)
-        if _SWEEP.value is not None:
+        if _SWEEP.value is not None and problems:
             say_exponents(problems, _SWEEP.value, report)
     if _PLOT.value and report.results:
         plot.save_plot(report.results, _PLOT.value)
-    if _MARKDOWN.value:
+    # Part of a run must not take the place of a whole one.
+    if _MARKDOWN.value and not status:
         # Where somebody's files lie is no business of a document.
         words = [word for word in sys.argv[1:] if not word.startswith(("--json", "--plot", "--markdown"))]
         command = " ".join(["python benchmarks/dispatch.py", *words])
@@ -198,8 +237,24 @@ def main(argv: list[str]) -> int:
     wrong = [result for result in report.results if not result.correct]
     if wrong:
         print(f"\n{len(wrong)} wrong, first of all {wrong[0].implementation}: {title(wrong[0])}", file=sys.stderr)
-    return status or int(bool(wrong))
+    if not report.results and not status:
+        print("nothing was measured: no implementation that was asked for runs any of this here", file=sys.stderr)
+    return status or int(bool(wrong) or not report.results)
+
+
+def refuse(error: Exception) -> int:
+    """One line instead of absl's page of help; the exit status."""
+    print(f"dispatch.py: {error}", file=sys.stderr)
+    return 2
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """As absl does, but an error is one line."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(refuse(error))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

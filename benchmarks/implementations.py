@@ -33,7 +33,7 @@ from moe_kernels.backends import BACKENDS, problem_of, tiling
 from moe_kernels.backends.base import Backend, Problem, RouteStatic
 from moe_kernels.backends.gpu.tiling import NUM_CONSUMERS, WARPGROUP_ROWS
 from moe_kernels.backends.xla.matmul import TILE_ROWS
-from moe_kernels.types import Layout
+from moe_kernels.types import Layout, round_up
 
 
 class Setting(NamedTuple):
@@ -68,6 +68,8 @@ class Implementation:
     """Rows that its matmuls go through; None where nobody knows."""
     why_not: Callable[[Case, str, str], str | None] = lambda case, dtype, platform: None
     """The reason why it cannot run a case in a dtype on a platform, or None."""
+    around_flops: Callable[[Case], float] = lambda case: 0.0
+    """FLOPs of a dispatch by matmul, which the definition of one does not have."""
     is_dense: bool = False
     """One MLP for all tokens, with the weights of the first expert: its own [D, F] and [F, D]."""
 
@@ -147,6 +149,7 @@ def _pick(case: Case, plan: Plan, rows: Array) -> Array:
     return padded[plan.row.reshape(-1)]
 
 
+@functools.cache
 def _layout(case: Case) -> Layout:
     shape = (case.tokens, case.choices)
     choices = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -177,17 +180,13 @@ def _computed_rows(backend: Backend | None, case: Case, kept: np.ndarray, settin
         of_item = functools.partial(tiling.computed_rows, tiles=tiles.rows, depth=chip.depth)
         return int(whole.sum()) * of_item(tiles.rows.rows) + sum(of_item(int(count)) for count in tail)
     if backend.name == "gpu":
-        return int(_rounded(kept, NUM_CONSUMERS * WARPGROUP_ROWS).sum())
+        return int(round_up(kept, NUM_CONSUMERS * WARPGROUP_ROWS).sum())
     if layout.rows_per_expert is None:
-        return int(_rounded(kept, TILE_ROWS).sum())
+        return int(round_up(kept, TILE_ROWS).sum())
     if setting.platform != "cpu":
         return layout.num_rows
     half = (layout.rows_per_expert + 1) // 2
     return int(np.where(kept <= half, half, layout.rows_per_expert).sum())
-
-
-def _rounded(counts: np.ndarray, multiple: int) -> np.ndarray:
-    return -(-counts // multiple) * multiple
 
 
 CHOSEN = from_backend(None)

@@ -136,13 +136,23 @@ def _scatter_combine(case: Case, plan: Buffers, rows: Array, gate: Array) -> Flo
     return jnp.einsum("tk,tkd->td", gate, picked.astype(jnp.float32)).astype(rows.dtype)
 
 
+def _one_hot_flops(case: Case) -> float:
+    """A matmul with the [G, S, E C] tensor."""
+    return 2.0 * case.tokens * case.experts * case.capacity * case.width
+
+
 def _needs_capacity(case: Case, dtype: str, platform: str) -> str | None:
     if case.capacity_factor is None:
         return "needs a capacity; dropless, it would compute every expert on every token"
     return None
 
 
-def _v_moe(name: str, dispatch: Callable[..., Array], combine: Callable[..., Array]) -> Implementation:
+def _v_moe(
+    name: str,
+    dispatch: Callable[..., Array],
+    combine: Callable[..., Array],
+    around_flops: Callable[[Case], float] = lambda case: 0.0,
+) -> Implementation:
     def layer(case: Case, tokens: Array, router: Array, weights: MlpWeights, noise: Array) -> Float[Array, "T D"]:
         expert, gate = _route(case, tokens, router, noise)
         plan = _buffer_plan(case, expert, jax.lax.stop_gradient(gate))
@@ -162,6 +172,7 @@ def _v_moe(name: str, dispatch: Callable[..., Array], combine: Callable[..., Arr
         pick=_buffer_pick,
         computed_rows=lambda case, counts, setting: case.groups * case.experts * case.capacity,
         why_not=_needs_capacity,
+        around_flops=around_flops,
     )
 
 
@@ -337,7 +348,7 @@ def _tiles_visited(case: Case, counts: Counts, setting: Setting) -> int:
 
 PEERS = (
     DENSE,
-    _v_moe("one-hot", _one_hot_dispatch, _one_hot_combine),
+    _v_moe("one-hot", _one_hot_dispatch, _one_hot_combine, _one_hot_flops),
     _v_moe("scatter", _scatter_dispatch, _scatter_combine),
     _after_sort("ragged_dot", _ragged_dot, _ragged_dot_rows, _ragged_dot_why_not),
     _after_sort("megablox", megablox_matmul, _tiles_visited, _megablox_why_not),

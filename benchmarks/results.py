@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ class Result:
     """One line. Figures are None where nothing was timed: a wrong result, or a run that only checks.
 
     `tflops` and `gbytes_per_s` are of the work by definition (see roofline.py), `useful_rows` is the share of rows that
-    hold a choice among those that were computed, `ratio_to_dense` is paired round by round.
+    hold a choice among those that were computed. `ratios` has this line's time over that of each implementation beside
+    it, paired round by round; `ratio_to_dense` is one of them.
     """
 
     op: str
@@ -42,21 +44,22 @@ class Result:
     temp_bytes: int | None
     compile_seconds: float | None
     ratio_to_dense: float | None
+    ratios: dict[str, float]
     correct: bool
+    fault: str
+    """What is wrong, in words; empty for a correct line."""
     versions: dict[str, str]
     commit: str
     date: str
-    fault: str = ""
-    """What is wrong, in words; not part of the JSON."""
     peak_bytes: int | None = None
     """Arguments + results - aliased + temporary; not part of the JSON."""
     needed_bytes: int | None = None
     """Inputs, outputs, gradients and routed rows of a layer forward and backward; not part of the JSON."""
 
     def to_json(self) -> str:
-        """One line, with the fields that the README lists (`passes` is called `pass` there)."""
+        """One line, with all fields above but the last two (`passes` is called `pass` there)."""
         fields = dataclasses.asdict(self)
-        for name in ("fault", "peak_bytes", "needed_bytes"):
+        for name in ("peak_bytes", "needed_bytes"):
             del fields[name]
         return json.dumps({{"passes": "pass"}.get(name, name): value for name, value in fields.items()})
 
@@ -76,14 +79,18 @@ class Label:
 def make_result(
     label: Label,
     program: Program | None,
-    dense: Program | None,
+    beside: Mapping[str, Program | None],
     work: Work,
     device: Device,
     useful_rows: float | None,
     needed_bytes: int | None,
     fault: str | None,
 ) -> Result:
-    """Sum up the repetitions of a program; None for one that is wrong before it was compiled at the full size."""
+    """Sum up the repetitions of a program; None for one that is wrong before it was compiled at the full size.
+
+    `beside` has the programs that ran in turns with it, by the names of their implementations.
+    """
+    ratios = {} if program is None else _paired_ratios(program, beside)
     seconds = np.array([] if program is None else sorted(program.seconds.values()))
     median = float(np.median(seconds)) if seconds.size else None
 
@@ -102,15 +109,21 @@ def make_result(
         useful_rows=useful_rows,
         temp_bytes=None if program is None else program.temp_bytes,
         compile_seconds=None if program is None else program.compile_seconds,
-        ratio_to_dense=None if dense is None or program is None else paired_ratio(program.seconds, dense.seconds),
+        ratio_to_dense=ratios.get("dense"),
+        ratios=ratios,
         correct=fault is None,
+        fault=fault or "",
         versions=versions(),
         commit=commit(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        fault=fault or "",
         peak_bytes=None if program is None else program.peak_bytes,
         needed_bytes=needed_bytes,
     )
+
+
+def _paired_ratios(program: Program, beside: Mapping[str, Program | None]) -> dict[str, float]:
+    ratios = {name: other and paired_ratio(program.seconds, other.seconds) for name, other in beside.items()}
+    return {name: ratio for name, ratio in ratios.items() if ratio is not None}
 
 
 @functools.cache

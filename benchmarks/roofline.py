@@ -7,6 +7,7 @@ have rows. So an implementation that computes padding, or moves data twice, is f
 import dataclasses
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -51,23 +52,21 @@ class Device:
     source: str
 
 
-# bfloat16 TFLOP/s, float32 TFLOP/s, GB/s; by the makers' data sheets, dense. A float32 product on a TPU takes six
-# bfloat16 passes.
+# By the whole name that JAX gives, the first pattern that fits: bfloat16 TFLOP/s, float32 TFLOP/s, GB/s; by the makers'
+# data sheets, dense. A JAX device of v4 and 7x is one of a chip's two cores, so half of the sheet. A float32 product on
+# a TPU takes six bfloat16 passes.
 _SHEETS = {
-    "TPU v4": (275, 275 / 6, 1_228),
-    "TPU v5 lite": (197, 197 / 6, 819),
-    "TPU v5e": (197, 197 / 6, 819),
-    "TPU v5": (459, 459 / 6, 2_765),
-    "TPU v5p": (459, 459 / 6, 2_765),
-    "TPU v6 lite": (918, 918 / 6, 1_640),
-    "TPU v6e": (918, 918 / 6, 1_640),
-    # A device is one of a chip's two cores.
-    "TPU7x": (1_153, 1_153 / 6, 3_690),
-    "NVIDIA A100-SXM4-40GB": (312, 19.5, 1_555),
-    "NVIDIA A100-SXM4-80GB": (312, 19.5, 2_039),
-    "NVIDIA H100 80GB HBM3": (989, 67, 3_350),
-    "NVIDIA H200": (989, 67, 4_800),
-    "NVIDIA B200": (2_250, 75, 8_000),
+    "TPU v4": (137.5, 137.5 / 6, 614),
+    "TPU (v5 lite|v5e)": (197, 197 / 6, 819),
+    "TPU v5p?": (459, 459 / 6, 2_765),
+    "TPU (v6 lite|v6e)": (918, 918 / 6, 1_640),
+    "TPU ?v?7x?": (1_155, 1_155 / 6, 3_690),
+    "NVIDIA A100.*40GB.*": (312, 19.5, 1_555),
+    "NVIDIA A100-SXM4-80GB.*": (312, 19.5, 2_039),
+    "NVIDIA H100.* HBM3.*": (989, 67, 3_350),
+    # The NVL cards of H100 and H200 are slower, and not listed.
+    "NVIDIA H200(?! NVL).*": (989, 67, 4_800),
+    "NVIDIA B200.*": (2_250, 75, 8_000),
 }
 
 
@@ -135,12 +134,23 @@ def percent(done: Work, seconds: float, device: Device, dtype: str) -> float | N
     return 100 * max(done.flops / device.flops[dtype], done.bytes / device.bandwidth) / seconds
 
 
+def sheet(kind: str) -> Device | None:
+    """The data sheet of a device by the name that JAX gives it, None if there is none here.
+
+    >>> sheet("NVIDIA H200 141GB HBM3e").bandwidth, sheet("TPU v5 lite").flops["bfloat16"], sheet("NVIDIA H200 NVL")
+    (4800000000000.0, 197000000000000.0, None)
+    """
+    for pattern, (half, single, bandwidth) in _SHEETS.items():
+        if re.fullmatch(pattern, kind):
+            return Device(kind, {"float32": single * 1e12, "bfloat16": half * 1e12}, bandwidth * 1e9, "data sheet")
+    return None
+
+
 def this_device() -> Device:
     """Look the device up. A CPU has no data sheet here: its peaks are measured beside every problem (see `probes`)."""
     kind = jax.devices()[0].device_kind
-    if kind in _SHEETS:
-        half, single, bandwidth = _SHEETS[kind]
-        return Device(kind, {"float32": single * 1e12, "bfloat16": half * 1e12}, bandwidth * 1e9, "data sheet")
+    if device := sheet(kind):
+        return device
     if jax.default_backend() == "cpu":
         return Device(_cpu_name(), {}, float("inf"), "a large matmul and a large copy, measured beside every problem")
     return Device(kind, {}, float("inf"), "none: the peaks of this device are not known")

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from benchmarks import oracle
+from benchmarks import oracle, oracle_weights
 from benchmarks.cases import Case, make_inputs, small_twin
 from benchmarks.implementations import OURS, Counts, Implementation, Setting
 from benchmarks.jobs import Job, Prepared, make_job, prepare
@@ -58,17 +58,13 @@ def run_problem(problem: Problem, options: Options, device: Device) -> Iterator[
     case, dtype = problem.case, problem.dtype
     programs: dict[str, Program | None] = {}
     faults: dict[str, str | None] = {}
-    chosen = [
-        implementation
-        for implementation in options.implementations
-        if problem.op in implementation.operations and implementation.name not in problem.without
-    ]
-    for implementation in chosen:
-        name = implementation.name
-        if reason := implementation.why_not(case, dtype, jax.default_backend()):
-            options.note(f"{name} left out of {case.name}, {dtype}: {reason}")
-            continue
-        programs[name], faults[name] = _compile_and_check(implementation, problem)
+    for implementation in options.implementations:
+        reason = implementation.why_not(case, dtype, jax.default_backend())
+        if reason and concerns(implementation, problem):
+            options.note(f"{implementation.name} left out of {case.name}, {dtype}: {reason}")
+    implementations = chosen(options.implementations, problem)
+    for implementation in implementations:
+        programs[implementation.name], faults[implementation.name] = _compile_and_check(implementation, problem)
 
     # A wrong result is never timed.
     right = [program for name, program in programs.items() if program is not None and faults[name] is None]
@@ -80,14 +76,28 @@ def run_problem(problem: Problem, options: Options, device: Device) -> Iterator[
     except KeyboardInterrupt:
         interrupted = True
     device = with_probes(device, beside, dtype)
-    dense = programs.get("dense")
     load = full_truth(case, problem.distribution, dtype).load
-    for implementation in chosen:
+    for implementation in implementations:
         name = implementation.name
-        if name in programs and (not interrupted or any(p.name == name and p.seconds for p in right)):
-            yield _result(implementation, problem, programs[name], dense, load, device, faults[name])
+        if not interrupted or any(p.name == name and p.seconds for p in right):
+            yield _result(implementation, problem, programs[name], programs, load, device, faults[name])
     if interrupted:
         raise KeyboardInterrupt
+
+
+def concerns(implementation: Implementation, problem: Problem) -> bool:
+    """Whether an implementation has the operation, and the suite does not leave it out."""
+    return problem.op in implementation.operations and implementation.name not in problem.without
+
+
+def chosen(implementations: Sequence[Implementation], problem: Problem) -> list[Implementation]:
+    """Those that can run a problem here."""
+    platform = jax.default_backend()
+    return [
+        one
+        for one in implementations
+        if concerns(one, problem) and one.why_not(problem.case, problem.dtype, platform) is None
+    ]
 
 
 # The last arrays are kept, since the next problem often differs in operation or pass only.
@@ -113,6 +123,13 @@ def _expected_sample(op: Op, case: Case, distribution: str, dtype: str, is_dense
     """Sampled tokens of the full size."""
     truth = full_truth(case, distribution, dtype)
     return oracle.expect(op, truth, oracle.sample_tokens(truth), is_dense=is_dense)
+
+
+@functools.lru_cache(maxsize=4)
+def _expected_weights(
+    op: Op, case: Case, distribution: str, dtype: str, is_dense: bool
+) -> list[oracle_weights.ExpertGradient]:
+    return oracle_weights.expect_weights(op, full_truth(case, distribution, dtype), is_dense=is_dense)
 
 
 @functools.lru_cache(maxsize=256)
@@ -142,8 +159,11 @@ def _compile_and_check(implementation: Implementation, problem: Problem) -> tupl
         job, prepared, program = _get_ready(implementation, op, problem.passes, truth, dtype)
         program.warm_up = program.run()
         expected = _expected_sample(op, case, distribution, dtype, implementation.is_dense)
-        fault = oracle.find_fault(prepared.answer(program.last), expected, case, dtype, job.result)
-        return program, fault and f"{fault}, for sampled tokens"
+        answer = prepared.answer(program.last)
+        if fault := oracle.find_fault(answer, expected, case, dtype, job.result):
+            return program, f"{fault}, for sampled tokens"
+        weights = _expected_weights(op, case, distribution, dtype, implementation.is_dense)
+        return program, oracle_weights.find_weight_fault(answer, weights, case, dtype)
     except Exception as error:
         return None, f"raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
@@ -167,7 +187,7 @@ def _result(
     implementation: Implementation,
     problem: Problem,
     program: Program | None,
-    dense: Program | None,
+    beside: Mapping[str, Program | None],
     load: Load,
     device: Device,
     fault: str | None,
@@ -184,7 +204,7 @@ def _result(
     return make_result(
         Label(problem.op, problem.passes, case.name, problem.distribution, problem.dtype, implementation.name),
         program,
-        dense,
+        beside,
         work(op, problem.passes, case, load, itemsize),
         device,
         useful_rows=load.rows / computed if computed is not None and op in EXPERT_MATMULS else None,

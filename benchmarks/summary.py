@@ -46,16 +46,16 @@ def peak_memory(results: Iterable[Result], implementation: str) -> list[str]:
 
 
 def against_peers(results: Sequence[Result], implementation: str) -> list[str]:
-    """The layer forward and backward against every baseline, by their medians; a line for each problem."""
+    """The layer forward and backward against every baseline, paired round by round; a line for each problem."""
     layers = [r for r in results if (r.op, r.passes) == ("layer", "both") and r.ms_median]
     lines = []
     for mine in (r for r in layers if r.implementation == implementation):
         problem = (mine.case, mine.distribution, mine.dtype)
         others = [
-            f"{r.ms_median / mine.ms_median:.2f}x as fast as {r.implementation}"
+            f"{r.ratios[implementation]:.2f}x as fast as {r.implementation}"
             for r in layers
-            if r.ms_median and mine.ms_median
             if (r.case, r.distribution, r.dtype) == problem and r.implementation not in (implementation, "dense")
+            if implementation in r.ratios
         ]
         target = _target(mine, "at most 1.2x")
         dense = [] if mine.ratio_to_dense is None else [f"{mine.ratio_to_dense:.2f}x the time of dense{target}"]

@@ -11,13 +11,14 @@ from fractions import Fraction
 from typing import Literal, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 # Rows that a run is rounded up to and starts at multiples of: a float32 tile of a TPU has 8, and copies on a GPU start
 # at a multiple of 8. On a CPU every row of padding costs its share of the matmuls: at a capacity of 135 places,
 # 144 rows (16) instead of 136 (8) took 5% longer (2 cores, November 2026).
 ROW_ALIGNMENT = 8
-Number = TypeVar("Number", int, Array)
+Number = TypeVar("Number", int, Array, np.ndarray)
 
 Activation = Literal["gelu_tanh", "gelu_erf"]
 MatmulActivation = Literal["gelu_tanh", "gelu_erf", "silu"]
