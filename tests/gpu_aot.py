@@ -137,10 +137,16 @@ def main(widths: list[int]) -> None:
         return out, back(rows), y, weigh_back(tokens)
 
     def routed(tokens, router, noise, modality):
-        """Routing of two choices in four groups, with noise and modalities."""
-        return route(
-            tokens, router, num_choices=2, num_groups=4, noise=noise, modality=modality, num_modalities=2, backend="gpu"
-        )
+        """Routing of two choices in four groups, with noise and modalities, and its gradients."""
+
+        def run(tokens, router):
+            return route(
+                tokens, router, num_choices=2, num_groups=4, noise=noise, modality=modality, num_modalities=2
+            )  # fmt: skip
+
+        found, back = jax.vjp(run, tokens, router)
+        ones = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0) if a.dtype == jnp.int32 else a, found)
+        return found, back(ones)
 
     def exact(function):
         return functools.partial(function, activation="gelu_erf")

@@ -200,6 +200,15 @@ MUTATIONS = {
     "a token that is not finite wants an expert": Mutant(
         ROUTE_POISON, Mutation("gpu/routing.py", "mine & _down(finite, clean.shape)", "mine")
     ),
+    "the gradient's last digits left out of dW": Mutant(
+        ROUTE, Mutation("gpu/routing_backward.py", "reversed(range(PIECES))", "reversed(range(1))")
+    ),
+    "parts of the tokens past the end": Mutant(
+        ROUTE,
+        Mutation(
+            "gpu/routing_backward.py", "jnp.clip(num_tokens - part * length, 0, length)", "jnp.full_like(part, length)"
+        ),
+    ),
     "sums take unused rows": Mutant(MLP, Mutation("gpu/column_sums.py", "row < size_g[i]", "row < DEPTH")),
 }
 

@@ -42,7 +42,7 @@ def check(widths):
     routes = {(width, "route") for width in widths}
     assert set(found) == {(width, name) for width in widths for name in MATMULS} | set(gathers) | routes
     for key in routes:
-        check_route(found.pop(key))
+        check_route(key[0], found.pop(key))
     for key, itemsize in gathers.items():
         check_gathers(key[0], itemsize, found.pop(key))
     for (width, name), compiled in found.items():
@@ -62,12 +62,17 @@ def check(widths):
         assert max(compiled.shared_memory) <= H200.shared_memory
 
 
-def check_route(compiled):
-    made = compiled.kernels["moe_route"]
-    assert set(compiled.kernels) == {"moe_route"} and made.wgmmas > 0, made
-    assert made.spills == 0 and made.stack == 0 and made.registers <= 65_536 // 384 // 8 * 8, made
+def check_route(width, compiled):
+    assert set(compiled.kernels) == {"moe_route", "moe_rows_store", "moe_weight_gradient"}
+    for kernel, made in compiled.kernels.items():
+        assert made.wgmmas > 0 and made.spills == 0 and made.stack == 0, f"{kernel}: {made}"
+        assert made.registers <= 65_536 // 384 // 8 * 8, f"{kernel}: {made}"
     columns = 3 * gpu_aot.EXPERTS
-    assert compiled.shared_memory == {route_shared_memory(columns, route_blocks(columns, H200).stages)}
+    assert compiled.shared_memory == {
+        route_shared_memory(columns, route_blocks(columns, H200).stages),
+        estimate("store", width),
+        estimate("weight_gradient", 128),
+    }
     assert max(compiled.shared_memory) <= H200.shared_memory
 
 

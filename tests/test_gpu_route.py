@@ -16,11 +16,11 @@ from moe_kernels.backends.gpu.tiling import chip_of, route_blocks, route_shared_
 
 # Groups of more than a tile and less, experts that 8 does not divide, all that one product takes; padding, modalities.
 CASES = {
-    "one more than a tile": Case(258, 2, 64, 3, 2, 2, True, "bfloat16"),
+    "one more than a tile": Case(258, 2, 128, 3, 2, 2, True, "bfloat16"),
     "short groups": Case(24, 4, 128, 16, 1, 1, False, "bfloat16"),
-    "one token": Case(1, 1, 64, 1, 1, 1, True, "bfloat16"),
-    "all choices": Case(63, 1, 192, 5, 5, 3, False, "bfloat16"),
-    "many experts": Case(129, 1, 64, 80, 2, 2, True, "bfloat16"),
+    "one token": Case(1, 1, 128, 1, 1, 1, True, "bfloat16"),
+    "all choices": Case(63, 1, 384, 5, 5, 3, False, "bfloat16"),
+    "many experts": Case(129, 1, 128, 80, 2, 2, True, "bfloat16"),
 }
 
 
@@ -36,14 +36,9 @@ def check_case(name, pattern="uneven", seed=0):
     check(CASES[name], drawn, by_backend(CASES[name], "gpu", *drawn))
 
 
-@pytest.mark.parametrize("pattern", ["uneven", "all equal"])
-def test_values_and_gradients(pattern):
-    check_case("one more than a tile", pattern)
-
-
 @pytest.mark.compat
-def test_values_and_gradients_without_noise():
-    check_case("short groups")
+def test_values_and_gradients():
+    check_case("one more than a tile")
 
 
 @pytest.mark.full
@@ -104,12 +99,12 @@ def test_what_is_not_finite_spoils_its_own_sums_only_on_a_gpu(bad):
 
 def test_near_ties_and_zeros_of_both_signs_are_decided_as_in_float32():
     # Logits that differ in the last digits of a float32 router, seen by bfloat16 tokens; then a tie of zeros.
-    router = np.zeros((64, 3), np.float32)
+    router = np.zeros((128, 3), np.float32)
     router[0], router[1] = [1 + 2**-20, 1 + 2**-19, 1.0], [0.0, 0.0, 2**-22]
-    zeros = np.zeros((64, 3), np.float32)
+    zeros = np.zeros((128, 3), np.float32)
     zeros[:, [0, 2]] = -0.0
     for weights, expected in ((router, [1, 0, 2]), (zeros, [0, 1, 2])):
-        routing = route(jnp.ones((1, 64), jnp.bfloat16), jnp.asarray(weights), num_choices=3, backend="gpu")
+        routing = route(jnp.ones((1, 128), jnp.bfloat16), jnp.asarray(weights), num_choices=3, backend="gpu")
         assert routing.expert.tolist() == [expected]
 
 
@@ -125,7 +120,7 @@ def test_the_table_says_who_takes_what():
         ({"dtype": "float16"}, "dtype float16 is not bfloat16"),
         ({"dtype": "float32"}, "dtype float32 is not bfloat16"),
         ({"shape": (0, 768)}, "there are no tokens"),
-        ({"shape": (16384, 96)}, "width 96 is not a multiple of 64"),
+        ({"shape": (16384, 192)}, "width 192 is not a multiple of 128"),
         ({"num_experts": 81}, "81 experts are more than the 80 of one product"),
         ({"route": RouteStatic(17, 1, 2, 1 / 32)}, "more than 16 choices or modalities"),
         ({"route": None}, "what is static about the routing is not known"),

@@ -16,8 +16,8 @@ from moe_kernels.backends.gpu.permute import (
     dispatch_forward,
 )
 from moe_kernels.backends.gpu.routing import PIECES, route_forward
-from moe_kernels.backends.gpu.tiling import DEPTH, MOST_COLUMNS, WIDTH_ALIGNMENT, chip_of
-from moe_kernels.backends.xla.routing import route_backward
+from moe_kernels.backends.gpu.routing_backward import route_backward
+from moe_kernels.backends.gpu.tiling import MOST_COLUMNS, WIDTH_ALIGNMENT, chip_of
 from moe_kernels.types import round_up
 
 DTYPES = ("bfloat16", "float16")
@@ -80,8 +80,8 @@ def _route_misfit(problem: Problem) -> str | None:
     num_tokens, width = problem.shape
     if problem.dtype != "bfloat16":
         return f"dtype {problem.dtype} is not bfloat16: only that multiplies exactly with pieces of a float32 router"
-    if width < 1 or width % DEPTH:
-        return f"width {width} is not a multiple of {DEPTH}"
+    if width < 1 or width % WIDTH_ALIGNMENT:
+        return f"width {width} is not a multiple of {WIDTH_ALIGNMENT}"
     if PIECES * round_up(problem.num_experts, 8) > MOST_COLUMNS:
         return f"{problem.num_experts} experts are more than the {MOST_COLUMNS // PIECES // 8 * 8} of one product"
     if problem.route is None:
@@ -104,17 +104,11 @@ def _span(forward: Any, backward: Any, device: Device) -> Span:
     return Span(functools.partial(forward, device), functools.partial(backward, device))
 
 
-@functools.lru_cache
-def _route_span(device: Device) -> Span:
-    return Span(functools.partial(route_forward, device), route_backward)
-
-
 GPU = Backend(
     name="gpu",
     why_not=why_not,
     spans={
-        # The backward pass starts from the logits that the kernel keeps; see routing.py.
-        "route": lambda problem: _route_span(_device(problem)),
+        "route": lambda problem: _span(route_forward, route_backward, _device(problem)),
         "grouped_matmul": lambda problem: _span(grouped_matmul_forward, grouped_matmul_backward, _device(problem)),
         "dispatch": lambda problem: _span(dispatch_forward, dispatch_backward, _device(problem)),
         "combine": lambda problem: _span(combine_forward, combine_backward, _device(problem)),

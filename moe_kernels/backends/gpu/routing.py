@@ -4,8 +4,7 @@ Grid: one block per multiprocessor walks the tiles of 128 tokens of every group.
 tokens and router into the ring; each consumer holds the logits of 64 tokens in registers and does all the rest there.
 The router is float32: its three bfloat16 pieces, which hold all its digits, lie one below the other, so that one
 product gives the logits piece by piece, in float32 and exact but for the order of sums. Sums over the tokens of half
-a tile leave by modality and are added up outside, in a fixed order: no atomics. Logits are kept for the backward pass,
-which is XLA's: a kernel for it is not written.
+a tile leave by modality and are added up outside, in a fixed order: no atomics. Logits are kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -101,16 +100,25 @@ def _by_tile(values: Array, groups: int, fill: int) -> Array:
     return values.reshape(-1, NUM_CONSUMERS, WARPGROUP_ROWS, *values.shape[2:])
 
 
-def _pieces(router: Float[Array, "D E"], padded: int) -> Float[Array, "P D"]:
-    """The router transposed, as a sum of bfloat16 numbers one below the other; by bits, which no compiler drops."""
-    rest = jnp.pad(router.astype(jnp.float32).T, ((0, padded - router.shape[1]), (0, 0)))
+def split(values: Float[Array, "..."], count: int) -> list[Float[Array, "..."]]:
+    """Float32 as a sum of bfloat16 numbers, large ones first; three hold all digits. By bits, which no compiler drops.
+
+    >>> [float(piece) for piece in split(jnp.float32(1 + 2**-20), 3)]
+    [1.0, 9.5367431640625e-07, 0.0]
+    """
     found = []
-    for _ in range(PIECES):
-        high = lax.bitcast_convert_type(rest, jnp.uint32) & jnp.uint32(0xFFFF0000)
+    for _ in range(count):
+        high = lax.bitcast_convert_type(values, jnp.uint32) & jnp.uint32(0xFFFF0000)
         piece = lax.bitcast_convert_type(high, jnp.float32)
         found.append(piece.astype(jnp.bfloat16))
-        rest = rest - piece
-    return jnp.concatenate(found)
+        values = values - piece
+    return found
+
+
+def _pieces(router: Float[Array, "D E"], padded: int) -> Float[Array, "P D"]:
+    """The router transposed, its pieces one below the other."""
+    turned = jnp.pad(router.astype(jnp.float32).T, ((0, padded - router.shape[1]), (0, 0)))
+    return jnp.concatenate(split(turned, PIECES))
 
 
 def _route(
