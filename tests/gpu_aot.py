@@ -1,4 +1,4 @@
-"""Compile the GPU kernels for an H200 on a machine without one: `python gpu_aot.py WIDTH...`.
+"""Compile the GPU kernels for an H200, and gathers for a B200, on a machine without: `python gpu_aot.py WIDTH...`.
 
 The plugin's library is loaded by hand, since its own initialisation asks a driver that is not there. PTX and what ptxas
 says come from Mosaic on standard output, between the lines printed here; `report` reads them.
@@ -107,10 +107,16 @@ def main(widths: list[int]) -> None:
     from moe_kernels.types import Layout, MlpWeights, Plan, Runs
 
     api = xla_client.load_pjrt_plugin_dynamically("cuda", str(plugin._get_library_path()))
-    target = (HERE / "h200.txtpb").read_text()
-    topology = xla_client.make_c_api_device_topology(api, "", topology="1x1x1", target_config=target)
-    devices = topologies.TopologyDescription(topology._make_compile_only_devices()).devices
-    mesh = Mesh(np.array(devices[:1]), ("x",))
+
+    def mesh_of(target):
+        topology = xla_client.make_c_api_device_topology(api, "", topology="1x1x1", target_config=target)
+        devices = topologies.TopologyDescription(topology._make_compile_only_devices()).devices
+        return Mesh(np.array(devices[:1]), ("x",))
+
+    h200 = (HERE / "h200.txtpb").read_text()
+    mesh = mesh_of(h200)
+    # The same but for what the compiler must know: name and compute capability.
+    b200 = mesh_of(h200.replace("major: 9 feature", "major: 10 feature").replace("H200", "B200"))
 
     measure = mosaic._smem_tree_size
     sizes: list[int] = []
@@ -154,6 +160,10 @@ def main(widths: list[int]) -> None:
     def struct(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
+    def on_b200(tree):
+        place = NamedSharding(b200, PartitionSpec())
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
+
     def permuted(width, dtype):
         count = EXPERTS * ROWS_PER_EXPERT
         array, gate, row = (struct(*shape, dtype=kind) for shape, kind in (
@@ -181,10 +191,11 @@ def main(widths: list[int]) -> None:
                 (struct(16384, width), f32(width, EXPERTS), f32(16384, EXPERTS), struct(16384, dtype="int32")),
             ),
             *((f"permute-{dtype}", permute, permuted(width, dtype)) for dtype in GATHERED),
+            ("permute-bfloat16-b200", permute, on_b200(permuted(width, "bfloat16"))),
         ):
             print(f"\n{BEGIN}{width} {name}", flush=True)
             sizes.clear()
-            with jax.set_mesh(mesh):
+            with jax.set_mesh(b200 if name.endswith("b200") else mesh):
                 lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
             lowered.compile()
             print("\n" + json.dumps(sizes), flush=True)

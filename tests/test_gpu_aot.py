@@ -37,8 +37,8 @@ def estimate(kernel, columns, bias=False):
 
 def check(widths):
     found = gpu_aot.report(widths)
-    gathers = {(width, f"permute-{dtype}"): 2 if dtype == "bfloat16" else 4
-               for width in widths for dtype in gpu_aot.GATHERED}  # fmt: skip
+    itemsizes = {"permute-bfloat16": 2, "permute-float32": 4, "permute-bfloat16-b200": 2}
+    gathers = {(width, name): itemsize for width in widths for name, itemsize in itemsizes.items()}
     routes = {(width, "route") for width in widths}
     assert set(found) == {(width, name) for width in widths for name in MATMULS} | set(gathers) | routes
     for key in routes:

@@ -108,9 +108,11 @@ PROBLEM = Problem("dispatch", "gpu", "bfloat16", (16384, 768), 32, layout=LAYOUT
 
 
 @pytest.mark.parametrize("span", ["dispatch", "combine"])
-def test_hopper_gathers_in_every_float(span):
+def test_hopper_and_blackwell_gather_in_every_float(span):
     for dtype in DTYPES:
         assert "gpu: chosen" in explain(dataclasses.replace(PROBLEM, span=span, dtype=dtype)).splitlines()
+    for chip in ("NVIDIA B200", "NVIDIA GB200", "NVIDIA GH200 480GB"):
+        assert "gpu: chosen" in explain(dataclasses.replace(PROBLEM, span=span, chip=chip)).splitlines()
     # Runs that start anywhere are no hindrance: rows are copied one by one.
     odd = dataclasses.replace(LAYOUT, num_rows=12, rows_per_expert=4)
     assert "gpu: chosen" in explain(dataclasses.replace(PROBLEM, layout=odd))

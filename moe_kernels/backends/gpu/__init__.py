@@ -17,7 +17,7 @@ from moe_kernels.backends.gpu.permute import (
 )
 from moe_kernels.backends.gpu.routing import PIECES, route_forward
 from moe_kernels.backends.gpu.routing_backward import route_backward
-from moe_kernels.backends.gpu.tiling import MOST_COLUMNS, WIDTH_ALIGNMENT, chip_of
+from moe_kernels.backends.gpu.tiling import MOST_COLUMNS, WIDTH_ALIGNMENT, Chip, chip_of
 from moe_kernels.types import round_up
 
 DTYPES = ("bfloat16", "float16")
@@ -36,18 +36,21 @@ def why_not(problem: Problem) -> str | None:
     >>> why_not(Problem("expert_mlp", "cpu", "bfloat16", (16, 128), 2))
     'platform cpu is not gpu; named, it runs interpreted'
     >>> why_not(Problem("expert_mlp", "gpu", "bfloat16", (16, 128), 2, chip="NVIDIA A100-SXM4-80GB"))
-    "chip 'NVIDIA A100-SXM4-80GB' has not compute capability 9.0 (H100, H200, H800, H20, GH200)"
+    "chip 'NVIDIA A100-SXM4-80GB' has not compute capability 9.0 (H100, H200, H800, H20, GH200) or 10.0"
     """
     if problem.platform == "cpu" and not problem.named:
         return "platform cpu is not gpu; named, it runs interpreted"
     if problem.platform not in ("cpu", "gpu"):
         return f"platform {problem.platform} is not gpu"
-    if problem.platform == "gpu" and chip_of(problem.chip) is None:
-        return f"chip {problem.chip!r} has not compute capability 9.0 (H100, H200, H800, H20, GH200)"
+    chip = _chip(problem)
+    if chip is None:
+        return f"chip {problem.chip!r} has not compute capability 9.0 (H100, H200, H800, H20, GH200) or 10.0"
     if problem.platform == "gpu" and problem.num_cores < 1:
         return f"chip {problem.chip!r} does not say how many multiprocessors it has"
     if problem.span in GATHERS:
         return _gather_misfit(problem)
+    if not chip.columns:
+        return f"chip {problem.chip!r} multiplies by tcgen05, which the interpreter of JAX 0.10.2 does not know"
     if problem.span == "route":
         return _route_misfit(problem)
     if problem.dtype not in DTYPES:
@@ -91,10 +94,13 @@ def _route_misfit(problem: Problem) -> str | None:
     return "there are no tokens" if num_tokens == 0 else None
 
 
+def _chip(problem: Problem) -> Chip | None:
+    return chip_of(STAND_IN if problem.platform == "cpu" else problem.chip)
+
+
 def _device(problem: Problem) -> Device:
-    interpreted = problem.platform == "cpu"
-    chip = chip_of(STAND_IN if interpreted else problem.chip)
-    assert chip is not None
+    interpreted, chip = problem.platform == "cpu", _chip(problem)
+    assert chip is not None, "refused by why_not"
     return Device(chip, INTERPRETED_SMS if interpreted else problem.num_cores, interpreted)
 
 

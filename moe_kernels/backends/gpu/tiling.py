@@ -45,10 +45,11 @@ LIVE_CHUNKS: dict[Kernel, int] = {"store": 1, "gelu": 2, "gelu_backward": 4, "we
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a kernel may use of a chip: bytes of shared memory a block, and wider tiles first."""
+    """What a kernel may use of a chip: bytes of shared memory a block, and the columns of wgmma, wider tiles first."""
 
     shared_memory: int
     columns: tuple[int, ...]
+    """Empty where there is no wgmma: rows are gathered there, not multiplied."""
 
 
 @dataclasses.dataclass(frozen=True)
