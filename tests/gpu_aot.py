@@ -16,7 +16,6 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 BEGIN = "### compiling "
 EXPERTS, ROWS_PER_EXPERT = 32, 544
-BULK = re.compile(r"cp\.async\.bulk\.[\w.:]*\.global\.mbarrier::complete_tx::bytes")
 # Dtypes of what is dispatched and combined.
 GATHERED = ("bfloat16", "float32")
 
@@ -29,7 +28,7 @@ class Kernel(NamedTuple):
     spills: int
     wgmmas: int
     fetches: int
-    """Bulk copies from global to shared memory: a multiple of 16 bytes each."""
+    """Plain bulk copies, without tensor and swizzle, from global to shared memory: a multiple of 16 bytes each."""
     stores: int
     """Stores to global memory of 16 bytes a thread."""
     narrow: int
@@ -73,7 +72,7 @@ def parse(text: str) -> dict[tuple[int, str], Compiled]:
             stores = re.findall(r"\bst\.(?:global\.)?(?:v([24])\.)?[a-z](\d+)\b", body)
             wide = sum(int(count or 1) * int(bits) == 128 for count, bits in stores)
             pairs = sum(count != "" and int(count) * int(bits) < 128 for count, bits in stores)
-            now = body.count("wgmma.mma_async"), len(BULK.findall(body)), wide, pairs
+            now = body.count("wgmma.mma_async"), body.count("cp.async.bulk.shared::cta.global"), wide, pairs
             counts[name] = tuple(map(min, now, counts.get(name, now)))
         said = re.findall(
             r"Compiling entry function '(\w+?)_mosaic_gpu_kernel'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "

@@ -142,7 +142,7 @@ MUTATIONS = {
         GATHER_PIECES, Mutation("gpu/gather.py", "own = term * tiles + tile", "own = tile + 0 * term")
     ),
     "every piece is the first": Mutant(
-        GATHER_PIECES, Mutation("gpu/gather.py", "pl.ds(chunk * blocks.columns,", "pl.ds(0 * chunk,")
+        GATHER_PIECES, Mutation("gpu/gather.py", "return column + blocks.columns, filled", "return column, filled")
     ),
     "products of the last piece": Mutant(
         GATHER_PIECES, Mutation("gpu/gather.py", "products + product", "product + 0 * products")

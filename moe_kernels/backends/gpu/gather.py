@@ -61,8 +61,8 @@ def gather_rows(
         ring = Ring(scratch["full"], scratch["empty"], blocks.stages)
 
         def produce() -> None:
-            def fetch(tile: jax.Array, chunk: jax.Array, term: jax.Array, filled: jax.Array) -> jax.Array:
-                slot, across = ring.acquire(filled), pl.ds(chunk * blocks.columns, blocks.columns)
+            def fetch(tile: jax.Array, column: jax.Array, term: jax.Array, filled: jax.Array) -> jax.Array:
+                slot, across = ring.acquire(filled), pl.ds(column, blocks.columns)
                 own = term * tiles + tile
 
                 def copy(source: Any, to: Any) -> None:
@@ -81,10 +81,14 @@ def gather_rows(
                 return filled + 1
 
             def tile(tile: jax.Array, filled: jax.Array) -> jax.Array:
-                def column(chunk: jax.Array, filled: jax.Array) -> jax.Array:
-                    return lax.fori_loop(0, terms, lambda term, filled: fetch(tile, chunk, term, filled), filled)
+                def piece(_: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                    column, filled = carry
+                    filled = lax.fori_loop(0, terms, lambda term, filled: fetch(tile, column, term, filled), filled)
+                    return column + blocks.columns, filled
 
-                return lax.fori_loop(0, chunks, column, filled)
+                # A first column of which Mosaic knows no divisor: else it lays the pieces out in swizzled tiles, and a
+                # row no longer goes there in one plain copy.
+                return lax.fori_loop(0, chunks, piece, (jnp.minimum(filled, 0), filled))[1]
 
             ring.drain(over_steps(jnp.int32(tiles), device.num_sms, tile))
 
