@@ -101,16 +101,16 @@ MUTATIONS = {
         GATHER,
         Mutation(
             "gpu/gather.py",
-            "at = jnp.minimum(index_g[own, consumer, row], length - 1)",
-            "at = index_g[own, consumer, row]",
+            "at = jnp.minimum(index_g[own, consumer, row + n], length - 1)",
+            "at = index_g[own, consumer, row + n]",
         ),
     ),
     "rows of tiles past the end are fetched": Mutant(
         GATHER,
         Mutation(
             "gpu/gather.py",
-            "jnp.minimum(tile * TILE_ROWS + consumer * GATHER_ROWS + row, count - 1)",
-            "tile * TILE_ROWS + consumer * GATHER_ROWS + row + 1",
+            "jnp.minimum(tile * TILE_ROWS + first + n, count - 1)",
+            "tile * TILE_ROWS + first + n",
         ),
     ),
     "the row behind the last is added": Mutant(

@@ -3,10 +3,10 @@
 import gpu_aot
 import pytest
 
+from moe_kernels.backends.gpu.gather import ROWS_AT_ONCE
 from moe_kernels.backends.gpu.tiling import (
     CONSUMER_REGISTERS,
     GATHER_ROWS,
-    NUM_CONSUMERS,
     chip_of,
     choose_blocks,
     gather_blocks,
@@ -84,8 +84,8 @@ def check_gathers(width, itemsize, compiled):
         where = f"{kernel} of {itemsize} bytes at width {width}: {made}"
         assert made.spills == 0 and made.stack == 0 and made.wgmmas == 0, where
         assert made.registers <= 65_536 // 384 // 8 * 8, where
-        # One copy for each row of a tile, and of the other rows; indices and weights.
-        assert made.fetches == NUM_CONSUMERS * GATHER_ROWS * (2 if products else 1) + 1 + weighed, where
+        # A copy for each row that is fetched at once, and each of the other rows; indices and weights.
+        assert made.fetches == ROWS_AT_ONCE * (2 if products else 1) + 1 + weighed, where
         # All that leaves in a tile: 8 rows by 128 threads of 16 bytes.
         assert made.stores == GATHER_ROWS * blocks.columns * itemsize // (16 * 128) and made.narrow == 0, where
         expected.add(gather_shared_memory(blocks, itemsize, weighed=weighed, products=products))

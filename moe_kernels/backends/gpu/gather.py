@@ -26,6 +26,8 @@ from moe_kernels.backends.gpu.tiling import ACCESS_BYTES, GATHER_ROWS, HALF_WARP
 TILE_ROWS = NUM_CONSUMERS * GATHER_ROWS
 # Rows of a result that each of four warps holds, half a warp along each.
 WARP_ROWS = GATHER_ROWS // 4
+# Rows whose addresses the producer computes side by side: all 16 take more registers than it has.
+ROWS_AT_ONCE = 4
 # What an index past the end would read; none reaches that far.
 _IN_BOUNDS = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
 
@@ -68,13 +70,17 @@ def gather_rows(
                 def copy(source: Any, to: Any) -> None:
                     plgpu.copy_gmem_to_smem(source, to, ring.full.at[slot], oob_mode=_IN_BOUNDS)
 
-                for consumer in range(NUM_CONSUMERS):
-                    for row in range(GATHER_ROWS):
-                        at = jnp.minimum(index_g[own, consumer, row], length - 1)
-                        copy(x_g.at[at, across], scratch["x_s"].at[slot, consumer, row])
+                def some(step: jax.Array, _: None) -> None:
+                    first = step * ROWS_AT_ONCE
+                    consumer, row = lax.div(first, jnp.int32(GATHER_ROWS)), lax.rem(first, jnp.int32(GATHER_ROWS))
+                    for n in range(ROWS_AT_ONCE):
+                        at = jnp.minimum(index_g[own, consumer, row + n], length - 1)
+                        copy(x_g.at[at, across], scratch["x_s"].at[slot, consumer, row + n])
                         if other_g is not None:
-                            at = jnp.minimum(tile * TILE_ROWS + consumer * GATHER_ROWS + row, count - 1)
-                            copy(other_g.at[at, across], scratch["other_s"].at[slot, consumer, row])
+                            at = jnp.minimum(tile * TILE_ROWS + first + n, count - 1)
+                            copy(other_g.at[at, across], scratch["other_s"].at[slot, consumer, row + n])
+
+                lax.fori_loop(0, TILE_ROWS // ROWS_AT_ONCE, some, None)
                 copy(index_g.at[own], scratch["index_s"].at[slot])
                 if weight_g is not None:
                     copy(weight_g.at[own], scratch["weight_s"].at[slot])
