@@ -118,6 +118,9 @@ def _why_not(backend: Backend | None, case: Case, dtype: str, platform: str) -> 
         return None
     layout = _layout(case)
     for span in backend.spans:
+        # What a back end may leave to another one is no reason to leave all of it out.
+        if span in backend.optional:
+            continue
         length = case.tokens if span in ("route", "dispatch") else layout.num_rows
         array = jax.ShapeDtypeStruct((length, case.width), dtype)
         static = RouteStatic(case.choices, case.groups, 1, 1 / case.experts) if span == "route" else None

@@ -334,7 +334,8 @@ def mosaic_matmul(rows: Array, weight: Array, sizes: Array) -> Array:
 
 
 def _mosaic_why_not(case: Case, dtype: str, platform: str) -> str | None:
-    if platform != "gpu" or chip_of(jax.devices()[0].device_kind) is None:
+    chip = chip_of(jax.devices()[0].device_kind) if platform == "gpu" else None
+    if chip is None or not chip.columns:
         return f"is for Hopper GPUs, not for {jax.devices()[0].device_kind if platform == 'gpu' else platform}"
     return None if dtype in ("bfloat16", "float16") else f"does not take {dtype}"
 

@@ -88,11 +88,13 @@ def gpu() -> list[Problem]:
     """
     kinds = ["balanced"], ["bfloat16"]
     matmul: Sequence[Pass] = ["forward", *HALVES]
-    around: list[Op] = ["routing", "plan", "dispatch", "combine"]
+    around: list[Op] = ["routing", "plan"]
+    moves: list[Op] = ["dispatch", "combine"]
     problems = _without(("scatter",), product(["grouped_matmul"], matmul, ["l16"], *kinds))
     problems += _without(("scatter", "one-hot"), product(["grouped_matmul"], matmul, ["llm-256x2048"], *kinds))
     problems += product(["layer"], ["forward", "both"], ["l16"], *kinds)
     problems += product(around, ["both"], ["l16"], *kinds)
+    problems += product(moves, ["forward", "backward"], ["l16"], *kinds)
     problems += _without(("scatter", "one-hot"), product(["expert_mlp"], ["forward", "both"], ["l16"], *kinds))
     problems += _without(("scatter",), product(["layer"], ["both"], ["l16"], ["zipf"], ["bfloat16"]))
     for case in ("b16", "h14"):

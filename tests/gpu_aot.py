@@ -1,4 +1,4 @@
-"""Compile the GPU kernels of the expert MLP for an H200 on a machine without one: `python gpu_aot.py WIDTH...`.
+"""Compile the GPU kernels for an H200, and gathers for a B200, on a machine without: `python gpu_aot.py WIDTH...`.
 
 The plugin's library is loaded by hand, since its own initialisation asks a driver that is not there. PTX and what ptxas
 says come from Mosaic on standard output, between the lines printed here; `report` reads them.
@@ -16,6 +16,8 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 BEGIN = "### compiling "
 EXPERTS, ROWS_PER_EXPERT = 32, 544
+# Dtypes of what is dispatched and combined.
+GATHERED = ("bfloat16", "float32")
 
 
 class Kernel(NamedTuple):
@@ -25,6 +27,12 @@ class Kernel(NamedTuple):
     stack: int
     spills: int
     wgmmas: int
+    fetches: int
+    """Plain bulk copies, without tensor and swizzle, from global to shared memory: a multiple of 16 bytes each."""
+    stores: int
+    """Stores to global memory of 16 bytes a thread."""
+    narrow: int
+    """Other stores to global memory of more than a number."""
 
 
 class Compiled(NamedTuple):
@@ -58,9 +66,14 @@ def parse(text: str) -> dict[tuple[int, str], Compiled]:
         width, direction = part.split(None, 2)[:2]
         # From each kernel's entry to the next one: its instructions; then what ptxas says of it.
         ptx = re.findall(r"\.entry (\w+?)_mosaic_gpu_kernel\b(.*?)(?=\.entry |ptxas |\Z)", part, re.DOTALL)
-        wgmmas: dict[str, int] = {}
+        counts: dict[str, tuple[int, ...]] = {}
         for name, body in ptx:
-            wgmmas[name] = min(wgmmas.get(name, sys.maxsize), body.count("wgmma.mma_async"))
+            # Stores without a state space are generic: here to global memory, since those to shared memory name theirs.
+            stores = re.findall(r"\bst\.(?:global\.)?(?:v([24])\.)?[a-z](\d+)\b", body)
+            wide = sum(int(count or 1) * int(bits) == 128 for count, bits in stores)
+            pairs = sum(count != "" and int(count) * int(bits) < 128 for count, bits in stores)
+            now = body.count("wgmma.mma_async"), body.count("cp.async.bulk.shared::cta.global"), wide, pairs
+            counts[name] = tuple(map(min, now, counts.get(name, now)))
         said = re.findall(
             r"Compiling entry function '(\w+?)_mosaic_gpu_kernel'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
             r"(\d+) bytes spill loads.*?Used (\d+) registers",
@@ -70,8 +83,8 @@ def parse(text: str) -> dict[tuple[int, str], Compiled]:
         kernels: dict[str, Kernel] = {}
         for name, stack, stores, loads, registers in said:
             # Of kernels of one name (two weights), the worst of each figure.
-            made = Kernel(int(registers), int(stack), int(stores) + int(loads), wgmmas[name])
-            kernels[name] = Kernel(*map(max, made[:3], kernels.get(name, made)[:3]), made.wgmmas)
+            made = Kernel(int(registers), int(stack), int(stores) + int(loads), *counts[name])
+            kernels[name] = Kernel(*map(max, made[:3], kernels.get(name, made)[:3]), *made[3:])
         (sizes,) = re.findall(r"^\[[\d, ]*\]$", part, re.MULTILINE)
         found[int(width), direction] = Compiled(kernels, set(json.loads(sizes)))
     return found
@@ -87,15 +100,22 @@ def main(widths: list[int]) -> None:
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
     from jaxlib import xla_client
 
+    from moe_kernels import combine, dispatch, route
     from moe_kernels.backends import choose, problem_of
     from moe_kernels.backends.base import MlpStatic, apply
-    from moe_kernels.types import Layout, MlpWeights, Runs
+    from moe_kernels.types import Layout, MlpWeights, Plan, Runs
 
     api = xla_client.load_pjrt_plugin_dynamically("cuda", str(plugin._get_library_path()))
-    target = (HERE / "h200.txtpb").read_text()
-    topology = xla_client.make_c_api_device_topology(api, "", topology="1x1x1", target_config=target)
-    devices = topologies.TopologyDescription(topology._make_compile_only_devices()).devices
-    mesh = Mesh(np.array(devices[:1]), ("x",))
+
+    def mesh_of(target):
+        topology = xla_client.make_c_api_device_topology(api, "", topology="1x1x1", target_config=target)
+        devices = topologies.TopologyDescription(topology._make_compile_only_devices()).devices
+        return Mesh(np.array(devices[:1]), ("x",))
+
+    h200 = (HERE / "h200.txtpb").read_text()
+    mesh = mesh_of(h200)
+    # The same but for what the compiler must know: name and compute capability.
+    b200 = mesh_of(h200.replace("major: 9 feature", "major: 10 feature").replace("H200", "B200"))
 
     measure = mosaic._smem_tree_size
     sizes: list[int] = []
@@ -112,11 +132,43 @@ def main(widths: list[int]) -> None:
     def backward(rows, weights, size, dout, activation="gelu_tanh"):
         return jax.vjp(lambda rows, weights: forward(rows, weights, size, activation), rows, weights)[1](dout)
 
+    def permute(tokens, rows, gate, row, source):
+        """Dispatch and combine for as many tokens as rows and two choices, with all gradients."""
+        moved = Layout(len(tokens), 2, 1, EXPERTS, len(rows), ROWS_PER_EXPERT)
+        zeros = jnp.zeros(EXPERTS, jnp.int32)
+        plan = Plan(row, source, Runs(zeros, zeros, zeros), jnp.zeros((1, 1, EXPERTS)), moved)
+        out, back = jax.vjp(lambda tokens: dispatch(tokens, plan, backend="gpu"), tokens)
+        y, weigh_back = jax.vjp(lambda rows, gate: combine(rows, gate, plan, backend="gpu"), rows, gate)
+        return out, back(rows), y, weigh_back(tokens)
+
+    def routed(tokens, router, noise, modality):
+        """Routing of two choices in four groups, with noise and modalities, and its gradients."""
+
+        def run(tokens, router):
+            return route(
+                tokens, router, num_choices=2, num_groups=4, noise=noise, modality=modality, num_modalities=2
+            )  # fmt: skip
+
+        found, back = jax.vjp(run, tokens, router)
+        ones = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0) if a.dtype == jnp.int32 else a, found)
+        return found, back(ones)
+
     def exact(function):
         return functools.partial(function, activation="gelu_erf")
 
     def struct(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def on_b200(tree):
+        place = NamedSharding(b200, PartitionSpec())
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
+
+    def permuted(width, dtype):
+        count = EXPERTS * ROWS_PER_EXPERT
+        array, gate, row = (struct(*shape, dtype=kind) for shape, kind in (
+            ((count, width), dtype), ((count, 2), "float32"), ((count, 2), "int32")
+        ))  # fmt: skip
+        return array, array, gate, row, struct(count, dtype="int32")
 
     for width in widths:
         hidden = 4 * width
@@ -132,10 +184,17 @@ def main(widths: list[int]) -> None:
             ("forward-erf", exact(forward), (rows, weights, size)),
             # Weights of the rows' dtype have gradients of that dtype too.
             ("backward-erf", exact(backward), (rows, jax.tree.map(halved, weights), size, rows)),
+            (
+                "route",
+                routed,
+                (struct(16384, width), f32(width, EXPERTS), f32(16384, EXPERTS), struct(16384, dtype="int32")),
+            ),
+            *((f"permute-{dtype}", permute, permuted(width, dtype)) for dtype in GATHERED),
+            ("permute-bfloat16-b200", permute, on_b200(permuted(width, "bfloat16"))),
         ):
             print(f"\n{BEGIN}{width} {name}", flush=True)
             sizes.clear()
-            with jax.set_mesh(mesh):
+            with jax.set_mesh(b200 if name.endswith("b200") else mesh):
                 lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
             lowered.compile()
             print("\n" + json.dumps(sizes), flush=True)

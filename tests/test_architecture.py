@@ -26,7 +26,8 @@ STANDARD = set(sys.stdlib_module_names)
 LEVELS = (
     ("types",),
     ("backends.schedule", "backends.tiling", "backends.base"),
-    ("backends.xla.*", "backends.tpu.*", "backends.gpu.*"),
+    ("backends.xla.*",),
+    ("backends.tpu.*", "backends.gpu.*"),
     ("backends",),
     ("routing", "figures"),
     ("plan",),

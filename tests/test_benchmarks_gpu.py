@@ -29,6 +29,8 @@ def test_the_suite_holds_the_matmuls_of_the_targets_and_every_operation():
     }
     assert {p.op for p in problems} == set(IMPLEMENTATIONS["moe_kernels/gpu"].operations)
     assert {p.dtype for p in problems} == {"bfloat16"}
+    for op in ("dispatch", "combine"):
+        assert {p.passes for p in problems if p.op == op} == {"forward", "backward"}
     llm = CASES["llm-256x2048"]
     assert (llm.tokens, llm.width, llm.experts, llm.expert_width) == (262_144, 7_168, 256, 2_048)
 
@@ -41,7 +43,8 @@ def test_the_kernels_take_every_case_and_its_small_twin(name):
         problem = KernelProblem(
             "expert_mlp", "gpu", "bfloat16", (rows, case.width), case.experts, case.expert_width, layout, H200, 132
         )
-        assert GPU.why_not(problem) is None
+        for span in ("expert_mlp", "grouped_matmul", "dispatch", "combine"):
+            assert GPU.why_not(dataclasses.replace(problem, span=span)) is None
 
 
 def test_halves_of_a_backward_pass_are_checked_and_counted():

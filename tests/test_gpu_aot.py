@@ -1,9 +1,20 @@
-"""The GPU kernels through the real compiler, for an H200: tensor cores, no spills, limits kept, estimates right."""
+"""The GPU kernels through the real compiler, for an H200: tensor cores, wide accesses, no spills, estimates right."""
 
 import gpu_aot
 import pytest
 
-from moe_kernels.backends.gpu.tiling import CONSUMER_REGISTERS, chip_of, choose_blocks, shared_memory
+from moe_kernels.backends.gpu.gather import ROWS_AT_ONCE
+from moe_kernels.backends.gpu.tiling import (
+    CONSUMER_REGISTERS,
+    GATHER_ROWS,
+    chip_of,
+    choose_blocks,
+    gather_blocks,
+    gather_shared_memory,
+    route_blocks,
+    route_shared_memory,
+    shared_memory,
+)
 
 H200 = chip_of("NVIDIA H200")
 MATMULS = {
@@ -13,6 +24,11 @@ MATMULS = {
 }
 # The exact GELU, and weights of 16 bits in the backward pass; what is the same kernel again is not compiled again.
 MATMULS |= {"forward-erf": {"moe_rows_gelu"}, "backward-erf": {"moe_rows_gelu_backward", "moe_weight_gradient"}}
+GATHERS = {
+    "moe_gather": (False, False),
+    "moe_gather_weighed": (True, False),
+    "moe_gather_weighed_products": (True, True),
+}
 
 
 def estimate(kernel, columns, bias=False):
@@ -21,7 +37,14 @@ def estimate(kernel, columns, bias=False):
 
 def check(widths):
     found = gpu_aot.report(widths)
-    assert set(found) == {(width, name) for width in widths for name in MATMULS}
+    itemsizes = {"permute-bfloat16": 2, "permute-float32": 4, "permute-bfloat16-b200": 2}
+    gathers = {(width, name): itemsize for width in widths for name, itemsize in itemsizes.items()}
+    routes = {(width, "route") for width in widths}
+    assert set(found) == {(width, name) for width in widths for name in MATMULS} | set(gathers) | routes
+    for key in routes:
+        check_route(key[0], found.pop(key))
+    for key, itemsize in gathers.items():
+        check_gathers(key[0], itemsize, found.pop(key))
     for (width, name), compiled in found.items():
         assert MATMULS[name] <= set(compiled.kernels), f"{width} {name}: {sorted(compiled.kernels)}"
         for kernel, made in compiled.kernels.items():
@@ -37,6 +60,37 @@ def check(widths):
             expected |= {estimate("weight_gradient", hidden), estimate("weight_gradient", width)}
         assert compiled.shared_memory == expected, f"{name} at width {width}"
         assert max(compiled.shared_memory) <= H200.shared_memory
+
+
+def check_route(width, compiled):
+    assert set(compiled.kernels) == {"moe_route", "moe_rows_store", "moe_weight_gradient"}
+    for kernel, made in compiled.kernels.items():
+        assert made.wgmmas > 0 and made.spills == 0 and made.stack == 0, f"{kernel}: {made}"
+        assert made.registers <= 65_536 // 384 // 8 * 8, f"{kernel}: {made}"
+    columns = 3 * gpu_aot.EXPERTS
+    assert compiled.shared_memory == {
+        route_shared_memory(columns, route_blocks(columns, H200).stages),
+        estimate("store", width),
+        estimate("weight_gradient", 128),
+    }
+    assert max(compiled.shared_memory) <= H200.shared_memory
+
+
+def check_gathers(width, itemsize, compiled):
+    assert set(compiled.kernels) == set(GATHERS)
+    expected = set()
+    for kernel, (weighed, products) in GATHERS.items():
+        made, blocks = compiled.kernels[kernel], gather_blocks(width, itemsize, H200, products=products)
+        where = f"{kernel} of {itemsize} bytes at width {width}: {made}"
+        assert made.spills == 0 and made.stack == 0 and made.wgmmas == 0, where
+        assert made.registers <= 65_536 // 384 // 8 * 8, where
+        # A copy for each row that is fetched at once, and each of the other rows; indices and weights.
+        assert made.fetches == ROWS_AT_ONCE * (2 if products else 1) + 1 + weighed, where
+        # All that leaves in a tile: 8 rows by 128 threads of 16 bytes.
+        assert made.stores == GATHER_ROWS * blocks.columns * itemsize // (16 * 128) and made.narrow == 0, where
+        expected.add(gather_shared_memory(blocks, itemsize, weighed=weighed, products=products))
+    assert compiled.shared_memory == expected
+    assert max(compiled.shared_memory) <= H200.shared_memory
 
 
 @pytest.mark.aot

@@ -118,7 +118,7 @@ def explain(problem: Problem) -> str:
 
     >>> print(explain(Problem("dispatch", "cpu", "float32", (4, 8), 2)))
     tpu: no, platform cpu is not tpu; named, it runs interpreted
-    gpu: no, has no dispatch
+    gpu: no, platform cpu is not gpu; named, it runs interpreted
     xla: chosen
     """
     lines, chosen = [], False

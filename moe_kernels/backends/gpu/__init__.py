@@ -9,9 +9,23 @@ from moe_kernels.backends.base import Backend, Problem, Span, rows_misfit
 from moe_kernels.backends.gpu.launch import INTERPRETED_SMS, Device
 from moe_kernels.backends.gpu.matmul import grouped_matmul_backward, grouped_matmul_forward
 from moe_kernels.backends.gpu.mlp import expert_mlp_backward, expert_mlp_forward
-from moe_kernels.backends.gpu.tiling import WIDTH_ALIGNMENT, chip_of
+from moe_kernels.backends.gpu.permute import (
+    combine_backward,
+    combine_forward,
+    dispatch_backward,
+    dispatch_forward,
+)
+from moe_kernels.backends.gpu.routing import PIECES, route_forward
+from moe_kernels.backends.gpu.routing_backward import route_backward
+from moe_kernels.backends.gpu.tiling import MOST_COLUMNS, WIDTH_ALIGNMENT, Chip, chip_of
+from moe_kernels.types import round_up
 
 DTYPES = ("bfloat16", "float16")
+# What is copied and added up needs no tensor cores.
+GATHER_DTYPES = (*DTYPES, "float32")
+GATHERS = ("dispatch", "combine")
+# Choices and modalities are written out one after the other in the router.
+MOST_UNROLLED = 16
 # The chip whose limits hold where kernels are interpreted.
 STAND_IN = "NVIDIA H200"
 
@@ -22,16 +36,23 @@ def why_not(problem: Problem) -> str | None:
     >>> why_not(Problem("expert_mlp", "cpu", "bfloat16", (16, 128), 2))
     'platform cpu is not gpu; named, it runs interpreted'
     >>> why_not(Problem("expert_mlp", "gpu", "bfloat16", (16, 128), 2, chip="NVIDIA A100-SXM4-80GB"))
-    "chip 'NVIDIA A100-SXM4-80GB' has not compute capability 9.0 (H100, H200, H800, H20, GH200)"
+    "chip 'NVIDIA A100-SXM4-80GB' has not compute capability 9.0 (H100, H200, H800, H20, GH200) or 10.0"
     """
     if problem.platform == "cpu" and not problem.named:
         return "platform cpu is not gpu; named, it runs interpreted"
     if problem.platform not in ("cpu", "gpu"):
         return f"platform {problem.platform} is not gpu"
-    if problem.platform == "gpu" and chip_of(problem.chip) is None:
-        return f"chip {problem.chip!r} has not compute capability 9.0 (H100, H200, H800, H20, GH200)"
+    chip = _chip(problem)
+    if chip is None:
+        return f"chip {problem.chip!r} has not compute capability 9.0 (H100, H200, H800, H20, GH200) or 10.0"
     if problem.platform == "gpu" and problem.num_cores < 1:
         return f"chip {problem.chip!r} does not say how many multiprocessors it has"
+    if problem.span in GATHERS:
+        return _gather_misfit(problem)
+    if not chip.columns:
+        return f"chip {problem.chip!r} multiplies by tcgen05, which the interpreter of JAX 0.10.2 does not know"
+    if problem.span == "route":
+        return _route_misfit(problem)
     if problem.dtype not in DTYPES:
         return f"dtype {problem.dtype} is none of {DTYPES}: tensor cores would round float32 to tf32"
     for name, size in (("width", problem.shape[-1]), ("expert width", problem.expert_width)):
@@ -45,10 +66,41 @@ def why_not(problem: Problem) -> str | None:
     return rows_misfit(layout)
 
 
+def _gather_misfit(problem: Problem) -> str | None:
+    layout, width = problem.layout, problem.shape[-1]
+    if problem.dtype not in GATHER_DTYPES:
+        return f"dtype {problem.dtype} is none of {GATHER_DTYPES}"
+    if width < 1 or width % WIDTH_ALIGNMENT:
+        return f"width {width} is not a multiple of {WIDTH_ALIGNMENT}"
+    if layout is None:
+        return "the layout of the rows is not known"
+    if 0 in (layout.num_tokens, layout.num_rows):
+        return "there are no rows"
+    return None
+
+
+def _route_misfit(problem: Problem) -> str | None:
+    num_tokens, width = problem.shape
+    if problem.dtype != "bfloat16":
+        return f"dtype {problem.dtype} is not bfloat16: only that multiplies exactly with pieces of a float32 router"
+    if width < 1 or width % WIDTH_ALIGNMENT:
+        return f"width {width} is not a multiple of {WIDTH_ALIGNMENT}"
+    if PIECES * round_up(problem.num_experts, 8) > MOST_COLUMNS:
+        return f"{problem.num_experts} experts are more than the {MOST_COLUMNS // PIECES // 8 * 8} of one product"
+    if problem.route is None:
+        return "what is static about the routing is not known"
+    if max(problem.route.num_choices, problem.route.num_modalities) > MOST_UNROLLED:
+        return f"more than {MOST_UNROLLED} choices or modalities"
+    return "there are no tokens" if num_tokens == 0 else None
+
+
+def _chip(problem: Problem) -> Chip | None:
+    return chip_of(STAND_IN if problem.platform == "cpu" else problem.chip)
+
+
 def _device(problem: Problem) -> Device:
-    interpreted = problem.platform == "cpu"
-    chip = chip_of(STAND_IN if interpreted else problem.chip)
-    assert chip is not None
+    interpreted, chip = problem.platform == "cpu", _chip(problem)
+    assert chip is not None, "refused by why_not"
     return Device(chip, INTERPRETED_SMS if interpreted else problem.num_cores, interpreted)
 
 
@@ -62,7 +114,11 @@ GPU = Backend(
     name="gpu",
     why_not=why_not,
     spans={
+        "route": lambda problem: _span(route_forward, route_backward, _device(problem)),
         "grouped_matmul": lambda problem: _span(grouped_matmul_forward, grouped_matmul_backward, _device(problem)),
+        "dispatch": lambda problem: _span(dispatch_forward, dispatch_backward, _device(problem)),
+        "combine": lambda problem: _span(combine_forward, combine_backward, _device(problem)),
         "expert_mlp": lambda problem: _span(expert_mlp_forward, expert_mlp_backward, _device(problem)),
     },
+    optional=frozenset(("route", *GATHERS)),
 )

@@ -23,7 +23,7 @@ ERFC = (
 def gelu(x: Float[Array, "..."], activation: Activation) -> Float[Array, "..."]:
     """The tanh form as `x sigmoid(2 u)`, since `(1 + tanh u) / 2 = sigmoid(2 u)`; or the erf form."""
     if activation == "gelu_erf":
-        return x * _normal(x, jnp.exp(-0.5 * x * x))
+        return x * normal(x, jnp.exp(-0.5 * x * x))
     return x * _sigmoid(x)
 
 
@@ -31,8 +31,8 @@ def gelu_and_slope(x: Float[Array, "..."], activation: Activation) -> tuple[Floa
     """GELU and its derivative, sharing the exponential."""
     if activation == "gelu_erf":
         bell = jnp.exp(-0.5 * x * x)
-        normal = _normal(x, bell)
-        return x * normal, normal + x * bell * (1 / math.sqrt(2 * math.pi))
+        share = normal(x, bell)
+        return x * share, share + x * bell * (1 / math.sqrt(2 * math.pi))
     s = _sigmoid(x)
     return x * s, s + x * s * (1.0 - s) * (SCALE + 3 * SCALE * CUBIC * x * x)
 
@@ -41,8 +41,8 @@ def _sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return 1.0 / (1.0 + jnp.exp(-SCALE * x * (1.0 + CUBIC * x * x)))
 
 
-def _normal(x: Float[Array, "..."], bell: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The normal distribution function; `bell` is `exp(-x² / 2)`."""
+def normal(x: Float[Array, "..."], bell: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The normal distribution function of the standard deviation 1; `bell` is `exp(-x² / 2)`."""
     t = SHIFT / (jnp.maximum(x, -x) * math.sqrt(0.5) + SHIFT)
     series = jnp.zeros_like(t) + ERFC[-1]
     for coefficient in ERFC[-2::-1]:

@@ -1,6 +1,7 @@
 """Kernels on a CPU: JAX's Mosaic GPU interpreter, with race detection.
 
-Copies read NaN past the end of an array, where a GPU would read 0, so that nothing can come to depend on either. The
+Copies read NaN past the end of an array, where a GPU would read 0, so that nothing can come to depend on either; those
+that promise to stay inside fail there. The
 warpgroups of a block are threads that wait for each other inside XLA's own threads, of which there must be enough:
 set the environment variable NPROC to 8 or more before JAX starts on a machine with fewer cores, else they can hang.
 """
@@ -25,14 +26,16 @@ COPY_CLOCKS = 31
 
 
 @functools.cache
-def interpret_params() -> Any:
+def interpret_params(*, in_bounds: bool) -> Any:
     """Parameters of the interpreter, which is made faster, and on JAX 0.10.2 completed, when first asked for."""
     thread_map._run_jaxpr = _run_jaxpr
     if not hasattr(interpret_utils, "to_access"):  # new with the transposed operands of JAX 0.12
         gpu_callbacks.wgmma = _wgmma
     # Copies that share a clock seem ordered: with the default of one, a missing wait for a copy went unseen.
     return InterpretGPUParams(
-        detect_races=True, out_of_bounds_reads="uninitialized", num_tma_threads_per_device=COPY_CLOCKS
+        detect_races=True,
+        out_of_bounds_reads="raise" if in_bounds else "uninitialized",
+        num_tma_threads_per_device=COPY_CLOCKS,
     )
 
 

@@ -35,6 +35,15 @@ class Device:
     num_sms: int
     interpreted: bool = False
 
+    def read(self, ref: Any, index: tuple[Any, ...]) -> jax.Array:
+        """Load from global memory, in whatever layout is asked for."""
+        # The interpreter of JAX 0.10.2 knows plain loads only, and has no layouts.
+        return ref[index] if self.interpreted else plgpu.load(ref, index, optimized=False)
+
+    def cast(self, value: jax.Array, layout: Any) -> jax.Array:
+        """Say how values lie in registers."""
+        return value if self.interpreted else plgpu.layout_cast(value, layout)
+
 
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory in 128-byte swizzled tiles of 8 rows, the form that the copy engine writes and wgmma reads."""
@@ -45,15 +54,24 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def launch(
-    body: Callable[..., None], name: str, out_type: Any, scratch: dict[str, Any], device: Device
+    body: Callable[..., None],
+    name: str,
+    out_type: Any,
+    scratch: dict[str, Any],
+    device: Device,
+    *,
+    in_bounds: bool = False,
 ) -> Callable[..., Any]:
-    """Build a persistent kernel of one block per multiprocessor: two consumer warpgroups and a producer."""
+    """Build a persistent kernel of one block per multiprocessor: two consumer warpgroups and a producer.
+
+    `in_bounds` says that no copy reaches past the end of an array; the interpreter then holds it to that.
+    """
     interpret = None
     if device.interpreted:
         # Here, because it takes JAX's interpreter apart, which nobody else should depend on.
         from moe_kernels.backends.gpu.interpret import interpret_params
 
-        interpret = interpret_params()
+        interpret = interpret_params(in_bounds=in_bounds)
     return plgpu.kernel(
         body,
         out_type=out_type,

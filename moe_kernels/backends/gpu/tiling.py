@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from moe_kernels.types import round_up
+
 # wgmma multiplies 64 rows of a warpgroup; a swizzled row of shared memory holds 128 bytes, 64 elements of 16 bits.
 WARPGROUP_ROWS = 64
 DEPTH = 64
@@ -25,6 +27,11 @@ CONSUMER_REGISTERS = 232
 OTHER_REGISTERS = 40
 BARRIER_BYTES = 8
 MAX_STAGES = 6
+# A gather moves 16 bytes a thread, half a warp along a row; 8 rows a consumer, up to 2 KB of each at a time.
+ACCESS_BYTES = 16
+HALF_WARP = 16
+GATHER_ROWS = 8
+PIECE_BYTES = 2048
 
 # The sums' ring; and what Mosaic sets aside for sums across the warps of a warpgroup.
 SUM_STAGES = 8
@@ -38,10 +45,11 @@ LIVE_CHUNKS: dict[Kernel, int] = {"store": 1, "gelu": 2, "gelu_backward": 4, "we
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a kernel may use of a chip: bytes of shared memory a block, and wider tiles first."""
+    """What a kernel may use of a chip: bytes of shared memory a block, and the columns of wgmma, wider tiles first."""
 
     shared_memory: int
     columns: tuple[int, ...]
+    """Empty where there is no wgmma: rows are gathered there, not multiplied."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +57,14 @@ class Blocks:
     """Tile of a kernel: `rows x columns` of the result, worked 64 deep at a time over a ring of `stages`."""
 
     rows: int
+    columns: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GatherBlocks:
+    """A stage of a gather: pieces of so many columns, over a ring of `stages`."""
+
     columns: int
     stages: int
 
@@ -124,3 +140,50 @@ def choose_blocks(kernel: Kernel, columns: int, chip: Chip, *, bias: bool = Fals
         if shared_memory(kernel, blocks, bias=bias) <= chip.shared_memory:
             return blocks
     raise AssertionError(f"no two stages of {kernel} with {width} columns fit {chip.shared_memory} bytes")
+
+
+def gather_shared_memory(blocks: GatherBlocks, itemsize: int, *, weighed: bool, products: bool) -> int:
+    """Bytes of shared memory that a gather allocates: pieces, indices and weights of every stage, barriers."""
+    rows = NUM_CONSUMERS * GATHER_ROWS * blocks.stages
+    arrays = [blocks.columns * itemsize] * (2 if products else 1) + [4] * (2 if weighed else 1)
+    held = sum(round_up(rows * size, ALLOCATION_BYTES) for size in arrays)
+    return held + 2 * blocks.stages * BARRIER_BYTES + (REDUCTION_BYTES if products else 0)
+
+
+def gather_blocks(width: int, itemsize: int, chip: Chip, *, products: bool = False) -> GatherBlocks:
+    """The widest piece that divides a row, with as many stages as fit.
+
+    >>> gather_blocks(768, 2, chip_of("NVIDIA H200"))
+    GatherBlocks(columns=768, stages=6)
+    >>> gather_blocks(7168, 4, chip_of("NVIDIA H200"), products=True)
+    GatherBlocks(columns=512, stages=3)
+    """
+    assert width % WIDTH_ALIGNMENT == 0
+    widest = PIECE_BYTES // itemsize // WIDTH_ALIGNMENT
+    pieces = next(n for n in range(widest, 0, -1) if width // WIDTH_ALIGNMENT % n == 0)
+    for stages in range(MAX_STAGES, 1, -1):
+        blocks = GatherBlocks(pieces * WIDTH_ALIGNMENT, stages)
+        if gather_shared_memory(blocks, itemsize, weighed=True, products=products) <= chip.shared_memory:
+            return blocks
+    raise AssertionError(f"no two stages of {pieces * WIDTH_ALIGNMENT} columns fit {chip.shared_memory} bytes")
+
+
+# What a consumer's wgmma can have, for three pieces of the router.
+MOST_COLUMNS = 256
+
+
+def route_shared_memory(columns: int, stages: int) -> int:
+    """Bytes of shared memory that routing allocates: the ring, sums across warps, barriers."""
+    stage = (NUM_CONSUMERS * WARPGROUP_ROWS + columns) * DEPTH * ITEMSIZE
+    return stages * stage + REDUCTION_BYTES + 2 * stages * BARRIER_BYTES
+
+
+def route_blocks(columns: int, chip: Chip) -> Blocks:
+    """A tile of 128 tokens and all columns (experts, three times) with as many stages as fit.
+
+    >>> route_blocks(96, chip_of("NVIDIA H200"))
+    Blocks(rows=128, columns=96, stages=6)
+    """
+    assert columns % 8 == 0 and columns <= MOST_COLUMNS
+    stages = next(n for n in range(MAX_STAGES, 1, -1) if route_shared_memory(columns, n) <= chip.shared_memory)
+    return Blocks(NUM_CONSUMERS * WARPGROUP_ROWS, columns, stages)

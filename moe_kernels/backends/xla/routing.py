@@ -112,14 +112,20 @@ def route_forward(
     return Routing(expert, gate, sums), RouteSaved(tokens, router, logits, expert, inputs)
 
 
-def route_backward(
-    static: RouteStatic, saved: RouteSaved, cotangent: Routing
-) -> tuple[Float[Array, "T D"], Float[Array, "D E"]]:
-    """`dx = dA Wᵀ`, `dW = xᵀ dA`; dA from the gates and sums for the choice already made."""
+def logits_gradient(static: RouteStatic, saved: RouteSaved, cotangent: Routing) -> Float[Array, "T E"]:
+    """The gradient of the clean logits through gates and sums, for the choice already made; 0 for padding."""
     _, pull = jax.vjp(lambda a: _gates_and_sums(a, saved.expert, static, saved.inputs), saved.logits)
     (dlogits,) = pull((cotangent.gate, cotangent.sums))
     if saved.inputs.mask is not None:
         dlogits = jnp.where(saved.inputs.mask[:, None], dlogits, jnp.float32(0))
+    return dlogits
+
+
+def route_backward(
+    static: RouteStatic, saved: RouteSaved, cotangent: Routing
+) -> tuple[Float[Array, "T D"], Float[Array, "D E"]]:
+    """`dx = dA Wᵀ`, `dW = xᵀ dA`."""
+    dlogits = logits_gradient(static, saved, cotangent)
     highest = jax.lax.Precision.HIGHEST
     router = saved.router.astype(jnp.float32)
     dtokens = jnp.einsum("te,de->td", dlogits, router, precision=highest)
