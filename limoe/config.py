@@ -46,9 +46,9 @@ class ModelConfig(Section):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "type of the matmuls; auto = bfloat16 on TPU and GPU, float32 on CPU", "auto"
     )
+    attention: Literal["auto", "xla", "kernel"] = setting("its program; auto = the kernel on TPU, else xla", "auto")
     remat: Literal["none", "attention", "blocks"] = setting(
-        "what the backward pass computes again to save memory: attention's scores, or blocks whole but for routing",
-        "none",
+        "what the backward pass computes again to save memory: attention's scores, or blocks but for routing", "none"
     )
     scan_unroll: int = setting(
         "periods of a segment of equal blocks that are written out in a row; more = faster on CPU, longer to compile", 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,6 +13,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
+from limoe.attention import attend
 from limoe.config import Config, ModelConfig
 from limoe.mesh import Placement, by_rows, gathered
 from limoe.moe import Assignment, LayerRouting, MoeLayer, RoutingContext, saved_names
@@ -53,8 +56,8 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 class Attention(nnx.Module):
     """Multi-head self-attention within each modality: image tokens never see text, but share the weights."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        self.config = config
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, placement: Placement | None = None) -> None:
+        self.config, self.placement = config, placement
         width, dtype = config.width, compute_dtype(config)
         init = nnx.initializers.xavier_uniform()
         self.query = nnx.Linear(width, width, dtype=dtype, kernel_init=init, rngs=rngs)
@@ -62,21 +65,10 @@ class Attention(nnx.Module):
         self.value = nnx.Linear(width, width, dtype=dtype, kernel_init=init, rngs=rngs)
         self.out = nnx.Linear(width, width, dtype=dtype, kernel_init=init, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B S D"], present: Bool[Array, "B S"] | None) -> Float[Array, "B S D"]:
+    def __call__(self, x: Float[Array, "T D"], present: Bool[Array, "B S"] | None) -> Float[Array, "T D"]:
         """Attend; `present` False hides a token from the others."""
-        heads = [
-            rearrange(project(x), "b s (h d) -> b s h d", h=self.config.num_heads)
-            for project in (self.query, self.key, self.value)
-        ]
-        image = self.config.num_image_tokens
-        attend = jax.nn.dot_product_attention
-        if self.config.remat == "attention":
-            attend = jax.checkpoint(attend)
-        parts = []
-        for span in (slice(0, image), slice(image, None)):
-            mask = None if present is None else present[:, None, None, span]
-            parts.append(attend(*(h[:, span] for h in heads), mask=mask))
-        return self.out(rearrange(jnp.concatenate(parts, axis=1), "b s h d -> b s (h d)"))
+        query, key, value = (project(x) for project in (self.query, self.key, self.value))
+        return self.out(attend(query, key, value, present, self.config, self.placement))
 
 
 class Mlp(nnx.Module):
@@ -89,9 +81,10 @@ class Mlp(nnx.Module):
         self.w1 = nnx.Linear(config.width, config.mlp_width, dtype=dtype, kernel_init=init, rngs=rngs)
         self.w2 = nnx.Linear(config.mlp_width, config.width, dtype=dtype, kernel_init=init, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """`gelu(x w1 + b1) w2 + b2`."""
-        return self.w2(nnx.gelu(self.w1(x), approximate=self.approximate))
+        activate = functools.partial(nnx.gelu, approximate=self.approximate)
+        return self.w2(_computed_again(activate, self.w1(x)))
 
 
 class Block(nnx.Module):
@@ -102,7 +95,7 @@ class Block(nnx.Module):
     ) -> None:
         norm = {"epsilon": config.layer_norm_epsilon, "dtype": compute_dtype(config), "rngs": rngs}
         self.norm1 = nnx.LayerNorm(config.width, **norm)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, rngs=rngs, placement=placement)
         self.norm2 = nnx.LayerNorm(config.width, **norm)
         self.experts = experts
         if experts:
@@ -110,22 +103,23 @@ class Block(nnx.Module):
         else:
             self.mlp = Mlp(config, rngs=rngs)
 
-    def attend(self, x: Float[Array, "B S D"], present: Bool[Array, "B S"] | None) -> Float[Array, "B S D"]:
+    def attend(self, x: Float[Array, "T D"], present: Bool[Array, "B S"] | None) -> Float[Array, "T D"]:
         """The first half: attention and its residual."""
-        return x + self.attention(self.norm1(x), present)
+        return x + self.attention(_computed_again(self.norm1, x), present)
 
     def __call__(
         self,
-        x: Float[Array, "B S D"],
+        x: Float[Array, "T D"],
         present: Bool[Array, "B S"] | None,
         context: RoutingContext | None,
         layer: Int[Array, ""],
-    ) -> tuple[Float[Array, "B S D"], LayerRouting | None]:
+    ) -> tuple[Float[Array, "T D"], LayerRouting | None]:
         """Both halves; `layer` counts MoE layers."""
         x = self.attend(x, present)
+        normed = _computed_again(self.norm2, x)
         if not self.experts:
-            return x + self.mlp(self.norm2(x)), None
-        y, routing = self.moe(self.norm2(x), present, context, layer)
+            return x + self.mlp(normed), None
+        y, routing = self.moe(normed, present, context, layer)
         return x + y, routing
 
 
@@ -139,11 +133,11 @@ class Period(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B S D"],
+        x: Float[Array, "T D"],
         present: Bool[Array, "B S"] | None,
         context: RoutingContext | None,
         layer: Int[Array, ""],
-    ) -> tuple[Float[Array, "B S D"], list[LayerRouting]]:
+    ) -> tuple[Float[Array, "T D"], list[LayerRouting]]:
         """Run the blocks; the routing of each MoE layer among them, in order."""
         reports = []
         for block in self.blocks:
@@ -156,10 +150,10 @@ class Period(nnx.Module):
 class Limoe(nnx.Module):
     """The Language-Image Mixture of Experts.
 
-    One tower for patches and text tokens; attention within a modality, experts shared by both; mean pooling, one
-    projection a modality, L2 normalisation. Parameters in float32. Scalars of the loss (`log_scale`, with the sigmoid
-    loss `logit_bias`) are parameters too. With a placement, examples are split over all devices of its mesh and
-    experts over one axis (see `limoe.mesh`).
+    One tower for patches and text tokens, which lie example after example in it (`[T, D]`); attention within a
+    modality, experts shared by both; mean pooling, one projection a modality, L2 normalisation. Parameters in float32.
+    Scalars of the loss (`log_scale`, with the sigmoid loss `logit_bias`) are parameters too. With a placement, examples
+    are split over all devices of its mesh and experts over one axis (see `limoe.mesh`).
     """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs, placement: Placement | None = None) -> None:
@@ -196,7 +190,7 @@ class Limoe(nnx.Module):
             layer += sum(segment.pattern) * segment.repeats
             reports += routing
         stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *reports) if reports else None
-        return Encoded(self._pool(self.norm(x), present), stacked)
+        return Encoded(self._pool(_computed_again(self.norm, x), present), stacked)
 
     def assignments(self, images: Float[Array, "B H W 3"], text: Int[Array, "B N"]) -> Assignment:
         """First choice of every token in every MoE layer at evaluation; raises ValueError for a dense model."""
@@ -223,22 +217,24 @@ class Limoe(nnx.Module):
         image = jnp.ones((text.shape[0], self.config.num_image_tokens), bool)
         return jnp.concatenate([image, text != PAD_ID], axis=1)
 
-    def _embed(self, images: Float[Array, "B H W 3"], text: Int[Array, "B N"]) -> Float[Array, "B S D"]:
+    def _embed(self, images: Float[Array, "B H W 3"], text: Int[Array, "B N"]) -> Float[Array, "T D"]:
         p, dtype = self.config.patch_size, compute_dtype(self.config)
         patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
         image = self.patch(patches) + self.image_position[...].astype(dtype)
         words = self.token_table[...].astype(dtype)[text] + self.text_position[...].astype(dtype)
-        return by_rows(jnp.concatenate([image, words], axis=1), self.placement)
+        # Flat from here on: 212 tokens of an example would be padded to whole tiles, or moved, at every kernel.
+        tokens = rearrange(jnp.concatenate([image, words], axis=1), "b s d -> (b s) d")
+        return by_rows(tokens, self.placement)
 
     def _run(
         self,
         segment: Segment,
         period: Period,
-        x: Float[Array, "B S D"],
+        x: Float[Array, "T D"],
         present: Bool[Array, "B S"] | None,
         context: RoutingContext | None,
         layer: int,
-    ) -> tuple[Float[Array, "B S D"], list[LayerRouting]]:
+    ) -> tuple[Float[Array, "T D"], list[LayerRouting]]:
         graph, state = nnx.split(period)
 
         def once(x: Array, state: PyTree, layer: Array) -> tuple[Array, list[LayerRouting]]:
@@ -263,10 +259,10 @@ class Limoe(nnx.Module):
         ordered = jax.tree.map(lambda *leaves: rearrange(jnp.stack(leaves), "p r ... -> (r p) ..."), *reports)
         return x, [ordered]
 
-    def _pool(self, x: Float[Array, "B S D"], present: Bool[Array, "B S"] | None) -> Embeddings:
+    def _pool(self, x: Float[Array, "T D"], present: Bool[Array, "B S"] | None) -> Embeddings:
         image = self.config.num_image_tokens
+        x = rearrange(x, "(b s) d -> b s d", s=self.config.tokens_per_example).astype(jnp.float32)
         weight = jnp.ones(x.shape[:2], jnp.float32) if present is None else present.astype(jnp.float32)
-        x = x.astype(jnp.float32)
 
         def mean(span: slice) -> Float[Array, "B D"]:
             total = jnp.sum(x[:, span] * weight[:, span, None], axis=1)
@@ -276,6 +272,19 @@ class Limoe(nnx.Module):
             _normalise(self.image_projection(mean(slice(0, image)))),
             _normalise(self.text_projection(mean(slice(image, None)))),
         )
+
+
+def _computed_again(function: Callable[[Array], Array], x: Float[Array, "T N"]) -> Float[Array, "T N"]:
+    """A pointwise function or a norm that works in float32 of an argument in bfloat16: the backward pass gets the
+    argument and computes the rest again.
+
+    JAX would keep intermediate values, most in float32: at B/16 that was a tenth of a step's traffic. Of a float32
+    argument it keeps no more than a few of its size, which on CPUs costs less than computing.
+    """
+    if x.dtype == jnp.float32:
+        return function(x)
+    # Forward and backward are different loops or far apart; what is the same in both may be merged.
+    return jax.checkpoint(lambda x: function(x), prevent_cse=False)(x)
 
 
 def _stacked(config: ModelConfig, segment: Segment, rngs: nnx.Rngs, placement: Placement | None) -> Period:

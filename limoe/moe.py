@@ -92,7 +92,8 @@ class Assignment(NamedTuple):
 class MoeLayer(nnx.Module):
     """Sparse experts shared by image and text tokens (paper, section 2).
 
-    Tokens `[B, S, D]`: of each example image tokens first, then text. Parameters in float32, no bias in the router.
+    Tokens `[T, D]`: example after example, of each image tokens first, then text. Parameters in float32, no
+    bias in the router.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, placement: Placement | None = None) -> None:
@@ -107,22 +108,23 @@ class MoeLayer(nnx.Module):
 
     def __call__(
         self,
-        tokens: Float[Array, "B S D"],
+        tokens: Float[Array, "T D"],
         present: Bool[Array, "B S"] | None,
         context: RoutingContext | None,
         layer: Int[Array, ""],
-    ) -> tuple[Float[Array, "B S D"], LayerRouting]:
+    ) -> tuple[Float[Array, "T D"], LayerRouting]:
         """Route the examples in groups of `group_examples`; noise and random order are functions of (key, layer,
         group)."""
         config = self.config
-        batch, length, width = tokens.shape
+        length = config.tokens_per_example
+        batch = tokens.shape[0] // length
         if context is None:
             # Nothing is dropped, so it does not matter which groups there are.
             options: dict[str, Any] = {"num_groups": 1 if self.placement is None else self.placement.size}
         else:
             options = self._training(context, layer, batch, length)
         result = (moe_mlp if self.placement is None else self._spread)(
-            tokens.reshape(batch * length, width),
+            tokens,
             self.router[...],
             MlpWeights(self.w1[...], self.b1[...], self.w2[...], self.b2[...]),
             num_choices=config.num_choices,
@@ -132,7 +134,7 @@ class MoeLayer(nnx.Module):
             activation=config.activation,
             **options,
         )
-        return result.tokens.reshape(tokens.shape), LayerRouting(result.sums, result.kept)
+        return result.tokens, LayerRouting(result.sums, result.kept)
 
     def _spread(self, *args: Any, **options: Any) -> MoeOutput:
         """`moe_mlp` on the mesh."""
@@ -178,13 +180,13 @@ class MoeLayer(nnx.Module):
         return by_rows(jax.vmap(draw)(first).reshape(groups * group_size, self.config.num_experts), self.placement)
 
     def first_choice(
-        self, tokens: Float[Array, "B S D"], present: Bool[Array, "B S"] | None
+        self, tokens: Float[Array, "T D"], present: Bool[Array, "B S"] | None
     ) -> tuple[Int[Array, "B S"], Float[Array, "B S"]]:
         """Best expert and its gate of every token, without noise; gate 0 for padding."""
-        batch, length, width = tokens.shape
+        examples = (-1, self.config.tokens_per_example)
         mask = None if present is None else present.reshape(-1)
-        routing = route(tokens.reshape(batch * length, width), self.router[...], mask=mask)
-        return routing.expert[:, 0].reshape(batch, length), routing.gate[:, 0].reshape(batch, length)
+        routing = route(tokens, self.router[...], mask=mask)
+        return routing.expert[:, 0].reshape(examples), routing.gate[:, 0].reshape(examples)
 
     def _modality(self, batch: int) -> Int[Array, " T"]:
         image, text = self.config.num_image_tokens, self.config.text_length

@@ -135,6 +135,21 @@ def test_limoe_reaches_the_kernels_in_two_places_and_never_the_reference():
                 assert "moe_kernels" not in names, f"{module} imports moe_kernels; only limoe.moe and limoe.planner may"
 
 
+def test_every_tpu_kernel_says_what_it_costs():
+    """`limoe plan` counts the work of a compiled program, and of a kernel it sees the estimate alone."""
+    calls = [
+        (module, node)
+        for module, path in FILES.items()
+        if in_package(module, "moe_kernels.backends.tpu") or in_package(module, "limoe")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "pallas_call"
+    ]
+    assert len(calls) >= 5
+    for module, call in calls:
+        named = {keyword.arg for keyword in call.keywords}
+        assert "cost_estimate" in named, f"{module}, line {call.lineno}: the kernel has no cost estimate"
+
+
 def test_nothing_imports_tests_or_benchmarks():
     for module in FILES:
         own = module.split(".")[0]

@@ -182,6 +182,23 @@ def test_remat_and_unrolling_change_no_number(changed):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=bound), found, expected)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_of_bfloat16_nothing_as_large_as_the_tokens_is_kept_in_float32(dtype):
+    config = small_config("moe_layers=()", "remat=attention", "text_padding=keep", f"compute_dtype={dtype}")
+    graph, parameters = abstract_model(config)
+
+    def kept(parameters, images, text):
+        tower = lambda parameters: nnx.merge(graph, parameters)(scale_images(images), text, None).embeddings  # noqa: E731
+        return jax.tree.leaves(jax.vjp(tower, parameters)[1])
+
+    images, text = small_batch(config)
+    tokens = len(text) * config.model.tokens_per_example
+    # What is kept of equal layers is stacked.
+    large = [leaf.dtype for leaf in jax.eval_shape(kept, parameters, images, text) if tokens in leaf.shape[:2]]
+    assert large.count(jnp.dtype(dtype)) >= 8  # of each layer norms, projections, MLP
+    assert dtype == "float32" or jnp.dtype("float32") not in large
+
+
 def jitted_gradient(graph, config):
     step = jnp.int32(0)
     function = lambda parameters, images, text: gradient(graph, parameters, images, text, step, config)  # noqa: E731

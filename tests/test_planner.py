@@ -362,9 +362,9 @@ def test_a_program_that_does_not_fit_is_a_plan_not_an_error():
 @pytest.mark.parametrize(
     ("name", "topology", "remat", "mfu"),
     [
-        ("b16", "v5p:4x4x4", "attention", 0.375),
-        ("l16", "v5p:4x4x8", "attention", 0.455),
-        ("h14", "v5p:8x8x8", "attention", 0.505),
+        ("b16", "v5p:4x4x4", "none", 0.595),
+        ("l16", "v5p:4x4x8", "none", 0.665),
+        ("h14", "v5p:8x8x8", "none", 0.625),
         ("h14", "v6e:16x16", "blocks", 0.235),
     ],
 )
