@@ -207,7 +207,7 @@ def test_the_same_input_twice_gives_the_same_bits_and_vmap_is_one_after_the_othe
 @pytest.mark.parametrize(("chip", "kept"), [("TPU v5 lite", True), ("TPU v6 lite", False)])
 def test_the_roofline_decides_what_a_chip_keeps(chip, kept):
     """And nothing is kept where no gradient is wanted; passes may have other chunks of F."""
-    rows = nasty.Rows(experts=2, rows_per_run=520, width=128, hidden=512)
+    rows = nasty.Rows(experts=2, rows_per_run=520, width=512, hidden=512)
     given, size = nasty.operands(rows, dtype="bfloat16", weight_dtype="bfloat16"), np.array((519, 8), np.int32)
     target, static = Target(chip, interpret=True), MlpStatic(rows.layout, "gelu_tanh")
 

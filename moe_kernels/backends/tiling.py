@@ -38,11 +38,11 @@ class Chip:
 
 
 CHIPS = {
-    "TPU v4": Chip(vmem=16 * MIB, depth=128, matmul_rows=288, spilled=4, tflops=137.5, gbytes_per_s=614),
-    "TPU v5 lite": Chip(vmem=128 * MIB, depth=128, matmul_rows=288, spilled=4, tflops=197, gbytes_per_s=819),
+    "TPU v4": Chip(vmem=16 * MIB, depth=128, matmul_rows=288, spilled=4, tflops=137.5, gbytes_per_s=614.0),
+    "TPU v5 lite": Chip(vmem=128 * MIB, depth=128, matmul_rows=288, spilled=4, tflops=197.0, gbytes_per_s=819.0),
     "TPU v5": Chip(vmem=64 * MIB, depth=128, matmul_rows=288, spilled=4, tflops=229.5, gbytes_per_s=1382.5),
-    "TPU v6 lite": Chip(vmem=128 * MIB, depth=256, matmul_rows=576, spilled=6, tflops=918, gbytes_per_s=1640),
-    "TPU7x": Chip(vmem=64 * MIB, depth=256, matmul_rows=576, spilled=2, tflops=1155, gbytes_per_s=3690),
+    "TPU v6 lite": Chip(vmem=128 * MIB, depth=256, matmul_rows=576, spilled=6, tflops=918.0, gbytes_per_s=1640.0),
+    "TPU7x": Chip(vmem=64 * MIB, depth=256, matmul_rows=576, spilled=2, tflops=1155.0, gbytes_per_s=3690.0),
 }
 
 
