@@ -19,8 +19,13 @@ MLP = tests("test_tpu_mlp.py::test_values_and_gradients[several chunks, several 
 MLP_PIECES = tests("test_tpu_mlp.py::test_values_and_gradients[packed, one chunk, bfloat16/float32]")
 MLP_RUNS = tests("test_tpu_mlp.py::test_values_and_gradients[several runs, bfloat16/bfloat16]")
 MLP_POISON = tests(
-    "test_tpu_mlp.py::test_what_is_not_an_experts_own_never_reaches_it[packed, one piece an item-size1-nan]"
+    "test_tpu_mlp.py::test_what_is_not_an_experts_own_never_reaches_it[packed, one piece an item-size1-False-nan]"
 )
+KEPT = tests("test_tpu_mlp.py::test_a_kept_hidden_layer[several chunks, several items, float32/float32]")
+KEPT_POISON = tests(
+    "test_tpu_mlp.py::test_what_is_not_an_experts_own_never_reaches_it[packed, one piece an item-size2-True-nan]"
+)
+KEPT_RACES = tests("test_tpu_races.py::test_no_races_with_a_kept_hidden_layer[block-1-on_wait]")
 MLP_EMPTY = tests("test_tpu_mlp.py::test_every_pattern_of_empty_experts[one piece]")
 MLP_RACES = tests("test_tpu_races.py::test_no_races_and_no_uninitialised_memory[packed-1-on_wait]")
 MATMUL = tests(
@@ -66,6 +71,13 @@ MUTATIONS = {
         ),
     ),
     "dy not masked": Mutant(MATMUL_POISON, Mutation(BACKWARD, "        self._select(at, dy)\n", "")),
+    "a kept hidden layer not masked": Mutant(
+        KEPT_POISON,
+        Mutation(MLP_BACKWARD, "jnp.where(used, kept[own], jnp.zeros((), x.dtype))", "kept[own]"),
+    ),
+    "a kept hidden layer masked as its first piece": Mutant(
+        KEPT, Mutation(MLP_BACKWARD, "(size, self.tiles.chunk), offset)", "(size, self.tiles.chunk))")
+    ),
     "x of the expert MLP not masked": Mutant(
         MLP_POISON, Mutation(MLP_BACKWARD, "refs.x[slot] = jnp.where(used, refs.x[slot], zero)", "pass")
     ),
@@ -87,9 +99,9 @@ MUTATIONS = {
     "columns of the first chunk": Mutant(
         MATMUL,
         Mutation(
-            FORWARD,
-            "pl.ds(pl.multiple_of(chunk * tiles.chunk, tiles.chunk)",
-            "pl.ds(pl.multiple_of(0 * chunk, tiles.chunk)",
+            STEP,
+            "pl.ds(pl.multiple_of(chunk * self.tiles.chunk, self.tiles.chunk)",
+            "pl.ds(pl.multiple_of(0 * chunk, self.tiles.chunk)",
         ),
     ),
     "gradients of the wrong chunk": Mutant(
@@ -125,7 +137,9 @@ MUTATIONS = {
     "bias sums of an expert without rows kept": Mutant(
         tests("test_tpu_matmul.py::test_every_pattern_of_empty_experts[one piece-pointwise]"),
         Mutation(
-            BACKWARD, "self._work(step, out_slot, gradients), self._no_bias)", "self._work(step, out_slot, gradients))"
+            BACKWARD,
+            "self._work(step, dy, out_slot, gradients), self._no_bias)",
+            "self._work(step, dy, out_slot, gradients))",
         ),
     ),
     "db1 not reset": Mutant(
@@ -138,14 +152,27 @@ MUTATIONS = {
     ),
     # Waits.
     "rows not waited for": Mutant(MATMUL_RACES, Mutation(FORWARD, "        rows(at, slot).fetched()\n", "")),
-    "dy not waited for": Mutant(
-        MATMUL_RACES, Mutation(BACKWARD, "        self._dy(step.core, number).fetched()\n", "")
+    "chunks not waited for": Mutant(
+        MATMUL_RACES, Mutation(STEP, "        self.of(step.core, step.number).fetched()\n", "")
     ),
     "results not waited for": Mutant(
-        MATMUL_RACES, Mutation(FORWARD, "    pl.when(number >= 2)(lambda: results(number - 2).written())\n", "")
+        MATMUL_RACES,
+        Mutation(
+            STEP, "        pl.when(step.number >= 2)(lambda: self.of(step.core, step.number - 2).written())\n", ""
+        ),
     ),
     "results not waited for at the end": Mutant(
-        MATMUL_RACES, Mutation(FORWARD, "            results(number - last).written()\n", "            pass\n")
+        MATMUL_RACES,
+        Mutation(STEP, "                self.of(step.core, step.number - last).written()\n", "                pass\n"),
+    ),
+    "a kept hidden layer not waited for": Mutant(
+        KEPT_RACES, Mutation(STEP, "        self.of(step.core, step.number).fetched()\n", "")
+    ),
+    "a kept hidden layer overwritten on its way": Mutant(
+        KEPT_RACES,
+        Mutation(
+            STEP, "        pl.when(step.number >= 2)(lambda: self.of(step.core, step.number - 2).written())\n", ""
+        ),
     ),
     "rows overwrite results on their way": Mutant(
         MLP_RACES,

@@ -39,12 +39,13 @@ CASES = {
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8}  # of a float32 sum; of one rounding to bfloat16
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), compiler_options=FASTER)
-def mlp(rows, tiles, target, activation, given, size):
-    """Output and gradients."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames="keep", compiler_options=FASTER)
+def mlp(rows, tiles, target, activation, given, size, keep=False):
+    """Output and gradients, with the hidden layer computed again or kept."""
     static, runs = MlpStatic(rows.layout, activation), rows.runs(size)
-    out = run_forward(tiles, target, static, given.rows, given.weights, runs)
-    return out, *run_backward(tiles, target, static, given.rows, given.weights, runs, given.dout)
+    out, hidden = run_forward(tiles, target, static, given.rows, given.weights, runs, keep=keep)
+    assert (hidden is not None) == keep
+    return out, *run_backward(tiles, target, static, given.rows, given.weights, runs, given.dout, hidden)
 
 
 def check(rows, given, size, found, activation="gelu_tanh") -> None:
@@ -72,10 +73,10 @@ def cases(names=None, dtypes=nasty.DTYPES):
             yield from (pytest.param(rows, tiles, *dtype, id=f"{name}, {'/'.join(dtype)}") for dtype in dtypes)
 
 
-def check_case(rows, tiles, dtype, weight_dtype, activation="gelu_tanh", target=TARGET) -> None:
+def check_case(rows, tiles, dtype, weight_dtype, activation="gelu_tanh", target=TARGET, keep=False) -> None:
     given = nasty.operands(rows, dtype=dtype, weight_dtype=weight_dtype)
     for size in nasty.SIZES[rows]:
-        found = mlp(rows, tiles, target, activation, given, np.array(size, np.int32))
+        found = mlp(rows, tiles, target, activation, given, np.array(size, np.int32), keep=keep)
         check(rows, given, size, found, activation)
 
 
@@ -91,11 +92,24 @@ def test_values_and_gradients(rows, tiles, dtype, weight_dtype):
     check_case(rows, tiles, dtype, weight_dtype)
 
 
+@pytest.mark.parametrize(
+    ("rows", "tiles", "dtype", "weight_dtype"),
+    [
+        *cases(["several chunks, several items"], [("float32", "float32")]),
+        *cases(["several pieces"], [("bfloat16", "float32")]),
+        *cases(["several runs"], [("bfloat16", "bfloat16")]),
+    ],
+)
+def test_a_kept_hidden_layer(rows, tiles, dtype, weight_dtype):
+    check_case(rows, tiles, dtype, weight_dtype, keep=True)
+
+
 @pytest.mark.full
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu_erf"])
 @pytest.mark.parametrize(("rows", "tiles", "dtype", "weight_dtype"), [*cases()])
-def test_values_and_gradients_of_all(rows, tiles, dtype, weight_dtype, activation):
-    check_case(rows, tiles, dtype, weight_dtype, activation)
+def test_values_and_gradients_of_all(rows, tiles, dtype, weight_dtype, activation, keep):
+    check_case(rows, tiles, dtype, weight_dtype, activation, keep=keep)
 
 
 @pytest.mark.parametrize("name", ["one piece", "packed, one piece an item"])
@@ -135,15 +149,19 @@ def spoil(given, used, bad):
     return given._replace(rows=jnp.where(unused, bad, given.rows), dout=jnp.where(unused, bad, given.dout))
 
 
-POISONED = [("one piece", (3, 0, 15, 16, 1, 7, 8, 9)), ("packed, one piece an item", (3, 0, 15, 17, 1, 7, 8, 9))]
+POISONED = [
+    ("one piece", (3, 0, 15, 16, 1, 7, 8, 9), False),
+    ("packed, one piece an item", (3, 0, 15, 17, 1, 7, 8, 9), False),
+    ("packed, one piece an item", (3, 0, 15, 17, 1, 7, 8, 9), True),
+]
 
 
 @pytest.mark.parametrize("bad", nasty.POISONS)
-@pytest.mark.parametrize(("name", "size"), POISONED)
-def test_what_is_not_an_experts_own_never_reaches_it(name, size, bad):
+@pytest.mark.parametrize(("name", "size", "keep"), POISONED)
+def test_what_is_not_an_experts_own_never_reaches_it(name, size, keep, bad):
     rows, tiles = CASES[name]
     given, used = nasty.operands(rows), rows.used(np.array(size))
-    run = functools.partial(mlp, rows, tiles, TARGET, "gelu_tanh")
+    run = functools.partial(mlp, rows, tiles, TARGET, "gelu_tanh", keep=keep)
     clean, spoilt = (run(g, np.array(size)) for g in (given, spoil(given, used, bad)))
     for mine, theirs in zip(clean[:2], spoilt[:2], strict=True):
         np.testing.assert_array_equal(np.asarray(theirs)[used], np.asarray(mine)[used])
@@ -193,6 +211,25 @@ def test_the_shortest_piece_that_fills_the_mxu_holds_all_rows():
     given = nasty.operands(rows)
     for size in [(129, 128, 0), (144, 1, 127)]:
         check(rows, given, size, mlp(rows, tiles, target, "gelu_tanh", given, np.array(size, np.int32)))
+
+
+@pytest.mark.parametrize(("chip", "kept"), [("TPU v5 lite", True), ("TPU v6 lite", False)])
+def test_the_roofline_decides_what_a_chip_keeps(chip, kept):
+    """And nothing is kept where no gradient is wanted; passes may have other chunks of F."""
+    rows = nasty.Rows(experts=2, rows_per_run=520, width=512, hidden=512)
+    given, size = nasty.operands(rows, dtype="bfloat16", weight_dtype="bfloat16"), np.array((519, 8), np.int32)
+    target, static = Target(chip, interpret=True), MlpStatic(rows.layout, "gelu_tanh")
+
+    @functools.partial(jax.jit, compiler_options=FASTER)
+    def both(given, size):
+        out, saved = expert_mlp_forward(target, static, given.rows, given.weights, rows.runs(size))
+        return out, *expert_mlp_backward(target, static, saved, given.dout)
+
+    saved = jax.eval_shape(
+        lambda given: expert_mlp_forward(target, static, given.rows, given.weights, rows.runs(size))[1], given
+    )
+    assert (saved.hidden is not None) == kept
+    check(rows, given, size, both(given, size))
 
 
 def test_without_rows_and_without_biases():

@@ -1,6 +1,5 @@
 """The fused expert MLP through the real TPU compiler: accepted on every chip, within the VMEM that was computed."""
 
-import jax
 import jax.numpy as jnp
 import pytest
 from tpu_aot import LAYOUTS, TOPOLOGIES, WIDTHS, Chip, check_vmem
@@ -9,6 +8,8 @@ from moe_kernels import MlpWeights
 from moe_kernels.backends import choose, problem_of
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tiling import CHIPS, mlp_backward_tiles, mlp_forward_tiles
+from moe_kernels.backends.tpu.hidden import keeps_hidden
+from moe_kernels.backends.tpu.mlp import MlpSaved
 
 pytestmark = pytest.mark.aot
 
@@ -22,29 +23,27 @@ def check(chip, width, layout, weight_dtype, dtype=jnp.bfloat16):
         array((e, width, f), weight_dtype), array((e, f), jnp.float32), array((e, f, width), weight_dtype),
         array((e, width), jnp.float32),
     )  # fmt: skip
-    chosen = []
+    static, facts = MlpStatic(layout, "gelu_tanh"), CHIPS[device.mesh.devices.flat[0].device_kind]
+    sizes = (layout, width, f, jnp.dtype(dtype).itemsize, jnp.dtype(weight_dtype).itemsize, facts)
+    keep = keeps_hidden(*sizes)
+    tiles, back_tiles = mlp_forward_tiles(*sizes, keep=keep), mlp_backward_tiles(*sizes, keep=keep)
+    hidden = array((layout.num_rows, tiles.padded), dtype) if keep else None
 
     def span(rows):
-        problem = problem_of("expert_mlp", rows, e, expert_width=f, layout=layout)
-        chosen.append(problem)
-        return choose(problem)
-
-    static = MlpStatic(layout, "gelu_tanh")
+        return choose(problem_of("expert_mlp", rows, e, expert_width=f, layout=layout))
 
     def forward(rows, weights, runs):
-        return span(rows).forward(static, rows, weights, runs)[0]
+        out, saved = span(rows).forward(static, rows, weights, runs)
+        assert (saved.hidden is not None) == keep
+        return out, saved.hidden
 
-    def backward(rows, weights, runs, dout):
-        saved = jax.eval_shape(lambda *args: span(rows).forward(static, *args)[1], rows, weights, runs)
-        saved = jax.tree.unflatten(jax.tree.structure(saved), jax.tree.leaves((rows, weights, runs)))
-        return span(rows).backward(static, saved, dout)
+    def backward(rows, weights, runs, hidden, dout):
+        return span(rows).backward(static, MlpSaved(rows, weights, runs, hidden), dout)
 
     there = device.compile(forward, rows, weights, runs)
-    back = device.compile(backward, rows, weights, runs, rows)
-    facts = CHIPS[chosen[0].chip]
-    sizes = (layout, width, f, jnp.dtype(dtype).itemsize, jnp.dtype(weight_dtype).itemsize, facts)
-    check_vmem(there, "expert_mlp_forward", mlp_forward_tiles(*sizes).vmem)
-    check_vmem(back, "expert_mlp_backward", mlp_backward_tiles(*sizes).vmem)
+    back = device.compile(backward, rows, weights, runs, hidden, rows)
+    check_vmem(there, "expert_mlp_forward", tiles.vmem)
+    check_vmem(back, "expert_mlp_backward", back_tiles.vmem)
 
 
 @pytest.mark.parametrize(

@@ -48,19 +48,28 @@ def race_detector():
     return importlib.import_module("jax._src.pallas.mosaic.interpret.interpret_pallas_call")
 
 
-@pytest.mark.parametrize("mode", ["eager", "on_wait"])
-@pytest.mark.parametrize("num_cores", [1, 2])
-@pytest.mark.parametrize("name", ["block", "packed"])
-def test_no_races_and_no_uninitialised_memory(name, num_cores, mode):
+def check_mlp(name, num_cores, mode, keep):
     rows, size, tiles = CASES[name]
     given = nasty.operands(rows)
 
     def run(target, given, size):
-        return test_tpu_mlp.mlp.__wrapped__(rows, tiles, target, "gelu_tanh", given, size)
+        return test_tpu_mlp.mlp.__wrapped__(rows, tiles, target, "gelu_tanh", given, size, keep)
 
     found, races = simulate(run, given, size, num_cores=num_cores, mode=mode, seed=num_cores)
     test_tpu_mlp.check(rows, given, size, found)
     assert not races
+
+
+@pytest.mark.parametrize("mode", ["eager", "on_wait"])
+@pytest.mark.parametrize("num_cores", [1, 2])
+@pytest.mark.parametrize("name", ["block", "packed"])
+def test_no_races_and_no_uninitialised_memory(name, num_cores, mode):
+    check_mlp(name, num_cores, mode, keep=False)
+
+
+@pytest.mark.parametrize(("name", "num_cores", "mode"), [("block", 1, "on_wait"), ("packed", 2, "eager")])
+def test_no_races_with_a_kept_hidden_layer(name, num_cores, mode):
+    check_mlp(name, num_cores, mode, keep=True)
 
 
 def check_matmul(name, num_cores, mode, seed, epilogue):

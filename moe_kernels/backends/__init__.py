@@ -127,7 +127,8 @@ def explain(problem: Problem) -> str:
         if reason is not None:
             lines.append(f"{backend.name}: no, {reason}")
         else:
-            lines.append(f"{backend.name}: {'also possible' if chosen else 'chosen'}")
+            how = backend.note(problem)
+            lines.append(f"{backend.name}: {'also possible' if chosen else 'chosen'}{f', {how}' if how else ''}")
             chosen = True
     return "\n".join(lines)
 

@@ -102,11 +102,12 @@ class Span(NamedTuple):
 
     `forward(static, *differentiable, *constants)` returns `(result, saved)`; `backward(static, saved, cotangent)`
     returns a tuple with one cotangent for each differentiable argument. `static` is hashable. Neither is ever
-    differentiated by JAX.
+    differentiated by JAX. `value` is the result alone, where that costs less than `forward`.
     """
 
     forward: Callable[..., tuple[Any, Any]]
     backward: Callable[..., Any]
+    value: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,13 +116,15 @@ class Backend:
 
     `spans` gives for each operation the function from a problem that is taken to its span; equal problems should get
     the same span, so that JAX finds what it has traced before. Those in `optional` go to the first back end that takes
-    them where this one was named and refuses: a whole layer can be asked for by the name of its matmuls.
+    them where this one was named and refuses: a whole layer can be asked for by the name of its matmuls. `note` says
+    how a problem that is taken is worked, where there is a choice.
     """
 
     name: str
     why_not: Callable[[Problem], str | None]
     spans: dict[SpanName, Callable[[Problem], Span]] = dataclasses.field(hash=False)
     optional: frozenset[SpanName] = frozenset()
+    note: Callable[[Problem], str | None] = lambda problem: None
 
 
 def rows_misfit(layout: Layout | None) -> str | None:
@@ -144,6 +147,8 @@ def apply(span: Span, static: Any, differentiable: tuple[Any, ...], constants: t
 
     Reverse mode works once. Forward mode and second derivatives raise TypeError.
     """
+    if span.value is not None:
+        return span.value(static, *differentiable, *constants)
     return span.forward(static, *differentiable, *constants)[0]
 
 

@@ -31,14 +31,18 @@ class Chip:
     """Rows of one matmul in the loop; more shares a load of weights among more rows and takes longer to compile."""
     spilled: int
     """Bytes of VMEM that the compiler takes for each entry of a forward pass's hidden layer."""
+    tflops: float
+    """bfloat16, of the data sheet."""
+    gbytes_per_s: float
+    """Its share of the bandwidth of HBM, of the data sheet."""
 
 
 CHIPS = {
-    "TPU v4": Chip(vmem=16 * MIB, depth=128, matmul_rows=288, spilled=4),
-    "TPU v5 lite": Chip(vmem=128 * MIB, depth=128, matmul_rows=288, spilled=4),
-    "TPU v5": Chip(vmem=64 * MIB, depth=128, matmul_rows=288, spilled=4),
-    "TPU v6 lite": Chip(vmem=128 * MIB, depth=256, matmul_rows=576, spilled=6),
-    "TPU7x": Chip(vmem=64 * MIB, depth=256, matmul_rows=576, spilled=2),
+    "TPU v4": Chip(vmem=16 * MIB, depth=128, matmul_rows=288, spilled=4, tflops=137.5, gbytes_per_s=614.0),
+    "TPU v5 lite": Chip(vmem=128 * MIB, depth=128, matmul_rows=288, spilled=4, tflops=197.0, gbytes_per_s=819.0),
+    "TPU v5": Chip(vmem=64 * MIB, depth=128, matmul_rows=288, spilled=4, tflops=229.5, gbytes_per_s=1382.5),
+    "TPU v6 lite": Chip(vmem=128 * MIB, depth=256, matmul_rows=576, spilled=6, tflops=918.0, gbytes_per_s=1640.0),
+    "TPU7x": Chip(vmem=64 * MIB, depth=256, matmul_rows=576, spilled=2, tflops=1155.0, gbytes_per_s=3690.0),
 }
 
 
@@ -190,9 +194,16 @@ def _bytes(rows: int, columns: int, itemsize: int) -> int:
 
 @functools.lru_cache
 def mlp_forward_tiles(
-    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
+    layout: Layout,
+    width: int,
+    expert_width: int,
+    itemsize: int,
+    weight_itemsize: int,
+    chip: Chip,
+    *,
+    keep: bool = False,
 ) -> Tiles | None:
-    """Block sizes of the fused forward pass, or None where not even the smallest fit.
+    """Block sizes of the fused forward pass, or None where not even the smallest fit; `keep` writes the hidden layer.
 
     >>> tiles = mlp_forward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, CHIPS["TPU v6 lite"])
     >>> tiles.rows.rows, tiles.chunk
@@ -204,6 +215,7 @@ def mlp_forward_tiles(
         cast = _bytes(width, chunk, itemsize) + _bytes(chunk, width, itemsize)
         biases = 2 * 8 * 4 * (round_up(chunk, 128) + round_up(width, 128))
         held = 2 * _bytes(rows.rows, width, itemsize) + _bytes(rows.rows, width, 4)
+        held += 2 * _bytes(rows.rows, chunk, itemsize) if keep else 0
         values = chip.spilled * rows.pieces[0] * round_up(chunk, 128) * itemsize // 2
         return 2 * weights + (cast if itemsize != weight_itemsize else 0) + biases + held + values
 
@@ -212,9 +224,16 @@ def mlp_forward_tiles(
 
 @functools.lru_cache
 def mlp_backward_tiles(
-    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
+    layout: Layout,
+    width: int,
+    expert_width: int,
+    itemsize: int,
+    weight_itemsize: int,
+    chip: Chip,
+    *,
+    keep: bool = False,
 ) -> Tiles | None:
-    """Block sizes of the fused backward pass, or None where not even the smallest fit.
+    """Block sizes of the fused backward pass, or None where not even the smallest fit; `keep` reads the hidden layer.
 
     >>> tiles = mlp_backward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, CHIPS["TPU v6 lite"])
     >>> tiles.rows.rows, tiles.chunk
@@ -228,6 +247,7 @@ def mlp_backward_tiles(
         cast = pair(itemsize) if itemsize != weight_itemsize else 0
         biases = 4 * 8 * 4 * (round_up(chunk, 128) + round_up(width, 128))
         held = 4 * _bytes(rows.rows, width, itemsize) + _bytes(rows.rows, width, 4)
+        held += 2 * _bytes(rows.rows, chunk, itemsize) if keep else 0
         values = 3 * _bytes(rows.pieces[0], chunk, 4) + 5 * _bytes(rows.pieces[0], width, 4) // 2
         return 2 * pair(weight_itemsize) + cast + 2 * pair(out) + sums + biases + held + values
 

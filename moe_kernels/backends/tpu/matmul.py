@@ -22,7 +22,7 @@ from moe_kernels.backends.tiling import Tiles, matmul_forward_tiles
 from moe_kernels.backends.tpu.activation import activate
 from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, tiles_for, unflatten
 from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of
-from moe_kernels.backends.tpu.step import this_step
+from moe_kernels.backends.tpu.step import ChunkCopies, this_step
 from moe_kernels.types import MatmulActivation, Runs
 
 
@@ -103,13 +103,6 @@ def casts(matrices: Sequence[Array], chunk: int, dtype: Any) -> tuple[Any, ...]:
     return tuple(pltpu.VMEM((w.shape[1], chunk) if w.dtype != dtype else (8, 128), dtype) for w in matrices)
 
 
-def columns_of(tiles: Tiles, chunk: Scalar) -> Any:
-    """The columns of a chunk, None for all."""
-    if tiles.num_chunks == 1:
-        return None
-    return pl.ds(pl.multiple_of(chunk * tiles.chunk, tiles.chunk), tiles.chunk)
-
-
 def cast_weights(weights: Sequence[Any], casts: Sequence[Any], busy: Scalar) -> tuple[Any, ...]:
     """The chunks of the weights in the dtype of the rows."""
     if weights[0].dtype == casts[0].dtype:
@@ -152,39 +145,30 @@ class _Forward(NamedTuple):
 
 def _forward(tiles: Tiles, static: MatmulStatic, grid: Grid, scalars: Scalars, refs: _Forward) -> None:
     step, schedule = this_step(grid, scalars), scalars.schedule
-    at, slot, number = step.at, step.slot, step.number
+    at, slot = step.at, step.slot
+    results = ChunkCopies(grid, tiles, scalars, refs.out, refs.y, refs.written)
 
     def rows(at: Scalar, slot: Scalar) -> RowCopies:
         place = (refs.x.at[slot], refs.fetched.at[slot], schedule.first[at], schedule.size[at])
         return RowCopies(refs.rows, *place, tiles.rows.copied)
 
-    def results(number: Scalar) -> RowCopies:
-        at, slot = grid.item(step.core, jax.lax.div(number, grid.chunks)), jax.lax.rem(number, 2)
-        place = (refs.y.at[slot], refs.written.at[slot], schedule.first[at], schedule.size[at])
-        return RowCopies(refs.out, *place, tiles.rows.copied, columns_of(tiles, jax.lax.rem(number, grid.chunks)))
-
-    pl.when(number == 0)(lambda: rows(at, slot).fetch())
+    pl.when(step.number == 0)(lambda: rows(at, slot).fetch())
 
     @pl.when(step.chunk == 0)
     def _() -> None:
         pl.when(step.item + 1 < grid.items)(lambda: rows(at + 1, 1 - slot).fetch())
         rows(at, slot).fetched()
 
-    pl.when(number >= 2)(lambda: results(number - 2).written())
+    y = results.place(step)
     weights = cast_weights(refs.weights, refs.casts, step.busy)
-    x, y = refs.x.at[slot], refs.y.at[jax.lax.rem(number, 2)]
+    x = refs.x.at[slot]
 
     def work(offset: Scalar, size: int) -> None:
         own = pl.ds(offset, size)
         y[own] = _result(products(x[own], weights, refs.bias), static.activation, y.dtype)
 
     over_pieces(*pieces_of(scalars, at, tiles.rows), tiles.rows, work)
-    results(number).write()
-
-    @pl.when(step.is_last)
-    def _() -> None:
-        for last in range(min(2, grid.items * grid.chunks)):
-            results(number - last).written()
+    results.write(step)
 
 
 def _result(

@@ -27,13 +27,12 @@ from moe_kernels.backends.tpu.matmul import (
     MatmulSaved,
     cast_weights,
     casts,
-    columns_of,
     padded_operands,
     products,
     rounded,
 )
 from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of, used_rows
-from moe_kernels.backends.tpu.step import Step, this_step
+from moe_kernels.backends.tpu.step import ChunkCopies, Step, this_step
 from moe_kernels.types import Runs
 
 
@@ -161,7 +160,7 @@ class _Backward(NamedTuple):
     def run(self) -> None:
         """One step of the grid."""
         refs, step = self.refs, this_step(self.grid, self.scalars)
-        at, slot, number = step.at, step.slot, step.number
+        at, slot = step.at, step.slot
         gradients = Gradients(
             self.grid,
             self.scalars,
@@ -172,13 +171,8 @@ class _Backward(NamedTuple):
             refs.dw_fetched,
         )
 
-        @pl.when(number == 0)
-        def _() -> None:
-            self._fetch(at, slot)
-            self._dy(step.core, number).fetch()
-
-        pl.when(jnp.logical_not(step.is_last))(lambda: self._dy(step.core, number + 1).fetch())
-        self._dy(step.core, number).fetched()
+        pl.when(step.number == 0)(lambda: self._fetch(at, slot))
+        dy = ChunkCopies(self.grid, self.tiles, self.scalars, refs.dout, refs.dy, refs.dy_fetched).fetch(step)
 
         @pl.when((step.chunk == 0) & step.busy)
         def _() -> None:
@@ -187,7 +181,7 @@ class _Backward(NamedTuple):
             refs.dx[...] = jnp.zeros(refs.dx.shape, jnp.float32)
 
         step.swap(self._results, self._fetch)
-        gradients.fill(step, lambda out_slot: self._work(step, out_slot, gradients), self._no_bias)
+        gradients.fill(step, lambda out_slot: self._work(step, dy, out_slot, gradients), self._no_bias)
         step.finish(refs.dx, refs.x, self._results)
         gradients.drain(step)
 
@@ -202,13 +196,6 @@ class _Backward(NamedTuple):
     def _results(self, at: Scalar, slot: Scalar) -> RowCopies:
         return self._rows(at, slot)._replace(hbm=self.refs.drows, semaphore=self.refs.written.at[slot])
 
-    def _dy(self, core: Scalar, step: Scalar) -> RowCopies:
-        refs, schedule = self.refs, self.scalars.schedule
-        at, slot = self.grid.item(core, jax.lax.div(step, self.grid.chunks)), jax.lax.rem(step, 2)
-        place = (refs.dy.at[slot], refs.dy_fetched.at[slot], schedule.first[at], schedule.size[at])
-        columns = columns_of(self.tiles, jax.lax.rem(step, self.grid.chunks))
-        return RowCopies(refs.dout, *place, self.tiles.rows.copied, columns)
-
     def _select(self, at: Scalar, block: Any) -> None:
         """Zero the rows of no run."""
         used = used_rows(self.scalars, at, self.static.layout, block.shape)
@@ -219,9 +206,9 @@ class _Backward(NamedTuple):
         if self.refs.dbias is not None:
             self.refs.dbias[...] = jnp.zeros(self.refs.dbias.shape, jnp.float32)
 
-    def _work(self, step: Step, out_slot: Scalar, gradients: Gradients) -> None:
+    def _work(self, step: Step, dy: Any, out_slot: Scalar, gradients: Gradients) -> None:
         refs, tiles, at = self.refs, self.tiles.rows, step.at
-        dy, x = refs.dy.at[jax.lax.rem(step.number, 2)], refs.x.at[step.slot]
+        x = refs.x.at[step.slot]
         self._select(at, dy)
         weights = cast_weights(refs.weights, refs.casts, step.busy)
         gradients.begin(at, step.chunk, out_slot)

@@ -1,4 +1,7 @@
-"""The expert MLP as one kernel, forward: `y = act(x w1 + b1) w2 + b2`, the hidden layer never in HBM.
+"""The expert MLP as one kernel, forward: `y = act(x w1 + b1) w2 + b2`.
+
+The hidden layer goes to HBM only where a backward pass will want it and would take longer to compute it again (see
+`hidden.py`).
 
 Grid (core, item, chunk of F). The rows of an item stay in VMEM while chunks of its expert's weights stream through, so
 each weight is read once for an item; `y` is added up in float32 and starts as the bias. The rows of the next item are
@@ -7,6 +10,7 @@ fetched, and those of the last one written, under the matmuls. Results leave fro
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -18,43 +22,88 @@ from jaxtyping import Array, Float
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tiling import Tiles, mlp_forward_tiles
 from moe_kernels.backends.tpu.activation import activate
+from moe_kernels.backends.tpu.hidden import keeps_hidden
 from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, tiles_for, unflatten
 from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of
-from moe_kernels.backends.tpu.step import this_step
+from moe_kernels.backends.tpu.step import ChunkCopies, this_step
 from moe_kernels.types import MlpWeights, Runs
 
 
 class MlpSaved(NamedTuple):
-    """What the backward pass needs: it computes the hidden layer again."""
+    """What the backward pass needs."""
 
     rows: Float[Array, "R D"]
     weights: MlpWeights
     runs: Runs
+    hidden: Float[Array, "R H"] | None = None
+    """Before the activation, with F rounded up; unused rows hold anything. None: it is computed again."""
+
+
+def expert_mlp(
+    target: Target, static: MlpStatic, rows: Float[Array, "R D"], weights: MlpWeights, runs: Runs
+) -> Float[Array, "R D"]:
+    """`y = act(x w1_e + b1_e) w2_e + b2_e`; unused rows hold anything."""
+    if rows.shape[0] == 0:
+        return rows
+    tiles = tiles_for(mlp_forward_tiles, target, static.layout, rows, weights.w1)
+    return run_forward(tiles, target, static, rows, weights, runs)[0]
 
 
 def expert_mlp_forward(
     target: Target, static: MlpStatic, rows: Float[Array, "R D"], weights: MlpWeights, runs: Runs
 ) -> tuple[Float[Array, "R D"], MlpSaved]:
-    """`y = act(x w1_e + b1_e) w2_e + b2_e`; unused rows hold anything."""
-    saved = MlpSaved(rows, weights, runs)
+    """As `expert_mlp`, with what the backward pass needs."""
     if rows.shape[0] == 0:
-        return rows, saved
-    tiles = tiles_for(mlp_forward_tiles, target, static.layout, rows, weights.w1)
-    return run_forward(tiles, target, static, rows, weights, runs), saved
+        return rows, MlpSaved(rows, weights, runs)
+    sizes = (rows.shape[1], weights.w1.shape[2], rows.dtype.itemsize, weights.w1.dtype.itemsize)
+    keep = keeps_hidden(static.layout, *sizes, target.facts)
+    choose = functools.partial(mlp_forward_tiles, keep=keep)
+    tiles = tiles_for(choose, target, static.layout, rows, weights.w1)
+    out, hidden = run_forward(tiles, target, static, rows, weights, runs, keep=keep)
+    return out, MlpSaved(rows, weights, runs, hidden)
 
 
 def run_forward(
-    tiles: Tiles, target: Target, static: MlpStatic, rows: Float[Array, "R D"], weights: MlpWeights, runs: Runs
-) -> Float[Array, "R D"]:
-    """The forward pass with given block sizes."""
+    tiles: Tiles,
+    target: Target,
+    static: MlpStatic,
+    rows: Float[Array, "R D"],
+    weights: MlpWeights,
+    runs: Runs,
+    *,
+    keep: bool = False,
+) -> tuple[Float[Array, "R D"], Float[Array, "R H"] | None]:
+    """The forward pass with given block sizes; also the hidden layer if it is to be kept."""
     width, chunk, held = rows.shape[1], tiles.chunk, tiles.rows.rows
     grid = grid_of(static.layout, tiles, target)
     cast = weights.w1.dtype != rows.dtype
 
-    def kernel(*refs: Any) -> None:
-        _forward(tiles, static, grid, unflatten(refs[:NUM_SCALARS]), _Forward(*refs[NUM_SCALARS:]))
-
     hbm = pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)
+    w1, b1, w2, b2 = weight_specs(grid, width, chunk)
+    two = pltpu.SemaphoreType.DMA((2,))
+    arrays = _Forward(
+        rows=hbm,
+        w1=w1,
+        b1=b1,
+        w2=w2,
+        b2=b2,
+        out=hbm,
+        hidden=hbm if keep else None,
+        buffer=pltpu.VMEM((2, held, width), rows.dtype),
+        total=pltpu.VMEM((held, width), jnp.float32),
+        w1_cast=pltpu.VMEM((width, chunk) if cast else (8, 128), rows.dtype),
+        w2_cast=pltpu.VMEM((chunk, width) if cast else (8, 128), rows.dtype),
+        hidden_out=pltpu.VMEM((2, held, chunk), rows.dtype) if keep else None,
+        fetched=two,
+        written=two,
+        hidden_written=two if keep else None,
+    )
+
+    def kernel(*refs: Any) -> None:
+        named = jax.tree.unflatten(jax.tree.structure(arrays), refs[NUM_SCALARS:])
+        _forward(tiles, static, grid, unflatten(refs[:NUM_SCALARS]), named)
+
+    shapes = [rows.shape, (rows.shape[0], tiles.padded)] if keep else [rows.shape]
     run = launch(
         kernel,
         "expert_mlp_forward",
@@ -62,20 +111,13 @@ def run_forward(
         target,
         tiles,
         products=2,
-        in_specs=[hbm, *weight_specs(grid, width, chunk)],
-        out_specs=[hbm],
-        out_shape=[jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
-        scratch=[
-            pltpu.VMEM((2, held, width), rows.dtype),
-            pltpu.VMEM((held, width), jnp.float32),
-            pltpu.VMEM((width, chunk) if cast else (8, 128), rows.dtype),
-            pltpu.VMEM((chunk, width) if cast else (8, 128), rows.dtype),
-            pltpu.SemaphoreType.DMA((2,)),
-            pltpu.SemaphoreType.DMA((2,)),
-        ],
+        in_specs=jax.tree.leaves(arrays[:5]),
+        out_specs=jax.tree.leaves(arrays[5:7]),
+        out_shape=[jax.ShapeDtypeStruct(shape, rows.dtype) for shape in shapes],
+        scratch=jax.tree.leaves(arrays[7:]),
     )
-    (out,) = run(scalars_of(static.layout, runs, tiles, target), rows, *padded_weights(weights, tiles.padded))
-    return out
+    out, *hidden = run(scalars_of(static.layout, runs, tiles, target), rows, *padded_weights(weights, tiles.padded))
+    return out, hidden[0] if keep else None
 
 
 def weight_specs(grid: Grid, width: int, chunk: int) -> list[pl.BlockSpec]:
@@ -102,7 +144,7 @@ def padded_weights(weights: MlpWeights, padded: int) -> tuple[Array, Array, Arra
 
 
 class _Forward(NamedTuple):
-    """Arrays of the kernel."""
+    """Arrays of the kernel, or how they are given to it."""
 
     rows: Any
     w1: Any
@@ -110,13 +152,17 @@ class _Forward(NamedTuple):
     w2: Any
     b2: Any
     out: Any
+    hidden: Any
     buffer: Any
     """Two items' rows, then results."""
     total: Any
     w1_cast: Any
     w2_cast: Any
+    hidden_out: Any
+    """Chunks of two steps."""
     fetched: Any
     written: Any
+    hidden_written: Any
 
 
 def _forward(tiles: Tiles, static: MlpStatic, grid: Grid, scalars: Scalars, refs: _Forward) -> None:
@@ -151,11 +197,19 @@ def _forward(tiles: Tiles, static: MlpStatic, grid: Grid, scalars: Scalars, refs
         def _() -> None:
             w1[...], w2[...] = refs.w1[0].astype(dtype), refs.w2[0].astype(dtype)
 
+    kept, place = ChunkCopies(grid, tiles, scalars, refs.hidden, refs.hidden_out, refs.hidden_written), None
+    if refs.hidden is not None:
+        place = kept.place(step)
+
     def work(offset: Scalar, size: int) -> None:
         own = pl.ds(offset, size)
         hidden = (dot(rows[own], w1[...], (1, 0)) + refs.b1[0]).astype(dtype)
+        if place is not None:
+            place[own] = hidden
         activated = activate(hidden.astype(jnp.float32), static.activation).astype(dtype)
         refs.total[own] += dot(activated, w2[...], (1, 0))
 
     over_pieces(*pieces_of(scalars, at, tiles.rows), tiles.rows, work)
+    if place is not None:
+        kept.write(step)
     step.finish(refs.total, refs.buffer, results)

@@ -1,15 +1,16 @@
-"""The expert MLP as one kernel, backward, with the hidden layer computed again: five matmuls for each chunk of F.
+"""The expert MLP as one kernel, backward: for each chunk of F five matmuls, or four where the hidden layer was kept.
 
 With `h = x w1 + b1`, `a = act(h)`: `dh = (dy w2ᵀ) act'(h)`, `dx = dh w1ᵀ`, `dw1 = xᵀ dh`, `dw2 = aᵀ dy`, `db1 = Σ dh`,
 `db2 = Σ dy`. Grid (core, item, chunk of F) as in the forward pass; `dx` is added up in float32 over chunks and leaves
 from the buffer that `dy` came in. Where an expert is one item of one piece, weight gradients leave straight from the
 MXU, and of pieces that fill its depth the shortest that holds the rows is taken; else they are added up in float32 over
-pieces and, for an expert of several items, over items through HBM. Rows that belong to no run are zeroed in `x` and in
-`dy` before any matmul. Biases' gradients leave as one sum an item.
+pieces and, for an expert of several items, over items through HBM. Rows that belong to no run are zeroed in `x` (or
+`h`) and in `dy` before any matmul. Biases' gradients leave as one sum an item.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from moe_kernels.backends.tpu.gradients import Gradient, Gradients, by_expert, g
 from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, tiles_for, unflatten
 from moe_kernels.backends.tpu.mlp import MlpSaved, padded_weights, weight_specs
 from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of, used_rows
-from moe_kernels.backends.tpu.step import this_step
+from moe_kernels.backends.tpu.step import ChunkCopies, this_step
 from moe_kernels.types import MlpWeights, Runs
 
 
@@ -34,11 +35,12 @@ def expert_mlp_backward(
     target: Target, static: MlpStatic, saved: MlpSaved, dout: Float[Array, "R D"]
 ) -> tuple[Float[Array, "R D"], MlpWeights]:
     """Gradients of rows and weights; an expert without rows gets exactly 0."""
-    rows, weights, runs = saved
+    rows, weights, runs, hidden = saved
     if rows.shape[0] == 0:
         return rows, jax.tree.map(jnp.zeros_like, weights)
-    tiles = tiles_for(mlp_backward_tiles, target, static.layout, rows, weights.w1)
-    return run_backward(tiles, target, static, rows, weights, runs, dout)
+    choose = functools.partial(mlp_backward_tiles, keep=hidden is not None)
+    tiles = tiles_for(choose, target, static.layout, rows, weights.w1)
+    return run_backward(tiles, target, static, rows, weights, runs, dout, hidden)
 
 
 def run_backward(
@@ -49,8 +51,9 @@ def run_backward(
     weights: MlpWeights,
     runs: Runs,
     dout: Float[Array, "R D"],
+    hidden: Float[Array, "R H"] | None = None,
 ) -> tuple[Float[Array, "R D"], MlpWeights]:
-    """The backward pass with given block sizes."""
+    """The backward pass with given block sizes, and with the hidden layer if it was kept."""
     layout, width, chunk, held = static.layout, rows.shape[1], tiles.chunk, tiles.rows.rows
     grid = grid_of(layout, tiles, target)
     cast = weights.w1.dtype != rows.dtype
@@ -58,29 +61,54 @@ def run_backward(
     dtype, slots = gradient_dtype(weights.w1.dtype, once), gradient_slots(grid, once)
     summed = dtype != jnp.float32 and not straight(layout, tiles.rows)
 
-    def kernel(*refs: Any) -> None:
-        scalars, arrays = unflatten(refs[:NUM_SCALARS]), _Refs(*refs[NUM_SCALARS:])
-        _Backward(tiles, static, grid, once, target.facts.depth, scalars, arrays).run()
-
     hbm = pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)
     w1, b1, w2, _ = padded_weights(weights, tiles.padded)
-    num_items = grid.cores * grid.items
-    small = (8, 128)
+    w1_spec, b1_spec, w2_spec, _ = weight_specs(grid, width, chunk)
+    num_items, small, two = grid.cores * grid.items, (8, 128), pltpu.SemaphoreType.DMA((2,))
+    kept = None if hidden is None else _padded_columns(hidden, tiles.padded)
+    arrays = _Refs(
+        rows=hbm,
+        dout=hbm,
+        w1=w1_spec,
+        b1=b1_spec,
+        w2=w2_spec,
+        hidden=None if kept is None else hbm,
+        drows=hbm,
+        dw1=hbm,
+        dw2=hbm,
+        db1=pl.BlockSpec((1, 1, chunk), grid.item_columns),
+        db2=pl.BlockSpec((1, 1, width), grid.item_whole),
+        x=pltpu.VMEM((2, held, width), rows.dtype),
+        dy=pltpu.VMEM((2, held, width), rows.dtype),
+        dx=pltpu.VMEM((held, width), jnp.float32),
+        w1_cast=pltpu.VMEM((width, chunk) if cast else small, rows.dtype),
+        w2_cast=pltpu.VMEM((chunk, width) if cast else small, rows.dtype),
+        dw1_out=pltpu.VMEM((slots, width, chunk), dtype),
+        dw2_out=pltpu.VMEM((slots, chunk, width), dtype),
+        dw1_sum=pltpu.VMEM((width, chunk) if summed else small, jnp.float32),
+        dw2_sum=pltpu.VMEM((chunk, width) if summed else small, jnp.float32),
+        hidden_in=None if kept is None else pltpu.VMEM((2, held, chunk), rows.dtype),
+        fetched=two,
+        written=two,
+        dw_written=two,
+        dw_fetched=pltpu.SemaphoreType.DMA,
+        hidden_fetched=None if kept is None else two,
+    )
+
+    def kernel(*refs: Any) -> None:
+        named = jax.tree.unflatten(jax.tree.structure(arrays), refs[NUM_SCALARS:])
+        scalars = unflatten(refs[:NUM_SCALARS])
+        _Backward(tiles, static, grid, once, target.facts.depth, scalars, named).run()
+
     run = launch(
         kernel,
         "expert_mlp_backward",
         grid,
         target,
         tiles,
-        products=5,
-        in_specs=[hbm, hbm, *weight_specs(grid, width, chunk)[:3]],
-        out_specs=[
-            hbm,
-            hbm,
-            hbm,
-            pl.BlockSpec((1, 1, chunk), grid.item_columns),
-            pl.BlockSpec((1, 1, width), grid.item_whole),
-        ],
+        products=5 if kept is None else 4,
+        in_specs=jax.tree.leaves(arrays[:6]),
+        out_specs=jax.tree.leaves(arrays[6:11]),
         out_shape=[
             jax.ShapeDtypeStruct(rows.shape, rows.dtype),
             jax.ShapeDtypeStruct(w1.shape, dtype),
@@ -88,25 +116,11 @@ def run_backward(
             jax.ShapeDtypeStruct((num_items, 1, tiles.padded), jnp.float32),
             jax.ShapeDtypeStruct((num_items, 1, width), jnp.float32),
         ],
-        scratch=[
-            pltpu.VMEM((2, held, width), rows.dtype),
-            pltpu.VMEM((2, held, width), rows.dtype),
-            pltpu.VMEM((held, width), jnp.float32),
-            pltpu.VMEM((width, chunk) if cast else small, rows.dtype),
-            pltpu.VMEM((chunk, width) if cast else small, rows.dtype),
-            pltpu.VMEM((slots, width, chunk), dtype),
-            pltpu.VMEM((slots, chunk, width), dtype),
-            pltpu.VMEM((width, chunk) if summed else small, jnp.float32),
-            pltpu.VMEM((chunk, width) if summed else small, jnp.float32),
-            pltpu.SemaphoreType.DMA((2,)),
-            pltpu.SemaphoreType.DMA((2,)),
-            pltpu.SemaphoreType.DMA((2,)),
-            pltpu.SemaphoreType.DMA,
-        ],
+        scratch=jax.tree.leaves(arrays[11:]),
         aliases={1: 0},
     )
     scalars = scalars_of(layout, runs, tiles, target)
-    drows, dw1, dw2, db1, db2 = run(scalars, rows, dout, w1, b1, w2)
+    drows, dw1, dw2, db1, db2 = run(scalars, rows, dout, w1, b1, w2, *([] if kept is None else [kept]))
     db1, db2 = (by_expert(db[:, 0], scalars.schedule, layout, once) for db in (db1, db2))
     expert_width = weights.w1.shape[2]
     return drows, MlpWeights(
@@ -117,14 +131,21 @@ def run_backward(
     )
 
 
+def _padded_columns(hidden: Float[Array, "R H"], padded: int) -> Float[Array, "R P"]:
+    """As wide as this pass has it: the forward pass may have rounded F up to another chunk."""
+    more = padded - hidden.shape[1]
+    return jnp.pad(hidden, ((0, 0), (0, more))) if more > 0 else hidden[:, :padded]
+
+
 class _Refs(NamedTuple):
-    """Arrays of the kernel."""
+    """Arrays of the kernel, or how they are given to it."""
 
     rows: Any
     dout: Any
     w1: Any
     b1: Any
     w2: Any
+    hidden: Any
     drows: Any
     dw1: Any
     dw2: Any
@@ -140,10 +161,13 @@ class _Refs(NamedTuple):
     dw2_out: Any
     dw1_sum: Any
     dw2_sum: Any
+    hidden_in: Any
+    """Chunks of two steps."""
     fetched: Any
     written: Any
     dw_written: Any
     dw_fetched: Any
+    hidden_fetched: Any
 
 
 class _Backward(NamedTuple):
@@ -169,7 +193,11 @@ class _Backward(NamedTuple):
         pl.when(step.number == 0)(lambda: self._fetch(at, slot))
         pl.when((chunk == 0) & step.busy)(lambda: self._begin(at, slot))
         step.swap(self._results, self._fetch)
-        gradients.fill(step, lambda out_slot: self._work(at, slot, chunk, out_slot), idle)
+        hidden = None
+        if refs.hidden is not None:
+            chunks = ChunkCopies(self.grid, self.tiles, self.scalars, refs.hidden, refs.hidden_in, refs.hidden_fetched)
+            hidden = chunks.fetch(step)
+        gradients.fill(step, lambda out_slot: self._work(at, slot, chunk, out_slot, hidden), idle)
         step.finish(refs.dx, refs.dy, self._results)
         gradients.drain(step)
 
@@ -211,7 +239,7 @@ class _Backward(NamedTuple):
             self.grid, self.scalars, self.tiles.chunk, self.once, weights, refs.dw_written, refs.dw_fetched
         )
 
-    def _work(self, at: Scalar, slot: Scalar, chunk: Scalar, out_slot: Scalar) -> None:
+    def _work(self, at: Scalar, slot: Scalar, chunk: Scalar, out_slot: Scalar, kept: Any) -> None:
         refs, rows = self.refs, self.tiles.rows
         w1, w2 = refs.w1.at[0], refs.w2.at[0]
         if refs.w1.dtype != refs.x.dtype:
@@ -222,8 +250,12 @@ class _Backward(NamedTuple):
         def gradients(offset: Scalar, size: int) -> tuple[Array, Array, Array]:
             own = pl.ds(offset, size)
             x, dy = refs.x[slot, own], refs.dy[slot, own]
-            hidden = (dot(x, w1[...], (1, 0)) + refs.b1[0]).astype(x.dtype).astype(jnp.float32)
-            activated, slope = activate_and_slope(hidden, self.static.activation)
+            if kept is None:
+                hidden = (dot(x, w1[...], (1, 0)) + refs.b1[0]).astype(x.dtype)
+            else:
+                used = used_rows(self.scalars, at, self.static.layout, (size, self.tiles.chunk), offset)
+                hidden = jnp.where(used, kept[own], jnp.zeros((), x.dtype))
+            activated, slope = activate_and_slope(hidden.astype(jnp.float32), self.static.activation)
             dhidden = (dot(dy, w2[...], (1, 1)) * slope).astype(x.dtype)
             refs.dx[own] += dot(dhidden, w1[...], (1, 1))
             db1 = jnp.sum(dhidden.astype(jnp.float32), axis=0, keepdims=True)

@@ -107,10 +107,12 @@ class RowCopies(NamedTuple):
             offset, size = offset + taken, size // 2
 
 
-def used_rows(scalars: Scalars, at: Scalar, layout: Layout, shape: tuple[int, int]) -> Bool[Array, "P D"]:
-    """Which rows of item `at` belong to a run, over a whole block of VMEM."""
+def used_rows(
+    scalars: Scalars, at: Scalar, layout: Layout, shape: tuple[int, int], start: Scalar = 0
+) -> Bool[Array, "P D"]:
+    """Which rows of item `at` belong to a run, over a whole block of VMEM or from its row `start` on."""
     schedule, per_expert = scalars.schedule, layout.runs_per_expert
-    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + start
     if per_expert == 1:
         return row < schedule.size[at]
     row = row + schedule.offset[at]

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from moe_kernels.backends.tiling import Tiles
 from moe_kernels.backends.tpu.launch import Grid
 from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars
 
@@ -61,6 +63,51 @@ class Step(NamedTuple):
             copies = results(self.at, self.slot)
             copies.write()
             pl.when(self.is_last)(copies.written)
+
+
+class ChunkCopies(NamedTuple):
+    """Copies of chunks of an `[R, F]` array, an item's rows of one chunk at every step; two steps have a place each."""
+
+    grid: Grid
+    tiles: Tiles
+    scalars: Scalars
+    hbm: Any
+    vmem: Any
+    semaphores: Any
+
+    def of(self, core: Scalar, number: Scalar) -> RowCopies:
+        """Those of step `number` of a core."""
+        schedule, slot = self.scalars.schedule, jax.lax.rem(number, 2)
+        at = self.grid.item(core, jax.lax.div(number, self.grid.chunks))
+        place = (self.vmem.at[slot], self.semaphores.at[slot], schedule.first[at], schedule.size[at])
+        return RowCopies(self.hbm, *place, self.tiles.rows.copied, self._columns(number))
+
+    def fetch(self, step: Step) -> Any:
+        """Read a step ahead; the place of this step's chunk, which is there."""
+        pl.when(step.number == 0)(lambda: self.of(step.core, step.number).fetch())
+        pl.when(jnp.logical_not(step.is_last))(lambda: self.of(step.core, step.number + 1).fetch())
+        self.of(step.core, step.number).fetched()
+        return self.vmem.at[jax.lax.rem(step.number, 2)]
+
+    def place(self, step: Step) -> Any:
+        """Where this step's chunk is built, once what was there has left."""
+        pl.when(step.number >= 2)(lambda: self.of(step.core, step.number - 2).written())
+        return self.vmem.at[jax.lax.rem(step.number, 2)]
+
+    def write(self, step: Step) -> None:
+        """Start to write this step's chunk; wait for all in the end."""
+        self.of(step.core, step.number).write()
+
+        @pl.when(step.is_last)
+        def _() -> None:
+            for last in range(min(2, self.grid.items * self.grid.chunks)):
+                self.of(step.core, step.number - last).written()
+
+    def _columns(self, number: Scalar) -> Any:
+        if self.grid.chunks == 1:
+            return None
+        chunk = jax.lax.rem(number, self.grid.chunks)
+        return pl.ds(pl.multiple_of(chunk * self.tiles.chunk, self.tiles.chunk), self.tiles.chunk)
 
 
 def this_step(grid: Grid, scalars: Scalars) -> Step:
