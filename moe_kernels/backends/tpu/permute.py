@@ -1,11 +1,9 @@
 """Dispatch and combine as one kernel: gather rows from VMEM, weigh them, add them up.
 
 `out[m] = sum_k weight[m, k] * x[index[m, k]]` is dispatch (no weights), combine, and both of their derivatives; the
-gates' gradient is `out[k, m] = <x[index[m, k]], dy[m]>` of the same rows. All of `x` is brought to VMEM first, in
-32-bit words that hold a bfloat16 of the left half of a row and one of the right half; so a row is one sublane of
-D / 256 planes, which a single strided load fetches and a single strided store puts where the tile of results is
-assembled. The plane's distance is an odd multiple of 8 sublanes: 4 of them can be read at once. An index behind the
-last row reads zeros that lie there, so nothing is masked and nothing of another row can leak.
+gates' gradient is `out[k, m] = <x[index[m, k]], dy[m]>` of the same rows. All of `x` is brought to VMEM first, as words
+(see words.py), of which any row can be copied to where the tile of results is assembled. An index behind the last row
+reads zeros that lie there, so nothing is masked and nothing of another row can leak.
 
 Grid (core, block of x or tile of results): where a device has two TensorCores, each reads all of x and makes half of
 the tiles.
@@ -13,7 +11,6 @@ the tiles.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,21 +21,20 @@ from jaxtyping import Array, Float, Int
 
 from moe_kernels.backends.tiling import MIB, GatherTiles, gather_tiles
 from moe_kernels.backends.tpu.launch import Target
+from moe_kernels.backends.tpu.words import LANES, SUBLANES, columns, move_row, pack, unpack
 from moe_kernels.types import Plan
-
-LANES, SUBLANES = 128, 8
 
 
 def dispatch_forward(
     target: Target, static: None, tokens: Float[Array, "T D"], plan: Plan
 ) -> tuple[Float[Array, "R D"], Plan]:
     """Copy tokens into their rows; unused rows are 0."""
-    return _gather(target, tokens, plan.source // plan.layout.num_choices, 1), plan
+    return gather_rows(target, tokens, plan.source // plan.layout.num_choices, 1), plan
 
 
 def dispatch_backward(target: Target, static: None, plan: Plan, drows: Float[Array, "R D"]) -> tuple[Array]:
     """Add up the cotangents of a token's rows, in float32."""
-    return (_gather(target, drows, plan.row.reshape(-1), plan.layout.num_choices),)
+    return (gather_rows(target, drows, plan.row.reshape(-1), plan.layout.num_choices),)
 
 
 def combine_forward(
@@ -47,7 +43,7 @@ def combine_forward(
     """Weigh and add a token's rows in float32; a token with a gate that is not finite becomes NaN."""
     weight = jnp.where(jnp.isfinite(gate), gate, jnp.float32(jnp.nan)).reshape(-1)
     index = plan.row.reshape(-1)
-    return _gather(target, rows, index, plan.layout.num_choices, weight), (rows, gate, plan)
+    return gather_rows(target, rows, index, plan.layout.num_choices, weight), (rows, gate, plan)
 
 
 def combine_backward(
@@ -61,13 +57,13 @@ def combine_backward(
     choices = plan.layout.num_choices
     # The entry behind the last choice is the weight of unused rows.
     weight = jnp.append(gate.reshape(-1), jnp.float32(0))
-    drows = _gather(target, dtokens, plan.source // choices, 1, weight, plan.source)
-    dgate = _gather(target, rows, plan.row.reshape(-1), choices, against=dtokens)
+    drows = gather_rows(target, dtokens, plan.source // choices, 1, weight, plan.source)
+    dgate = gather_rows(target, rows, plan.row.reshape(-1), choices, against=dtokens)
     # A dropped choice's gate has no influence on the output, also where dy is not finite (0 * NaN above).
     return drows, jnp.where(plan.row < plan.layout.num_rows, dgate.T, jnp.float32(0))
 
 
-def _gather(
+def gather_rows(
     target: Target,
     x: Float[Array, "N D"],
     index: Int[Array, " MK"],
@@ -106,7 +102,7 @@ def _gather(
     def tile(core: Any, step: Any, *_: Any) -> tuple[Any, int]:
         return tile_of(core, step), 0
 
-    def columns(core: Any, step: Any, *_: Any) -> tuple[int, Any]:
+    def column(core: Any, step: Any, *_: Any) -> tuple[int, Any]:
         return 0, tile_of(core, step)
 
     def kernel(*refs: Any) -> None:
@@ -123,7 +119,7 @@ def _gather(
             else:
                 _multiply(tiles, terms, picked, against_ref[0], out_ref)
 
-    by_tile, by_column = pl.BlockSpec((tiles.out, width), tile), pl.BlockSpec((terms, tiles.out), columns)
+    by_tile, by_column = pl.BlockSpec((tiles.out, width), tile), pl.BlockSpec((terms, tiles.out), column)
     if against is None:
         out_shape = jax.ShapeDtypeStruct((count, width), x.dtype)
     else:
@@ -170,19 +166,11 @@ def _clear(tiles: GatherTiles, data: Any) -> None:
 
 
 def _load(tiles: GatherTiles, step: Any, x_ref: Any, data: Any) -> None:
-    """A block of x as words: for bfloat16 the left half of the columns in the low bits, the right half in the high."""
+    """A block of x as words."""
     at = pl.multiple_of(step * tiles.load, SUBLANES)
     for plane in range(tiles.planes):
-        words = _bits(x_ref, plane)
-        if x_ref.dtype == jnp.bfloat16:
-            low = jax.lax.shift_right_logical(words, jnp.full_like(words, 16))
-            words = low | _bits(x_ref, plane + tiles.planes)
-        data[pl.ds(plane * tiles.stride + at, tiles.load), :] = words
-
-
-def _bits(x_ref: Any, lane_tile: int) -> Int[Array, "N L"]:
-    values = x_ref[:, lane_tile * LANES : (lane_tile + 1) * LANES].astype(jnp.float32)
-    return jax.lax.bitcast_convert_type(values, jnp.int32)
+        parts = [x_ref[:, own].astype(jnp.float32) for own in columns(plane, tiles.planes, x_ref.dtype)]
+        data[pl.ds(plane * tiles.stride + at, tiles.load), :] = pack(parts)
 
 
 def _pick(tiles: GatherTiles, terms: int, first: Any, steering: Any, data: Any, picked: Any, weights: Any) -> None:
@@ -195,12 +183,8 @@ def _pick(tiles: GatherTiles, terms: int, first: Any, steering: Any, data: Any, 
             row = step * tiles.unrolled + n
             for term in range(terms):
                 at = base + (n * terms + term)
-                source = index[at]
-                for plane in range(0, tiles.planes, SUBLANES):
-                    planes = min(SUBLANES, tiles.planes - plane)
-                    words = data[pl.ds(plane * tiles.stride + source, planes, stride=tiles.stride), :]
-                    to = (term * tiles.planes + plane) * tiles.out_stride + row
-                    picked[pl.ds(to, planes, stride=tiles.out_stride), :] = words
+                to = term * tiles.planes * tiles.out_stride + row
+                move_row(tiles.planes, data, index[at], tiles.stride, picked, to, tiles.out_stride)
                 if weighing:
                     weight = weighing[0][at if len(weighing) == 1 else weighing[1][at]]
                     weights[pl.ds(term * tiles.out + row, 1), :] = jnp.full((1, LANES), weight, jnp.float32)
@@ -208,40 +192,28 @@ def _pick(tiles: GatherTiles, terms: int, first: Any, steering: Any, data: Any, 
     jax.lax.fori_loop(0, tiles.out // tiles.unrolled, pick, None)
 
 
-def _values(tiles: GatherTiles, picked: Any, term: int, plane: int, half: int, halves: int) -> Float[Array, "M L"]:
-    """128 columns of the rows that a term picked for a tile, in float32."""
-    words = picked[pl.ds((term * tiles.planes + plane) * tiles.out_stride, tiles.out), :]
-    if halves == 2:
-        words = words & jnp.int32(-65536) if half else jax.lax.shift_left(words, jnp.full_like(words, 16))
-    return jax.lax.bitcast_convert_type(words, jnp.float32)
-
-
-def _columns(tiles: GatherTiles, dtype: Any) -> Iterator[tuple[int, int, int, slice]]:
-    """Plane, half and number of halves of every 128 columns, and where these lie in a row."""
-    halves = 2 if dtype == jnp.bfloat16 else 1
-    for plane in range(tiles.planes):
-        for half in range(halves):
-            column = (half * tiles.planes + plane) * LANES
-            yield plane, half, halves, slice(column, column + LANES)
-
-
 def _add_up(tiles: GatherTiles, terms: int, weighed: bool, picked: Any, weights: Any, out_ref: Any) -> None:
     """Weigh, add up and write a tile."""
-    for plane, half, halves, columns in _columns(tiles, out_ref.dtype):
-        total: Any = None
+    for plane in range(tiles.planes):
+        totals: list[Any] = []
         for term in range(terms):
-            value = _values(tiles, picked, term, plane, half, halves)
+            words = picked[pl.ds((term * tiles.planes + plane) * tiles.out_stride, tiles.out), :]
+            values = list(unpack(words, out_ref.dtype))
             if weighed:
-                value = value * weights[pl.ds(term * tiles.out, tiles.out), :]
-            total = value if total is None else total + value
-        out_ref[:, columns] = total.astype(out_ref.dtype)
+                values = [value * weights[pl.ds(term * tiles.out, tiles.out), :] for value in values]
+            totals = [total + value for total, value in zip(totals, values, strict=True)] if term else values
+        for own, total in zip(columns(plane, tiles.planes, out_ref.dtype), totals, strict=True):
+            out_ref[:, own] = total.astype(out_ref.dtype)
 
 
 def _multiply(tiles: GatherTiles, terms: int, picked: Any, against_ref: Any, out_ref: Any) -> None:
     """Products of a tile's rows with those of another array, one number a row, along lanes."""
+    dtype = against_ref.dtype
     for term in range(terms):
         total: Any = None
-        for plane, half, halves, columns in _columns(tiles, against_ref.dtype):
-            value = _values(tiles, picked, term, plane, half, halves) * against_ref[:, columns].astype(jnp.float32)
-            total = value if total is None else total + value
+        for plane in range(tiles.planes):
+            words = picked[pl.ds((term * tiles.planes + plane) * tiles.out_stride, tiles.out), :]
+            for own, value in zip(columns(plane, tiles.planes, dtype), unpack(words, dtype), strict=True):
+                product = value * against_ref[:, own].astype(jnp.float32)
+                total = product if total is None else total + product
         out_ref[pl.ds(term, 1), :] = jnp.sum(total.T, axis=0, keepdims=True)
