@@ -247,9 +247,9 @@ def draw_bars(axes: Axes, view: LayerView, experts: Sequence[int], rows: int) ->
         mine = share[modality, experts]
         axes.barh(place, sign * mine, 0.72, color=COLOURS[name])
         for row, value in enumerate(mine):
-            align = {"ha": "left" if sign > 0 else "right", "va": "center"}
-            axes.text(sign * (value + limit / 50), row, f"{value:.0%}", fontsize=8, **align)
-        unit = {"transform": axes.transAxes, "ha": "center", "va": "top", "fontweight": "bold"}
+            side = "left" if sign > 0 else "right"
+            axes.text(sign * (value + limit / 50), row, f"{value:.0%}", fontsize=8, ha=side, va="center")
+        unit: dict[str, Any] = {"transform": axes.transAxes, "ha": "center", "va": "top", "fontweight": "bold"}
         axes.text(0.5 + sign / 4, -0.06, f"share of\n{name} tokens", color=COLOURS[name], **unit)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(place, [f"expert {e}\n{leaning(preference[e])}" for e in experts], linespacing=1.3)
