@@ -59,7 +59,8 @@ def gather_rows(
     def body(index_g: Any, x_g: Any, *refs: Any, **scratch: Any) -> None:
         weight_g = refs[0] if weight is not None else None
         other_g = refs[len(given) - 1] if other is not None else None
-        out_g, product_g = (*refs[len(given) :], None)[:2]
+        results: list[Any] = [*refs[len(given) :], None]
+        out_g, product_g = results[:2]
         ring = Ring(scratch["full"], scratch["empty"], blocks.stages)
 
         def produce() -> None:
@@ -119,7 +120,7 @@ def gather_rows(
             def tile(tile: jax.Array, filled: jax.Array) -> jax.Array:
                 eight = tile * NUM_CONSUMERS + wg
 
-                def column(chunk: jax.Array, products: jax.Array | None) -> jax.Array | None:
+                def column(chunk: jax.Array, products: Any) -> jax.Array | None:
                     first = filled + chunk * terms
                     total, product = term_of(first)
                     if terms > 1:
