@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import reference
 from moe_kernels import MlpWeights, combine, dispatch, expert_mlp
 from moe_kernels.backends import explain
 from moe_kernels.backends.base import MlpStatic, Problem
-from moe_kernels.backends.tiling import FusedTiles, RowTiles, Tiles
+from moe_kernels.backends.tiling import CHIPS, FusedTiles, RowTiles, Tiles, fused_tiles
 from moe_kernels.backends.tpu.fused import run_fused
 from moe_kernels.backends.tpu.launch import Target
 from moe_kernels.backends.tpu.layer import LayerSaved, layer_backward, layer_forward, layer_value
@@ -256,6 +257,20 @@ def problem(chip="TPU v6 lite", width=768, **facts):
 )
 def test_what_is_taken_and_why_not(given, reason):
     assert reason in explain(given).splitlines()[0]
+
+
+@pytest.mark.parametrize("rows", [8, 544, 2152])
+@pytest.mark.parametrize("width", [256, 768, 1280])
+def test_blocks_cover_tokens_rows_and_columns_within_vmem(width, rows):
+    for chip, weight_itemsize in itertools.product(CHIPS.values(), (2, 4)):
+        for expert_width in (128, 257, 2880, 4 * width):
+            tiles = fused_tiles(Layout(4001, 1, 1, 4, 4 * rows, rows), width, expert_width, 2, weight_itemsize, chip)
+            if tiles is None:
+                continue
+            assert tiles.mlp.vmem <= chip.vmem and tiles.inputs * tiles.load >= 4001
+            assert tiles.moved >= tiles.mlp.rows.rows >= rows and tiles.part % 16 == 0
+            assert tiles.mlp.num_chunks * tiles.mlp.chunk == tiles.mlp.padded >= expert_width
+            assert tiles.stride % 16 == tiles.held_stride % 16 == 8
 
 
 @pytest.mark.full
