@@ -1,10 +1,9 @@
 """Dispatch and combine as one kernel: gather rows from VMEM, weigh them, add them up.
 
 `out[m] = sum_k weight[m, k] * x[index[m, k]]` is dispatch (no weights), combine, and both of their derivatives. All of
-`x` is brought to VMEM first, in 32-bit words that hold a bfloat16 of the left half of a row and one of the right half;
-so a row is one sublane of D / 256 planes, which a single strided load fetches and a single strided store puts where the
-tile of results is assembled. The plane's distance is an odd multiple of 8 sublanes: 4 of them can be read at once.
-An index behind the last row reads zeros that lie there, so nothing is masked and nothing of another row can leak.
+`x` is brought to VMEM first, as words (see words.py), of which any row can be copied to where the tile of results is
+assembled. An index behind the last row reads zeros that lie there, so nothing is masked and nothing of another row can
+leak.
 """
 
 from __future__ import annotations
@@ -19,21 +18,20 @@ from jaxtyping import Array, Float, Int
 
 from moe_kernels.backends.tiling import MIB, GatherTiles, gather_tiles
 from moe_kernels.backends.tpu.launch import Target
+from moe_kernels.backends.tpu.words import LANES, SUBLANES, columns, move_row, pack, unpack
 from moe_kernels.types import Plan
-
-LANES, SUBLANES = 128, 8
 
 
 def dispatch_forward(
     target: Target, static: None, tokens: Float[Array, "T D"], plan: Plan
 ) -> tuple[Float[Array, "R D"], Plan]:
     """Copy tokens into their rows; unused rows are 0."""
-    return _gather(target, tokens, plan.source // plan.layout.num_choices, 1), plan
+    return gather_rows(target, tokens, plan.source // plan.layout.num_choices, 1), plan
 
 
 def dispatch_backward(target: Target, static: None, plan: Plan, drows: Float[Array, "R D"]) -> tuple[Array]:
     """Add up the cotangents of a token's rows, in float32."""
-    return (_gather(target, drows, plan.row.reshape(-1), plan.layout.num_choices),)
+    return (gather_rows(target, drows, plan.row.reshape(-1), plan.layout.num_choices),)
 
 
 def combine_forward(
@@ -42,7 +40,7 @@ def combine_forward(
     """Weigh and add a token's rows in float32; a token with a gate that is not finite becomes NaN."""
     weight = jnp.where(jnp.isfinite(gate), gate, jnp.float32(jnp.nan)).reshape(-1)
     index = plan.row.reshape(-1)
-    return _gather(target, rows, index, plan.layout.num_choices, weight), (rows, gate, plan)
+    return gather_rows(target, rows, index, plan.layout.num_choices, weight), (rows, gate, plan)
 
 
 def combine_backward(
@@ -55,17 +53,17 @@ def combine_backward(
     rows, gate, plan = saved
     # The entry behind the last choice is the weight of unused rows.
     weight = jnp.append(gate.reshape(-1), jnp.float32(0))
-    drows = _gather(target, dtokens, plan.source // plan.layout.num_choices, 1, weight, plan.source)
+    drows = gather_rows(target, dtokens, plan.source // plan.layout.num_choices, 1, weight, plan.source)
     dy = dtokens.astype(jnp.float32)
     dgate = [
-        jnp.sum(_gather(target, rows, plan.row[:, choice], 1).astype(jnp.float32) * dy, axis=1)
+        jnp.sum(gather_rows(target, rows, plan.row[:, choice], 1).astype(jnp.float32) * dy, axis=1)
         for choice in range(plan.layout.num_choices)
     ]
     # A dropped choice's gate has no influence on the output, also where dy is not finite (0 * NaN above).
     return drows, jnp.where(plan.row < plan.layout.num_rows, jnp.stack(dgate, axis=1), jnp.float32(0))
 
 
-def _gather(
+def gather_rows(
     target: Target,
     x: Float[Array, "N D"],
     index: Int[Array, " MK"],
@@ -133,19 +131,11 @@ def _clear(tiles: GatherTiles, data: Any) -> None:
 
 
 def _load(tiles: GatherTiles, step: Any, x_ref: Any, data: Any) -> None:
-    """A block of x as words: for bfloat16 the left half of the columns in the low bits, the right half in the high."""
+    """A block of x as words."""
     at = pl.multiple_of(step * tiles.load, SUBLANES)
     for plane in range(tiles.planes):
-        words = _bits(x_ref, plane)
-        if x_ref.dtype == jnp.bfloat16:
-            low = jax.lax.shift_right_logical(words, jnp.full_like(words, 16))
-            words = low | _bits(x_ref, plane + tiles.planes)
-        data[pl.ds(plane * tiles.stride + at, tiles.load), :] = words
-
-
-def _bits(x_ref: Any, lane_tile: int) -> Int[Array, "N L"]:
-    values = x_ref[:, lane_tile * LANES : (lane_tile + 1) * LANES].astype(jnp.float32)
-    return jax.lax.bitcast_convert_type(values, jnp.int32)
+        parts = [x_ref[:, own].astype(jnp.float32) for own in columns(plane, tiles.planes, x_ref.dtype)]
+        data[pl.ds(plane * tiles.stride + at, tiles.load), :] = pack(parts)
 
 
 def _pick(tiles: GatherTiles, terms: int, first: Any, steering: Any, data: Any, picked: Any, weights: Any) -> None:
@@ -158,12 +148,8 @@ def _pick(tiles: GatherTiles, terms: int, first: Any, steering: Any, data: Any, 
             row = step * tiles.unrolled + n
             for term in range(terms):
                 at = base + (n * terms + term)
-                source = index[at]
-                for plane in range(0, tiles.planes, SUBLANES):
-                    planes = min(SUBLANES, tiles.planes - plane)
-                    words = data[pl.ds(plane * tiles.stride + source, planes, stride=tiles.stride), :]
-                    to = (term * tiles.planes + plane) * tiles.out_stride + row
-                    picked[pl.ds(to, planes, stride=tiles.out_stride), :] = words
+                to = term * tiles.planes * tiles.out_stride + row
+                move_row(tiles.planes, data, index[at], tiles.stride, picked, to, tiles.out_stride)
                 if weighing:
                     weight = weighing[0][at if len(weighing) == 1 else weighing[1][at]]
                     weights[pl.ds(term * tiles.out + row, 1), :] = jnp.full((1, LANES), weight, jnp.float32)
@@ -173,17 +159,13 @@ def _pick(tiles: GatherTiles, terms: int, first: Any, steering: Any, data: Any, 
 
 def _finish(tiles: GatherTiles, terms: int, weighed: bool, picked: Any, weights: Any, out_ref: Any) -> None:
     """Weigh, add up and write a tile."""
-    halves = 2 if out_ref.dtype == jnp.bfloat16 else 1
     for plane in range(tiles.planes):
-        for half in range(halves):
-            total: Any = None
-            for term in range(terms):
-                words = picked[pl.ds((term * tiles.planes + plane) * tiles.out_stride, tiles.out), :]
-                if halves == 2:
-                    words = words & jnp.int32(-65536) if half else jax.lax.shift_left(words, jnp.full_like(words, 16))
-                value = jax.lax.bitcast_convert_type(words, jnp.float32)
-                if weighed:
-                    value = value * weights[pl.ds(term * tiles.out, tiles.out), :]
-                total = value if total is None else total + value
-            column = (half * tiles.planes + plane) * LANES
-            out_ref[:, column : column + LANES] = total.astype(out_ref.dtype)
+        totals: list[Any] = []
+        for term in range(terms):
+            words = picked[pl.ds((term * tiles.planes + plane) * tiles.out_stride, tiles.out), :]
+            values = list(unpack(words, out_ref.dtype))
+            if weighed:
+                values = [value * weights[pl.ds(term * tiles.out, tiles.out), :] for value in values]
+            totals = [total + value for total, value in zip(totals, values, strict=True)] if term else values
+        for own, total in zip(columns(plane, tiles.planes, out_ref.dtype), totals, strict=True):
+            out_ref[:, own] = total.astype(out_ref.dtype)
