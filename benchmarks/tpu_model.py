@@ -43,7 +43,7 @@ from benchmarks.tpu_chips import CHIPS  # noqa: E402
 from benchmarks.tpu_compile import CompileError, Request, compile_for_tpu  # noqa: E402
 from benchmarks.tpu_cost import module_cost  # noqa: E402
 from benchmarks.tpu_implementations import IMPLEMENTATIONS, OURS  # noqa: E402
-from benchmarks.tpu_report import HEADER, Modelled, line, summarise  # noqa: E402
+from benchmarks.tpu_report import HEADER, Modelled, hidden_layer, line, load_of, summarise  # noqa: E402
 
 _PASSES: tuple[Pass, ...] = ("forward", "both")
 _CHIP = flags.DEFINE_multi_enum("chip", ["v6e"], list(CHIPS), "TPU; this and the next five may be given several times.")
@@ -112,7 +112,12 @@ def main(argv: list[str]) -> int:
             new = f"{request.op} {request.passes}, {', '.join(words)}"
             if new != title:
                 title = new
-                print(f"\n{title} (modelled)\n{HEADER}")
+                print(f"\n{title} (modelled)")
+                if request.passes == "both" and request.op in ("layer", "expert_mlp"):
+                    case = CASES[request.case]
+                    load, _ = load_of(case, request.distribution)
+                    print(hidden_layer(case, load, CHIPS[request.chip], request.dtype))
+                print(HEADER)
             results.append(report(request, json_file))
     return int(not any(results))
 
