@@ -36,10 +36,14 @@ MATMUL_POISON = tests(
 MATMUL_RACES = tests("test_tpu_races.py::test_a_grouped_matmul_has_no_races[block-1-on_wait-0-none]")
 PACKED_RACES = tests("test_tpu_races.py::test_a_grouped_matmul_has_no_races[packed, one chunk-1-on_wait-4-none]")
 TWO_CORES = tests("test_tpu_races.py::test_a_grouped_matmul_has_no_races[packed-2-on_wait-3-none]")
+FUSED_PIECES = tests("test_tpu_fused.py::test_values_and_gradients[pieces and chunks-float32-float32]")
+FUSED_GROUPS = tests("test_tpu_fused.py::test_values_and_gradients[groups-bfloat16-float32]")
+FUSED_POISON = tests("test_tpu_fused.py::test_what_is_not_finite_stays_where_it_belongs[inf]")
 
 ROWS, STEP, GRADIENTS = "tpu/rows.py", "tpu/step.py", "tpu/gradients.py"
 MLP_FORWARD, MLP_BACKWARD = "tpu/mlp.py", "tpu/mlp_backward.py"
 FORWARD, BACKWARD = "tpu/matmul.py", "tpu/matmul_backward.py"
+FUSED, LAYER = "tpu/fused.py", "tpu/layer.py"
 
 MUTATIONS = {
     # Masks.
@@ -184,6 +188,46 @@ MUTATIONS = {
             "mine = (schedule.expert == experts[:, None])",
             "mine = (schedule.expert == experts[:, None] + 1)",
         ),
+    ),
+    # Dispatch, experts and combine in one kernel.
+    "a token without a row keeps what was in its place": Mutant(
+        FUSED_GROUPS, Mutation(FUSED, "words = jnp.where(factor != 0, words, 0)", "pass")
+    ),
+    "results leave without gates": Mutant(
+        FUSED_GROUPS, Mutation(FUSED, "(value * factor, value)", "(value, value * factor)")
+    ),
+    "a gate that is not finite is taken as it is": Mutant(
+        FUSED_POISON, Mutation(FUSED, "jnp.where(jnp.isfinite(gate), factor, jnp.float32(jnp.nan))", "factor")
+    ),
+    "gates of the first block": Mutant(
+        FUSED_PIECES,
+        Mutation(FUSED, "_column(refs.factor, block * lanes + number, size)", "_column(refs.factor, number, size)"),
+    ),
+    "results of unused rows go to the first token": Mutant(
+        FUSED_GROUPS,
+        Mutation(FUSED, "jnp.where(plan.source < length, plan.source, spare)", "plan.source % length"),
+    ),
+    "rows of the first expert not picked": Mutant(
+        FUSED_GROUPS, Mutation(FUSED, "pl.when(number == 0)", "pl.when(False)")
+    ),
+    "results of the last expert not put": Mutant(
+        FUSED_GROUPS, Mutation(FUSED, "pl.when(number == steps)", "pl.when(number == -1)")
+    ),
+    "rows that had no piece beside them not moved": Mutant(
+        FUSED_PIECES, Mutation(FUSED, "alone(chunks * pieces * tiles.part, jnp.maximum(put, picked), moves)", "pass")
+    ),
+    "every piece moves the first rows": Mutant(
+        FUSED_PIECES, Mutation(FUSED, "(chunk * pieces + step) * tiles.part", "(chunk * 0 + step) * tiles.part")
+    ),
+    "last piece of an expert left out": Mutant(
+        FUSED_PIECES, Mutation(FUSED, "sizes[item] + (piece - 1)", "sizes[item]")
+    ),
+    "sums of the last expert not reset": Mutant(
+        FUSED_PIECES,
+        Mutation(FUSED, "refs.total[...] = jnp.broadcast_to(refs.b2[0], refs.total.shape)", "pass"),
+    ),
+    "gradient of a gate without influence": Mutant(
+        FUSED_POISON, Mutation(LAYER, "jnp.where(plan.row < plan.layout.num_rows, dgate, jnp.float32(0))", "dgate")
     ),
     "cores share items": Mutant(
         TWO_CORES, Mutation("tpu/launch.py", "return core * self.items + item", "return core + item")

@@ -16,6 +16,8 @@ PIECE = 16
 # Rows of an item at most. An expert with more of them has its weights fetched again for each item, which hides under
 # the matmuls: 2304 rows are that many multiply-adds for each weight. Packed runs seldom have as many.
 MOST_ROWS, MOST_PACKED = 2304, 1152
+# Weights of each matmul in a stretch of code at most, where rows are moved beside them: compiling takes as long.
+MOST_WEIGHTS = 1280 * 2560
 # What the compiler keeps in VMEM besides the arrays of a kernel, fitted to what libtpu 0.0.42 reports (modelled): a
 # share of it all for alignment and bookkeeping; the values between matmuls are counted kernel by kernel.
 MARGIN, SLACK = 1.03, MIB // 4
@@ -332,3 +334,73 @@ def gather_tiles(length: int, count: int, width: int, itemsize: int, terms: int,
     vmem = int(MARGIN * (held + moving)) + SLACK
     tiles = GatherTiles(load, inputs, out, outputs, planes, min(16, out), vmem)
     return tiles if vmem <= chip.vmem else None
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedTiles:
+    """Block sizes of dispatch, experts and combine in one kernel: those of its matmuls, and how tokens move.
+
+    Tokens come and go `load` at a time. `part` rows of a neighbouring expert are moved beside every piece of a chunk.
+    """
+
+    mlp: Tiles
+    load: int
+    inputs: int
+    planes: int
+    part: int
+
+    @property
+    def num_pieces(self) -> int:
+        """Pieces of an expert that is full."""
+        return self.mlp.rows.rows // self.mlp.rows.pieces[0]
+
+    @property
+    def moved(self) -> int:
+        """Rows that a full expert moves for its neighbour; no fewer than an expert has."""
+        return self.part * self.num_pieces * self.mlp.num_chunks
+
+    @property
+    def stride(self) -> int:
+        """An odd multiple of 8, so that 4 sublanes can be read at once; a spare row lies in the last 8."""
+        return self.inputs * self.load + 8
+
+    @property
+    def held_stride(self) -> int:
+        """An odd multiple of 8."""
+        return self.moved + 8
+
+
+@functools.lru_cache
+def fused_tiles(
+    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
+) -> FusedTiles | None:
+    """Block sizes of dispatch, experts and combine in one kernel; None where all tokens and a chunk do not fit.
+
+    >>> tiles = fused_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, CHIPS["TPU v6 lite"])
+    >>> tiles.mlp.chunk, tiles.part
+    (3072, 544)
+    """
+    rows = next(_row_tiles(layout, chip))
+    rows = dataclasses.replace(rows, pieces=rows.pieces[:1])
+    if not one_item(layout, rows):
+        return None
+    planes = width * itemsize // 512
+    even = [expert_width // n for n in range(1, 5) if expert_width % (128 * n) == 0]
+    even = [(chunk, expert_width) for chunk in even if width * chunk <= MOST_WEIGHTS]
+    # Longer chunks have the matmuls run on, longer blocks of tokens are fewer steps.
+    for (chunk, padded), block in itertools.product([*even, *_chunks(expert_width)], (2048, 1024, 512)):
+        load = min(block, round_up(max(layout.num_tokens, 1), PIECE))
+        inputs = -(-layout.num_tokens // load)
+        steps = rows.rows // rows.pieces[0] * (padded // chunk)
+        part = round_up(-(-rows.rows // steps), PIECE)
+        weights = _bytes(width, chunk, weight_itemsize) + _bytes(chunk, width, weight_itemsize)
+        cast = _bytes(width, chunk, itemsize) + _bytes(chunk, width, itemsize) if itemsize != weight_itemsize else 0
+        biases = 2 * 8 * 4 * (round_up(chunk, 128) + round_up(width, 128))
+        words = 512 * planes * (inputs * load + 8 + 2 * (part * steps + 8))
+        moving = 6 * _bytes(load, width, itemsize) + 2 * _bytes(inputs * -(-load // 128), 128, 4)
+        held = _bytes(rows.rows, width, itemsize) + _bytes(rows.rows, width, 4)
+        values = chip.spilled * rows.pieces[0] * round_up(chunk, 128) * itemsize // 2
+        vmem = int(MARGIN * (2 * weights + cast + biases + words + moving + held + values)) + SLACK
+        if vmem <= chip.vmem - MIB and chunk >= min(512, expert_width):
+            return FusedTiles(Tiles(rows, chunk, padded, vmem), load, inputs, planes, part)
+    return None

@@ -9,6 +9,8 @@ from moe_kernels.backends.base import Backend, Problem, Span, rows_misfit
 from moe_kernels.backends.tiling import (
     CHIPS,
     MIB,
+    MOST_ROWS,
+    fused_tiles,
     gather_tiles,
     matmul_backward_tiles,
     matmul_forward_tiles,
@@ -16,6 +18,7 @@ from moe_kernels.backends.tiling import (
     mlp_forward_tiles,
 )
 from moe_kernels.backends.tpu.launch import STAND_IN, Target
+from moe_kernels.backends.tpu.layer import layer_backward, layer_forward, layer_value
 from moe_kernels.backends.tpu.matmul import grouped_matmul_forward
 from moe_kernels.backends.tpu.matmul_backward import grouped_matmul_backward
 from moe_kernels.backends.tpu.mlp import expert_mlp_forward
@@ -39,6 +42,7 @@ ROW_BYTES, SMEM = 512, 512 * 1024
 TILES = {
     "expert_mlp": (mlp_forward_tiles, mlp_backward_tiles),
     "grouped_matmul": (matmul_forward_tiles, matmul_backward_tiles),
+    "dispatch_mlp_combine": (mlp_backward_tiles, fused_tiles),
 }
 
 
@@ -55,7 +59,8 @@ def why_not(problem: Problem) -> str | None:
     if problem.platform == "tpu" and problem.chip not in CHIPS:
         return f"chip {problem.chip!r} is none of {tuple(CHIPS)}"
     if problem.span in TILES:
-        return rows_misfit(problem.layout) or _vmem_misfit(problem)
+        fused = _fused_misfit(problem) if problem.span == "dispatch_mlp_combine" else None
+        return rows_misfit(problem.layout) or fused or _vmem_misfit(problem)
     if problem.span == "route":
         target = _target(problem)
         return route_misfit(problem, ITEMSIZES[problem.dtype], target.facts, target.num_cores)
@@ -76,6 +81,21 @@ def _vmem_misfit(problem: Problem) -> str | None:
                 f"{chip.vmem // MIB} MiB of VMEM of {_target(problem).chip}"
             )
     return None
+
+
+def _fused_misfit(problem: Problem) -> str | None:
+    """Why dispatch, experts and combine cannot be one kernel; its backward pass gathers rows."""
+    layout = problem.layout
+    assert layout is not None
+    if layout.num_choices > 1:
+        return f"{layout.num_choices} choices of a token are added up; results of one take its place"
+    if layout.rows_per_expert is None:
+        return "rows are packed; those of an expert must be a block"
+    if layout.runs_per_expert > 1:
+        return f"an expert has {layout.runs_per_expert} runs from other shards; tokens of this one become rows"
+    if layout.rows_per_expert > MOST_ROWS:
+        return f"an expert has up to {layout.rows_per_expert} rows; at most {MOST_ROWS} are held at once"
+    return _gather_misfit(problem)
 
 
 def _gather_misfit(problem: Problem) -> str | None:
@@ -104,9 +124,10 @@ def _target(problem: Problem) -> Target:
 
 
 @functools.lru_cache
-def _span(forward: Any, backward: Any, target: Target) -> Span:
+def _span(forward: Any, backward: Any, target: Target, value: Any = None) -> Span:
     """One span for each target, so that JAX finds what it has traced before."""
-    return Span(functools.partial(forward, target), functools.partial(backward, target))
+    alone = None if value is None else functools.partial(value, target)
+    return Span(functools.partial(forward, target), functools.partial(backward, target), alone)
 
 
 TPU = Backend(
@@ -118,6 +139,7 @@ TPU = Backend(
         "dispatch": lambda problem: _span(dispatch_forward, dispatch_backward, _target(problem)),
         "combine": lambda problem: _span(combine_forward, combine_backward, _target(problem)),
         "expert_mlp": lambda problem: _span(expert_mlp_forward, expert_mlp_backward, _target(problem)),
+        "dispatch_mlp_combine": lambda problem: _span(layer_forward, layer_backward, _target(problem), layer_value),
     },
     optional=frozenset(("route", *GATHERS)),
 )

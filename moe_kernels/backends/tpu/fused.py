@@ -1,0 +1,295 @@
+"""Dispatch, expert MLP and combine as one kernel, forward, for one choice a token: rows never travel through HBM.
+
+All tokens are brought to VMEM as words (see words.py). While an expert is at its matmuls, the rows of the next one are
+picked, and the results of the last one are put where their tokens were: each token has one row, so nobody needs it any
+more. Both are in the same stretch of code as the matmuls, which leave the units for loads, stores and scalars idle. At
+the end tokens leave VMEM with their gates; those without a row become 0.
+
+Grid: blocks of tokens, then (expert, chunk of F) as in the MLP kernel, then blocks of results.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from moe_kernels.backends.base import MlpStatic
+from moe_kernels.backends.schedule import make_schedule
+from moe_kernels.backends.tiling import MIB, PIECE, FusedTiles
+from moe_kernels.backends.tpu.activation import activate
+from moe_kernels.backends.tpu.launch import Grid, Target, grid_of
+from moe_kernels.backends.tpu.mlp import padded_weights
+from moe_kernels.backends.tpu.rows import Scalar, dot
+from moe_kernels.backends.tpu.words import LANES, SUBLANES, columns, move_row, pack, unpack
+from moe_kernels.types import MlpWeights, Plan
+
+
+def run_fused(
+    tiles: FusedTiles,
+    target: Target,
+    static: MlpStatic,
+    tokens: Float[Array, "T D"],
+    gate: Float[Array, "T 1"],
+    weights: MlpWeights,
+    plan: Plan,
+    *,
+    keep: bool,
+) -> tuple[Float[Array, "T D"], ...]:
+    """The layer's output; with `keep` also what it was before gates, where a token has a row."""
+    (length, width), mlp, dtype = tokens.shape, tiles.mlp, tokens.dtype
+    grid = grid_of(static.layout, mlp, target)
+    cast = weights.w1.dtype != dtype
+    steps, blocks = grid.items * grid.chunks, tiles.inputs
+    # The place behind all tokens: what an unused row reads, and where its result goes. So is all of a last expert more,
+    # the neighbour of the first and the last.
+    spare = blocks * tiles.load
+    place = jnp.where(plan.source < length, plan.source, spare).reshape(grid.items, -1)
+    place = jnp.pad(place, ((0, 1), (0, tiles.moved - place.shape[1])), constant_values=spare).reshape(-1)
+    # A token that has a row has a gate above 0: others claim none.
+    factor = jnp.where(plan.row < plan.layout.num_rows, gate, jnp.float32(0))
+    factor = _in_lanes(jnp.where(jnp.isfinite(gate), factor, jnp.float32(jnp.nan)), tiles)
+
+    # Expert and chunk of the weights of every step: read, not computed, since each array asks twice a step.
+    schedule = make_schedule(static.layout, plan.runs, tile_rows=mlp.rows.rows)
+    number = jnp.clip(jnp.arange(2 * blocks + steps, dtype=jnp.int32) - blocks, 0, steps - 1)
+    expert, chunk = grid.fetched(0, number // grid.chunks, number % grid.chunks, (*schedule, schedule.size))
+
+    def kernel(expert: Any, chunk: Any, *refs: Any) -> None:
+        outs = refs[8 : 9 + keep]
+        _Fused(tiles, static, grid, _Refs(*refs[:8], *refs[8 + len(outs) :], outs=outs)).run()
+
+    out = pl.BlockSpec((tiles.load, width), lambda step, *_: (jnp.clip(step - blocks - steps, 0, blocks - 1), 0))
+    small, words = (8, LANES), tiles.planes * tiles.held_stride
+
+    @jax.custom_batching.sequential_vmap
+    def run(*operands: Array) -> tuple[Array, ...]:
+        call = pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=4,
+                grid=(blocks + steps + blocks,),
+                in_specs=[
+                    pl.BlockSpec((tiles.load, width), lambda step, *_: (jnp.minimum(step, blocks - 1), 0)),
+                    pl.BlockSpec((1, width, mlp.chunk), lambda step, expert, chunk, *_: (expert[step], 0, chunk[step])),
+                    pl.BlockSpec((1, 1, mlp.chunk), lambda step, expert, chunk, *_: (expert[step], 0, chunk[step])),
+                    pl.BlockSpec((1, mlp.chunk, width), lambda step, expert, chunk, *_: (expert[step], chunk[step], 0)),
+                    pl.BlockSpec((1, 1, width), lambda step, expert, *_: (expert[step], 0, 0)),
+                    pl.BlockSpec(factor.shape, lambda step, *_: (0, 0)),
+                ],
+                out_specs=[out] * (1 + keep),
+                scratch_shapes=[
+                    pltpu.VMEM((tiles.planes * tiles.stride, LANES), jnp.int32),
+                    pltpu.VMEM((words, LANES), jnp.int32),
+                    pltpu.VMEM((words, LANES), jnp.int32),
+                    pltpu.VMEM((mlp.rows.rows, width), dtype),
+                    pltpu.VMEM((mlp.rows.rows, width), jnp.float32),
+                    pltpu.VMEM((width, mlp.chunk) if cast else small, dtype),
+                    pltpu.VMEM((mlp.chunk, width) if cast else small, dtype),
+                ],
+            ),
+            out_shape=[jax.ShapeDtypeStruct(tokens.shape, dtype)] * (1 + keep),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("arbitrary",), vmem_limit_bytes=min(target.facts.vmem, mlp.vmem + MIB)
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=4 * plan.layout.num_rows * width * mlp.padded,
+                transcendentals=0,
+                bytes_accessed=sum(array.size * array.dtype.itemsize for array in (tokens, *operands)),
+            ),
+            interpret=target.interpret,
+            name="dispatch_mlp_combine_forward" if keep else "dispatch_mlp_combine_value",
+        )
+        return tuple(call(*operands))
+
+    return run(expert, chunk, schedule.size, place, tokens, *padded_weights(weights, mlp.padded), factor)
+
+
+def _in_lanes(side: Array, tiles: FusedTiles) -> Float[Array, "N L"]:
+    """Numbers of tokens `[T, 1]` side by side, 128 to a row; a block of tokens begins a row."""
+    blocks = jnp.pad(side[:, 0], (0, tiles.inputs * tiles.load - side.shape[0])).reshape(tiles.inputs, tiles.load)
+    return jnp.pad(blocks, ((0, 0), (0, -tiles.load % LANES))).reshape(-1, LANES)
+
+
+class _Refs(NamedTuple):
+    """Arrays of the kernel."""
+
+    sizes: Any
+    """Rows of every expert."""
+    place: Any
+    """Sublane of the token of each row."""
+    tokens: Any
+    w1: Any
+    b1: Any
+    w2: Any
+    b2: Any
+    factor: Any
+    """Gates; 0 for a token without a row, NaN for one whose gate is not finite."""
+    data: Any
+    """Words of all tokens, then of their results."""
+    picked: Any
+    """Words of the rows of the next expert."""
+    results: Any
+    """Words of the results of the last expert."""
+    rows: Any
+    total: Any
+    w1_cast: Any
+    w2_cast: Any
+    outs: Any
+    """Results, and results before gates where these are kept."""
+
+
+class _Fused(NamedTuple):
+    """The kernel: its static facts and arrays."""
+
+    tiles: FusedTiles
+    static: MlpStatic
+    grid: Grid
+    refs: _Refs
+
+    def run(self) -> None:
+        """One step of the grid."""
+        step, blocks = pl.program_id(0), self.tiles.inputs
+        number, steps = step - blocks, self.grid.items * self.grid.chunks
+        sizes = self.refs.sizes
+
+        @pl.when(number < 0)
+        def _() -> None:
+            self._load(step)
+            pl.when(number == -1)(lambda: _alone(0, sizes[0], functools.partial(self._pick, 0)))
+
+        pl.when((number >= 0) & (number < steps))(lambda: self._compute(number))
+
+        @pl.when(number >= steps)
+        def _() -> None:
+            last = self.grid.items - 1
+            pl.when(number == steps)(lambda: _alone(0, sizes[last], functools.partial(self._put, last)))
+            self._leave(number - steps)
+
+    def _load(self, block: Scalar) -> None:
+        """A block of tokens as words."""
+        tiles, refs = self.tiles, self.refs
+        at = pl.multiple_of(block * tiles.load, SUBLANES)
+        for plane in range(tiles.planes):
+            parts = [refs.tokens[:, own].astype(jnp.float32) for own in self._columns(plane)]
+            refs.data[pl.ds(plane * tiles.stride + at, tiles.load), :] = pack(parts)
+
+    def _leave(self, block: Scalar) -> None:
+        """A block of results, weighed."""
+        tiles, refs = self.tiles, self.refs
+        lanes = -(-tiles.load // LANES)
+        for number in range(lanes):
+            first = number * LANES
+            size = min(LANES, tiles.load - first)
+            factor = jnp.broadcast_to(_column(refs.factor, block * lanes + number, size), (size, LANES))
+            for plane in range(tiles.planes):
+                at = pl.multiple_of(block * tiles.load + first, SUBLANES)
+                words = refs.data[pl.ds(plane * tiles.stride + at, size), :]
+                # Words of a token without a row are still the token's, and may be anything.
+                words = jnp.where(factor != 0, words, 0)
+                for own, value in zip(self._columns(plane), unpack(words, refs.tokens.dtype), strict=True):
+                    for out, weighed in zip(refs.outs, (value * factor, value), strict=False):
+                        out[first : first + size, own] = weighed.astype(out.dtype)
+
+    def _columns(self, plane: int) -> list[slice]:
+        return list(columns(plane, self.tiles.planes, self.refs.tokens.dtype))
+
+    def _compute(self, number: Scalar) -> None:
+        """One chunk of one expert."""
+        tiles, refs, chunks, sizes = self.tiles, self.refs, self.grid.chunks, self.refs.sizes
+        item, chunk = jax.lax.div(number, chunks), jax.lax.rem(number, chunks)
+        piece = tiles.mlp.rows.pieces[0]
+        pieces = jax.lax.div(sizes[item] + (piece - 1), piece)
+
+        before = jnp.where(item > 0, item - 1, self.grid.items)
+
+        def moves(base: Scalar, rows: int) -> None:
+            self._put(before, base, rows)
+            self._pick(item + 1, base, rows)
+
+        pl.when((chunk == 0) & (pieces > 0))(self._begin)
+        w1, w2 = self._weights(pieces > 0)
+
+        def work(step: Scalar, carry: None = None) -> None:
+            own = pl.ds(pl.multiple_of(step * piece, PIECE), piece)
+            # In one stretch of code with the matmuls, and before them: the compiler runs them beside the first.
+            moves(pl.multiple_of((chunk * pieces + step) * tiles.part, PIECE), tiles.part)
+            hidden = (dot(refs.rows[own], w1[...], (1, 0)) + refs.b1[0]).astype(refs.rows.dtype)
+            activated = activate(hidden.astype(jnp.float32), self.static.activation).astype(refs.rows.dtype)
+            refs.total[own] += dot(activated, w2[...], (1, 0))
+
+        if tiles.num_pieces == 1:
+            pl.when(pieces > 0)(lambda: work(0))
+        else:
+            jax.lax.fori_loop(0, pieces, work, None)
+
+        @pl.when(chunk == chunks - 1)
+        def _() -> None:
+            # What was more than this expert had pieces for.
+            put, picked = sizes[jnp.maximum(item - 1, 0)], sizes[jnp.minimum(item + 1, self.grid.items - 1)]
+            _alone(chunks * pieces * tiles.part, jnp.maximum(put, picked), moves)
+            pl.when(pieces > 0)(self._end)
+
+    def _weights(self, busy: Scalar) -> tuple[Any, Any]:
+        """The chunk of the weights, in the dtype of the rows."""
+        refs, dtype = self.refs, self.refs.rows.dtype
+        if refs.w1.dtype == dtype:
+            return refs.w1.at[0], refs.w2.at[0]
+
+        @pl.when(busy)
+        def _() -> None:
+            refs.w1_cast[...], refs.w2_cast[...] = refs.w1[0].astype(dtype), refs.w2[0].astype(dtype)
+
+        return refs.w1_cast, refs.w2_cast
+
+    def _begin(self) -> None:
+        """The rows that were picked, as the matmuls want them; sums start as the bias."""
+        tiles, refs = self.tiles, self.refs
+        for plane in range(tiles.planes):
+            words = refs.picked[pl.ds(plane * tiles.held_stride, tiles.mlp.rows.rows), :]
+            for own, value in zip(self._columns(plane), unpack(words, refs.rows.dtype), strict=True):
+                refs.rows[:, own] = value.astype(refs.rows.dtype)
+        refs.total[...] = jnp.broadcast_to(refs.b2[0], refs.total.shape)
+
+    def _end(self) -> None:
+        """Results as words, rounded."""
+        tiles, refs = self.tiles, self.refs
+        for plane in range(tiles.planes):
+            parts = [refs.total[:, own].astype(refs.rows.dtype).astype(jnp.float32) for own in self._columns(plane)]
+            refs.results[pl.ds(plane * tiles.held_stride, tiles.mlp.rows.rows), :] = pack(parts)
+
+    def _pick(self, item: Scalar, base: Scalar, rows: int) -> None:
+        """Copy the tokens of some rows of an expert to there; rows that nobody has read something."""
+        tiles, refs, first = self.tiles, self.refs, item * self.tiles.moved + base
+        for n in range(rows):
+            place = refs.place[first + n]
+            move_row(tiles.planes, refs.data, place, tiles.stride, refs.picked, base + n, tiles.held_stride)
+
+    def _put(self, item: Scalar, base: Scalar, rows: int) -> None:
+        """Copy the results of some rows of an expert to where their tokens were."""
+        tiles, refs, first = self.tiles, self.refs, item * self.tiles.moved + base
+        for n in range(rows):
+            place = refs.place[first + n]
+            move_row(tiles.planes, refs.results, base + n, tiles.held_stride, refs.data, place, tiles.stride)
+
+
+def _alone(first: Scalar, rows: Scalar, moves: Callable[[Scalar, int], None]) -> None:
+    """Move rows without matmuls, from a first one on."""
+
+    def move(n: Scalar, carry: None) -> None:
+        moves(pl.multiple_of(n * SUBLANES, SUBLANES), SUBLANES)
+
+    jax.lax.fori_loop(jax.lax.div(first, SUBLANES), jax.lax.div(rows + (SUBLANES - 1), SUBLANES), move, None)
+
+
+def _column(side: Any, row: Scalar, size: int) -> Float[Array, "N 1"]:
+    """The first numbers of a row, one below the other."""
+    shape = (size, LANES)
+    own = jax.lax.broadcasted_iota(jnp.int32, shape, 0) == jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return jnp.sum(jnp.where(own, side[pl.ds(row, 1), :], jnp.float32(0)), axis=1, keepdims=True)

@@ -1,0 +1,91 @@
+"""The span from tokens to tokens, `out = gate * mlp(x)` of the expert that has the token: forward as one kernel.
+
+The backward pass is made of the kernels for its parts. Rows are gathered again; what is kept beside the operands is the
+output before gates, of which the gradient of a gate is the product with that of the output.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moe_kernels.backends.base import MlpStatic
+from moe_kernels.backends.tiling import fused_tiles
+from moe_kernels.backends.tpu.fused import run_fused
+from moe_kernels.backends.tpu.launch import Target
+from moe_kernels.backends.tpu.mlp import MlpSaved
+from moe_kernels.backends.tpu.mlp_backward import expert_mlp_backward
+from moe_kernels.backends.tpu.permute import dispatch_backward, dispatch_forward, gather_rows
+from moe_kernels.types import MlpWeights, Plan
+
+
+class LayerSaved(NamedTuple):
+    """What the backward pass needs."""
+
+    tokens: Float[Array, "T D"]
+    gate: Float[Array, "T 1"]
+    weights: MlpWeights
+    plan: Plan
+    ungated: Float[Array, "T D"]
+    """Results of the experts; nobody reads that of a token without a row."""
+
+
+def layer_value(
+    target: Target,
+    static: MlpStatic,
+    tokens: Float[Array, "T D"],
+    gate: Float[Array, "T 1"],
+    weights: MlpWeights,
+    plan: Plan,
+) -> Float[Array, "T D"]:
+    """`gate * mlp(x)`; a token without a row becomes 0, one with a gate that is not finite NaN."""
+    return _run(target, static, tokens, gate, weights, plan, keep=False)[0]
+
+
+def layer_forward(
+    target: Target,
+    static: MlpStatic,
+    tokens: Float[Array, "T D"],
+    gate: Float[Array, "T 1"],
+    weights: MlpWeights,
+    plan: Plan,
+) -> tuple[Float[Array, "T D"], LayerSaved]:
+    """As `layer_value`, with what the backward pass needs."""
+    out, ungated = _run(target, static, tokens, gate, weights, plan, keep=True)
+    return out, LayerSaved(tokens, gate, weights, plan, ungated)
+
+
+def layer_backward(
+    target: Target, static: MlpStatic, saved: LayerSaved, dout: Float[Array, "T D"]
+) -> tuple[Float[Array, "T D"], Float[Array, "T 1"], MlpWeights]:
+    """Gradients of tokens, gates and weights; those of a token without a row are exactly 0."""
+    tokens, gate, weights, plan, ungated = saved
+    rows, _ = dispatch_forward(target, None, tokens, plan)
+    # The entry behind the last choice is the weight of unused rows.
+    weight = jnp.append(gate.reshape(-1), jnp.float32(0))
+    dresults = gather_rows(target, dout, plan.source, 1, weight, plan.source)
+    drows, dweights = expert_mlp_backward(target, static, MlpSaved(rows, weights, plan.runs), dresults)
+    (dtokens,) = dispatch_backward(target, None, plan, drows)
+    dgate = jnp.sum(ungated.astype(jnp.float32) * dout.astype(jnp.float32), axis=1, keepdims=True)
+    # A dropped token's gate has no influence on the output, also where dout is not finite (0 * NaN above).
+    return dtokens, jnp.where(plan.row < plan.layout.num_rows, dgate, jnp.float32(0)), dweights
+
+
+def _run(
+    target: Target,
+    static: MlpStatic,
+    tokens: Float[Array, "T D"],
+    gate: Float[Array, "T 1"],
+    weights: MlpWeights,
+    plan: Plan,
+    *,
+    keep: bool,
+) -> tuple[Float[Array, "T D"], ...]:
+    if tokens.shape[0] == 0:
+        return (tokens,) * (1 + keep)
+    sizes = (tokens.shape[1], weights.w1.shape[2], tokens.dtype.itemsize, weights.w1.dtype.itemsize)
+    tiles = fused_tiles(static.layout, *sizes, target.facts)
+    assert tiles is not None, "refused by why_not"
+    return run_fused(tiles, target, static, tokens, gate, weights, plan, keep=keep)

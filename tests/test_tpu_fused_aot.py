@@ -1,0 +1,66 @@
+"""Dispatch, experts and combine in one kernel through the real TPU compiler, within the VMEM that was computed."""
+
+import jax.numpy as jnp
+import pytest
+from tpu_aot import Chip, check_vmem
+
+from moe_kernels import MlpWeights
+from moe_kernels.backends import explain, find, problem_of
+from moe_kernels.backends.base import MlpStatic
+from moe_kernels.backends.tiling import CHIPS, fused_tiles
+from moe_kernels.types import Layout, Plan
+
+pytestmark = pytest.mark.aot
+
+# 16,384 tokens with c 1.05 as one group, for 32 experts and for 8, of which each has several pieces.
+LAYOUTS = {
+    "block": Layout(16384, 1, 1, 32, 32 * 544, 544),
+    "8 experts": Layout(16384, 1, 1, 8, 8 * 2152, 2152),
+}
+
+
+def check(chip, width, layout, weight_dtype, dtype=jnp.bfloat16):
+    """Compile the forward pass that the table of back ends gives, alone and for gradients; True if it is taken."""
+    device, layout = Chip(chip), LAYOUTS[layout]
+    e, f, t, array = layout.num_experts, 4 * width, layout.num_tokens, device.array
+    weights = MlpWeights(
+        array((e, width, f), weight_dtype), array((e, f), jnp.float32), array((e, f, width), weight_dtype),
+        array((e, width), jnp.float32),
+    )  # fmt: skip
+    row, source = array((t, 1), jnp.int32), array((layout.num_rows,), jnp.int32)
+    plan = Plan(row, source, device.runs(layout), array((1, 1, e), jnp.float32), layout)
+    static, chosen = MlpStatic(layout, "gelu_tanh"), []
+
+    def both(tokens, gate, weights, plan):
+        problem = problem_of("dispatch_mlp_combine", tokens, e, expert_width=f, layout=layout)
+        chosen.append(problem)
+        span = find(problem)
+        if span is None:
+            return tokens, tokens, tokens
+        return span.value(static, tokens, gate, weights, plan), span.forward(static, tokens, gate, weights, plan)[0]
+
+    compiled = device.compile(both, array((t, width), dtype), array((t, 1), jnp.float32), weights, plan)
+    said = explain(chosen[0]).splitlines()[0]
+    if said != "tpu: chosen":
+        return said
+    tiles = fused_tiles(
+        layout, width, f, jnp.dtype(dtype).itemsize, jnp.dtype(weight_dtype).itemsize, CHIPS[chosen[0].chip]
+    )
+    for name in ("dispatch_mlp_combine_value", "dispatch_mlp_combine_forward"):
+        check_vmem(compiled, name, tiles.mlp.vmem)
+    return said
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e", "7x"])
+def test_a_sample_compiles_within_its_vmem(chip):
+    assert check(chip, 512, "block", jnp.bfloat16) == "tpu: chosen"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("weight_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("width", [512, 768, 1024, 1280])
+@pytest.mark.parametrize("chip", ["v5e", "v6e", "7x"])
+def test_all_compile_within_their_vmem(chip, width, layout, weight_dtype):
+    said = check(chip, width, layout, weight_dtype)
+    assert said == "tpu: chosen" or ((chip, width) in (("7x", 1024), ("7x", 1280)) and "of VMEM" in said)
