@@ -208,7 +208,7 @@ MUTATIONS = {
         Mutation(FUSED, "jnp.where(plan.source < length, plan.source, spare)", "plan.source % length"),
     ),
     "rows of the first expert not picked": Mutant(
-        FUSED_GROUPS, Mutation(FUSED, "pl.when(number == 0)", "pl.when(False)")
+        FUSED_GROUPS, Mutation(FUSED, "pl.when(number == -1)", "pl.when(number == -2)")
     ),
     "results of the last expert not put": Mutant(
         FUSED_GROUPS, Mutation(FUSED, "pl.when(number == steps)", "pl.when(number == -1)")
