@@ -205,7 +205,9 @@ MUTATIONS = {
     ),
     "results of unused rows go to the first token": Mutant(
         FUSED_GROUPS,
-        Mutation(FUSED, "place = jnp.where(plan.source < length, plan.source, spare)", "place = plan.source % length"),
+        Mutation(
+            FUSED, "place = jnp.where(plan.source < length, plan.source, spare)", "place = (plan.source % length)"
+        ),
     ),
     "rows of the first expert not picked": Mutant(
         FUSED_GROUPS, Mutation(FUSED, "pl.when(number == -1)", "pl.when(number == -2)")
