@@ -4,6 +4,9 @@
     python benchmarks/tpu_model.py --chip=v5e --chip=7x --case=h14 --distribution=zipf --json=lines.jsonl
     python benchmarks/tpu_model.py --chip=v5p --case=l16 --op=expert_mlp --pass=forward --parts=10
 
+All distributions are modelled from one compilation; after a problem's tables stands how the layer compares with its
+peers.
+
 Needs `pip install 'jax[tpu]'` and no TPU. Every implementation is compiled ahead of time by libtpu for the named chip,
 and all are read with one yardstick. The scalar program of every instruction (Pallas kernels and XLA's fusions, sorts
 and gathers alike) is taken from the compiler's dump of final bundles and run on the host, with the values of the
