@@ -160,7 +160,7 @@ MUTATIONS = {
         GATHER_POISON, Mutation("gpu/permute.py", "jnp.where(jnp.isfinite(gate), gate, jnp.float32(jnp.nan))", "gate")
     ),
     "a dropped choice's gate has a gradient": Mutant(
-        GATHER, Mutation("gpu/permute.py", "kept = plan.row < plan.layout.num_rows", "kept = plan.row >= 0")
+        GATHER_POISON, Mutation("gpu/permute.py", "kept = plan.row < plan.layout.num_rows", "kept = plan.row >= 0")
     ),
     "ties go to the higher expert": Mutant(
         ROUTE,
