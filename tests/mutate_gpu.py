@@ -17,6 +17,7 @@ MATMUL = BEFORE + 'gpu.check_matmul("packed", "bfloat16", "bfloat16", sizes=[(12
 MLP = BEFORE + 'gpu.check_mlp("odd packed", "bfloat16", "bfloat16", sizes=[(23, 24, 1)])'
 POISON = BEFORE + "import test_gpu_matmul; import numpy; test_gpu_matmul.check_poison(numpy.nan)"
 GATHER = BEFORE + 'import test_gpu_permute; test_gpu_permute.check("groups", "bfloat16", "zipf")'
+GATHER_ONE = BEFORE + 'import test_gpu_permute; test_gpu_permute.check("one row", "bfloat16")'
 GATHER_PIECES = BEFORE + 'import test_gpu_permute; test_gpu_permute.check("two choices", "bfloat16")'
 GATHER_POISON = BEFORE + "import test_gpu_permute; import numpy; test_gpu_permute.check_poison(numpy.inf)"
 ROUTE = BEFORE + 'import test_gpu_route; test_gpu_route.check_case("one more than a tile")'
@@ -106,7 +107,7 @@ MUTATIONS = {
         ),
     ),
     "rows of tiles past the end are fetched": Mutant(
-        GATHER,
+        GATHER_ONE,
         Mutation(
             "gpu/gather.py",
             "jnp.minimum(tile * TILE_ROWS + first + n, count - 1)",
@@ -159,7 +160,7 @@ MUTATIONS = {
         GATHER_POISON, Mutation("gpu/permute.py", "jnp.where(jnp.isfinite(gate), gate, jnp.float32(jnp.nan))", "gate")
     ),
     "a dropped choice's gate has a gradient": Mutant(
-        GATHER, Mutation("gpu/permute.py", "kept = plan.row < plan.layout.num_rows", "kept = plan.row >= 0")
+        GATHER_POISON, Mutation("gpu/permute.py", "kept = plan.row < plan.layout.num_rows", "kept = plan.row >= 0")
     ),
     "ties go to the higher expert": Mutant(
         ROUTE,

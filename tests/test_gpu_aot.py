@@ -29,6 +29,7 @@ GATHERS = {
     "moe_gather_weighed": (True, False),
     "moe_gather_weighed_products": (True, True),
 }
+ITEMSIZES = {f"permute-{dtype}": {"bfloat16": 2, "float32": 4}[dtype] for dtype in gpu_aot.GATHERED}
 
 
 def estimate(kernel, columns, bias=False):
@@ -37,8 +38,7 @@ def estimate(kernel, columns, bias=False):
 
 def check(widths):
     found = gpu_aot.report(widths)
-    itemsizes = {"permute-bfloat16": 2, "permute-float32": 4, "permute-bfloat16-b200": 2}
-    gathers = {(width, name): itemsize for width in widths for name, itemsize in itemsizes.items()}
+    gathers = {(width, name): itemsize for width in widths for name, itemsize in ITEMSIZES.items()}
     routes = {(width, "route") for width in widths}
     assert set(found) == {(width, name) for width in widths for name in MATMULS} | set(gathers) | routes
     for key in routes:
@@ -84,10 +84,9 @@ def check_gathers(width, itemsize, compiled):
         where = f"{kernel} of {itemsize} bytes at width {width}: {made}"
         assert made.spills == 0 and made.stack == 0 and made.wgmmas == 0, where
         assert made.registers <= 65_536 // 384 // 8 * 8, where
-        # A copy for each row that is fetched at once, and each of the other rows; indices and weights.
-        assert made.fetches == ROWS_AT_ONCE * (2 if products else 1) + 1 + weighed, where
-        # All that leaves in a tile: 8 rows by 128 threads of 16 bytes.
-        assert made.stores == GATHER_ROWS * blocks.columns * itemsize // (16 * 128) and made.narrow == 0, where
+        # Rows come in plain copies of whole pieces and leave by 16 bytes a thread; loops may be unrolled.
+        assert made.fetches >= ROWS_AT_ONCE * (2 if products else 1) + 1 + weighed and made.tensors == 0, where
+        assert made.stores >= GATHER_ROWS * blocks.columns * itemsize // (16 * 128) and made.narrow == 0, where
         expected.add(gather_shared_memory(blocks, itemsize, weighed=weighed, products=products))
     assert compiled.shared_memory == expected
     assert max(compiled.shared_memory) <= H200.shared_memory
@@ -102,3 +101,12 @@ def test_kernels_compile_for_an_h200():
 @pytest.mark.full
 def test_kernels_compile_for_an_h200_at_every_width():
     check([512, 768, 1024, 1280])
+
+
+@pytest.mark.aot
+@pytest.mark.full
+def test_gathers_compile_for_a_b200():
+    found = gpu_aot.report([768], "B200")
+    assert set(found) == {(768, name) for name in ITEMSIZES}
+    for (width, name), compiled in found.items():
+        check_gathers(width, ITEMSIZES[name], compiled)

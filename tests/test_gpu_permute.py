@@ -46,6 +46,7 @@ def test_values_and_gradients():
     check("groups", "bfloat16", "zipf")
 
 
+@pytest.mark.slow
 def test_values_and_gradients_of_rows_in_pieces():
     check("two choices", "bfloat16")
 
