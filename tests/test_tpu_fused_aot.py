@@ -49,7 +49,7 @@ def check(chip, width, layout, weight_dtype, dtype=jnp.bfloat16):
     # The value alone does without the blocks of results before gates, two at a time.
     blocks = 2 * tiles.load * width * jnp.dtype(dtype).itemsize
     check_vmem(compiled, "dispatch_mlp_combine_forward", tiles.mlp.vmem)
-    # How much less it uses is not compared: on v5e it is 1.4 times less, probably as XLA holds an operand in VMEM itself.
+    # Not from below: on v5e it uses 1.4 times less, probably as XLA holds an operand in VMEM itself.
     assert kernel_vmem(compiled, "dispatch_mlp_combine_value") <= tiles.mlp.vmem - blocks
     return said
 
