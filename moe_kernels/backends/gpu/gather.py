@@ -59,8 +59,7 @@ def gather_rows(
     def body(index_g: Any, x_g: Any, *refs: Any, **scratch: Any) -> None:
         weight_g = refs[0] if weight is not None else None
         other_g = refs[len(given) - 1] if other is not None else None
-        results: list[Any] = [*refs[len(given) :], None]
-        out_g, product_g = results[:2]
+        out_g, product_g = refs[len(given)], refs[-1]
         ring = Ring(scratch["full"], scratch["empty"], blocks.stages)
 
         def produce() -> None:
@@ -120,7 +119,7 @@ def gather_rows(
             def tile(tile: jax.Array, filled: jax.Array) -> jax.Array:
                 eight = tile * NUM_CONSUMERS + wg
 
-                def column(chunk: jax.Array, products: Any) -> jax.Array | None:
+                def column(chunk: jax.Array, products: jax.Array | None) -> jax.Array | None:
                     first = filled + chunk * terms
                     total, product = term_of(first)
                     if terms > 1:
@@ -130,7 +129,7 @@ def gather_rows(
                     def _() -> None:
                         out_g[eight, :, chunk] = total.astype(x.dtype)
 
-                    return None if product is None else products + product
+                    return None if products is None or product is None else products + product
 
                 if other is None:
                     lax.fori_loop(0, chunks, lambda chunk, _: column(chunk, None), None)

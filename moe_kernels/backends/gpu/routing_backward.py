@@ -9,6 +9,8 @@ left out is 2^-16 of a result that has 2^-9.
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -66,5 +68,5 @@ def _drouter(tokens: Float[Array, "T D"], dlogits: Float[Array, "T E"], device: 
     runs = Runs(part, part * length, jnp.clip(num_tokens - part * length, 0, length))
     layout = Layout(num_tokens, 1, 1, parts, num_tokens, None)
     found = weight_gradient(tokens, pieces, flat_tiles(runs, layout), device, dtype=jnp.float32).sum(axis=0)
-    smallest, *others = (found[:, n * num_experts : (n + 1) * num_experts] for n in reversed(range(PIECES)))
-    return sum(others, start=smallest)
+    by_piece = (found[:, n * num_experts : (n + 1) * num_experts] for n in reversed(range(PIECES)))
+    return functools.reduce(jnp.add, by_piece)
