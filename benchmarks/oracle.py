@@ -153,12 +153,12 @@ def expect(op: Op, truth: Truth, tokens: np.ndarray | None = None, *, is_dense: 
 
 
 class AddedUp(NamedTuple):
-    """Root mean square of what each row of an expert's gradients adds up."""
+    """Root mean square of what each row of an expert's gradients adds up; of the matrices' each entry."""
 
     rows: np.ndarray  # [R]
-    w1: np.ndarray  # [D]
+    w1: np.ndarray  # [D, F]
     b1: np.ndarray  # []
-    w2: np.ndarray  # [F]
+    w2: np.ndarray  # [F, D]
 
 
 def add_up(rows: np.ndarray, w1: np.ndarray, b1: np.ndarray, w2: np.ndarray, d_out: np.ndarray) -> AddedUp:
@@ -170,9 +170,9 @@ def add_up(rows: np.ndarray, w1: np.ndarray, b1: np.ndarray, w2: np.ndarray, d_o
     z_square, d_square = np.square(rows) @ np.square(w1) + np.square(b1), np.square(d_out @ w2.T)
     return AddedUp(
         rows=np.sqrt((d_square @ np.square(w1).T).mean(axis=1)),
-        w1=np.sqrt(np.square(rows).T @ d_square.mean(axis=1)),
+        w1=np.sqrt(np.square(rows).T @ d_square),
         b1=np.sqrt(d_square.mean(axis=1).sum()),
-        w2=np.sqrt(z_square.T @ np.square(d_out).mean(axis=1)),
+        w2=np.sqrt(z_square.T @ np.square(d_out)),
     )
 
 

@@ -2,7 +2,8 @@
 
 A value that is stored is off by at most `u = 2^-8` of itself in bfloat16 and 2^-24 in float32; a sum of L products,
 which is float32 in both, by another 2 eps sqrt(L) of what was added up. Write `m` for the magnitude of an entry: its
-own, or the root mean square of its row where that is larger (of what was added up, where the row itself may cancel).
+own, or the root mean square of its row where that is larger (of what was added up, where the row itself may cancel;
+where that is known for each entry, its own too).
 An error that is spread evenly between -u m and u m has a root mean square of u m / sqrt(3), and about half of u m over
 all mantissas. A chain of N roundings that do not know of each other has `sigma = sqrt(N) u m / 2`; one more (that of a
 gate) may be common to a whole row. With N = 16, so sigma = 2 u m, a right answer keeps
@@ -35,8 +36,8 @@ def unit(dtype: str, length: int) -> float:
 def compare(mine: np.ndarray, exact: np.ndarray, unit: float, added: np.ndarray | None = None) -> str | None:
     """What is wrong with an array, in words, or None. The last axis is a row.
 
-    `added`: the root mean square of what was added up in each row, shape of all but the last axis; by default that of
-    the row itself.
+    `added`: the root mean square of what was added up in each row, shape of all but the last axis, or the size of what
+    was added up in each entry; by default the root mean square of the row itself.
 
     >>> exact = np.array([[1.0, -2.0], [0.001, 0.001], [0.0, 0.0]])
     >>> compare(exact, exact, 1e-3)
@@ -49,8 +50,9 @@ def compare(mine: np.ndarray, exact: np.ndarray, unit: float, added: np.ndarray 
         return None
     mine, exact = mine.reshape(-1, exact.shape[-1]), exact.reshape(-1, exact.shape[-1])
     error = np.where(np.isfinite(mine), mine - exact, np.inf)
-    typical = np.sqrt(np.square(exact).mean(axis=1)) if added is None else added.reshape(-1)
-    magnitude = np.maximum(np.abs(exact), typical[:, None])
+    of_entries = exact if added is None else added.reshape(len(exact), -1)
+    typical = np.sqrt(np.square(of_entries).mean(axis=1))
+    magnitude = np.maximum(np.maximum(np.abs(exact), np.abs(of_entries)), typical[:, None])
     empty = (exact == 0).all(axis=1)
     if (mine[empty & (typical == 0)] != 0).any():
         return "is not exactly 0 where nothing was sent"

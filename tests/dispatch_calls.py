@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from benchmarks import dispatch, estimate
+from benchmarks import estimate
 from benchmarks.results import Result
 from benchmarks.roofline import Device
 from benchmarks.run import Options, Problem, chosen
@@ -36,6 +36,10 @@ def run_problem(problem: Problem, options: Options, device: Device) -> Iterator[
 
 def call(arguments: list[str]) -> tuple[int, str, str]:
     """Status, what is printed, and errors."""
+    # Not above: who looks for examples imports every file, and two programs' flags do not go together.
+    from benchmarks import dispatch
+
+    dispatch.run_problem = run_problem
     flags.FLAGS.unparse_flags()
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -47,6 +51,5 @@ def call(arguments: list[str]) -> tuple[int, str, str]:
 
 
 if __name__ == "__main__":
-    dispatch.run_problem = run_problem
     estimate.with_rates = lambda device, dtypes: device
     print(json.dumps([call(arguments) for arguments in json.loads(sys.argv[1])]))

@@ -38,7 +38,7 @@ def _no_races(capsys):
 
 def check(name, dtype, pattern="uniform"):
     given = operands(CASES[name], dtype, pattern)
-    compare(both("gpu", *given), both("xla", *given), dtype)
+    compare(given, both("gpu", *given), both("xla", *given), dtype)
 
 
 @pytest.mark.compat

@@ -25,7 +25,7 @@ def columns(plane: int, planes: int, dtype: DTypeLike) -> Iterator[slice]:
     >>> list(columns(1, 3, "bfloat16"))
     [slice(128, 256, None), slice(512, 640, None)]
     """
-    for tile in (plane, plane + planes) if dtype == jnp.bfloat16 else (plane,):
+    for tile in (plane, plane + planes) if jnp.dtype(dtype) == jnp.bfloat16 else (plane,):
         yield slice(tile * LANES, (tile + 1) * LANES)
 
 
@@ -40,7 +40,7 @@ def pack(values: Sequence[Float[Array, "N L"]]) -> Int[Array, "N L"]:
 
 def unpack(words: Int[Array, "N L"], dtype: DTypeLike) -> Iterator[Float[Array, "N L"]]:
     """The float32 numbers that are in words of a dtype, low bits first."""
-    if dtype == jnp.bfloat16:
+    if jnp.dtype(dtype) == jnp.bfloat16:
         yield jax.lax.bitcast_convert_type(jax.lax.shift_left(words, jnp.full_like(words, 16)), jnp.float32)
         words = words & jnp.int32(-65536)
     yield jax.lax.bitcast_convert_type(words, jnp.float32)
