@@ -59,11 +59,7 @@ def gather_rows(
     def body(index_g: Any, x_g: Any, *refs: Any, **scratch: Any) -> None:
         weight_g = refs[0] if weight is not None else None
         other_g = refs[len(given) - 1] if other is not None else None
-<<<<<<< HEAD
         out_g, product_g = refs[len(given)], refs[-1]
-=======
-        out_g, product_g = (*refs[len(given) :], None)[:2]
->>>>>>> parent of 5b8b535 (Train tiny for 400 steps, so that slower machines too are done in six minutes)
         ring = Ring(scratch["full"], scratch["empty"], blocks.stages)
 
         def produce() -> None:

@@ -68,9 +68,5 @@ def _drouter(tokens: Float[Array, "T D"], dlogits: Float[Array, "T E"], device: 
     runs = Runs(part, part * length, jnp.clip(num_tokens - part * length, 0, length))
     layout = Layout(num_tokens, 1, 1, parts, num_tokens, None)
     found = weight_gradient(tokens, pieces, flat_tiles(runs, layout), device, dtype=jnp.float32).sum(axis=0)
-<<<<<<< HEAD
     by_piece = (found[:, n * num_experts : (n + 1) * num_experts] for n in reversed(range(PIECES)))
     return functools.reduce(jnp.add, by_piece)
-=======
-    return sum(found[:, n * num_experts : (n + 1) * num_experts] for n in reversed(range(PIECES)))
->>>>>>> parent of 5b8b535 (Train tiny for 400 steps, so that slower machines too are done in six minutes)
