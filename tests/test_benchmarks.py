@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from moe_cases import assert_close
 
 from benchmarks import cases, estimate, markdown, oracle, peers, roofline, rounding, selection, summary, timing
 from benchmarks.cases import CASES, DISTRIBUTIONS, Case, draw_experts, make_inputs, small_twin
@@ -71,12 +72,19 @@ def test_megablox_agrees_in_the_interpreter():
         jnp.asarray(weight),
     )
     d_rows, d_weight = pull(jnp.asarray(d_out))
-    expected = np.concatenate([rows[:7] @ weight[0], rows[7:] @ weight[2]])
-    np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-5)
-    expected = np.concatenate([d_out[:7] @ weight[0].T, d_out[7:] @ weight[2].T])
-    np.testing.assert_allclose(d_rows, expected, rtol=1e-5, atol=1e-5)
-    expected = np.stack([rows[:7].T @ d_out[:7], np.zeros((8, 24)), rows[7:].T @ d_out[7:]])
-    np.testing.assert_allclose(d_weight, expected, rtol=1e-5, atol=2e-5)
+    empty = np.zeros((1, 8)), np.zeros((1, 24))
+
+    def exact(r, w, d):
+        out = np.concatenate([r[:7] @ w[0], r[7:] @ w[2]])
+        back = np.concatenate([d[:7] @ w[0].T, d[7:] @ w[2].T])
+        return out, back, np.stack([x.T @ y for x, y in ((r[:7], d[:7]), empty, (r[7:], d[7:]))])
+
+    wide = [array.astype(np.float64) for array in (rows, weight, d_out)]
+    lengths = {"out": 8, "drows": 24, "dweight": 23}
+    for (name, length), found, expected, scale in zip(
+        lengths.items(), (mine, d_rows, d_weight), exact(*wide), exact(*map(np.abs, wide)), strict=True
+    ):
+        assert_close(found, expected, length=length, name=name, roundings=1, scale=scale)
 
 
 def spoil(implementation, op: str, change):
