@@ -25,7 +25,7 @@ STANDARD = set(sys.stdlib_module_names)
 # may also import each other.
 LEVELS = (
     ("types",),
-    ("backends.schedule", "backends.tiling", "backends.base"),
+    ("backends.base",),
     ("backends.xla.*",),
     ("backends.tpu.*", "backends.gpu.*"),
     ("backends",),

@@ -16,10 +16,11 @@ import reference
 from moe_kernels import MlpWeights, combine, dispatch, expert_mlp
 from moe_kernels.backends import explain
 from moe_kernels.backends.base import MlpStatic, Problem
-from moe_kernels.backends.tiling import CHIPS, FusedTiles, RowTiles, Tiles, fused_tiles
 from moe_kernels.backends.tpu.fused import run_fused
+from moe_kernels.backends.tpu.gather_tiles import FusedTiles, fused_tiles
 from moe_kernels.backends.tpu.launch import Target
 from moe_kernels.backends.tpu.layer import LayerSaved, layer_backward, layer_forward, layer_value
+from moe_kernels.backends.tpu.tiling import CHIPS, RowTiles, Tiles
 from moe_kernels.types import Layout
 
 TARGET = Target("TPU v6 lite", interpret=True)

@@ -7,7 +7,8 @@ from tpu_aot import Chip, check_vmem, kernel_vmem
 from moe_kernels import MlpWeights
 from moe_kernels.backends import explain, find, problem_of
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.tiling import CHIPS, fused_tiles
+from moe_kernels.backends.tpu.gather_tiles import fused_tiles
+from moe_kernels.backends.tpu.tiling import CHIPS
 from moe_kernels.types import Layout, Plan
 
 pytestmark = pytest.mark.aot

@@ -11,10 +11,10 @@ from moe_cases import FASTER
 from test_tpu_mlp import CASES, POISONED, TARGET, tiles_of
 
 from moe_kernels.backends.base import MatmulStatic
-from moe_kernels.backends.tiling import covers, matmul_backward_tiles, matmul_forward_tiles, pieces
 from moe_kernels.backends.tpu.launch import Target
 from moe_kernels.backends.tpu.matmul import grouped_matmul_forward, run_forward
 from moe_kernels.backends.tpu.matmul_backward import grouped_matmul_backward, run_backward
+from moe_kernels.backends.tpu.tiling import covers, matmul_backward_tiles, matmul_forward_tiles, pieces
 
 EPILOGUES = {"none": None, "pointwise": "gelu_tanh", "gated": "silu"}
 

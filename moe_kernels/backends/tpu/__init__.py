@@ -6,17 +6,7 @@ import functools
 from typing import Any
 
 from moe_kernels.backends.base import Backend, Problem, Span, rows_misfit
-from moe_kernels.backends.tiling import (
-    CHIPS,
-    MIB,
-    MOST_ROWS,
-    fused_tiles,
-    gather_tiles,
-    matmul_backward_tiles,
-    matmul_forward_tiles,
-    mlp_backward_tiles,
-    mlp_forward_tiles,
-)
+from moe_kernels.backends.tpu.gather_tiles import fused_tiles, gather_tiles
 from moe_kernels.backends.tpu.hidden import hidden_cost, keeps_hidden
 from moe_kernels.backends.tpu.launch import STAND_IN, Target
 from moe_kernels.backends.tpu.layer import layer_backward, layer_forward, layer_value
@@ -33,6 +23,15 @@ from moe_kernels.backends.tpu.permute import (
 from moe_kernels.backends.tpu.route_tiles import route_misfit
 from moe_kernels.backends.tpu.routing import route_forward
 from moe_kernels.backends.tpu.routing_backward import route_backward
+from moe_kernels.backends.tpu.tiling import (
+    CHIPS,
+    MIB,
+    MOST_ROWS,
+    matmul_backward_tiles,
+    matmul_forward_tiles,
+    mlp_backward_tiles,
+    mlp_forward_tiles,
+)
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2}
 # Weights may be float32 whatever the rows are; a problem does not say, so blocks must fit in the larger case too.

@@ -21,12 +21,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.schedule import make_schedule
-from moe_kernels.backends.tiling import MIB, PIECE, FusedTiles
 from moe_kernels.backends.tpu.activation import activate
+from moe_kernels.backends.tpu.gather_tiles import FusedTiles
 from moe_kernels.backends.tpu.launch import Grid, Target, grid_of
 from moe_kernels.backends.tpu.mlp import padded_weights
 from moe_kernels.backends.tpu.rows import Scalar, dot
+from moe_kernels.backends.tpu.schedule import make_schedule
+from moe_kernels.backends.tpu.tiling import MIB, PIECE
 from moe_kernels.backends.tpu.words import LANES, SUBLANES, columns, move_row, pack, unpack
 from moe_kernels.types import MlpWeights, Plan
 

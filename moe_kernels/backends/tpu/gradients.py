@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from moe_kernels.backends.schedule import PADDING, STARTS, Schedule
 from moe_kernels.backends.tpu.launch import Grid
 from moe_kernels.backends.tpu.rows import Scalar, Scalars
+from moe_kernels.backends.tpu.schedule import PADDING, STARTS, Schedule
 from moe_kernels.backends.tpu.step import Step
 from moe_kernels.types import Layout
 

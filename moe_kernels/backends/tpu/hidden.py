@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from moe_kernels.backends.tiling import Chip, mlp_backward_tiles, mlp_forward_tiles
+from moe_kernels.backends.tpu.tiling import Chip, mlp_backward_tiles, mlp_forward_tiles
 from moe_kernels.types import Layout
 
 # A float32 product on a matrix unit that multiplies bfloat16.
@@ -28,7 +28,7 @@ def hidden_cost(
 ) -> HiddenCost:
     """Price both ways for all planned rows of a layout, on one core; several share rows and bandwidth alike.
 
-    >>> from moe_kernels.backends.tiling import CHIPS
+    >>> from moe_kernels.backends.tpu.tiling import CHIPS
     >>> layout = Layout(16384, 1, 1, 32, 17408, 544)
     >>> again, kept = hidden_cost(layout, 768, 3072, 2, 2, CHIPS["TPU v6 lite"])
     >>> f"{again:.2e} {kept:.2e}"
@@ -55,7 +55,7 @@ def keeps_hidden(
 ) -> bool:
     """Whether keeping takes less time, and fits VMEM.
 
-    >>> from moe_kernels.backends.tiling import CHIPS
+    >>> from moe_kernels.backends.tpu.tiling import CHIPS
     >>> layout = Layout(16384, 1, 1, 32, 17408, 544)
     >>> [name for name, chip in CHIPS.items() if keeps_hidden(layout, 768, 3072, 2, 2, chip)]
     ['TPU v4', 'TPU v5 lite', 'TPU v5', 'TPU7x']

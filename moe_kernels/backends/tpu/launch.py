@@ -12,9 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from moe_kernels.backends.schedule import Schedule, items_per_core, make_schedule
-from moe_kernels.backends.tiling import CHIPS, MIB, Chip, Tiles, covers
 from moe_kernels.backends.tpu.rows import Scalars
+from moe_kernels.backends.tpu.schedule import Schedule, items_per_core, make_schedule
+from moe_kernels.backends.tpu.tiling import CHIPS, MIB, Chip, Tiles, covers
 from moe_kernels.types import Layout, Runs
 
 # The chip whose block sizes are taken where kernels run interpreted on another platform.

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.tiling import fused_tiles
 from moe_kernels.backends.tpu.fused import run_fused
+from moe_kernels.backends.tpu.gather_tiles import fused_tiles
 from moe_kernels.backends.tpu.launch import Target
 from moe_kernels.backends.tpu.mlp import MlpSaved
 from moe_kernels.backends.tpu.mlp_backward import expert_mlp_backward

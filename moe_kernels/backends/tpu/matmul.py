@@ -18,11 +18,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights, epilogue_of
-from moe_kernels.backends.tiling import Tiles, matmul_forward_tiles
 from moe_kernels.backends.tpu.activation import activate
 from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, tiles_for, unflatten
 from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of
 from moe_kernels.backends.tpu.step import ChunkCopies, this_step
+from moe_kernels.backends.tpu.tiling import Tiles, matmul_forward_tiles
 from moe_kernels.types import MatmulActivation, Runs
 
 

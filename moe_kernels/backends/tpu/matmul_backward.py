@@ -19,7 +19,6 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights, epilogue_of
-from moe_kernels.backends.tiling import Tiles, matmul_backward_tiles, one_item
 from moe_kernels.backends.tpu.activation import activate_and_slope
 from moe_kernels.backends.tpu.gradients import Gradient, Gradients, by_expert, gradient_dtype, gradient_slots
 from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, tiles_for, unflatten
@@ -33,6 +32,7 @@ from moe_kernels.backends.tpu.matmul import (
 )
 from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of, used_rows
 from moe_kernels.backends.tpu.step import ChunkCopies, Step, this_step
+from moe_kernels.backends.tpu.tiling import Tiles, matmul_backward_tiles, one_item
 from moe_kernels.types import Runs
 
 

@@ -20,12 +20,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.tiling import Tiles, mlp_forward_tiles
 from moe_kernels.backends.tpu.activation import activate
 from moe_kernels.backends.tpu.hidden import keeps_hidden
 from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, tiles_for, unflatten
 from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of
 from moe_kernels.backends.tpu.step import ChunkCopies, this_step
+from moe_kernels.backends.tpu.tiling import Tiles, mlp_forward_tiles
 from moe_kernels.types import MlpWeights, Runs
 
 

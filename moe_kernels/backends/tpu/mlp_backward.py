@@ -20,14 +20,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.schedule import STARTS
-from moe_kernels.backends.tiling import Tiles, mlp_backward_tiles, one_item, straight, straight_pieces
 from moe_kernels.backends.tpu.activation import activate_and_slope
 from moe_kernels.backends.tpu.gradients import Gradient, Gradients, by_expert, gradient_dtype, gradient_slots
 from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, tiles_for, unflatten
 from moe_kernels.backends.tpu.mlp import MlpSaved, padded_weights, weight_specs
 from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of, used_rows
+from moe_kernels.backends.tpu.schedule import STARTS
 from moe_kernels.backends.tpu.step import ChunkCopies, this_step
+from moe_kernels.backends.tpu.tiling import Tiles, mlp_backward_tiles, one_item, straight, straight_pieces
 from moe_kernels.types import MlpWeights, Runs
 
 

@@ -19,8 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from moe_kernels.backends.tiling import MIB, GatherTiles, gather_tiles
+from moe_kernels.backends.tpu.gather_tiles import GatherTiles, gather_tiles
 from moe_kernels.backends.tpu.launch import Target
+from moe_kernels.backends.tpu.tiling import MIB
 from moe_kernels.backends.tpu.words import LANES, SUBLANES, columns, move_row, pack, unpack
 from moe_kernels.types import Plan
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from moe_kernels.backends.base import Problem, RouteStatic
-from moe_kernels.backends.tiling import MARGIN, MIB, SLACK, Chip
+from moe_kernels.backends.tpu.tiling import MARGIN, MIB, SLACK, Chip
 from moe_kernels.types import round_up
 
 LANES = 128
@@ -88,7 +88,7 @@ def forward_tiles(
 ) -> RouteTiles | None:
     """Block sizes of the forward pass, or None where not even the smallest fit.
 
-    >>> from moe_kernels.backends.tiling import CHIPS
+    >>> from moe_kernels.backends.tpu.tiling import CHIPS
     >>> tiles = forward_tiles(RouteStatic(1, 8, 1, 0.1), 16384, 768, 32, 2, CHIPS["TPU v5 lite"], 1)
     >>> tiles.tokens, tiles.steps
     (1024, 2)
@@ -108,7 +108,7 @@ def backward_tiles(
 ) -> RouteTiles | None:
     """Block sizes of the backward pass, or None where not even the smallest fit.
 
-    >>> from moe_kernels.backends.tiling import CHIPS
+    >>> from moe_kernels.backends.tpu.tiling import CHIPS
     >>> tiles = backward_tiles(RouteStatic(1, 8, 1, 0.1), 16384, 768, 32, 2, CHIPS["TPU v5 lite"], 1)
     >>> tiles.tokens, tiles.steps
     (1024, 2)

@@ -20,7 +20,6 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_kernels.backends.base import RouteInputs, RouteStatic
-from moe_kernels.backends.tiling import MIB
 from moe_kernels.backends.tpu.launch import Target
 from moe_kernels.backends.tpu.route_parts import (
     FAR,
@@ -36,6 +35,7 @@ from moe_kernels.backends.tpu.route_parts import (
     over_experts,
 )
 from moe_kernels.backends.tpu.route_tiles import LANES, RouteTiles, forward_tiles
+from moe_kernels.backends.tpu.tiling import MIB
 from moe_kernels.types import Routing, RoutingSums
 
 

@@ -22,7 +22,6 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_kernels.backends.base import RouteStatic
-from moe_kernels.backends.tiling import MIB
 from moe_kernels.backends.tpu.launch import Target
 from moe_kernels.backends.tpu.route_parts import (
     NEVER,
@@ -40,6 +39,7 @@ from moe_kernels.backends.tpu.route_parts import (
 from moe_kernels.backends.tpu.route_tiles import LANES, RouteTiles, backward_tiles
 from moe_kernels.backends.tpu.routing import RouteSaved
 from moe_kernels.backends.tpu.rows import dot
+from moe_kernels.backends.tpu.tiling import MIB
 from moe_kernels.types import Routing, RoutingSums
 
 

@@ -11,8 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_kernels.backends.schedule import Schedule
-from moe_kernels.backends.tiling import PIECE, RowTiles
+from moe_kernels.backends.tpu.schedule import Schedule
+from moe_kernels.backends.tpu.tiling import PIECE, RowTiles
 from moe_kernels.types import ROW_ALIGNMENT, Layout
 
 Scalar = Any  # a traced integer inside a kernel

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from moe_kernels.backends.tiling import Tiles
 from moe_kernels.backends.tpu.launch import Grid
 from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars
+from moe_kernels.backends.tpu.tiling import Tiles
 
 
 class Step(NamedTuple):

@@ -1,4 +1,4 @@
-"""Block sizes from arithmetic over a TPU's fast memory: pure functions of shapes and the chip."""
+"""Block sizes of the matmul kernels, by arithmetic over VMEM: pure functions of shapes and the chip."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ PIECE = 16
 # Rows of an item at most. An expert with more of them has its weights fetched again for each item, which hides under
 # the matmuls: 2304 rows are that many multiply-adds for each weight. Packed runs seldom have as many.
 MOST_ROWS, MOST_PACKED = 2304, 1152
-# Weights of each matmul in a stretch of code at most, where rows are moved beside them: compiling takes as long.
-MOST_WEIGHTS = 1280 * 2560
 # What the compiler keeps in VMEM besides the arrays of a kernel, fitted to what libtpu 0.0.42 reports (modelled): a
 # share of it all for alignment and bookkeeping; the values between matmuls are counted kernel by kernel.
 MARGIN, SLACK = 1.03, MIB // 4
@@ -130,7 +128,7 @@ def computed_rows(count: int, tiles: RowTiles, depth: int) -> int:
     return whole * tiles.pieces[0] + sum(size for n, size in enumerate(tiles.pieces) if bits >> n & 1)
 
 
-def _row_tiles(layout: Layout, chip: Chip, *, contracted: bool = False) -> Iterator[RowTiles]:
+def row_tiles(layout: Layout, chip: Chip, *, contracted: bool = False) -> Iterator[RowTiles]:
     """Ways to cut the rows, those that fetch weights least often first.
 
     Where matmuls contract over rows (weight gradients) the MXU takes them by its depth, so a piece of several is a
@@ -165,7 +163,7 @@ def _covered(rows: int, sizes: tuple[int, ...], depth: int) -> int:
     return max(computed_rows(count, tiles, depth) for count in range(PIECE, rows + 1, PIECE))
 
 
-def _chunks(expert_width: int) -> Iterator[tuple[int, int]]:
+def chunks(expert_width: int) -> Iterator[tuple[int, int]]:
     """Chunks of F and F rounded up to them, the largest first; more than 7% of padding is never worth it."""
     if expert_width <= 1024:
         yield expert_width, expert_width
@@ -179,17 +177,17 @@ def _choose(
     layout: Layout, expert_width: int, chip: Chip, need: Callable[[RowTiles, int], int], *, contracted: bool = False
 ) -> Tiles | None:
     """The first way to cut the rows for which a chunk of F fits, and the largest chunk; None if nothing fits."""
-    options = list(_row_tiles(layout, chip, contracted=contracted))
+    options = list(row_tiles(layout, chip, contracted=contracted))
     # All rows of an expert at once come before longer chunks: its weight gradients are then written once.
     for rows, enough in ((options[0], 256), *((rows, enough) for enough in (512, 256, 1) for rows in options)):
-        for chunk, padded in _chunks(expert_width):
+        for chunk, padded in chunks(expert_width):
             vmem = int(need(rows, chunk) * MARGIN) + SLACK
             if vmem <= chip.vmem - MIB and chunk >= min(enough, expert_width):
                 return Tiles(rows, chunk, padded, vmem)
     return None
 
 
-def _bytes(rows: int, columns: int, itemsize: int) -> int:
+def vmem_bytes(rows: int, columns: int, itemsize: int) -> int:
     """VMEM of an array: rows padded to registers, columns to 128 lanes."""
     return round_up(rows, 32 // itemsize) * round_up(columns, 128) * itemsize
 
@@ -213,11 +211,11 @@ def mlp_forward_tiles(
     """
 
     def need(rows: RowTiles, chunk: int) -> int:
-        weights = _bytes(width, chunk, weight_itemsize) + _bytes(chunk, width, weight_itemsize)
-        cast = _bytes(width, chunk, itemsize) + _bytes(chunk, width, itemsize)
+        weights = vmem_bytes(width, chunk, weight_itemsize) + vmem_bytes(chunk, width, weight_itemsize)
+        cast = vmem_bytes(width, chunk, itemsize) + vmem_bytes(chunk, width, itemsize)
         biases = 2 * 8 * 4 * (round_up(chunk, 128) + round_up(width, 128))
-        held = 2 * _bytes(rows.rows, width, itemsize) + _bytes(rows.rows, width, 4)
-        held += 2 * _bytes(rows.rows, chunk, itemsize) if keep else 0
+        held = 2 * vmem_bytes(rows.rows, width, itemsize) + vmem_bytes(rows.rows, width, 4)
+        held += 2 * vmem_bytes(rows.rows, chunk, itemsize) if keep else 0
         values = chip.spilled * rows.pieces[0] * round_up(chunk, 128) * itemsize // 2
         return 2 * weights + (cast if itemsize != weight_itemsize else 0) + biases + held + values
 
@@ -243,14 +241,14 @@ def mlp_backward_tiles(
     """
 
     def need(rows: RowTiles, chunk: int) -> int:
-        pair = lambda size: _bytes(width, chunk, size) + _bytes(chunk, width, size)  # noqa: E731
+        pair = lambda size: vmem_bytes(width, chunk, size) + vmem_bytes(chunk, width, size)  # noqa: E731
         out = weight_itemsize if one_item(layout, rows) else 4
         sums = 0 if out == 4 or straight(layout, rows) else pair(4)
         cast = pair(itemsize) if itemsize != weight_itemsize else 0
         biases = 4 * 8 * 4 * (round_up(chunk, 128) + round_up(width, 128))
-        held = 4 * _bytes(rows.rows, width, itemsize) + _bytes(rows.rows, width, 4)
-        held += 2 * _bytes(rows.rows, chunk, itemsize) if keep else 0
-        values = 3 * _bytes(rows.pieces[0], chunk, 4) + 5 * _bytes(rows.pieces[0], width, 4) // 2
+        held = 4 * vmem_bytes(rows.rows, width, itemsize) + vmem_bytes(rows.rows, width, 4)
+        held += 2 * vmem_bytes(rows.rows, chunk, itemsize) if keep else 0
+        values = 3 * vmem_bytes(rows.pieces[0], chunk, 4) + 5 * vmem_bytes(rows.pieces[0], width, 4) // 2
         return 2 * pair(weight_itemsize) + cast + 2 * pair(out) + sums + biases + held + values
 
     return _choose(layout, expert_width, chip, need, contracted=True)
@@ -276,12 +274,12 @@ def matmul_forward_tiles(
     matrices = 2 if epilogue == "gated" else 1
 
     def need(rows: RowTiles, chunk: int) -> int:
-        cast = _bytes(width, chunk, itemsize) if itemsize != weight_itemsize else 0
-        held = 2 * _bytes(rows.rows, width, itemsize) + 2 * _bytes(rows.rows, chunk, itemsize)
-        weights = matrices * (2 * _bytes(width, chunk, weight_itemsize) + cast)
+        cast = vmem_bytes(width, chunk, itemsize) if itemsize != weight_itemsize else 0
+        held = 2 * vmem_bytes(rows.rows, width, itemsize) + 2 * vmem_bytes(rows.rows, chunk, itemsize)
+        weights = matrices * (2 * vmem_bytes(width, chunk, weight_itemsize) + cast)
         # Rows as the MXU wants them; of a gated pair the first product, rounded.
-        values = _bytes(rows.pieces[0], width, itemsize)
-        values += _bytes(rows.pieces[0], chunk, itemsize) if epilogue == "gated" else 0
+        values = vmem_bytes(rows.pieces[0], width, itemsize)
+        values += vmem_bytes(rows.pieces[0], chunk, itemsize) if epilogue == "gated" else 0
         return weights + held + values
 
     return _choose(layout, expert_width, chip, need)
@@ -308,16 +306,16 @@ def matmul_backward_tiles(
 
     def need(rows: RowTiles, chunk: int) -> int:
         out = weight_itemsize if one_item(layout, rows) else 4
-        sums = 0 if out == 4 else _bytes(width, chunk, 4)
-        cast = _bytes(width, chunk, itemsize) if itemsize != weight_itemsize else 0
-        held = 2 * _bytes(rows.rows, width, itemsize) + 2 * _bytes(rows.rows, chunk, itemsize)
-        each = 2 * (_bytes(width, chunk, weight_itemsize) + _bytes(width, chunk, out)) + cast + sums
+        sums = 0 if out == 4 else vmem_bytes(width, chunk, 4)
+        cast = vmem_bytes(width, chunk, itemsize) if itemsize != weight_itemsize else 0
+        held = 2 * vmem_bytes(rows.rows, width, itemsize) + 2 * vmem_bytes(rows.rows, chunk, itemsize)
+        each = 2 * (vmem_bytes(width, chunk, weight_itemsize) + vmem_bytes(width, chunk, out)) + cast + sums
         # The products that are added to dx; what is computed again: from rows as the MXU wants them, an activation's
         # argument, value and slope.
-        values = matrices * _bytes(rows.pieces[0], width, 4) * 9 // 8
-        values += 0 if epilogue == "none" else _bytes(rows.pieces[0], width, itemsize)
-        values += {"none": 0, "pointwise": 1, "gated": 4}[epilogue] * _bytes(rows.pieces[0], chunk, 4)
-        return matrices * each + held + _bytes(rows.rows, width, 4) + values
+        values = matrices * vmem_bytes(rows.pieces[0], width, 4) * 9 // 8
+        values += 0 if epilogue == "none" else vmem_bytes(rows.pieces[0], width, itemsize)
+        values += {"none": 0, "pointwise": 1, "gated": 4}[epilogue] * vmem_bytes(rows.pieces[0], chunk, 4)
+        return matrices * each + held + vmem_bytes(rows.rows, width, 4) + values
 
     return _choose(layout, expert_width, chip, need, contracted=True)
 
@@ -346,118 +344,3 @@ def straight_pieces(rows: RowTiles, depth: int) -> tuple[int, ...]:
     ((256, 512, 544), (48,))
     """
     return (*range(depth, rows.rows, depth), rows.rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class GatherTiles:
-    """Block sizes of a gather: `load` rows at a time into VMEM, `out` results at a time out of it.
-
-    A row is a sublane of each of `planes`, which lie `stride` sublanes apart (`out_stride` where a tile is assembled).
-    """
-
-    load: int
-    inputs: int
-    out: int
-    outputs: int
-    planes: int
-    unrolled: int
-    vmem: int
-    """Bytes that it needs, at most."""
-
-    @property
-    def stride(self) -> int:
-        """An odd multiple of 8, so that 4 sublanes can be read at once; zeros lie in the last 8."""
-        return self.inputs * self.load + 8
-
-    @property
-    def out_stride(self) -> int:
-        """An odd multiple of 8."""
-        return self.out + 8
-
-
-@functools.lru_cache
-def gather_tiles(length: int, count: int, width: int, itemsize: int, terms: int, chip: Chip) -> GatherTiles | None:
-    """Block sizes of `count` sums of `terms` rows each out of `length` rows; None where those do not fit VMEM.
-
-    >>> tiles = gather_tiles(16384, 17408, 768, 2, 1, CHIPS["TPU v6 lite"])
-    >>> tiles.planes, tiles.stride, tiles.out
-    (3, 16392, 512)
-    """
-    load, out = (min(512, round_up(rows, PIECE)) for rows in (length, count))
-    inputs, outputs, planes = -(-length // load), -(-count // out), width * itemsize // 512
-    held = planes * 512 * (inputs * load + 8 + terms * (out + 8)) + 512 * terms * out
-    # Blocks come and go while others are worked on; a tile of float32 values lies in between.
-    moving = 2 * width * itemsize * (load + out) + 2 * 512 * max(load, out)
-    vmem = int(MARGIN * (held + moving)) + SLACK
-    tiles = GatherTiles(load, inputs, out, outputs, planes, min(16, out), vmem)
-    return tiles if vmem <= chip.vmem else None
-
-
-@dataclasses.dataclass(frozen=True)
-class FusedTiles:
-    """Block sizes of dispatch, experts and combine in one kernel: those of its matmuls, and how tokens move.
-
-    Tokens come and go `load` at a time. `part` rows of a neighbouring expert are moved beside every piece of a chunk.
-    """
-
-    mlp: Tiles
-    load: int
-    inputs: int
-    planes: int
-    part: int
-
-    @property
-    def num_pieces(self) -> int:
-        """Pieces of an expert that is full."""
-        return self.mlp.rows.rows // self.mlp.rows.pieces[0]
-
-    @property
-    def moved(self) -> int:
-        """Rows that a full expert moves for its neighbour; no fewer than an expert has."""
-        return self.part * self.num_pieces * self.mlp.num_chunks
-
-    @property
-    def stride(self) -> int:
-        """An odd multiple of 8, so that 4 sublanes can be read at once; a spare row lies in the last 8."""
-        return self.inputs * self.load + 8
-
-    @property
-    def held_stride(self) -> int:
-        """An odd multiple of 8."""
-        return self.moved + 8
-
-
-@functools.lru_cache
-def fused_tiles(
-    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
-) -> FusedTiles | None:
-    """Block sizes of dispatch, experts and combine in one kernel; None where all tokens and a chunk do not fit.
-
-    >>> tiles = fused_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, CHIPS["TPU v6 lite"])
-    >>> tiles.mlp.chunk, tiles.part
-    (3072, 544)
-    """
-    rows = next(_row_tiles(layout, chip))
-    rows = dataclasses.replace(rows, pieces=rows.pieces[:1])
-    if not one_item(layout, rows):
-        return None
-    planes = width * itemsize // 512
-    even = [expert_width // n for n in range(1, 5) if expert_width % (128 * n) == 0]
-    even = [(chunk, expert_width) for chunk in even if width * chunk <= MOST_WEIGHTS]
-    # Longer chunks have the matmuls run on, longer blocks of tokens are fewer steps.
-    for (chunk, padded), block in itertools.product([*even, *_chunks(expert_width)], (2048, 1024, 512)):
-        load = min(block, round_up(max(layout.num_tokens, 1), PIECE))
-        inputs = -(-layout.num_tokens // load)
-        steps = rows.rows // rows.pieces[0] * (padded // chunk)
-        part = round_up(-(-rows.rows // steps), PIECE)
-        weights = _bytes(width, chunk, weight_itemsize) + _bytes(chunk, width, weight_itemsize)
-        cast = _bytes(width, chunk, itemsize) + _bytes(chunk, width, itemsize) if itemsize != weight_itemsize else 0
-        biases = 2 * 8 * 4 * (round_up(chunk, 128) + round_up(width, 128))
-        words = 512 * planes * (inputs * load + 8 + 2 * (part * steps + 8))
-        moving = 6 * _bytes(load, width, itemsize) + 2 * _bytes(inputs * -(-load // 128), 128, 4)
-        held = _bytes(rows.rows, width, itemsize) + _bytes(rows.rows, width, 4)
-        values = chip.spilled * rows.pieces[0] * round_up(chunk, 128) * itemsize // 2
-        vmem = int(MARGIN * (2 * weights + cast + biases + words + moving + held + values)) + SLACK
-        if vmem <= chip.vmem - MIB and chunk >= min(512, expert_width):
-            return FusedTiles(Tiles(rows, chunk, padded, vmem), load, inputs, planes, part)
-    return None
