@@ -105,16 +105,13 @@ def covers(sizes: tuple[int, ...], depth: int) -> tuple[int, ...]:
     >>> covers((64, 32, 16), 32)  # 48 rows: 32 + 16 take as long as 64 and compute fewer
     (0, 4, 2, 6, 1)
     """
-    chosen = []
-    for rows in range(0, sizes[0] + 1, PIECE):
-        options = (
-            (sum(max(size, depth) for size in part), sum(part), sum(1 << sizes.index(size) for size in part))
-            for n in range(min(4, len(sizes) + 1))
-            for part in itertools.combinations(sizes, n)
-            if rows <= sum(part) <= sizes[0]
-        )
-        chosen.append(min(options)[2])
-    return tuple(chosen)
+    options = sorted(
+        (sum(max(size, depth) for size in part), sum(part), sum(1 << sizes.index(size) for size in part))
+        for n in range(min(4, len(sizes) + 1))
+        for part in itertools.combinations(sizes, n)
+        if sum(part) <= sizes[0]
+    )
+    return tuple(next(bits for _, held, bits in options if held >= rows) for rows in range(0, sizes[0] + 1, PIECE))
 
 
 def computed_rows(count: int, tiles: RowTiles, depth: int) -> int:
