@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.activation import activate
 from moe_kernels.backends.tpu.gather_tiles import FusedTiles
-from moe_kernels.backends.tpu.launch import Grid, Target, grid_of
+from moe_kernels.backends.tpu.launch import Grid, Target, apart, grid_of
 from moe_kernels.backends.tpu.mlp import padded_weights
 from moe_kernels.backends.tpu.rows import Scalar, dot
 from moe_kernels.backends.tpu.schedule import make_schedule
@@ -107,7 +107,7 @@ def run_fused(
             interpret=target.interpret,
             name="dispatch_mlp_combine_forward" if keep else "dispatch_mlp_combine_value",
         )
-        return tuple(call(*operands))
+        return apart(call(*operands))
 
     return run(expert, chunk, schedule.size, place, tokens, *padded_weights(weights, mlp.padded), factor)
 

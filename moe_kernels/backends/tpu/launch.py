@@ -107,6 +107,15 @@ def grid_of(layout: Layout, tiles: Tiles, target: Target) -> Grid:
     return Grid(target.num_cores, items, tiles.num_chunks)
 
 
+def apart(outputs: Sequence[Array]) -> tuple[Array, ...]:
+    """The outputs of a kernel, none of which XLA may have it write straight into the stack that a scan makes.
+
+    Where one of several outputs goes there, XLA makes one fusion of both, forgets how much VMEM the kernel asked for,
+    and refuses it for taking more than 16 MiB (libtpu 0.0.42). A kernel of a single output is left alone.
+    """
+    return jax.lax.optimization_barrier(tuple(outputs))
+
+
 def launch(
     kernel: Callable[..., None],
     name: str,
@@ -151,7 +160,7 @@ def launch(
             interpret=target.interpret,
             name=name,
         )
-        return tuple(call(*jax.tree.leaves(scalars), *arrays))
+        return apart(call(*jax.tree.leaves(scalars), *arrays))
 
     # Pallas would give batched scalars a loop of its own, but not every batched array that a kernel copies by hand.
     return jax.custom_batching.sequential_vmap(run)

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_kernels.backends.base import RouteInputs, RouteStatic
-from moe_kernels.backends.tpu.launch import Target
+from moe_kernels.backends.tpu.launch import Target, apart
 from moe_kernels.backends.tpu.route_parts import (
     FAR,
     NEVER,
@@ -101,7 +101,7 @@ def run_forward(
         jax.ShapeDtypeStruct(sums, jnp.float32),
     ]
     size = num_tokens // groups
-    expert, gate, totals = pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(kernel.run, size),
         grid=(groups * tiles.parts, tiles.steps),
         in_specs=specs,
@@ -122,7 +122,8 @@ def run_forward(
         ),
         interpret=target.interpret,
         name="route_forward",
-    )(*operands)
+    )
+    expert, gate, totals = apart(call(*operands))
     return Routing(by_token(expert, size), by_token(gate, size), kernel.sums_of(totals))
 
 

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_kernels.backends.base import RouteStatic
-from moe_kernels.backends.tpu.launch import Target
+from moe_kernels.backends.tpu.launch import Target, apart
 from moe_kernels.backends.tpu.route_parts import (
     NEVER,
     Experts,
@@ -102,7 +102,7 @@ def run_backward(
         jax.ShapeDtypeStruct((parts, padded, width), jnp.float32),
     ]
     size = num_tokens // groups
-    dtokens, drouter = pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(kernel.run, size),
         grid=(parts, tiles.steps),
         in_specs=specs,
@@ -119,7 +119,8 @@ def run_backward(
         ),
         interpret=target.interpret,
         name="route_backward",
-    )(*operands)
+    )
+    dtokens, drouter = apart(call(*operands))
     drouter = jnp.sum(drouter, axis=0)[:num_experts].T.astype(router.dtype)
     return dtokens[:, :size].reshape(num_tokens, width), drouter
 
