@@ -1,6 +1,7 @@
 """What every test shares: the platform, run-time checks of all array annotations, and how Hypothesis searches."""
 
 import collections
+import importlib.metadata
 import os
 
 # JAX reads this when it is imported, so it comes before anything that imports JAX; JAX_PLATFORMS from outside wins.
@@ -25,6 +26,23 @@ hypothesis.settings.register_profile("default", max_examples=30, **_common)
 hypothesis.settings.register_profile("ci", max_examples=30, derandomize=True, database=None, **_common)
 hypothesis.settings.register_profile("long", max_examples=1000, **_common)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile fast, but not where the compilers of accelerators are tried, which would be told too."""
+    wanted = config.option.markexpr.replace("not aot", "").replace("not gpu", "")
+    if "aot" not in wanted and "gpu" not in wanted:
+        compile_fast()
+
+
+def compile_fast() -> None:
+    """Have XLA optimise nothing, here and in child processes: programs run for milliseconds in tests.
+
+    With JAX 0.10 also emit fusions in the older of two ways; since 0.11, which CI tries too, there is no other way.
+    """
+    older = tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 11)
+    flags = "--xla_backend_optimization_level=0" + " --xla_cpu_use_fusion_emitters=false" * older
+    os.environ.setdefault("XLA_FLAGS", flags)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,12 +13,9 @@ import numpy as np
 import reference
 from moe_kernels import MlpWeights, Routing, RoutingSums, make_plan
 
-# For programs that run for milliseconds: optimising their machine code takes half of the compiler's time.
-FAST: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
-# The newer of two ways to emit fusions takes two thirds of the rest (2.6 and 0.9 s for an interpreted kernel). With the
-# older one, vmap of a kernel no longer has the bits of one call after the other, so it is not for comparing the bits of
-# two programs. Since JAX 0.11, XLA has no other way any more.
-FASTER = FAST | ({"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {})
+# Of XLA's two ways to emit fusions the older one, which tests/conftest.py asks for, takes a third of the time. With it
+# vmap of a kernel has not the bits of one call after the other; this is for comparing the bits of two programs.
+SAME_BITS = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,9 @@ from mutate import Mutant, Mutation, main
 BEFORE = """
 import sys
 sys.path.insert(0, "tests")
-import conftest, gpu_cases as gpu
+import conftest
+conftest.compile_fast()
+import gpu_cases as gpu
 """
 MATMUL = BEFORE + 'gpu.check_matmul("packed", "bfloat16", "bfloat16", sizes=[(127, 17, 129, 70)])'
 MLP = BEFORE + 'gpu.check_mlp("odd packed", "bfloat16", "bfloat16", sizes=[(23, 24, 1)])'

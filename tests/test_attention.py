@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from model_cases import small_config
-from moe_cases import FAST
 
 from limoe import attention_kernel
 from limoe.attention import Device, attend, why_not_kernel
@@ -36,7 +35,7 @@ def operands(geometry: Geometry, dtype: str, seed: int = 0) -> list[np.ndarray]:
     return [np.asarray(jnp.asarray(array, dtype)) for array in drawn]
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=0)
 def run(geometry: Geometry, query, key, value, dout):
     return [
         attention_kernel.forward(geometry, "TPU v5", True, query, key, value),
@@ -136,7 +135,7 @@ def test_on_a_mesh_the_kernel_gives_what_xla_gives_on_one_device():
     def found(*settings: str):
         config = small_config(*SMALL, *settings)
         run = lambda *given: attend(*given, None, config.model, place(config.mesh))  # noqa: E731
-        both = jax.jit(lambda *given: (lambda y, pull: (y, *pull(dout)))(*jax.vjp(run, *given)), compiler_options=FAST)
+        both = jax.jit(lambda *given: (lambda y, pull: (y, *pull(dout)))(*jax.vjp(run, *given)))
         return both(query, key, value)
 
     mine = found("attention=kernel", "mesh.expert=2")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moe_cases import FAST, assert_close
+from moe_cases import assert_close
 
 import reference
 from moe_kernels import (
@@ -79,7 +79,7 @@ def layer_and_gradients(inputs, *, tokens, weights, mask, dy, capacity_factor, n
 
 
 STATIC = ("capacity_factor", "num_groups", "priority")
-layer = jax.jit(layer_and_gradients, static_argnames=STATIC, compiler_options=FAST)
+layer = jax.jit(layer_and_gradients, static_argnames=STATIC)
 
 
 def run(inputs: Inputs, capacity_factor, *, function=layer, **changes):
@@ -172,7 +172,7 @@ spoil.defvjp(
 )
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=0)
 def chain(capacity, bad, tokens, gate, expert, weights, dy):
     """Dispatch, experts, grouped matmuls, combine, with `bad` in the unused rows between any two of them."""
     plan = make_plan(Routing(expert, gate, NO_SUMS), num_experts=EXPERTS, num_groups=GROUPS, capacity=capacity)
@@ -249,7 +249,7 @@ def test_gates_that_are_not_finite_claim_nothing():
     assert np.isnan(y[3:6]).all() and np.isfinite(np.delete(y, [3, 4, 5], axis=0)).all()
 
 
-@functools.partial(jax.jit, static_argnames=STATIC, compiler_options=FAST)
+@functools.partial(jax.jit, static_argnames=STATIC)
 def layer_forward(inputs, **arguments):
     return layer_and_gradients(inputs, **arguments)[1]
 

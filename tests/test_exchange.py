@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from moe_cases import FAST
 from sharding_cases import Arguments, arguments, collectives, mesh_of
 
 from limoe.presets import preset
@@ -35,7 +34,7 @@ def program(function, a: Arguments, mesh, **options) -> str:
     by_token, by_expert, whole = (
         NamedSharding(mesh, PartitionSpec(*axes)) for axes in ([mesh.axis_names], ["expert"], [])
     )
-    jitted = jax.jit(function, in_shardings=(by_token, whole, by_expert), compiler_options=FAST)
+    jitted = jax.jit(function, in_shardings=(by_token, whole, by_expert))
     return jitted.lower(a.tokens, a.router, a.weights).compile().as_text()
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_cases import FAST, assert_close
+from moe_cases import assert_close
 from sharding_cases import MESHES, Result, arguments, mesh_of, sharded, unsharded
 
 from moe_kernels import MlpWeights, RoutingSums, expert_parallel
@@ -25,7 +25,7 @@ LOADS = [None, (5,), (2, 3), (4, 5, 6, 7)]
 @functools.cache
 def compiled(mesh_shape: tuple[int, int] | None, options: tuple):
     layer = unsharded(**dict(options)) if mesh_shape is None else sharded(mesh_of(*mesh_shape), **dict(options))
-    return jax.jit(layer, compiler_options=FAST)
+    return jax.jit(layer)
 
 
 def assert_same_layer(mine: Result, twin: Result, wanted) -> None:
@@ -129,7 +129,7 @@ def test_bfloat16_rows_experts_without_biases_and_an_axis_that_tokens_do_not_use
     )
     # Every device of "copies" works out the same.
     mesh = mesh_of(2, 4, names=("copies", "expert"))
-    mine = jax.jit(sharded(mesh, token_axes=("expert",), **OPTIONS), compiler_options=FAST)(half)
+    mine = jax.jit(sharded(mesh, token_axes=("expert",), **OPTIONS))(half)
     twin = compiled(None, tuple(OPTIONS.items()))(half)
     np.testing.assert_array_equal(mine.output.kept, twin.output.kept)
     assert mine.output.tokens.dtype == "bfloat16" and mine.dweights.b1 is None
@@ -187,7 +187,7 @@ def test_slices_are_one_more_axis_of_tokens_and_the_order_of_axes_is_free():
     a = arguments(2, tokens=TOKENS, groups=GROUPS, experts=EXPERTS)
     mesh = mesh_of(2, 2, 2, names=("slice", "data", "expert"))
     layer = sharded(mesh, token_axes=("expert", "slice", "data"), **OPTIONS)
-    mine = jax.jit(layer, compiler_options=FAST)(a)
+    mine = jax.jit(layer)(a)
     assert_same_layer(mine, compiled(None, tuple(OPTIONS.items()))(a), None)
 
 

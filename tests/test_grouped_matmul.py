@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_cases import FAST, PATTERNS, SHAPES, Shape, assert_close, gates, plan_of
+from moe_cases import PATTERNS, SHAPES, Shape, assert_close, gates, plan_of
 
 import reference
 from moe_kernels import MlpWeights, Problem, expert_mlp, explain, grouped_glu, grouped_matmul
@@ -42,7 +42,7 @@ def matmul(rows, weights: MatmulWeights, plan, activation, backend=None):
     return grouped_matmul(rows, weights.weight, plan, bias=weights.bias, activation=activation, backend=backend)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def with_gradients(activation, backend, plan, rows, weights, dy):
     y, pull = jax.vjp(lambda rows, weights: matmul(rows, weights, plan, activation, backend), rows, weights)
     return y, *pull(dy)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_cases import FAST, PATTERNS, SHAPES, Shape, assert_close, gates, magnitudes, plan_of, weights
+from moe_cases import PATTERNS, SHAPES, Shape, assert_close, gates, magnitudes, plan_of, weights
 
 import reference
 from moe_kernels import (
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.compat
 MODALITIES = 2
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def experts_and_gradients(shape: Shape, activation, plan, tokens, gate, w: MlpWeights, dy):
     def chain(tokens, gate, w):
         rows = dispatch(tokens, plan)
@@ -96,7 +96,7 @@ def layer_arguments(shape: Shape, seed: int):
     return tokens, router, weights(shape, rng), noise, modality, mask, dy, dsums
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def layer_and_gradients(shape: Shape, priority, noisy, tokens, router, w, noise, modality, mask, dy, dsums):
     options = {"num_choices": shape.choices, "num_groups": shape.groups, "modality": modality}
     options |= {"num_modalities": MODALITIES, "mask": mask, "noise": noise if noisy else None}

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from model_cases import LID, neighbour, small_batch, small_config
-from moe_cases import FAST
 
 from limoe.checkpoint import Checkpoints
 from limoe.config import Config, ConfigError, MeshConfig
@@ -51,7 +50,7 @@ class Run:
         self.placement: Placement | None = place(config.mesh)
         self.training = prepare(config, self.placement)
         self.state = new_state(config, self.training, self.placement)
-        self.step = jax.jit(compile_step(self.training, config, self.placement), compiler_options=FAST)
+        self.step = jax.jit(compile_step(self.training, config, self.placement))
 
     def steps(self, count: int) -> list[StepReport]:
         reports = []

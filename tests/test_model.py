@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 from jax.extend import core
 from model_cases import draws, reference_parameters, scaled, small_batch, small_config, small_model
-from moe_cases import FAST
 
 import reference
 from limoe.describe import describe
@@ -21,7 +20,7 @@ from limoe.step import abstract_model, gradient
 PRIORITIES = {"image_first": ("modality", 0), "text_first": ("modality", 1)}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def encode(graph, training, parameters, images, text, context):
     return nnx.merge(graph, parameters)(scale_images(images), text, context if training else None)
 
@@ -107,7 +106,7 @@ def test_something_is_dropped_in_training():
     assert (routing.kept.sum((1, 2, 3)) < routing.sums.wanted.sum((1, 2, 3))).all()
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=0)
 def assignments(graph, parameters, images, text):
     return nnx.merge(graph, parameters).assignments(scale_images(images), text)
 
@@ -202,7 +201,7 @@ def test_of_bfloat16_nothing_as_large_as_the_tokens_is_kept_in_float32(dtype):
 def jitted_gradient(graph, config):
     step = jnp.int32(0)
     function = lambda parameters, images, text: gradient(graph, parameters, images, text, step, config)  # noqa: E731
-    return jax.jit(function, compiler_options=FAST)
+    return jax.jit(function)
 
 
 def equations(jaxpr) -> int:

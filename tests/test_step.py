@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from model_cases import small_batch, small_config, small_model
-from moe_cases import FAST
 
 from limoe.losses import AuxiliaryTerms
 from limoe.moe import MoeLayer, RoutingContext
@@ -27,7 +26,7 @@ def gradient_function(*settings: str):
     config = small_config(*BASE, *settings)
     graph, parameters = small_model(config)
     function = lambda parameters, images, text, step: gradient(graph, parameters, images, text, step, config)  # noqa: E731
-    return config, parameters, jax.jit(function, compiler_options=FAST)
+    return config, parameters, jax.jit(function)
 
 
 @functools.cache
@@ -108,9 +107,7 @@ def test_each_auxiliary_weight_counts_for_its_term_and_no_other():
     )
     graph, parameters = small_model(config)
     batch = small_batch(config)
-    terms = jax.jit(lambda *given: gradient(graph, *given, config)[1], compiler_options=FAST)(
-        parameters, *batch, jnp.int32(STEP)
-    )
+    terms = jax.jit(lambda *given: gradient(graph, *given, config)[1])(parameters, *batch, jnp.int32(STEP))
     # aux_weight is 1, so the mean of the seven.
     shares = {name: weight / 7 * float(getattr(terms.auxiliary, name)) for name, weight in weights.items()}
     expected = float(terms.contrastive) + sum(shares.values())
@@ -168,7 +165,7 @@ def test_noise_and_random_order_are_functions_of_layer_and_group():
     length = config.tokens_per_example
     tokens = jnp.asarray(np.random.default_rng(0).normal(size=(8 * length, config.width)), jnp.float32)
 
-    @functools.partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def run(state, tokens, seed, number, first_group):
         context = RoutingContext(jax.random.key(seed), first_group, group_stride=0)
         return nnx.merge(graph, state)(tokens, None, context, number)
@@ -194,7 +191,7 @@ def test_training_steps_lower_the_loss_and_report_what_they_did():
     config = override(small_config(*BASE), settings)
     graph, parameters = small_model(config)
     optimizer = make_optimizer(config, parameters)
-    step = jax.jit(make_step(graph, optimizer, config), donate_argnums=0, compiler_options=FAST)
+    step = jax.jit(make_step(graph, optimizer, config), donate_argnums=0)
     state = TrainState(jnp.int32(0), parameters, optimizer.init(parameters))
     batch = small_batch(config)
     seen = []

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moe_cases import FAST, PATTERNS, Shape, assert_close, gates, magnitudes, plan_of, weights
+from moe_cases import PATTERNS, Shape, assert_close, gates, magnitudes, plan_of, weights
 from nasty_cases import POISONS
 from test_tpu_races import simulate
 
@@ -50,7 +50,7 @@ def tiles_for(name: str, dtype: str) -> FusedTiles:
     return tiles_of(rows, piece, chunk, shape.hidden, load, shape.tokens, planes)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def layer(tiles, target, activation, plan, tokens, gate, w, dy):
     """Output, output before gates, and all gradients."""
     static = MlpStatic(plan.layout, activation)
@@ -199,7 +199,7 @@ def test_what_separate_kernels_give_bit_for_bit():
             combine(rows, gate, plan, backend="tpu"),
         )
 
-    out, ungated, value, separate = jax.jit(all_three, compiler_options=FAST)(tokens, gate, w, plan)
+    out, ungated, value, separate = jax.jit(all_three)(tokens, gate, w, plan)
     np.testing.assert_array_equal(value, out)
     np.testing.assert_array_equal(value, separate)
     assert ungated.any()

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import nasty_cases as nasty
 import numpy as np
 import pytest
-from moe_cases import FASTER
 from test_tpu_mlp import CASES, POISONED, TARGET, tiles_of
 
 from moe_kernels.backends.base import MatmulStatic
@@ -19,7 +18,7 @@ from moe_kernels.backends.tpu.tiling import covers, matmul_backward_tiles, matmu
 EPILOGUES = {"none": None, "pointwise": "gelu_tanh", "gated": "silu"}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), compiler_options=FASTER)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def matmul(rows, tiles, target, activation, given, size):
     """Output and both gradients."""
     x, weights, dout = given

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import nasty_cases as nasty
 import numpy as np
 import pytest
-from moe_cases import FAST, FASTER, assert_close
+from moe_cases import SAME_BITS, assert_close
 
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.launch import Target
@@ -39,7 +39,7 @@ CASES = {
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8}  # of a float32 sum; of one rounding to bfloat16
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames="keep", compiler_options=FASTER)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames="keep")
 def mlp(rows, tiles, target, activation, given, size, keep=False):
     """Output and gradients, with the hidden layer computed again or kept."""
     static, runs = MlpStatic(rows.layout, activation), rows.runs(size)
@@ -192,11 +192,11 @@ def test_the_same_input_twice_gives_the_same_bits_and_vmap_is_one_after_the_othe
     sizes = nasty.empty_patterns(rows)[[255, 77]]
     given = [nasty.operands(rows, seed=seed) for seed in (0, 1)]
     alone = functools.partial(mlp.__wrapped__, rows, tiles, TARGET, "gelu_tanh")
-    run = jax.jit(alone, compiler_options=FAST)
+    run = jax.jit(alone, compiler_options=SAME_BITS)
     one_by_one = [run(*arguments) for arguments in zip(given, sizes, strict=True)]
     jax.tree.map(np.testing.assert_array_equal, run(given[0], sizes[0]), one_by_one[0])
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *given)
-    together = jax.jit(jax.vmap(alone), compiler_options=FAST)(stacked, sizes)
+    together = jax.jit(jax.vmap(alone), compiler_options=SAME_BITS)(stacked, sizes)
     for n, one in enumerate(one_by_one):
         used = rows.used(sizes[n])
         for mine, theirs in zip(one[:2], together[:2], strict=True):
@@ -220,7 +220,7 @@ def test_the_roofline_decides_what_a_chip_keeps(chip, kept):
     given, size = nasty.operands(rows, dtype="bfloat16", weight_dtype="bfloat16"), np.array((519, 8), np.int32)
     target, static = Target(chip, interpret=True), MlpStatic(rows.layout, "gelu_tanh")
 
-    @functools.partial(jax.jit, compiler_options=FASTER)
+    @jax.jit
     def both(given, size):
         out, saved = expert_mlp_forward(target, static, given.rows, given.weights, rows.runs(size))
         return out, *expert_mlp_backward(target, static, saved, given.dout)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moe_cases import FAST, Shape, assert_close, gates, plan_of
+from moe_cases import Shape, assert_close, gates, plan_of
 from nasty_cases import POISONS
 from test_tpu_races import simulate
 
@@ -27,7 +27,7 @@ CASES = {
 }
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=0)
 def both(backend, plan, tokens, rows, gate, dy, drows):
     out, back = jax.vjp(lambda tokens: dispatch(tokens, plan, backend=backend), tokens)
     y, weigh_back = jax.vjp(lambda rows, gate: combine(rows, gate, plan, backend=backend), rows, gate)

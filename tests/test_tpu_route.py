@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
-from moe_cases import FAST, FASTER, assert_close
+from moe_cases import SAME_BITS, assert_close
 from test_layer import logits_magnitude
 
 import reference
@@ -93,7 +93,7 @@ def tiles_of(case: Case, target: Target) -> tuple[RouteTiles, RouteTiles]:
 TARGET = Target("TPU v6 lite", interpret=True)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=FASTER)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def kernels(case: Case, target: Target, tokens, router, inputs, dgate, dsums):
     """Routing and gradients."""
     forward, backward = tiles_of(case, target)
@@ -102,7 +102,7 @@ def kernels(case: Case, target: Target, tokens, router, inputs, dgate, dsums):
     return routing, run_backward(backward, target, case.static, saved, dgate, dsums)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=FASTER)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def by_backend(case: Case, backend: str, tokens, router, inputs, dgate, dsums):
     """The same through the public operation."""
 
@@ -227,7 +227,7 @@ def test_remat_that_saves_the_decision_never_runs_the_forward_kernel_again():
 
     def runs_again(function) -> bool:
         lowered = jax.jit(jax.value_and_grad(function, argnums=(0, 1))).lower(tokens, router)
-        compiled = lowered.compile(compiler_options=FASTER)
+        compiled = lowered.compile()
         names = re.findall(r'op_name="([^"]*)"', compiled.as_text())
         assert any("route_forward" in name for name in names) and any("route_backward" in name for name in names)
         return any("rematted_computation" in name and "route_forward" in name for name in names)
@@ -242,10 +242,10 @@ def test_vmap_is_one_after_the_other():
     case = CASES["one more than a tile"]
     drawn = [draw(case, seed, "uneven") for seed in (0, 1)]
     alone = functools.partial(kernels.__wrapped__, case, TARGET)
-    run = jax.jit(alone, compiler_options=FAST)
+    run = jax.jit(alone, compiler_options=SAME_BITS)
     one_by_one = [run(*arguments) for arguments in drawn]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *drawn)
-    together = jax.jit(jax.vmap(alone), compiler_options=FAST)(*stacked)
+    together = jax.jit(jax.vmap(alone), compiler_options=SAME_BITS)(*stacked)
     for n, one in enumerate(one_by_one):
         jax.tree.map(lambda a, b, n=n: np.testing.assert_array_equal(b[n], a), one, together)
 
@@ -258,7 +258,7 @@ def test_no_races_and_no_uninitialised_memory(name):
         detect_races=True, num_cores_or_threads=2, uninitialized_memory="nan", out_of_bounds_reads="uninitialized"
     )
     with pltpu.force_tpu_interpret_mode(parameters):
-        simulated = jax.jit(kernels.__wrapped__, static_argnums=(0, 1), compiler_options=FASTER)
+        simulated = jax.jit(kernels.__wrapped__, static_argnums=(0, 1))
         found = jax.block_until_ready(simulated(case, target, *drawn))
     check(case, drawn, found)
     assert not importlib.import_module("jax._src.pallas.mosaic.interpret.interpret_pallas_call").races.races_found
