@@ -66,8 +66,9 @@ def test_blocks_cover_rows_and_columns_within_vmem(choose_tiles, layout, chip):
 
 
 @given(
-    st.lists(st.integers(0, 70), min_size=1, max_size=9),
-    st.sampled_from([16, 32, 80]),
+    # Few shapes: each is compiled operation by operation.
+    st.sampled_from([1, 2, 9]).flatmap(lambda count: st.lists(st.integers(0, 70), min_size=count, max_size=count)),
+    st.sampled_from([16, 80]),
     st.sampled_from([1, 2]),
     st.booleans(),
 )
@@ -75,7 +76,7 @@ def test_items_cover_every_row_once(sizes, tile_rows, num_cores, packed):
     size = np.array(sizes, np.int32)
     aligned = -(-size // 8) * 8
     first = np.cumsum(aligned) - aligned if packed else np.arange(len(size)) * 72
-    num_rows = int(aligned.sum()) if packed else 72 * len(size)
+    num_rows = 72 * len(size)
     layout = Layout(num_rows, 1, 1, len(size), num_rows, None if packed else 72)
     runs = Runs(jnp.arange(len(size), dtype=jnp.int32), jnp.asarray(first, jnp.int32), jnp.asarray(size))
     found = make_schedule(layout, runs, tile_rows=tile_rows, num_cores=num_cores)

@@ -157,7 +157,8 @@ def _covered(rows: int, sizes: tuple[int, ...], depth: int) -> int:
     (544, 576)
     """
     tiles = RowTiles(rows, rows, sizes)
-    return max(computed_rows(count, tiles, depth) for count in range(PIECE, rows + 1, PIECE))
+    # Up to the last whole piece it is no more than that.
+    return max(computed_rows(count, tiles, depth) for count in range(rows - rows % sizes[0], rows + 1, PIECE))
 
 
 def chunks(expert_width: int) -> Iterator[tuple[int, int]]:
@@ -174,9 +175,10 @@ def _choose(
     layout: Layout, expert_width: int, chip: Chip, need: Callable[[RowTiles, int], int], *, contracted: bool = False
 ) -> Tiles | None:
     """The first way to cut the rows for which a chunk of F fits, and the largest chunk; None if nothing fits."""
-    options = list(row_tiles(layout, chip, contracted=contracted))
+    options = functools.partial(row_tiles, layout, chip, contracted=contracted)
     # All rows of an expert at once come before longer chunks: its weight gradients are then written once.
-    for rows, enough in ((options[0], 256), *((rows, enough) for enough in (512, 256, 1) for rows in options)):
+    others = ((rows, enough) for enough in (512, 256, 1) for rows in options())
+    for rows, enough in itertools.chain([(next(options()), 256)], others):
         for chunk, padded in chunks(expert_width):
             vmem = int(need(rows, chunk) * MARGIN) + SLACK
             if vmem <= chip.vmem - MIB and chunk >= min(enough, expert_width):
