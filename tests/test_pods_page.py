@@ -46,9 +46,10 @@ def test_the_full_run_fills_the_pod_of_the_plan():
     assert config_of(command).mesh.num_devices == 8 * 8 * 8
 
 
-def test_the_extra_exists():
+def test_the_extras_exist():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert "pip install '.[aot]'" in COMMANDS and "aot" in extras
+    for extra in ("aot", "tpu"):
+        assert f"pip install '.[{extra}]'" in COMMANDS and extra in extras
 
 
 def test_settings_named_in_prose_exist():
