@@ -1,0 +1,146 @@
+"""`limoe plan` with the compiler: real plans of small models for pods of four chips, and the paper's for its pods."""
+
+import dataclasses
+from importlib.metadata import version  # noqa: F401 (read by the condition of an expected failure)
+
+import pytest
+from model_cases import small_config
+from plan_cases import SMALL
+
+from limoe.describe import describe
+from limoe.planner import Plan, plan
+from limoe.pods import CHIPS, LATENCY
+from limoe.presets import preset
+from limoe.settings import override
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """Plans of small models for four chips, each compiled once."""
+    plans: dict[tuple[str, ...], Plan] = {}
+
+    def of(*settings: str) -> Plan:
+        if settings not in plans:
+            config = small_config(*SMALL, "compute_dtype=bfloat16", *settings)
+            plans[settings] = plan(config, "v5p:2x2x1")
+        return plans[settings]
+
+    return of
+
+
+def small_flops(rows: int) -> int:
+    """FLOPs of a device's matmuls in a step of the small model, where an expert computes so many rows a layer.
+
+    Four pairs of 4 + 3 tokens, width 128, MLPs of 256, four experts of which a device has one.
+    """
+    pairs, tokens, width, hidden, experts = 4, 4 * 7, 128, 256, 4
+    # Forward, dX and dW: in four blocks of attention, two dense MLPs; two routers, backward with the logits again.
+    linear = 3 * 2 * tokens * (4 * 4 * width**2 + 2 * 2 * width * hidden)
+    routers = 2 * 4 * 2 * tokens * width * experts
+    # Two products forward and four backward.
+    attention = 4 * 6 * 2 * pairs * width * (4**2 + 3**2)
+    patches = 2 * 2 * (4 * pairs) * (4 * 4 * 3) * width  # images have no gradient
+    ends = 3 * 2 * 2 * pairs * (width * width + width * 16)  # projections, and logits against all 16 pairs
+    # Two products forward; backward the first again and four more.
+    return linear + routers + attention + patches + ends + 2 * 7 * 2 * rows * width * hidden
+
+
+@pytest.mark.aot
+def test_a_real_plan(planned):
+    found = planned()
+    fields = found.as_json()
+    assert set(fields) >= KEYS and found.fits and fields["mesh"] == {"slice": 1, "data": 1, "expert": 4}
+    assert found.memory is not None and sum(found.memory) == found.memory_per_chip_bytes
+    size = describe(small_config(*SMALL))
+    assert found.memory.parameters == 4 * (size.parameters_total - size.parameters_experts * 3 // 4)
+    assert found.memory.batch == 4 * (8 * 8 * 3 + 3 * 4)
+    # Of each shard an expert gets 2 places for each of four groups, in 16 rows.
+    assert found.flops_per_step == small_flops(rows=4 * 16)
+    times, peak = found.times, CHIPS["v5p"].bf16_flops
+    assert times is not None and found.modelled_step_seconds == times.step
+    assert found.flops_per_step / peak <= times.compute <= times.busy <= times.compute + times.hbm
+    assert (
+        0 <= times.hidden <= times.exchange and found.num_collectives["all-to-all"]["expert"] * LATENCY < times.exchange
+    )
+    assert found.model_flops_per_step == 16 * size.flops_per_example
+    assert found.modelled_mfu == pytest.approx(found.model_flops_per_step / (4 * peak * times.step))
+
+
+@pytest.mark.aot
+@pytest.mark.full
+def test_two_slices_exchange_over_the_network_between_them():
+    found = plan(small_config(*SMALL, "compute_dtype=bfloat16", "mesh.slice=2"), "v5p:2x2x1")
+    assert found.num_chips == 8 and found.mesh == {"slice": 2, "data": 1, "expert": 4} and found.fits
+    # Rows stay inside a slice; sums cross, of the experts' gradients in float32 at least.
+    assert set(found.collective_bytes["all-to-all"]) == {"expert"}
+    assert found.collective_bytes["all-reduce"]["slice"] >= 2 * 2 * 128 * 256 * 4
+    network = found.collective_bytes["all-reduce"]["slice"] / 6.25e9
+    assert found.times.exchange > network + found.num_collectives["all-reduce"]["slice"] * LATENCY
+
+
+@pytest.mark.aot
+def test_rolled_loops_count_like_their_unrolled_twin(planned):
+    rolled, written_out = planned("scan_unroll=1"), planned("scan_unroll=2")
+    assert rolled.flops_per_step == written_out.flops_per_step
+    assert rolled.collective_bytes["all-to-all"] == written_out.collective_bytes["all-to-all"]
+    # Padding of odd shapes differs a little where neighbouring layers are fused.
+    assert rolled.times.compute == pytest.approx(written_out.times.compute, rel=0.02)
+
+
+@pytest.mark.aot
+@pytest.mark.xfail(
+    # Of this compiler: another one is held to it again, and strict says when this one is.
+    "version('libtpu').startswith('0.0.42.')",
+    strict=True,
+    reason="rolled, XLA copies stacked arrays of this size to VMEM again in every trip: 1,266 copies against 647",
+)
+def test_rolled_loops_move_the_bytes_of_their_unrolled_twin(planned):
+    rolled, written_out = planned("scan_unroll=1"), planned("scan_unroll=2")
+    assert rolled.times.hbm == pytest.approx(written_out.times.hbm, rel=0.15)
+
+
+# Two layers; each exchanges rows twice and counts once forward, rows twice backward.
+EXPECTED = {
+    (): 2 * 5,
+    ("remat=blocks",): 2 * 5,
+    ("remat=blocks", "mesh.keep_exchanged=false", "mesh.data=1", "mesh.expert=4"): 2 * 7,
+}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("settings", EXPECTED)
+def test_the_exchanges_are_the_expected_ones_and_no_others(planned, settings):
+    found = planned(*settings)
+    assert found.num_collectives["all-to-all"] == {"expert": EXPECTED[settings]}
+    rows = 4 * 16 * 128 * 2  # four experts, 16 rows for the 2 places of each of four groups, width 128, bfloat16
+    at_least = (EXPECTED[settings] - 2) * rows
+    assert at_least <= found.collective_bytes["all-to-all"]["expert"] <= 1.05 * at_least
+    # Gathered are embeddings for the loss, a few numbers a pair; tokens and experts never are.
+    assert sum(found.collective_bytes.get("all-gather", {}).values()) <= 4 * 16 * 128 * 4
+
+
+@pytest.mark.aot
+def test_a_program_that_does_not_fit_is_a_plan_not_an_error():
+    config = small_config(*SMALL, "compute_dtype=bfloat16", "batch_size=131072")
+    model = dataclasses.replace(config.model, width=4096, mlp_width=4096, num_heads=32)
+    found = plan(dataclasses.replace(config, model=model), "v5e:2x2")
+    assert not found.fits and found.memory_per_chip_bytes > found.hbm_bytes
+
+
+@pytest.mark.aot
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("name", "topology", "remat", "mfu"),
+    [
+        ("b16", "v5p:4x4x4", "none", 0.595),
+        ("l16", "v5p:4x4x8", "none", 0.665),
+        ("h14", "v5p:8x8x8", "none", 0.625),
+        ("h14", "v6e:16x16", "blocks", 0.235),
+    ],
+)
+def test_the_paper_fits_its_pods(name, topology, remat, mfu):
+    """As docs/pods.md says, whose percentages are rounded; the target for compiling is five minutes."""
+    config = override(preset(name), [f"model.remat={remat}", "mesh.exchange_chunks=2"])
+    found = plan(config, topology)
+    assert found.fits and found.modelled_mfu >= mfu
+    assert found.compile_seconds < 300
