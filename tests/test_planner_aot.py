@@ -176,9 +176,9 @@ def test_a_program_that_does_not_fit_is_a_plan_not_an_error():
 @pytest.mark.parametrize(
     ("name", "topology", "remat", "mfu"),
     [
-        ("b16", "v5p:4x4x4", "none", 0.595),
-        ("l16", "v5p:4x4x8", "none", 0.665),
-        ("h14", "v5p:8x8x8", "none", 0.625),
+        ("b16", "v5p:4x4x4", "none", 0.605),
+        ("l16", "v5p:4x4x8", "none", 0.685),
+        ("h14", "v5p:8x8x8", "none", 0.635),
         ("h14", "v6e:16x16", "blocks", 0.235),
     ],
 )
@@ -187,4 +187,9 @@ def test_the_paper_fits_its_pods(name, topology, remat, mfu):
     config = override(preset(name), [f"model.remat={remat}", "mesh.exchange_chunks=2"])
     found = plan(config, topology)
     assert found.fits and found.modelled_mfu >= mfu
+    if topology.startswith("v5p"):  # of two chunks, one travels while the experts work on the other
+        assert found.times.hidden > found.times.exchange / 4
+    if name == "b16":
+        dense = plan(override(preset("b16-dense"), [f"model.remat={remat}"]), topology)
+        assert found.modelled_step_seconds < 1.15 * dense.modelled_step_seconds
     assert found.compile_seconds < 300
