@@ -77,12 +77,12 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """The fields of `limoe plan --json`."""
-        tree = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        tree = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "times"}
         seconds = self.modelled_step_seconds
         return {
             **tree,
             "memory": None if self.memory is None else self.memory._asdict(),
-            "times": None if self.times is None else {**self.times._asdict(), "step": self.times.step},
+            "modelled_times": None if self.times is None else {**self.times._asdict(), "step": self.times.step},
             "modelled_pairs_per_second": seconds and self.batch_size / seconds,
             "modelled_days": seconds and self.steps * seconds / SECONDS_OF_A_DAY,
             "modelled_chip_hours": seconds and self.steps * seconds * self.num_chips / 3600,

@@ -266,3 +266,24 @@ def test_experts_and_routers_are_all_that_a_dense_twin_lacks(name):
     assert sparse.parameters_per_token == dense.parameters_total + routers
     assert sparse.parameters_dense_twin == dense.parameters_total
     assert sparse.parameters_routers == routers
+
+
+@pytest.mark.parametrize("name", ["b16", "b16-dense"])
+def test_training_flops_are_six_a_weight_and_token_and_attention(name):
+    """From the shapes of the weights: each multiplies a token once forward, for dX and for dW, two FLOPs each."""
+    config = preset(name)
+    model = config.model
+    images, texts = (224 // 16) ** 2, 16
+    only = {"patch": images, "image_projection": 1, "text_projection": 1}  # projections see the mean of the tokens
+    met = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_model(config)[1]):
+        first, last = path[0].key, path[-1].key
+        if last == "kernel" or last == "router":
+            met += leaf.size * only.get(first, images + texts)
+        elif last in ("w1", "w2"):
+            met += leaf.size * model.num_choices // model.num_experts * (images + texts)
+        else:
+            assert last in ("bias", "b1", "b2", "scale", "token_table", "log_scale") or last.endswith("_position")
+    # Scores and their sums of values: two products forward and four backward, in twelve blocks of width 768.
+    attention = 12 * 12 * 768 * (images**2 + texts**2)
+    assert describe(config).flops_per_example == 6 * met + attention
