@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from model_cases import LID, neighbour
-from process_cases import MESH, Team
+from process_cases import MESH, Team, slurm_task
 from run_cases import environment, metrics, ran, summary
 
 import limoe.train as trainer
@@ -118,7 +118,8 @@ def test_the_first_process_is_killed(tmp_path):
 
 @pytest.mark.slow
 def test_other_settings_on_one_host_are_refused_before_anything_is_made(tmp_path):
-    with Team(tmp_path / "run", of_second=("train.seed=3", "mesh.exchange_chunks=2")) as team:
+    """Told apart by Slurm alone; had each stayed alone, nothing would be refused."""
+    with Team(tmp_path / "run", of_second=("train.seed=3", "mesh.exchange_chunks=2"), slurm=True) as team:
         ended = [team.end(number) for number in range(2)]
     for one in ended:
         assert one.status == 1 and "Traceback" not in one.said
@@ -145,7 +146,7 @@ def test_flags_that_do_not_say_enough(capsys):
     assert main(["describe", "--process-id=0"]) == 2
 
 
-SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+SLURM = slurm_task(0, job=1)
 BEFORE_JAX = "from limoe.processes import join; join(None, None, None)"
 
 
