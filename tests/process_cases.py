@@ -1,6 +1,7 @@
 """Small runs of two processes on one machine, each with two CPU devices."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -9,11 +10,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from run_cases import command, environment, metrics, settings
+from run_cases import command, environment, instead, metrics, settings
 
-# Eight groups of two pairs on four devices.
-MESH = ("model.group_examples=2", "mesh.data=2", "mesh.expert=2", "train.steps=10", "train.checkpoint_every=4")
+STEPS = 12
+CHECKPOINT_EVERY = 4
+# Eight groups of two pairs on four devices. Processes lie along `data`, so rows go to experts inside a process; only
+# gradients cross over.
+MESH = (
+    *("model.group_examples=2", "mesh.data=2", "mesh.expert=2"),
+    *(f"train.steps={STEPS}", f"train.checkpoint_every={CHECKPOINT_EVERY}"),
+)
+# The same devices in a row, so that rows go to the experts of the other process too.
+CROSSING = ("mesh.data=1", "mesh.expert=4")
 PATIENCE = 240
+
+
+def slurm_task(number: int, job: int) -> dict[str, str]:
+    """What Slurm tells task `number` of two on this machine; JAX derives a port above the ephemeral ones from `job`."""
+    return {
+        "SLURM_JOB_ID": str(job),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(number),
+        "SLURM_LOCALID": str(number),
+    }
 
 
 class Ended(NamedTuple):
@@ -25,14 +45,19 @@ class Ended(NamedTuple):
 
 
 class Team:
-    """The processes of a run, killed when the block ends; `of_second` are settings of the second one alone."""
+    """The processes of a run, killed when the block ends.
 
-    def __init__(self, folder: Path, *more: str, of_second: tuple[str, ...] = ()):
+    `more` are added to MESH, or take the place of those of the same name, and so are `of_second` for the second process
+    alone. With `slurm` the processes are told nothing by flags and find each other as tasks of a Slurm job do.
+    """
+
+    def __init__(self, folder: Path, *more: str, of_second: tuple[str, ...] = (), slurm: bool = False):
         with socket.socket() as free:
             free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
+            port = free.getsockname()[1]
         self.folder = folder
         self.processes = []
+        job = random.randrange(2**20)
         cache = folder.parent / "compiled"
         variables = {
             **environment(),
@@ -42,11 +67,14 @@ class Team:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         for number in range(2):
-            flags = [f"--coordinator={address}", "--num-processes=2", f"--process-id={number}"]
+            flags = [f"--coordinator=localhost:{port}", "--num-processes=2", f"--process-id={number}"]
+            task = {}
+            if slurm:
+                flags, task = [], slurm_task(number, job)
             own = of_second if number else ()
-            words = command("train", f"--workdir={folder}", *flags, "--set", *settings(*MESH, *more, *own))
+            words = command("train", f"--workdir={folder}", *flags, "--set", *settings(*instead(MESH, *more, *own)))
             log = open(folder.parent / f"process{number}.log", "w+")  # noqa: SIM115 (read when the process has ended)
-            self.processes.append((subprocess.Popen(words, env=variables, stdout=log, stderr=log), log))
+            self.processes.append((subprocess.Popen(words, env=variables | task, stdout=log, stderr=log), log))
 
     def __enter__(self) -> "Team":
         return self

@@ -61,8 +61,12 @@ def cache_folder() -> str:
 
 def settings(*more: str) -> list[str]:
     """The settings of a small run; `more` are added, or take the place of those of the same name."""
+    return instead((*SETTINGS, f"data.cache_dir={cache_folder()}"), *more)
+
+
+def instead(own: tuple[str, ...], *more: str) -> list[str]:
+    """Both lists of settings, without those of the first that are given again."""
     given = {text.partition("=")[0] for text in more}
-    own = (*SETTINGS, f"data.cache_dir={cache_folder()}")
     return [*(text for text in own if text.partition("=")[0] not in given), *more]
 
 

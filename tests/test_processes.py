@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from model_cases import LID, neighbour
-from process_cases import MESH, Team
+from process_cases import CHECKPOINT_EVERY, CROSSING, MESH, Team, slurm_task
 from run_cases import environment, metrics, ran, summary
 
 import limoe.train as trainer
@@ -66,9 +66,28 @@ def assert_same_curve(folder: Path, twin: Path, moved: list[Path]) -> None:
             assert line[name] == pytest.approx(other[name], rel=0, abs=bound), (line["step"], name)
 
 
+def assert_written_by_both(folder: Path, step: int) -> None:
+    """Each process has written arrays: what Orbax leaves of each, beside the index of all, holds data."""
+    state = folder / "checkpoints" / f"step_{step:08d}" / "state"
+    for number in range(2):
+        written = [path.stat().st_size for path in (state / f"ocdbt.process_{number}" / "d").iterdir()]
+        # About 0.4 MB each; an index of no arrays would take some hundred bytes.
+        assert sum(written) > 100_000, (number, written)
+
+
+def assert_same_steps_again(before: list[dict[str, Any]], after: list[dict[str, Any]], last: int) -> None:
+    """The steps after checkpoint `last` that were lost have the same bits when they are taken again."""
+    again = {line["step"]: line for line in after}
+    lost = [line for line in before if line["step"] > last]
+    assert lost, (last, before)
+    for line in lost:
+        for name in (*FIGURES, "wanted", "kept"):
+            assert line[name] == again[line["step"]][name], (line["step"], name)
+
+
 @pytest.mark.slow
 def test_two_processes_stop_together_lose_one_and_still_end_like_one(tmp_path, monkeypatch):
-    """SIGTERM on one host, then SIGKILL of one process, then the rest: the whole log is that of a single process."""
+    """SIGTERM on one host, SIGKILL of one process on another mesh, the rest: the whole log is that of one process."""
     folder = tmp_path / "run"
     with Team(folder) as team:
         team.wait_for_step(2)
@@ -79,20 +98,25 @@ def test_two_processes_stop_together_lose_one_and_still_end_like_one(tmp_path, m
     assert 2 <= saved < 8 and committed(folder)[-1] == saved
     assert f"Stopped after step {saved}, which is saved" in ended[0].said
     assert "Stopped" not in ended[1].said  # one process speaks for all
+    assert_written_by_both(folder, saved)
 
-    with Team(folder) as team:
-        team.wait_for_step(saved + 1)
+    # One step after a checkpoint, which is committed before the next step begins, and three before the next one.
+    lost = -(-saved // CHECKPOINT_EVERY) * CHECKPOINT_EVERY + 1
+    with Team(folder, *CROSSING) as team:
+        team.wait_for_step(lost)
         team.send(1, signal.SIGKILL)
         left = team.end(0)
     assert left.status not in (0, 1) and left.seconds < SECONDS_TO_LEAVE
     assert "limoe: process 0 of 2" in left.said and "Start the same command on every host again" in left.said
 
     last = committed(folder)[-1]
-    assert last >= saved
-    with Team(folder) as team:
+    assert last == lost - 1
+    before = metrics(folder)  # the next start cuts the log to the checkpoint
+    with Team(folder, *CROSSING) as team:
         ended = [team.end(number) for number in range(2)]
     assert [one.status for one in ended] == [0, 0], ended
     assert f"going on from the checkpoint of step {last}" in ended[0].said
+    assert_same_steps_again(before, metrics(folder), last)
     alone = [text for text in MESH if not text.startswith("mesh.")]
     single = ran(tmp_path / "single", *alone).folder
     moved = [ran_with_rounding(tmp_path / f"moved{seed}", monkeypatch, seed, *alone) for seed in range(2)]
@@ -118,7 +142,8 @@ def test_the_first_process_is_killed(tmp_path):
 
 @pytest.mark.slow
 def test_other_settings_on_one_host_are_refused_before_anything_is_made(tmp_path):
-    with Team(tmp_path / "run", of_second=("train.seed=3", "mesh.exchange_chunks=2")) as team:
+    """Told apart by Slurm alone; had each stayed alone, nothing would be refused."""
+    with Team(tmp_path / "run", of_second=("train.seed=3", "mesh.exchange_chunks=2"), slurm=True) as team:
         ended = [team.end(number) for number in range(2)]
     for one in ended:
         assert one.status == 1 and "Traceback" not in one.said
@@ -145,7 +170,7 @@ def test_flags_that_do_not_say_enough(capsys):
     assert main(["describe", "--process-id=0"]) == 2
 
 
-SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+SLURM = slurm_task(0, job=1)
 BEFORE_JAX = "from limoe.processes import join; join(None, None, None)"
 
 
