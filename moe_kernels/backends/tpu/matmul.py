@@ -167,7 +167,7 @@ def _forward(tiles: Tiles, static: MatmulStatic, grid: Grid, scalars: Scalars, r
         own = pl.ds(offset, size)
         y[own] = _result(products(x[own], weights, refs.bias), static.activation, y.dtype)
 
-    over_pieces(*pieces_of(scalars, at, tiles.rows), tiles.rows, work)
+    over_pieces(*pieces_of(scalars.schedule.size[at], scalars.covers, tiles.rows), tiles.rows, work)
     results.write(step)
 
 

@@ -225,7 +225,7 @@ class _Backward(NamedTuple):
             if refs.dbias is not None:
                 refs.dbias[0] += jnp.sum(parts[0].astype(jnp.float32), axis=0, keepdims=True)
 
-        over_pieces(*pieces_of(self.scalars, at, tiles), tiles, add)
+        over_pieces(*pieces_of(self.scalars.schedule.size[at], self.scalars.covers, tiles), tiles, add)
         gradients.finish(out_slot)
 
     def _dparts(self, x: Float[Array, "P D"], dy: Float[Array, "P C"], weights: Sequence[Any]) -> list[Array]:

@@ -209,7 +209,7 @@ def _forward(tiles: Tiles, static: MlpStatic, grid: Grid, scalars: Scalars, refs
         activated = activate(hidden.astype(jnp.float32), static.activation).astype(dtype)
         refs.total[own] += dot(activated, w2[...], (1, 0))
 
-    over_pieces(*pieces_of(scalars, at, tiles.rows), tiles.rows, work)
+    over_pieces(*pieces_of(scalars.schedule.size[at], scalars.covers, tiles.rows), tiles.rows, work)
     if place is not None:
         kept.write(step)
     step.finish(refs.total, refs.buffer, results)

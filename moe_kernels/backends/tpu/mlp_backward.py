@@ -20,11 +20,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.tpu.activation import activate_and_slope
 from moe_kernels.backends.tpu.gradients import Gradient, Gradients, by_expert, gradient_dtype, gradient_slots
 from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, tiles_for, unflatten
 from moe_kernels.backends.tpu.mlp import MlpSaved, padded_weights, weight_specs
-from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of, used_rows
+from moe_kernels.backends.tpu.products import Products
+from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars, over_pieces, pieces_of, used_rows
 from moe_kernels.backends.tpu.schedule import STARTS
 from moe_kernels.backends.tpu.step import ChunkCopies, this_step
 from moe_kernels.backends.tpu.tiling import Tiles, mlp_backward_tiles, one_item, straight, straight_pieces
@@ -247,22 +247,15 @@ class _Backward(NamedTuple):
             w1[...], w2[...] = refs.w1[0].astype(w1.dtype), refs.w2[0].astype(w2.dtype)
         dw1, dw2 = refs.dw1_out.at[out_slot], refs.dw2_out.at[out_slot]
 
-        def gradients(offset: Scalar, size: int) -> tuple[Array, Array, Array]:
-            own = pl.ds(offset, size)
-            x, dy = refs.x[slot, own], refs.dy[slot, own]
-            if kept is None:
-                hidden = (dot(x, w1[...], (1, 0)) + refs.b1[0]).astype(x.dtype)
-            else:
-                used = used_rows(self.scalars, at, self.static.layout, (size, self.tiles.chunk), offset)
-                hidden = jnp.where(used, kept[own], jnp.zeros((), x.dtype))
-            activated, slope = activate_and_slope(hidden.astype(jnp.float32), self.static.activation)
-            dhidden = (dot(dy, w2[...], (1, 1)) * slope).astype(x.dtype)
-            refs.dx[own] += dot(dhidden, w1[...], (1, 1))
-            db1 = jnp.sum(dhidden.astype(jnp.float32), axis=0, keepdims=True)
-            return dot(x, dhidden, (0, 0)), dot(activated.astype(x.dtype), dy, (0, 0)), db1
+        def kept_hidden(offset: Scalar, size: int) -> Array:
+            used = used_rows(self.scalars, at, self.static.layout, (size, self.tiles.chunk), offset)
+            return jnp.where(used, kept[pl.ds(offset, size)], jnp.zeros((), refs.x.dtype))
+
+        operands = (refs.x.at[slot], refs.dy.at[slot], w1, refs.b1, w2, refs.dx)
+        products = Products(*operands, self.static.activation, None if kept is None else kept_hidden)
 
         def at_once(size: int) -> None:
-            g1, g2, db1 = gradients(0, size)
+            g1, g2, db1 = products.of(0, size)
             dw1[...], dw2[...], refs.db1[0] = g1.astype(dw1.dtype), g2.astype(dw2.dtype), db1
 
         if straight(self.static.layout, rows):
@@ -271,7 +264,7 @@ class _Backward(NamedTuple):
                 pl.when((count > shorter) & (count <= size))(lambda size=size: at_once(size))
                 shorter = size
             return
-        repeats, bits = pieces_of(self.scalars, at, rows)
+        repeats, bits = pieces_of(self.scalars.schedule.size[at], self.scalars.covers, rows)
         chunks = self._gradients()
         sum1, sum2 = (weight.sums(out_slot) for weight in chunks.weights)
 
@@ -280,7 +273,7 @@ class _Backward(NamedTuple):
             refs.db1[...] = jnp.zeros(refs.db1.shape, jnp.float32)
 
             def add(offset: Scalar, size: int) -> None:
-                g1, g2, db1 = gradients(offset, size)
+                g1, g2, db1 = products.of(offset, size)
                 sum1[...] += g1
                 sum2[...] += g2
                 refs.db1[0] += db1

@@ -25,11 +25,11 @@ class Scalars(NamedTuple):
     covers: Int[Array, " N"]
 
 
-def pieces_of(scalars: Scalars, at: Scalar, tiles: RowTiles) -> tuple[Scalar, Scalar]:
-    """How often the first piece is repeated for item `at`, and the bits of the other ones."""
-    count, largest = scalars.schedule.size[at], tiles.pieces[0]
+def pieces_of(count: Scalar, covers: Any, tiles: RowTiles) -> tuple[Scalar, Scalar]:
+    """How often the first piece is repeated for an item of `count` rows, and the bits of the other ones."""
+    largest = tiles.pieces[0]
     whole = jax.lax.div(count, largest)
-    bits = scalars.covers[jax.lax.div(count - whole * largest + (PIECE - 1), PIECE)]
+    bits = covers[jax.lax.div(count - whole * largest + (PIECE - 1), PIECE)]
     return whole + (bits & 1), bits
 
 
