@@ -162,12 +162,21 @@ def _covered(rows: int, sizes: tuple[int, ...], depth: int) -> int:
 
 
 def chunks(expert_width: int) -> Iterator[tuple[int, int]]:
-    """Chunks of F and F rounded up to them, the largest first; more than 7% of padding is never worth it."""
+    """Chunks of F and F rounded up to them, the largest first; more than 7% of padding is never worth it.
+
+    Those of 512 and more that need no padding come before all others: to pad weights is to copy them.
+
+    >>> list(chunks(5120))[:4]
+    [(1024, 5120), (640, 5120), (512, 5120), (768, 5376)]
+    """
     if expert_width <= 1024:
         yield expert_width, expert_width
-    for chunk in (1024, 768, 640, 512, 384, 256, 128):
+    sizes = [chunk for chunk in (1024, 768, 640, 512, 384, 256, 128) if chunk < expert_width]
+    whole = [chunk for chunk in sizes if chunk >= 512 and expert_width % chunk == 0]
+    yield from ((chunk, expert_width) for chunk in whole)
+    for chunk in sizes:
         padded = round_up(expert_width, chunk)
-        if chunk < expert_width and (padded <= 1.07 * expert_width or chunk == 128):
+        if chunk not in whole and (padded <= 1.07 * expert_width or chunk == 128):
             yield chunk, padded
 
 
@@ -240,17 +249,24 @@ def mlp_backward_tiles(
     """
 
     def need(rows: RowTiles, chunk: int) -> int:
-        pair = lambda size: vmem_bytes(width, chunk, size) + vmem_bytes(chunk, width, size)  # noqa: E731
-        out = weight_itemsize if one_item(layout, rows) else 4
-        sums = 0 if out == 4 or straight(layout, rows) else pair(4)
-        cast = pair(itemsize) if itemsize != weight_itemsize else 0
-        biases = 4 * 8 * 4 * (round_up(chunk, 128) + round_up(width, 128))
-        held = 4 * vmem_bytes(rows.rows, width, itemsize) + vmem_bytes(rows.rows, width, 4)
+        held = 4 * vmem_bytes(rows.rows, width, itemsize)
         held += 2 * vmem_bytes(rows.rows, chunk, itemsize) if keep else 0
-        values = 3 * vmem_bytes(rows.pieces[0], chunk, 4) + 5 * vmem_bytes(rows.pieces[0], width, 4) // 2
-        return 2 * pair(weight_itemsize) + cast + 2 * pair(out) + sums + biases + held + values
+        return held + mlp_backward_bytes(layout, rows, width, chunk, itemsize, weight_itemsize)
 
     return _choose(layout, expert_width, chip, need, contracted=True)
+
+
+def mlp_backward_bytes(
+    layout: Layout, rows: RowTiles, width: int, chunk: int, itemsize: int, weight_itemsize: int
+) -> int:
+    """VMEM of a backward pass beside its rows: weights and their gradients, sums, and the values between matmuls."""
+    pair = lambda size: vmem_bytes(width, chunk, size) + vmem_bytes(chunk, width, size)  # noqa: E731
+    out = weight_itemsize if one_item(layout, rows) else 4
+    sums = 0 if out == 4 or straight(layout, rows) else pair(4)
+    cast = pair(itemsize) if itemsize != weight_itemsize else 0
+    biases = 4 * 8 * 4 * (round_up(chunk, 128) + round_up(width, 128))
+    values = 3 * vmem_bytes(rows.pieces[0], chunk, 4) + 5 * vmem_bytes(rows.pieces[0], width, 4) // 2
+    return 2 * pair(weight_itemsize) + cast + 2 * pair(out) + sums + biases + vmem_bytes(rows.rows, width, 4) + values
 
 
 @functools.lru_cache
