@@ -49,7 +49,8 @@ FUSED_POISON = tests("test_tpu_fused.py::test_what_is_not_finite_stays_where_it_
 ROWS, STEP, GRADIENTS = "tpu/rows.py", "tpu/step.py", "tpu/gradients.py"
 MLP_FORWARD, MLP_BACKWARD = "tpu/mlp.py", "tpu/mlp_backward.py"
 FORWARD, BACKWARD = "tpu/matmul.py", "tpu/matmul_backward.py"
-FUSED, LAYER = "tpu/fused.py", "tpu/layer.py"
+FUSED, FUSED_BACKWARD, IN_PLACE = "tpu/fused.py", "tpu/fused_backward.py", "tpu/in_place.py"
+LAYER = "tpu/layer.py"
 
 MUTATIONS = {
     # Masks.
@@ -77,7 +78,11 @@ MUTATIONS = {
     "dy not masked": Mutant(MATMUL_POISON, Mutation(BACKWARD, "        self._select(at, dy)\n", "")),
     "a kept hidden layer not masked": Mutant(
         KEPT_POISON,
-        Mutation(MLP_BACKWARD, "jnp.where(used, kept[own], jnp.zeros((), x.dtype))", "kept[own]"),
+        Mutation(
+            MLP_BACKWARD,
+            "return jnp.where(used, kept[pl.ds(offset, size)], jnp.zeros((), refs.x.dtype))",
+            "return kept[pl.ds(offset, size)]",
+        ),
     ),
     "a kept hidden layer masked as its first piece": Mutant(
         KEPT, Mutation(MLP_BACKWARD, "(size, self.tiles.chunk), offset)", "(size, self.tiles.chunk))")
@@ -229,12 +234,14 @@ MUTATIONS = {
     ),
     "gates of the first block": Mutant(
         FUSED_PIECES,
-        Mutation(FUSED, "_column(refs.factor, block * lanes + number, size)", "_column(refs.factor, number, size)"),
+        Mutation(FUSED, "column(refs.factor, block * lanes + number, size)", "column(refs.factor, number, size)"),
     ),
     "results of unused rows go to the first token": Mutant(
         FUSED_GROUPS,
         Mutation(
-            FUSED, "place = jnp.where(plan.source < length, plan.source, spare)", "place = (plan.source % length)"
+            IN_PLACE,
+            "place = jnp.where(plan.source < layout.num_tokens, plan.source, spare)",
+            "place = (plan.source % layout.num_tokens)",
         ),
     ),
     "rows of the first expert not picked": Mutant(
@@ -257,7 +264,49 @@ MUTATIONS = {
         Mutation(FUSED, "refs.total[...] = jnp.broadcast_to(refs.b2[0], refs.total.shape)", "pass"),
     ),
     "gradient of a gate without influence": Mutant(
-        FUSED_POISON, Mutation(LAYER, "jnp.where(plan.row < plan.layout.num_rows, dgate, jnp.float32(0))", "dgate")
+        FUSED_POISON, Mutation(LAYER, "jnp.where(held, dgate, jnp.float32(0))", "dgate")
+    ),
+    # The same, backward.
+    "gradients of unused rows not masked": Mutant(
+        FUSED_GROUPS, Mutation(FUSED_BACKWARD, "words = jnp.where(used, source[own, :], 0)", "words = source[own, :]")
+    ),
+    "gradient of a token without a row left as it was": Mutant(
+        FUSED_GROUPS,
+        Mutation(FUSED_BACKWARD, "words = jnp.where(has_row, refs.data", "words = jnp.where(True, refs.data"),
+    ),
+    "cotangents come without gates": Mutant(
+        FUSED_GROUPS, Mutation(FUSED_BACKWARD, "(value * factor).astype(dtype)", "value.astype(dtype)")
+    ),
+    "gates' gradients of weighed cotangents": Mutant(
+        FUSED_GROUPS, Mutation(FUSED_BACKWARD, "product += value *", "product += value * factor *")
+    ),
+    "cotangents of the first expert not picked": Mutant(
+        FUSED_GROUPS, Mutation(FUSED_BACKWARD, "pl.when(number == -1)", "pl.when(number == -2)")
+    ),
+    "gradients of the last expert's rows not put": Mutant(
+        FUSED_GROUPS, Mutation(FUSED_BACKWARD, "pl.when(number == steps)", "pl.when(number == -1)")
+    ),
+    "rows that had no stretch beside them not moved": Mutant(
+        FUSED_PIECES,
+        Mutation(FUSED_BACKWARD, "alone(chunks * stretches * tiles.part, jnp.maximum(put, picked), moves)", "pass"),
+    ),
+    "every stretch moves the first rows": Mutant(
+        FUSED_PIECES, Mutation(FUSED_BACKWARD, "(first + n) * tiles.part", "(0 * first + n) * tiles.part")
+    ),
+    "an expert without rows leaves gradients of another": Mutant(
+        FUSED_GROUPS, Mutation(FUSED_BACKWARD, "pl.when(size == 0)(lambda: self._zero(chunk))", "pass")
+    ),
+    "sums of gradients not reset": Mutant(
+        FUSED_PIECES,
+        Mutation(
+            FUSED_BACKWARD,
+            "sum1[...], sum2[...] = jnp.zeros(sum1.shape, jnp.float32), jnp.zeros(sum2.shape, jnp.float32)",
+            "pass",
+        ),
+    ),
+    "shorter pieces of an expert left out": Mutant(
+        FUSED_PIECES,
+        Mutation(FUSED_BACKWARD, "over_pieces(repeats, bits, rows, add)", "over_pieces(repeats, 0, rows, add)"),
     ),
     "cores share items": Mutant(
         TWO_CORES, Mutation("tpu/launch.py", "return core * self.items + item", "return core + item")

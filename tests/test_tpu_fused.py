@@ -17,18 +17,20 @@ from moe_kernels import MlpWeights, combine, dispatch, expert_mlp
 from moe_kernels.backends import explain
 from moe_kernels.backends.base import MlpStatic, Problem
 from moe_kernels.backends.tpu.fused import run_fused
-from moe_kernels.backends.tpu.gather_tiles import FusedTiles, fused_tiles
+from moe_kernels.backends.tpu.gather_tiles import FusedTiles, fused_backward_tiles, fused_tiles
 from moe_kernels.backends.tpu.launch import Target
-from moe_kernels.backends.tpu.layer import LayerSaved, layer_backward, layer_forward, layer_value
+from moe_kernels.backends.tpu.layer import LayerSaved, layer_forward, layer_value, run_backward
 from moe_kernels.backends.tpu.tiling import CHIPS, RowTiles, Tiles
 from moe_kernels.types import Layout
 
 TARGET = Target("TPU v6 lite", interpret=True)
 
 
-def tiles_of(rows: int, piece: int, chunk: int, hidden: int, load: int, tokens: int, planes: int) -> FusedTiles:
-    steps = rows // piece * (hidden // chunk)
-    mlp = Tiles(RowTiles(rows, rows, (piece,)), chunk, hidden, vmem=0)
+def tiles_of(
+    rows: int, pieces: tuple[int, ...], chunk: int, hidden: int, load: int, tokens: int, planes: int
+) -> FusedTiles:
+    steps = rows // pieces[0] * (hidden // chunk)
+    mlp = Tiles(RowTiles(rows, rows, pieces), chunk, hidden, vmem=0)
     return FusedTiles(mlp, load, -(-tokens // load), planes, -(-rows // steps // 16) * 16)
 
 
@@ -44,18 +46,21 @@ CASES = {
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
 
 
-def tiles_for(name: str, dtype: str) -> FusedTiles:
+def tiles_for(name: str, dtype: str) -> tuple[FusedTiles, FusedTiles]:
+    """Those of the forward and of the backward pass, which takes what is left of a piece in shorter ones."""
     shape, (rows, piece, chunk, load) = CASES[name]
     planes = shape.width // (256 if dtype == "bfloat16" else 128)
-    return tiles_of(rows, piece, chunk, shape.hidden, load, shape.tokens, planes)
+    back = {(48, 16): (32, 16)}.get((rows, piece), (piece,))
+    return tuple(tiles_of(rows, p, chunk, shape.hidden, load, shape.tokens, planes) for p in ((piece,), back))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def layer(tiles, target, activation, plan, tokens, gate, w, dy):
-    """Output, output before gates, and all gradients."""
-    static = MlpStatic(plan.layout, activation)
-    out, ungated = run_fused(tiles, target, static, tokens, gate, w, plan, keep=True)
-    return out, ungated, *layer_backward(target, static, LayerSaved(tokens, gate, w, plan, ungated), dy)
+    """Output, output before gates, and all gradients; backward in its parts where no blocks are given for it."""
+    static, (forward, backward) = MlpStatic(plan.layout, activation), tiles
+    out, ungated = run_fused(forward, target, static, tokens, gate, w, plan, keep=True)
+    saved = LayerSaved(tokens, gate, w, plan, ungated)
+    return out, ungated, *run_backward(backward, target, static, saved, dy)
 
 
 def operands(name, dtype, weight_dtype="float32", pattern="uniform", seed=0):
@@ -208,19 +213,27 @@ def test_what_separate_kernels_give_bit_for_bit():
 def check_races(name, mode, seed):
     expert, tokens, gate, w, dy = operands(name, "bfloat16", pattern="zipf", seed=seed)
     plan = plan_of(CASES[name][0], expert, gate, None)
-    tiles, static = tiles_for(name, "bfloat16"), MlpStatic(plan.layout, "gelu_tanh")
+    (tiles, back), static = tiles_for(name, "bfloat16"), MlpStatic(plan.layout, "gelu_tanh")
+    right = run(name, "bfloat16", expert, tokens, gate, w, dy)[1]
 
     def forward(target, given, size):
         return run_fused(tiles, target, static, *given, keep=True)
 
-    found, races = simulate(forward, (tokens, gate, w, plan), (), mode=mode, seed=seed)
-    for mine, theirs in zip(found, run(name, "bfloat16", expert, tokens, gate, w, dy)[1], strict=False):
-        np.testing.assert_array_equal(mine, theirs)
-    assert not races
+    def backward(target, given, size):
+        *saved, dy = given
+        return run_backward(back, target, static, LayerSaved(*saved), dy)
+
+    for kernel, given, expected in (
+        (forward, (tokens, gate, w, plan), right[:2]),
+        (backward, (tokens, gate, w, plan, right[1], dy), right[2:]),
+    ):
+        found, races = simulate(kernel, given, (), mode=mode, seed=seed)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        assert not races
 
 
 def test_no_races_and_no_uninitialised_memory():
-    """The kernel copies nothing by hand, so one order of copies stands for all of them here."""
+    """The kernels copy nothing by hand, so one order of copies stands for all of them here."""
     check_races("groups", "on_wait", 0)
 
 
@@ -260,12 +273,37 @@ def test_what_is_taken_and_why_not(given, reason):
     assert reason in explain(given).splitlines()[0]
 
 
+@pytest.mark.parametrize("name", ["one row", "groups"])
+def test_the_backward_pass_in_its_parts_gives_the_same_bits(name):
+    """The same roundings in the same places, where experts are one piece; only gates' gradients are summed elsewise."""
+    expert, tokens, gate, w, dy = operands(name, "bfloat16", pattern="zipf")
+    plan, (_, _, dtokens, dgate, dw) = run(name, "bfloat16", expert, tokens, gate, w, dy)
+    tiles = tiles_for(name, "bfloat16")[0], None
+    parts = layer(tiles, TARGET, "gelu_tanh", plan, tokens, gate, w, dy)
+    np.testing.assert_array_equal(parts[2], dtokens)
+    jax.tree.map(np.testing.assert_array_equal, parts[4], dw)
+    np.testing.assert_allclose(parts[3], dgate, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("chip", "width", "said"),
+    [
+        ("TPU v6 lite", 1280, "one kernel forward and one backward"),
+        ("TPU v5 lite", 768, "one kernel forward and one backward"),
+        ("TPU7x", 768, "backward in its parts, since tokens and cotangents do not both fit the 64 MiB of VMEM"),
+    ],
+)
+def test_what_explain_says_of_both_passes(chip, width, said):
+    assert said in explain(problem(chip, width))
+
+
+@pytest.mark.parametrize("choose", [fused_tiles, fused_backward_tiles])
 @pytest.mark.parametrize("rows", [8, 544, 2152])
 @pytest.mark.parametrize("width", [256, 768, 1280])
-def test_blocks_cover_tokens_rows_and_columns_within_vmem(width, rows):
+def test_blocks_cover_tokens_rows_and_columns_within_vmem(width, rows, choose):
     for chip, weight_itemsize in itertools.product(CHIPS.values(), (2, 4)):
         for expert_width in (128, 257, 2880, 4 * width):
-            tiles = fused_tiles(Layout(4001, 1, 1, 4, 4 * rows, rows), width, expert_width, 2, weight_itemsize, chip)
+            tiles = choose(Layout(4001, 1, 1, 4, 4 * rows, rows), width, expert_width, 2, weight_itemsize, chip)
             if tiles is None:
                 continue
             assert tiles.mlp.vmem <= chip.vmem and tiles.inputs * tiles.load >= 4001

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from moe_kernels.backends.base import Backend, Problem, Span, rows_misfit
-from moe_kernels.backends.tpu.gather_tiles import fused_tiles, gather_tiles
+from moe_kernels.backends.tpu.gather_tiles import fused_backward_tiles, fused_tiles, gather_tiles
 from moe_kernels.backends.tpu.hidden import hidden_cost, keeps_hidden
 from moe_kernels.backends.tpu.launch import STAND_IN, Target
 from moe_kernels.backends.tpu.layer import layer_backward, layer_forward, layer_value
@@ -131,17 +131,27 @@ def _span(forward: Any, backward: Any, target: Target, value: Any = None) -> Spa
 
 
 def note(problem: Problem) -> str | None:
-    """What becomes of the hidden layer of an expert MLP, with both times; weights in the dtype of the rows.
+    """Which kernels a layer's passes are; what becomes of the hidden layer of an expert MLP, with both times.
+
+    Weights are in the dtype of the rows.
 
     >>> from moe_kernels.types import Layout
     >>> layout = Layout(16384, 1, 1, 32, 17408, 544)
     >>> note(Problem("expert_mlp", "tpu", "bfloat16", (17408, 768), 32, 3072, layout, "TPU v6 lite"))
     'hidden layer computed again: 0.664 ms forward and backward by the roofline; kept: 0.764 ms (both modelled)'
     """
-    if problem.span != "expert_mlp" or problem.layout is None:
+    if problem.span not in ("expert_mlp", "dispatch_mlp_combine") or problem.layout is None:
         return None
     itemsize = ITEMSIZES[problem.dtype]
     sizes = (problem.layout, problem.shape[-1], problem.expert_width, itemsize, itemsize, _target(problem).facts)
+    if problem.span == "dispatch_mlp_combine":
+        if fused_backward_tiles(*sizes) is not None:
+            return "one kernel forward and one backward; hidden layer computed again"
+        memory = _target(problem).facts.vmem // MIB
+        return (
+            "one kernel forward; backward in its parts, since tokens and cotangents do not both fit the "
+            f"{memory} MiB of VMEM; hidden layer computed again"
+        )
     again, kept = (f"{1e3 * seconds / _target(problem).num_cores:.3f} ms" for seconds in hidden_cost(*sizes))
     ways = [("computed again", again), ("kept", kept)]
     (mine, time), (other, its_time) = reversed(ways) if keeps_hidden(*sizes) else ways

@@ -11,7 +11,6 @@ Grid: blocks of tokens, then (expert, chunk of F) as in the MLP kernel, then blo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +22,7 @@ from jaxtyping import Array, Float
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.activation import activate
 from moe_kernels.backends.tpu.gather_tiles import FusedTiles
+from moe_kernels.backends.tpu.in_place import alone, column, in_lanes, places, weights_of_steps
 from moe_kernels.backends.tpu.launch import Grid, Target, apart, grid_of
 from moe_kernels.backends.tpu.mlp import padded_weights
 from moe_kernels.backends.tpu.rows import Scalar, dot
@@ -44,23 +44,17 @@ def run_fused(
     keep: bool,
 ) -> tuple[Float[Array, "T D"], ...]:
     """The layer's output; with `keep` also what it was before gates, where a token has a row."""
-    (length, width), mlp, dtype = tokens.shape, tiles.mlp, tokens.dtype
+    width, mlp, dtype = tokens.shape[1], tiles.mlp, tokens.dtype
     grid = grid_of(static.layout, mlp, target)
     cast = weights.w1.dtype != dtype
     steps, blocks = grid.items * grid.chunks, tiles.inputs
-    # The place behind all tokens: what an unused row reads, and where its result goes. So is all of a last expert more,
-    # the neighbour of the first and the last.
-    spare = blocks * tiles.load
-    place = jnp.where(plan.source < length, plan.source, spare).reshape(grid.items, -1)
-    place = jnp.pad(place, ((0, 1), (0, tiles.moved - place.shape[1])), constant_values=spare).reshape(-1)
+    place = places(plan, tiles)
     # A token that has a row has a gate above 0: others claim none.
     factor = jnp.where(plan.row < plan.layout.num_rows, gate, jnp.float32(0))
-    factor = _in_lanes(jnp.where(jnp.isfinite(gate), factor, jnp.float32(jnp.nan)), tiles)
+    factor = in_lanes(jnp.where(jnp.isfinite(gate), factor, jnp.float32(jnp.nan)), tiles)
 
-    # Expert and chunk of the weights of every step: read, not computed, since each array asks twice a step.
     schedule = make_schedule(static.layout, plan.runs, tile_rows=mlp.rows.rows)
-    number = jnp.clip(jnp.arange(2 * blocks + steps, dtype=jnp.int32) - blocks, 0, steps - 1)
-    expert, chunk = grid.fetched(0, number // grid.chunks, number % grid.chunks, (*schedule, schedule.size))
+    expert, chunk = weights_of_steps(grid, schedule, blocks)
 
     def kernel(expert: Any, chunk: Any, *refs: Any) -> None:
         outs = refs[8 : 9 + keep]
@@ -112,12 +106,6 @@ def run_fused(
     return run(expert, chunk, schedule.size, place, tokens, *padded_weights(weights, mlp.padded), factor)
 
 
-def _in_lanes(side: Array, tiles: FusedTiles) -> Float[Array, "N L"]:
-    """Numbers of tokens `[T, 1]` side by side, 128 to a row; a block of tokens begins a row."""
-    blocks = jnp.pad(side[:, 0], (0, tiles.inputs * tiles.load - side.shape[0])).reshape(tiles.inputs, tiles.load)
-    return jnp.pad(blocks, ((0, 0), (0, -tiles.load % LANES))).reshape(-1, LANES)
-
-
 class _Refs(NamedTuple):
     """Arrays of the kernel."""
 
@@ -163,14 +151,14 @@ class _Fused(NamedTuple):
         @pl.when(number < 0)
         def _() -> None:
             self._load(step)
-            pl.when(number == -1)(lambda: _alone(0, sizes[0], functools.partial(self._pick, 0)))
+            pl.when(number == -1)(lambda: alone(0, sizes[0], functools.partial(self._pick, 0)))
 
         pl.when((number >= 0) & (number < steps))(lambda: self._compute(number))
 
         @pl.when(number >= steps)
         def _() -> None:
             last = self.grid.items - 1
-            pl.when(number == steps)(lambda: _alone(0, sizes[last], functools.partial(self._put, last)))
+            pl.when(number == steps)(lambda: alone(0, sizes[last], functools.partial(self._put, last)))
             self._leave(number - steps)
 
     def _load(self, block: Scalar) -> None:
@@ -188,7 +176,7 @@ class _Fused(NamedTuple):
         for number in range(lanes):
             first = number * LANES
             size = min(LANES, tiles.load - first)
-            factor = jnp.broadcast_to(_column(refs.factor, block * lanes + number, size), (size, LANES))
+            factor = jnp.broadcast_to(column(refs.factor, block * lanes + number, size), (size, LANES))
             for plane in range(tiles.planes):
                 at = pl.multiple_of(block * tiles.load + first, SUBLANES)
                 words = refs.data[pl.ds(plane * tiles.stride + at, size), :]
@@ -234,7 +222,7 @@ class _Fused(NamedTuple):
         def _() -> None:
             # What was more than this expert had pieces for.
             put, picked = sizes[jnp.maximum(item - 1, 0)], sizes[jnp.minimum(item + 1, self.grid.items - 1)]
-            _alone(chunks * pieces * tiles.part, jnp.maximum(put, picked), moves)
+            alone(chunks * pieces * tiles.part, jnp.maximum(put, picked), moves)
             pl.when(pieces > 0)(self._end)
 
     def _weights(self, busy: Scalar) -> tuple[Any, Any]:
@@ -278,19 +266,3 @@ class _Fused(NamedTuple):
         for n in range(rows):
             place = refs.place[first + n]
             move_row(tiles.planes, refs.results, base + n, tiles.held_stride, refs.data, place, tiles.stride)
-
-
-def _alone(first: Scalar, rows: Scalar, moves: Callable[[Scalar, int], None]) -> None:
-    """Move rows without matmuls, from a first one on."""
-
-    def move(n: Scalar, carry: None) -> None:
-        moves(pl.multiple_of(n * SUBLANES, SUBLANES), SUBLANES)
-
-    jax.lax.fori_loop(jax.lax.div(first, SUBLANES), jax.lax.div(rows + (SUBLANES - 1), SUBLANES), move, None)
-
-
-def _column(side: Any, row: Scalar, size: int) -> Float[Array, "N 1"]:
-    """The first numbers of a row, one below the other."""
-    shape = (size, LANES)
-    own = jax.lax.broadcasted_iota(jnp.int32, shape, 0) == jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    return jnp.sum(jnp.where(own, side[pl.ds(row, 1), :], jnp.float32(0)), axis=1, keepdims=True)

@@ -14,6 +14,7 @@ from moe_kernels.backends.tpu.tiling import (
     Chip,
     Tiles,
     chunks,
+    mlp_backward_bytes,
     one_item,
     row_tiles,
     vmem_bytes,
@@ -141,5 +142,35 @@ def fused_tiles(
         values = chip.spilled * rows.pieces[0] * round_up(chunk, 128) * itemsize // 2
         vmem = int(MARGIN * (2 * weights + cast + biases + words + moving + held + values)) + SLACK
         if vmem <= chip.vmem - MIB and chunk >= min(512, expert_width):
+            return FusedTiles(Tiles(rows, chunk, padded, vmem), load, inputs, planes, part)
+    return None
+
+
+@functools.lru_cache
+def fused_backward_tiles(
+    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
+) -> FusedTiles | None:
+    """Block sizes of the backward pass in one kernel; None where all tokens, their cotangents and a chunk do not fit.
+
+    >>> from moe_kernels.backends.tpu.tiling import CHIPS
+    >>> tiles = fused_backward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, CHIPS["TPU v6 lite"])
+    >>> tiles.mlp.chunk, tiles.part
+    (1024, 192)
+    """
+    rows = next(row_tiles(layout, chip, contracted=True))
+    if not one_item(layout, rows):
+        return None
+    planes = width * itemsize // 512
+    for (chunk, padded), block in itertools.product(chunks(expert_width), (1024, 512, 256)):
+        load = min(block, round_up(max(layout.num_tokens, 1), PIECE))
+        inputs = -(-layout.num_tokens // load)
+        steps = rows.rows // rows.pieces[0] * (padded // chunk)
+        part = round_up(-(-rows.rows // steps), PIECE)
+        words = 512 * planes * (2 * (inputs * load + 8) + 3 * (part * steps + 8))
+        moving = 8 * vmem_bytes(load, width, itemsize) + 4 * vmem_bytes(inputs * -(-load // 128), 128, 4)
+        held = 2 * vmem_bytes(rows.rows, width, itemsize)
+        matmuls = mlp_backward_bytes(layout, rows, width, chunk, itemsize, weight_itemsize)
+        vmem = int(MARGIN * (words + moving + held + matmuls)) + SLACK
+        if vmem <= chip.vmem - MIB and chunk >= min(256, expert_width):
             return FusedTiles(Tiles(rows, chunk, padded, vmem), load, inputs, planes, part)
     return None

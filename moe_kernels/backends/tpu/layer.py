@@ -1,7 +1,8 @@
-"""The span from tokens to tokens, `out = gate * mlp(x)` of the expert that has the token: forward as one kernel.
+"""The span from tokens to tokens, `out = gate * mlp(x)` of the expert that has the token: one kernel for each pass.
 
-The backward pass is made of the kernels for its parts. Rows are gathered again; what is kept beside the operands is the
-output before gates, of which the gradient of a gate is the product with that of the output.
+Where tokens and the gradients of the output do not fit VMEM together, the backward pass is made of the kernels for its
+parts. Rows are gathered again; what is kept beside the operands is the output before gates, of which the gradient of a
+gate is the product with that of the output.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.fused import run_fused
-from moe_kernels.backends.tpu.gather_tiles import fused_tiles
+from moe_kernels.backends.tpu.fused_backward import run_fused_backward
+from moe_kernels.backends.tpu.gather_tiles import FusedTiles, fused_backward_tiles, fused_tiles
 from moe_kernels.backends.tpu.launch import Target
 from moe_kernels.backends.tpu.mlp import MlpSaved
 from moe_kernels.backends.tpu.mlp_backward import expert_mlp_backward
@@ -61,6 +63,26 @@ def layer_backward(
     target: Target, static: MlpStatic, saved: LayerSaved, dout: Float[Array, "T D"]
 ) -> tuple[Float[Array, "T D"], Float[Array, "T 1"], MlpWeights]:
     """Gradients of tokens, gates and weights; those of a token without a row are exactly 0."""
+    tiles = fused_backward_tiles(static.layout, *_sizes(saved.tokens, saved.weights), target.facts)
+    return run_backward(tiles if saved.tokens.shape[0] else None, target, static, saved, dout)
+
+
+def run_backward(
+    tiles: FusedTiles | None, target: Target, static: MlpStatic, saved: LayerSaved, dout: Float[Array, "T D"]
+) -> tuple[Float[Array, "T D"], Float[Array, "T 1"], MlpWeights]:
+    """The backward pass as one kernel with given block sizes, or in parts without."""
+    if tiles is None:
+        dtokens, dgate, dweights = _in_parts(target, static, saved, dout)
+    else:
+        dtokens, dgate, dweights = run_fused_backward(tiles, target, static, *saved, dout)
+    # A dropped token's gate has no influence on the output, also where dout is not finite (0 * NaN above).
+    held = saved.plan.row < saved.plan.layout.num_rows
+    return dtokens, jnp.where(held, dgate, jnp.float32(0)), dweights
+
+
+def _in_parts(
+    target: Target, static: MlpStatic, saved: LayerSaved, dout: Float[Array, "T D"]
+) -> tuple[Float[Array, "T D"], Float[Array, "T 1"], MlpWeights]:
     tokens, gate, weights, plan, ungated = saved
     rows, _ = dispatch_forward(target, None, tokens, plan)
     # The entry behind the last choice is the weight of unused rows.
@@ -69,8 +91,11 @@ def layer_backward(
     drows, dweights = expert_mlp_backward(target, static, MlpSaved(rows, weights, plan.runs), dresults)
     (dtokens,) = dispatch_backward(target, None, plan, drows)
     dgate = jnp.sum(ungated.astype(jnp.float32) * dout.astype(jnp.float32), axis=1, keepdims=True)
-    # A dropped token's gate has no influence on the output, also where dout is not finite (0 * NaN above).
-    return dtokens, jnp.where(plan.row < plan.layout.num_rows, dgate, jnp.float32(0)), dweights
+    return dtokens, dgate, dweights
+
+
+def _sizes(tokens: Float[Array, "T D"], weights: MlpWeights) -> tuple[int, int, int, int]:
+    return tokens.shape[1], weights.w1.shape[2], tokens.dtype.itemsize, weights.w1.dtype.itemsize
 
 
 def _run(
@@ -85,7 +110,6 @@ def _run(
 ) -> tuple[Float[Array, "T D"], ...]:
     if tokens.shape[0] == 0:
         return (tokens,) * (1 + keep)
-    sizes = (tokens.shape[1], weights.w1.shape[2], tokens.dtype.itemsize, weights.w1.dtype.itemsize)
-    tiles = fused_tiles(static.layout, *sizes, target.facts)
+    tiles = fused_tiles(static.layout, *_sizes(tokens, weights), target.facts)
     assert tiles is not None, "refused by why_not"
     return run_fused(tiles, target, static, tokens, gate, weights, plan, keep=keep)
