@@ -203,7 +203,7 @@ def moe_mlp_on_shard(
         return layer.moe_mlp(tokens, router, weights, activation=activation, **options)
     run_experts = functools.partial(expert_mlp_over_runs, activation=activation, backend=backend)
     if capacity_factor is None:
-        routing, plan = layer.decide(tokens, router, **options)
+        routing, plan, tokens = layer.decide(tokens, router, **options)
         shipped = ragged_exchange.plan_exchange(
             routing, plan, modality, num_modalities, axis=expert_axis, buffer_factor=buffer_factor
         )
@@ -212,7 +212,7 @@ def moe_mlp_on_shard(
         rows = run_experts(rows, weights, *shipped.received)
         back = ragged_exchange.send_back(rows, shipped, expert_axis)
         return MoeOutput(combine(back, routing.gate, plan, backend=backend), routing.sums, plan.kept)
-    routing, plan = layer.decide(
+    routing, plan, tokens = layer.decide(
         tokens, router, **options, round_rows=functools.partial(exchange.block_rows, num_chunks=num_chunks)
     )
     received = exchange.received_chunks(plan, expert_axis, num_chunks)

@@ -14,7 +14,7 @@ from moe_kernels.backends.base import MlpStatic, apply
 from moe_kernels.experts import check_mlp, expert_mlp
 from moe_kernels.permute import combine, dispatch
 from moe_kernels.plan import bpr_priority, expert_capacity, make_plan, modality_priority, random_priority
-from moe_kernels.routing import route
+from moe_kernels.routing import route_and_pass
 from moe_kernels.types import Activation, CapacityFactor, MlpWeights, MoeOutput, Plan, Priority, Routing
 
 # Names of values that every remat policy should save: routing is decided once, since a near tie could flip if
@@ -59,7 +59,7 @@ def moe_mlp(
     >>> output.tokens.shape, bool((output.kept <= 4).all())
     ((8, 4), True)
     """
-    routing, plan = decide(
+    routing, plan, tokens = decide(
         tokens,
         router,
         num_choices=num_choices,
@@ -80,10 +80,11 @@ def moe_mlp(
 
 
 class Decision(NamedTuple):
-    """Where every token goes: what the router chose, and who found room."""
+    """Where every token goes: what the router chose, and who found room; the tokens, passed on by the router."""
 
     routing: Routing
     plan: Plan
+    tokens: Float[Array, "T D"]
 
 
 def decide(
@@ -112,7 +113,7 @@ def decide(
     """
     if priority not in get_args(Priority):
         raise ValueError(f"priority={priority!r} is not one of {', '.join(get_args(Priority))}")
-    routing = route(
+    routing, tokens = route_and_pass(
         tokens,
         router,
         num_choices=num_choices,
@@ -140,7 +141,7 @@ def decide(
         num_modalities=num_modalities,
         rows_per_expert=None if capacity is None or round_rows is None else round_rows(num_groups * capacity),
     )
-    return Decision(routing, jax.tree.map(lambda leaf: checkpoint_name(leaf, "moe_plan"), plan))
+    return Decision(routing, jax.tree.map(lambda leaf: checkpoint_name(leaf, "moe_plan"), plan), tokens)
 
 
 def _experts(

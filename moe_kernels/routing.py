@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_kernels import backends
-from moe_kernels.backends.base import RouteInputs, RouteStatic, apply
+from moe_kernels.backends.base import RouteInputs, RouteStatic, Span, apply
 from moe_kernels.types import Routing
 
 
@@ -37,11 +40,55 @@ def route(
     >>> routing.expert[:, 0].tolist()
     [0, 1, 1]
     """
+    call = _call(tokens, router, num_choices, num_groups, noise, noise_std, modality, num_modalities, mask, backend)
+    return apply(call.span, call.static, (tokens, router), (call.inputs,))
+
+
+def route_and_pass(
+    tokens: Float[Array, "T D"],
+    router: Float[Array, "D E"],
+    *,
+    num_choices: int,
+    num_groups: int,
+    noise: Float[Array, "T E"] | None,
+    noise_std: float | None,
+    modality: Int[Array, " T"] | None,
+    num_modalities: int,
+    mask: Bool[Array, " T"] | None,
+    backend: str | None,
+) -> tuple[Routing, Float[Array, "T D"]]:
+    """As `route`, with the tokens: who uses these has their cotangent added to that of the router where that is made,
+    once in float32, and not by a pass of its own over both."""
+    call = _call(tokens, router, num_choices, num_groups, noise, noise_std, modality, num_modalities, mask, backend)
+    return apply(_passing(call.span), call.static, (tokens, router), (call.inputs,))
+
+
+class _Call(NamedTuple):
+    span: Span
+    static: RouteStatic
+    inputs: RouteInputs
+
+
+def _call(tokens, router, num_choices, num_groups, noise, noise_std, modality, num_modalities, mask, backend) -> _Call:  # noqa: ANN001
     check_route(tokens, router, num_choices, num_groups, noise, modality, num_modalities, mask)
     num_experts = router.shape[1]
     static = RouteStatic(num_choices, num_groups, num_modalities, 1.0 / num_experts if noise_std is None else noise_std)
     span = backends.choose(backends.problem_of("route", tokens, num_experts, route=static), backend)
-    return apply(span, static, (tokens, router), (RouteInputs(noise, modality, mask),))
+    return _Call(span, static, RouteInputs(noise, modality, mask))
+
+
+@functools.lru_cache
+def _passing(span: Span) -> Span:
+    """A routing span that also gives its tokens on; one for each, so that JAX finds what it has traced before."""
+
+    def forward(static: RouteStatic, tokens: Array, router: Array, inputs: RouteInputs) -> tuple[Any, Any]:
+        routing, saved = span.forward(static, tokens, router, inputs)
+        return (routing, tokens), saved
+
+    def backward(static: RouteStatic, saved: Any, cotangent: tuple[Routing, Array]) -> Any:
+        return span.backward(static, saved, *cotangent)
+
+    return Span(forward, backward)
 
 
 def router_noise(

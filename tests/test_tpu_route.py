@@ -25,6 +25,7 @@ from moe_kernels.backends.tpu.route_tiles import RouteTiles, backward_tiles, for
 from moe_kernels.backends.tpu.routing import RouteSaved, run_forward
 from moe_kernels.backends.tpu.routing_backward import run_backward
 from moe_kernels.backends.tpu.tiling import CHIPS
+from moe_kernels.routing import route_and_pass
 
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
 
@@ -103,21 +104,25 @@ def kernels(case: Case, target: Target, tokens, router, inputs, dgate, dsums):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def by_backend(case: Case, backend: str, tokens, router, inputs, dgate, dsums):
-    """The same through the public operation."""
+def by_backend(case: Case, backend: str, tokens, router, inputs, dgate, dsums, dpassed=None):
+    """The same through the public operation; or with tokens passed on, whose cotangent comes back."""
 
     def run(tokens, router):
-        routing = route(
-            tokens, router, num_choices=case.choices, num_groups=case.groups, num_modalities=case.modalities,
+        options = dict(
+            num_choices=case.choices, num_groups=case.groups, num_modalities=case.modalities,
             noise=inputs.noise, modality=inputs.modality, mask=inputs.mask, backend=backend,
         )  # fmt: skip
-        return (routing.gate, routing.sums), routing
+        if dpassed is None:
+            routing, passed = route(tokens, router, **options), None
+        else:
+            routing, passed = route_and_pass(tokens, router, noise_std=None, **options)
+        return (routing.gate, routing.sums, passed), routing
 
     _, pull, routing = jax.vjp(run, tokens, router, has_aux=True)
-    return routing, pull((dgate, dsums))
+    return routing, pull((dgate, dsums, dpassed))
 
 
-def check(case: Case, drawn, found) -> None:
+def check(case: Case, drawn, found, dpassed=0.0) -> None:
     tokens, router, inputs, dgate, dsums = drawn
     routing, (dtokens, drouter) = found
     optional = {name: None if value is None else np.asarray(value) for name, value in inputs._asdict().items()}
@@ -142,7 +147,8 @@ def check(case: Case, drawn, found) -> None:
     eps, w64 = EPS[case.dtype], np.asarray(router, np.float64)
     behind = size[:, None] * np.abs(w64).sum(axis=1) + 1e-30
     assert dtokens.dtype == tokens.dtype and drouter.dtype == router.dtype
-    assert_close(dtokens, dlogits @ w64.T, length=case.experts, name="dx", scale=behind, eps=eps)
+    behind, dpassed = behind + np.abs(np.asarray(dpassed, np.float64)), np.asarray(dpassed, np.float64)
+    assert_close(dtokens, dlogits @ w64.T + dpassed, length=case.experts, name="dx", scale=behind, eps=eps)
     x = np.nan_to_num(x)
     behind = np.abs(x).T @ np.broadcast_to(size[:, None], dlogits.shape) + 1e-30
     assert_close(drouter, x.T @ dlogits, length=case.experts, name="dw", scale=behind)
@@ -167,6 +173,22 @@ def test_the_public_operation_is_that_of_the_xla_back_end(name):
     np.testing.assert_array_equal(np.asarray(mine.expert)[keep], np.asarray(theirs.expert)[keep])
     again = by_backend(case, "tpu", *drawn)
     jax.tree.map(np.testing.assert_array_equal, again, (mine, dmine))
+
+
+@pytest.mark.parametrize("backend", ["tpu", "xla"])
+@pytest.mark.parametrize("name", ["one more than a tile", "exact tiles", "short groups, all experts"])
+def test_the_cotangent_of_tokens_passed_on_is_added_before_rounding(name, backend):
+    case = CASES[name]
+    drawn = draw(case, 3, "uneven")
+    dpassed = jnp.asarray(np.random.default_rng(4).normal(size=drawn[0].shape), drawn[0].dtype)
+    routing, (dtokens, drouter) = by_backend(case, backend, *drawn, dpassed)
+    check(case, drawn, (routing, (dtokens, drouter)), dpassed)
+    alone, (dalone, _) = by_backend(case, backend, *drawn)
+    jax.tree.map(np.testing.assert_array_equal, routing, alone)
+    # Where the router's part is 0 (padding, say) what was passed on comes back as it was.
+    unmoved = ~np.any(np.asarray(dalone, np.float32), axis=1)
+    assert unmoved.any() == case.masked
+    np.testing.assert_array_equal(np.asarray(dtokens)[unmoved], np.asarray(dpassed)[unmoved])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -222,8 +244,9 @@ def test_remat_that_saves_the_decision_never_runs_the_forward_kernel_again():
     tokens, router, *_ = draw(CASES["exact tiles"], 0, "uneven")
 
     def loss(tokens, router):
-        routing = route(jnp.sin(tokens), router, backend="tpu")
-        return jnp.sum(routing.gate) + jnp.sum(routing.sums.entropy)
+        options = dict.fromkeys(("noise", "noise_std", "modality", "mask")) | {"num_choices": 1, "num_groups": 1}
+        routing, passed = route_and_pass(jnp.sin(tokens), router, num_modalities=1, backend="tpu", **options)
+        return jnp.sum(routing.gate) + jnp.sum(routing.sums.entropy) + jnp.sum(jnp.square(passed))
 
     def runs_again(function) -> bool:
         lowered = jax.jit(jax.value_and_grad(function, argnums=(0, 1))).lower(tokens, router)

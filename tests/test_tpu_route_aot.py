@@ -29,9 +29,14 @@ PROBLEMS = {
 }
 
 
+# Where tokens are passed on, as by a layer: their other cotangent comes back.
+PASSING = ("one group", "64k tokens", "ragged")
+
+
 def compile_both(chip: str, width: int, problem: str, dtype):
     """The compiled forward and backward pass, as the table of back ends gives them, and their computed VMEM."""
     num_tokens, groups, experts, choices, modalities, noisy, masked = PROBLEMS[problem]
+    passes = problem in PASSING
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
     mesh = Mesh(np.array(topology.devices[:1]), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec())
@@ -56,12 +61,12 @@ def compile_both(chip: str, width: int, problem: str, dtype):
         chosen.append(found)
         span = choose(found)
         routing, saved = span.forward(static, tokens, router, inputs)
-        return routing, span.backward(static, saved, cotangent)
+        return routing, span.backward(static, saved, cotangent, tokens if passes else None)
 
     mapped = jax.shard_map(both, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
     lowered = jax.jit(mapped).trace(tokens, router, inputs, cotangent).lower(lowering_platforms=("tpu",))
     sizes = (static, num_tokens, width, experts, tokens.dtype.itemsize, CHIPS[chosen[0].chip], chosen[0].num_cores)
-    return lowered.compile(), (forward_tiles(*sizes).vmem, backward_tiles(*sizes).vmem)
+    return lowered.compile(), (forward_tiles(*sizes).vmem, backward_tiles(*sizes, passes=passes).vmem)
 
 
 def check(chip: str, width: int, problem: str, dtype) -> None:

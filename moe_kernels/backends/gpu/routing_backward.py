@@ -26,14 +26,21 @@ from moe_kernels.types import ROW_ALIGNMENT, Layout, Routing, Runs, round_up
 
 
 def route_backward(
-    device: Device, static: RouteStatic, saved: RouteSaved, cotangent: Routing
+    device: Device,
+    static: RouteStatic,
+    saved: RouteSaved,
+    cotangent: Routing,
+    passed: Float[Array, "T D"] | None = None,
 ) -> tuple[Float[Array, "T D"], Float[Array, "D E"]]:
-    """Gradients of tokens and router, for the choice already made."""
+    """Gradients of tokens and router, for the choice already made; with the cotangent of tokens passed on."""
     dlogits, tokens, mask = logits_gradient(static, saved, cotangent), saved.tokens, saved.inputs.mask
     if mask is not None:
         tokens = jnp.where(mask[:, None], tokens, jnp.zeros((), tokens.dtype))
     drouter = _drouter(tokens, dlogits, device).astype(saved.router.dtype)
-    return _dtokens(dlogits, saved.router, device).astype(tokens.dtype), drouter
+    dtokens = _dtokens(dlogits, saved.router, device)
+    if passed is not None:
+        dtokens = dtokens.astype(jnp.float32) + passed.astype(jnp.float32)
+    return dtokens.astype(tokens.dtype), drouter
 
 
 def _dtokens(dlogits: Float[Array, "T E"], router: Float[Array, "D E"], device: Device) -> Float[Array, "T D"]:

@@ -124,7 +124,7 @@ def fused_tiles(
     even = [expert_width // n for n in range(1, 5) if expert_width % (128 * n) == 0]
     even = [(chunk, expert_width) for chunk in even if width * chunk <= MOST_WEIGHTS]
     # Longer chunks have the matmuls run on, longer blocks of tokens are fewer steps.
-    for (chunk, padded), block in itertools.product([*even, *chunks(expert_width)], (2048, 1024, 512)):
+    for (chunk, padded), block in itertools.product([*even, *chunks(expert_width, chip.depth)], (2048, 1024, 512)):
         load = min(block, round_up(max(layout.num_tokens, 1), PIECE))
         inputs = -(-layout.num_tokens // load)
         steps = rows.rows // rows.pieces[0] * (padded // chunk)
@@ -161,7 +161,7 @@ def fused_backward_tiles(
     if not one_item(layout, rows):
         return None
     planes = width * itemsize // 512
-    for (chunk, padded), block in itertools.product(chunks(expert_width), (1024, 512, 256)):
+    for (chunk, padded), block in itertools.product(chunks(expert_width, chip.depth), (1024, 512, 256)):
         load = min(block, round_up(max(layout.num_tokens, 1), PIECE))
         inputs = -(-layout.num_tokens // load)
         steps = rows.rows // rows.pieces[0] * (padded // chunk)

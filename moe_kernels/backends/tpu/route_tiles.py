@@ -104,9 +104,17 @@ def forward_tiles(
 
 @functools.lru_cache
 def backward_tiles(
-    static: RouteStatic, num_tokens: int, width: int, num_experts: int, itemsize: int, chip: Chip, num_cores: int
+    static: RouteStatic,
+    num_tokens: int,
+    width: int,
+    num_experts: int,
+    itemsize: int,
+    chip: Chip,
+    num_cores: int,
+    *,
+    passes: bool = False,
 ) -> RouteTiles | None:
-    """Block sizes of the backward pass, or None where not even the smallest fit.
+    """Block sizes of the backward pass, or None where not even the smallest fit; `passes` adds another cotangent.
 
     >>> from moe_kernels.backends.tpu.tiling import CHIPS
     >>> tiles = backward_tiles(RouteStatic(1, 8, 1, 0.1), 16384, 768, 32, 2, CHIPS["TPU v5 lite"], 1)
@@ -115,7 +123,11 @@ def backward_tiles(
     """
 
     def need(tokens: int, experts: int) -> int:
-        held = 4 * tokens * width * itemsize + 4 * _factor(experts, width, itemsize) + 2 * experts * width * 4
+        held = (
+            (6 if passes else 4) * tokens * width * itemsize
+            + 4 * _factor(experts, width, itemsize)
+            + 2 * experts * width * 4
+        )
         held += _rows(static, tokens, experts) + 2 * static.num_modalities * (2 * experts + 8) * LANES * 4
         return held + tokens * width * _SPILLED[itemsize][1] // 2
 
@@ -145,7 +157,7 @@ def route_misfit(problem: Problem, itemsize: int, chip: Chip, num_cores: int) ->
             f"{MOST_CHOICES} and {MOST_MODALITIES}"
         )
     num_tokens, width = problem.shape
-    for choose in (forward_tiles, backward_tiles):
+    for choose in (forward_tiles, functools.partial(backward_tiles, passes=True)):
         if choose(static, num_tokens, width, problem.num_experts, itemsize, chip, num_cores) is None:
             return f"width {width} with {problem.num_experts} experts does not fit the {chip.vmem // MIB} MiB of VMEM"
     return None

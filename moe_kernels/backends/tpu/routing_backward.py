@@ -44,15 +44,18 @@ from moe_kernels.types import Routing, RoutingSums
 
 
 def route_backward(
-    target: Target, static: RouteStatic, saved: RouteSaved, cotangent: Routing
+    target: Target,
+    static: RouteStatic,
+    saved: RouteSaved,
+    cotangent: Routing,
+    passed: Float[Array, "T D"] | None = None,
 ) -> tuple[Float[Array, "T D"], Float[Array, "D E"]]:
-    """Gradients of tokens and router, for the choice already made."""
+    """Gradients of tokens and router, for the choice already made; with the cotangent of tokens passed on."""
     tokens, router = saved.tokens, saved.router
-    tiles = backward_tiles(
-        static, *tokens.shape, router.shape[1], tokens.dtype.itemsize, target.facts, target.num_cores
-    )
+    sizes = (*tokens.shape, router.shape[1], tokens.dtype.itemsize)
+    tiles = backward_tiles(static, *sizes, target.facts, target.num_cores, passes=passed is not None)
     assert tiles is not None, "refused by why_not"
-    return run_backward(tiles, target, static, saved, cotangent.gate, cotangent.sums)
+    return run_backward(tiles, target, static, saved, cotangent.gate, cotangent.sums, passed)
 
 
 def run_backward(
@@ -62,13 +65,14 @@ def run_backward(
     saved: RouteSaved,
     dgate: Float[Array, "T K"],
     dsums: RoutingSums,
+    passed: Float[Array, "T D"] | None = None,
 ) -> tuple[Float[Array, "T D"], Float[Array, "D E"]]:
     """The backward pass with given block sizes."""
     tokens, router, inputs = saved.tokens, saved.router, saved.inputs
     (num_tokens, width), num_experts = tokens.shape, router.shape[1]
     groups, choices, padded = static.num_groups, static.num_choices, tiles.experts
     member = members(num_tokens, inputs)
-    kernel = _Backward(tiles, static, num_experts, inputs.noise is not None, member is not None)
+    kernel = _Backward(tiles, static, num_experts, inputs.noise is not None, member is not None, passed is not None)
 
     def rows(count: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, count, tiles.tokens), tiles.along_lanes)
@@ -95,6 +99,9 @@ def run_backward(
     if member is not None:
         operands.append(by_lane(member, groups, tiles, 1))
         specs.append(rows(1))
+    if passed is not None:
+        operands.append(by_group(passed, groups, tiles))
+        specs.append(block)
 
     parts = groups * tiles.parts
     shapes = [
@@ -172,12 +179,14 @@ class _Backward:
     num_experts: int
     has_noise: bool
     has_members: bool
+    has_passed: bool
 
     def run(self, size: int, tokens: Any, factor: Any, back: Any, sums: Any, *refs: Any) -> None:
         """Work on one tile; `size` is the number of tokens in a group."""
         expert, dgate = refs[:2]
         noise = refs[2] if self.has_noise else None
-        members = refs[-3] if self.has_members else None
+        passed = refs[-3] if self.has_passed else None
+        members = refs[-3 - self.has_passed] if self.has_members else None
         dtokens, drouter = refs[-2:]
         tile = pl.program_id(1)
 
@@ -205,6 +214,8 @@ class _Backward:
         if member is not None:
             dlogits = jnp.where(member != NEVER, dlogits, 0.0)
         product = dot(_pieces_for_tokens(dlogits, x.dtype), back[...], (0, 0))
+        if passed is not None:
+            product += passed[0].astype(jnp.float32)
         dtokens[0] = product.astype(dtokens.dtype)
         pieces = jnp.concatenate(split(dlogits, 3)) if x.dtype == jnp.bfloat16 else dlogits
         drouter[0] += add_pieces(dot(pieces, x, (1, 0)), self.tiles.experts)

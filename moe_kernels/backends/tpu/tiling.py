@@ -161,23 +161,24 @@ def _covered(rows: int, sizes: tuple[int, ...], depth: int) -> int:
     return max(computed_rows(count, tiles, depth) for count in range(rows - rows % sizes[0], rows + 1, PIECE))
 
 
-def chunks(expert_width: int) -> Iterator[tuple[int, int]]:
+def chunks(expert_width: int, depth: int) -> Iterator[tuple[int, int]]:
     """Chunks of F and F rounded up to them, the largest first; more than 7% of padding is never worth it.
 
-    Those of 512 and more that need no padding come before all others: to pad weights is to copy them.
+    A chunk costs the MXU a multiple of its depth. Those of 512 and more that need no padding come before all others: to
+    pad weights is to copy them.
 
-    >>> list(chunks(5120))[:4]
-    [(1024, 5120), (640, 5120), (512, 5120), (768, 5376)]
+    >>> list(chunks(5120, 128))[:4], list(chunks(5120, 256))[:3]
+    ([(1024, 5120), (640, 5120), (512, 5120), (768, 5376)], [(1024, 5120), (512, 5120), (768, 5376)])
     """
     if expert_width <= 1024:
         yield expert_width, expert_width
     sizes = [chunk for chunk in (1024, 768, 640, 512, 384, 256, 128) if chunk < expert_width]
-    whole = [chunk for chunk in sizes if chunk >= 512 and expert_width % chunk == 0]
+    whole = [chunk for chunk in sizes if chunk >= 512 and expert_width % chunk == 0 and chunk % depth == 0]
     yield from ((chunk, expert_width) for chunk in whole)
     for chunk in sizes:
-        padded = round_up(expert_width, chunk)
-        if chunk not in whole and (padded <= 1.07 * expert_width or chunk == 128):
-            yield chunk, padded
+        number = -(-expert_width // chunk)
+        if chunk not in whole and (number * round_up(chunk, depth) <= 1.07 * expert_width or chunk == 128):
+            yield chunk, number * chunk
 
 
 def _choose(
@@ -188,7 +189,7 @@ def _choose(
     # All rows of an expert at once come before longer chunks: its weight gradients are then written once.
     others = ((rows, enough) for enough in (512, 256, 1) for rows in options())
     for rows, enough in itertools.chain([(next(options()), 256)], others):
-        for chunk, padded in chunks(expert_width):
+        for chunk, padded in chunks(expert_width, chip.depth):
             vmem = int(need(rows, chunk) * MARGIN) + SLACK
             if vmem <= chip.vmem - MIB and chunk >= min(enough, expert_width):
                 return Tiles(rows, chunk, padded, vmem)

@@ -122,12 +122,14 @@ def logits_gradient(static: RouteStatic, saved: RouteSaved, cotangent: Routing) 
 
 
 def route_backward(
-    static: RouteStatic, saved: RouteSaved, cotangent: Routing
+    static: RouteStatic, saved: RouteSaved, cotangent: Routing, passed: Float[Array, "T D"] | None = None
 ) -> tuple[Float[Array, "T D"], Float[Array, "D E"]]:
-    """`dx = dA Wᵀ`, `dW = xᵀ dA`."""
+    """`dx = dA Wᵀ`, plus the cotangent of tokens that were passed on; `dW = xᵀ dA`."""
     dlogits = logits_gradient(static, saved, cotangent)
     highest = jax.lax.Precision.HIGHEST
     router = saved.router.astype(jnp.float32)
     dtokens = jnp.einsum("te,de->td", dlogits, router, precision=highest)
+    if passed is not None:
+        dtokens += passed.astype(jnp.float32)
     drouter = jnp.einsum("td,te->de", _select_masked(saved.tokens, saved.inputs.mask), dlogits, precision=highest)
     return dtokens.astype(saved.tokens.dtype), drouter.astype(saved.router.dtype)
