@@ -293,9 +293,9 @@ def matmul_forward_tiles(
         cast = vmem_bytes(width, chunk, itemsize) if itemsize != weight_itemsize else 0
         held = 2 * vmem_bytes(rows.rows, width, itemsize) + 2 * vmem_bytes(rows.rows, chunk, itemsize)
         weights = matrices * (2 * vmem_bytes(width, chunk, weight_itemsize) + cast)
-        # Rows as the MXU wants them; of a gated pair the first product, rounded.
+        # Rows as the MXU wants them; with an epilogue the product that it is of, or the first of a pair, rounded.
         values = vmem_bytes(rows.pieces[0], width, itemsize)
-        values += vmem_bytes(rows.pieces[0], chunk, itemsize) if epilogue == "gated" else 0
+        values += 0 if epilogue == "none" else vmem_bytes(rows.pieces[0], chunk, itemsize)
         return weights + held + values
 
     return _choose(layout, expert_width, chip, need)
@@ -331,6 +331,8 @@ def matmul_backward_tiles(
         values = matrices * vmem_bytes(rows.pieces[0], width, 4) * 9 // 8
         values += 0 if epilogue == "none" else vmem_bytes(rows.pieces[0], width, itemsize)
         values += {"none": 0, "pointwise": 1, "gated": 4}[epilogue] * vmem_bytes(rows.pieces[0], chunk, 4)
+        # However few the rows are: what is computed again stands beside a part of a product for the weights (fitted).
+        values = values if epilogue == "none" else max(values, vmem_bytes(min(width, 1152), chunk, 4))
         return matrices * each + held + vmem_bytes(rows.rows, width, 4) + values
 
     return _choose(layout, expert_width, chip, need, contracted=True)
