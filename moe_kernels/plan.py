@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Float, Int, Key
 
+from moe_kernels.packed_sort import Field, descending, sort_fields
 from moe_kernels.types import ROW_ALIGNMENT, CapacityFactor, Layout, Plan, Routing, Runs, round_up
 
 SUBLANES = 8
@@ -205,11 +207,11 @@ def _sort(routing: Routing, priority: Float[Array, " T"] | None, num_groups: int
     key = jnp.where(claims, routing.expert * num_choices + column, nobody).reshape(num_groups, -1)
     choice = jnp.broadcast_to(jnp.arange(key.shape[1], dtype=jnp.int32), key.shape)
     # The choice is the last key rather than carried by a stable sort: one order, and less to move on CPU and on TPU.
-    if priority is None:
-        key, order = _sort_groups(num_experts * num_choices + 1, key, choice)
-    else:
-        rank = jnp.broadcast_to(jnp.where(claims, -priority[:, None], jnp.float32(0)), routing.expert.shape)
-        key, _, order = _sort_groups(num_experts * num_choices + 1, key, rank.reshape(key.shape), choice)
+    fields = [Field(key, num_experts * num_choices + 1), Field(choice, key.shape[1])]
+    if priority is not None:
+        rank = jnp.broadcast_to(jnp.where(claims, priority[:, None], jnp.float32(0)), routing.expert.shape)
+        fields.insert(1, descending(rank.reshape(key.shape)))
+    key, *_, order = _sort_groups(fields)
     bounds = jnp.arange(num_experts + 1, dtype=jnp.int32) * num_choices
 
     def count_below(method: str, key: Array) -> Array:
@@ -225,18 +227,19 @@ def _sort(routing: Routing, priority: Float[Array, " T"] | None, num_groups: int
     return _Sorted(order, key // num_choices, start[:, :-1], start[:, 1:] - start[:, :-1])
 
 
-def _sort_groups(keys_of_group: int, key: Int[Array, "G Q"], *others: Shaped[Array, "G Q"]) -> tuple[Array, ...]:
-    """Sort every row by `key`, of which there are `keys_of_group`, and by all others.
+def _sort_groups(fields: Sequence[Field]) -> tuple[Array, ...]:
+    """Sort every row `[G, Q]` by all fields.
 
     A TPU spreads the rows over the 8 sublanes of its registers, so it sorts a few rows faster as one vector.
     """
-    shape = key.shape
+    key, *others = fields
+    shape = key.values.shape
     if shape[0] >= SUBLANES:
-        return tuple(jax.lax.sort((key, *others), dimension=1, num_keys=1 + len(others), is_stable=False))
-    first = jnp.arange(shape[0], dtype=jnp.int32)[:, None] * keys_of_group
-    flat = (value.reshape(-1) for value in (key + first, *others))
-    key, *others_sorted = jax.lax.sort(tuple(flat), num_keys=1 + len(others), is_stable=False)
-    return key.reshape(shape) - first, *(value.reshape(shape) for value in others_sorted)
+        return sort_fields(fields)
+    first = jnp.arange(shape[0], dtype=jnp.int32)[:, None] * key.limit
+    flat = [Field(key.values + first, key.limit * shape[0]), *others]
+    sorted_key, *sorted_others = sort_fields([Field(field.values.reshape(-1), field.limit) for field in flat])
+    return sorted_key.reshape(shape) - first, *(values.reshape(shape) for values in sorted_others)
 
 
 def _look_up(table: Int[Array, "G E"], index: Int[Array, "G Q"]) -> Int[Array, "G Q"]:
@@ -281,22 +284,21 @@ def _both_ways_by_sort(
 ) -> tuple[Int[Array, " TK"], Int[Array, " R"]]:
     """As `_both_ways_by_scatter`, for TPUs: sorting 16,384 pairs takes a fifteenth of scattering them."""
     choice, row = _flat_choice(ranked), in_order.reshape(-1)
-    _, of_choice = jax.lax.sort((choice, row), num_keys=1, is_stable=False)
     nobody = jnp.int32(choice.size)
+    choices, rows = (functools.partial(Field, limit=limit + 1) for limit in (choice.size, layout.num_rows))
+    _, of_choice = sort_fields([choices(choice), rows(row)])
     if layout.rows_per_expert is None:
         # Pairs of the rows that pad runs to whole tiles, too, make the place of every pair its row.
         padding = (first + size)[:, None] + jnp.arange(ROW_ALIGNMENT - 1, dtype=jnp.int32)
         padding = jnp.where(padding < round_up(first + size, ROW_ALIGNMENT)[:, None], padding, layout.num_rows)
         row = jnp.concatenate([row, padding.reshape(-1)])
-        row, source = jax.lax.sort(
-            (row, jnp.pad(choice, (0, padding.size), constant_values=nobody)), num_keys=1, is_stable=False
-        )
+        row, source = sort_fields([rows(row), choices(jnp.pad(choice, (0, padding.size), constant_values=nobody))])
         source = jnp.where(row < layout.num_rows, source, nobody)
         return of_choice, jnp.pad(source, (0, layout.num_rows - source.size), constant_values=nobody)
     if layout.num_groups == 1:
         begin = ranked.start[0]
     else:
-        _, choice = jax.lax.sort((row, choice), num_keys=1, is_stable=False)
+        _, choice = sort_fields([rows(row), choices(choice)])
         begin = jnp.cumsum(size, dtype=jnp.int32) - size
     padded = jnp.pad(choice, (0, layout.rows_per_expert))
     block = jax.vmap(lambda begin: jax.lax.dynamic_slice(padded, (begin,), (layout.rows_per_expert,)))(begin)
