@@ -259,6 +259,14 @@ MUTATIONS = {
     "last piece of an expert left out": Mutant(
         FUSED_PIECES, Mutation(FUSED, "sizes[item] + (piece - 1)", "sizes[item]")
     ),
+    "shorter pieces for one row too many": Mutant(
+        tests("test_tpu_fused.py::test_shorter_pieces_that_fill_the_mxu_hold_all_rows"),
+        Mutation(FUSED, "fit = sizes[item] <= pieces * short", "fit = sizes[item] <= pieces * short + 1"),
+    ),
+    "shorter pieces for one row too many, from rows": Mutant(
+        tests("test_tpu_mlp.py::test_as_many_shorter_pieces_hold_all_rows"),
+        Mutation(ROWS, "(count <= number * short)", "(count <= number * short + 1)"),
+    ),
     "sums of the last expert not reset": Mutant(
         FUSED_PIECES,
         Mutation(FUSED, "refs.total[...] = jnp.broadcast_to(refs.b2[0], refs.total.shape)", "pass"),

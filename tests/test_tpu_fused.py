@@ -42,6 +42,8 @@ CASES = {
     "pieces and chunks": (Shape(97, 1, 512, 256, 3, 1, 1.05), (48, 16, 128, 32)),
     "pieces": (Shape(63, 1, 256, 16, 2, 1, 1.0), (32, 16, 16, 32)),
     "chunks": (Shape(40, 2, 256, 384, 8, 1, 1.05), (16, 16, 128, 16)),
+    # More rows than fill an MXU of 128.
+    "long pieces": (Shape(576, 1, 256, 16, 2, 1, 1.0), (288, 144, 2, 192)),
 }
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
 
@@ -118,6 +120,17 @@ def test_values_and_gradients(name, dtype, weight_dtype):
     for pattern in PATTERNS:
         given = operands(name, dtype, weight_dtype, pattern)
         check(name, dtype, given, run(name, dtype, *given)[1])
+
+
+def test_shorter_pieces_that_fill_the_mxu_hold_all_rows():
+    """The other expert has more tokens than places."""
+    name, target = "long pieces", Target("TPU v5 lite", interpret=True)
+    expert, tokens, gate, w, dy = operands(name, "bfloat16")
+    for count in (256, 257):
+        given = (np.arange(len(expert)) >= count)[:, None].astype(np.int32), tokens, gate, w, dy
+        plan, found = run(name, "bfloat16", *given, target=target)
+        assert int(plan.runs.size[0]) == count < int(plan.runs.size[1])
+        check(name, "bfloat16", given, found)
 
 
 def test_every_pattern_of_empty_experts():

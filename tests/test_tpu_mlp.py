@@ -213,6 +213,15 @@ def test_the_shortest_piece_that_fills_the_mxu_holds_all_rows():
         check(rows, given, size, mlp(rows, tiles, target, "gelu_tanh", given, np.array(size, np.int32)))
 
 
+def test_as_many_shorter_pieces_hold_all_rows():
+    """Two pieces of 144 rows, or of 128 where those are enough: forward, nothing is contracted over rows."""
+    rows = nasty.Rows(experts=4, rows_per_run=288, width=8, hidden=16)
+    tiles, target = tiles_of(rows, 288, (144, 80, 48, 32, 16), 8), Target("TPU v5 lite", interpret=True)
+    given = nasty.operands(rows)
+    for size in [(256, 257, 224, 225), (288, 145, 0, 1)]:
+        check(rows, given, size, mlp(rows, tiles, target, "gelu_tanh", given, np.array(size, np.int32)))
+
+
 @pytest.mark.parametrize(("chip", "kept"), [("TPU v5 lite", True), ("TPU v6 lite", False)])
 def test_the_roofline_decides_what_a_chip_keeps(chip, kept):
     """And nothing is kept where no gradient is wanted; passes may have other chunks of F."""

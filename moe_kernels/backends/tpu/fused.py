@@ -58,7 +58,7 @@ def run_fused(
 
     def kernel(expert: Any, chunk: Any, *refs: Any) -> None:
         outs = refs[8 : 9 + keep]
-        _Fused(tiles, static, grid, _Refs(*refs[:8], *refs[8 + len(outs) :], outs=outs)).run()
+        _Fused(tiles, static, grid, target.facts.depth, _Refs(*refs[:8], *refs[8 + len(outs) :], outs=outs)).run()
 
     out = pl.BlockSpec((tiles.load, width), lambda step, *_: (jnp.clip(step - blocks - steps, 0, blocks - 1), 0))
     small, words = (8, LANES), tiles.planes * tiles.held_stride
@@ -140,6 +140,7 @@ class _Fused(NamedTuple):
     tiles: FusedTiles
     static: MlpStatic
     grid: Grid
+    depth: int
     refs: _Refs
 
     def run(self) -> None:
@@ -193,7 +194,7 @@ class _Fused(NamedTuple):
         """One chunk of one expert."""
         tiles, refs, chunks, sizes = self.tiles, self.refs, self.grid.chunks, self.refs.sizes
         item, chunk = jax.lax.div(number, chunks), jax.lax.rem(number, chunks)
-        piece = tiles.mlp.rows.pieces[0]
+        piece, short = tiles.mlp.rows.pieces[0], tiles.mlp.rows.shorter(self.depth)
         pieces = jax.lax.div(sizes[item] + (piece - 1), piece)
 
         before = jnp.where(item > 0, item - 1, self.grid.items)
@@ -205,18 +206,25 @@ class _Fused(NamedTuple):
         pl.when((chunk == 0) & (pieces > 0))(self._begin)
         w1, w2 = self._weights(pieces > 0)
 
-        def work(step: Scalar, carry: None = None) -> None:
-            own = pl.ds(pl.multiple_of(step * piece, PIECE), piece)
+        def work(size: int, step: Scalar, carry: None = None) -> None:
+            own = pl.ds(pl.multiple_of(step * size, PIECE), size)
             # In one stretch of code with the matmuls, and before them: the compiler runs them beside the first.
             moves(pl.multiple_of((chunk * pieces + step) * tiles.part, PIECE), tiles.part)
             hidden = (dot(refs.rows[own], w1[...], (1, 0)) + refs.b1[0]).astype(refs.rows.dtype)
             activated = activate(hidden.astype(jnp.float32), self.static.activation).astype(refs.rows.dtype)
             refs.total[own] += dot(activated, w2[...], (1, 0))
 
-        if tiles.num_pieces == 1:
-            pl.when(pieces > 0)(lambda: work(0))
-        else:
-            jax.lax.fori_loop(0, pieces, work, None)
+        def each(size: int) -> None:
+            if tiles.num_pieces == 1:
+                work(size, 0)
+            else:
+                jax.lax.fori_loop(0, pieces, functools.partial(work, size), None)
+
+        # As many shorter pieces, which fill the MXU's depth, where those hold all rows.
+        fit = sizes[item] <= pieces * short
+        pl.when((pieces > 0) & jnp.logical_not(fit))(lambda: each(piece))
+        if short:
+            pl.when((pieces > 0) & fit)(lambda: each(short))
 
         @pl.when(chunk == chunks - 1)
         def _() -> None:

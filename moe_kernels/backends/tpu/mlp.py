@@ -23,7 +23,7 @@ from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.activation import activate
 from moe_kernels.backends.tpu.hidden import keeps_hidden
 from moe_kernels.backends.tpu.launch import NUM_SCALARS, Grid, Target, grid_of, launch, scalars_of, tiles_for, unflatten
-from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of
+from moe_kernels.backends.tpu.rows import RowCopies, Scalar, Scalars, dot, over_pieces_or_shorter
 from moe_kernels.backends.tpu.step import ChunkCopies, this_step
 from moe_kernels.backends.tpu.tiling import Tiles, mlp_forward_tiles
 from moe_kernels.types import MlpWeights, Runs
@@ -101,7 +101,7 @@ def run_forward(
 
     def kernel(*refs: Any) -> None:
         named = jax.tree.unflatten(jax.tree.structure(arrays), refs[NUM_SCALARS:])
-        _forward(tiles, static, grid, unflatten(refs[:NUM_SCALARS]), named)
+        _forward(tiles, static, grid, target.facts.depth, unflatten(refs[:NUM_SCALARS]), named)
 
     shapes = [rows.shape, (rows.shape[0], tiles.padded)] if keep else [rows.shape]
     run = launch(
@@ -165,7 +165,7 @@ class _Forward(NamedTuple):
     hidden_written: Any
 
 
-def _forward(tiles: Tiles, static: MlpStatic, grid: Grid, scalars: Scalars, refs: _Forward) -> None:
+def _forward(tiles: Tiles, static: MlpStatic, grid: Grid, depth: int, scalars: Scalars, refs: _Forward) -> None:
     step = this_step(grid, scalars)
     at, slot, busy = step.at, step.slot, step.busy
     rows, dtype = refs.buffer.at[slot], refs.buffer.dtype
@@ -209,7 +209,7 @@ def _forward(tiles: Tiles, static: MlpStatic, grid: Grid, scalars: Scalars, refs
         activated = activate(hidden.astype(jnp.float32), static.activation).astype(dtype)
         refs.total[own] += dot(activated, w2[...], (1, 0))
 
-    over_pieces(*pieces_of(scalars.schedule.size[at], scalars.covers, tiles.rows), tiles.rows, work)
+    over_pieces_or_shorter(scalars.schedule.size[at], scalars.covers, tiles.rows, depth, work)
     if place is not None:
         kept.write(step)
     step.finish(refs.total, refs.buffer, results)

@@ -55,6 +55,32 @@ def over_pieces(
         offset = offset + taken * size
 
 
+def over_pieces_or_shorter(
+    count: Scalar, covers: Any, tiles: RowTiles, depth: int, work: Callable[[Scalar, int], None]
+) -> None:
+    """Do `work(offset, rows)` for an item of `count` rows, in as many shorter pieces where those hold all of them.
+
+    For matmuls that do not contract over rows: each costs what its rows are.
+    """
+    repeats, bits = pieces_of(count, covers, tiles)
+    number, short = tiles.rows // tiles.pieces[0], tiles.shorter(depth)
+    if short:
+        fit = (repeats == number) & (count <= number * short)
+
+        @pl.when(fit)
+        def _() -> None:
+            def repeat(n: Scalar, carry: None) -> None:
+                work(pl.multiple_of(n * short, PIECE), short)
+
+            if number == 1:
+                work(0, short)
+            else:
+                jax.lax.fori_loop(0, number, repeat, None)
+
+        repeats, bits = jnp.where(fit, 0, repeats), jnp.where(fit, 0, bits)
+    over_pieces(repeats, bits, tiles, work)
+
+
 def _multiple(value: Scalar, multiple: int) -> Scalar:
     return value if isinstance(value, int) else pl.multiple_of(value, multiple)
 

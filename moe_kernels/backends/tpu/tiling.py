@@ -57,6 +57,15 @@ class RowTiles:
     copied: int
     pieces: tuple[int, ...]
 
+    def shorter(self, depth: int) -> int:
+        """A first piece that is a multiple of the MXU's depth, for rows that as many of those hold; 0 if none is.
+
+        >>> [RowTiles(544, 544, (piece,)).shorter(depth) for piece, depth in ((544, 256), (272, 128), (256, 128))]
+        [512, 256, 0]
+        """
+        short = self.pieces[0] // depth * depth
+        return short if short < self.pieces[0] else 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -266,7 +275,7 @@ def mlp_backward_bytes(
     sums = 0 if out == 4 or straight(layout, rows) else pair(4)
     cast = pair(itemsize) if itemsize != weight_itemsize else 0
     biases = 4 * 8 * 4 * (round_up(chunk, 128) + round_up(width, 128))
-    values = 3 * vmem_bytes(rows.pieces[0], chunk, 4) + 5 * vmem_bytes(rows.pieces[0], width, 4) // 2
+    values = 3 * vmem_bytes(rows.pieces[0], chunk, 4) + 3 * vmem_bytes(rows.pieces[0], width, 4)
     return 2 * pair(weight_itemsize) + cast + 2 * pair(out) + sums + biases + vmem_bytes(rows.rows, width, 4) + values
 
 
