@@ -308,8 +308,8 @@ MUTATIONS = {
         FUSED_PIECES,
         Mutation(
             FUSED_BACKWARD,
-            "sum1[...], sum2[...] = jnp.zeros(sum1.shape, jnp.float32), jnp.zeros(sum2.shape, jnp.float32)",
-            "pass",
+            "total[...] = jnp.where(offset == 0, 0.0, total[...]) + part",
+            "total[...] += part",
         ),
     ),
     "shorter pieces of an expert left out": Mutant(

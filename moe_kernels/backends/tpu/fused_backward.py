@@ -351,16 +351,13 @@ class _Backward(NamedTuple):
         refs, rows, products = self.refs, self.tiles.mlp.rows, self._products()
         there = refs.dw1.dtype == jnp.float32
         sum1, sum2 = (refs.dw1.at[0], refs.dw2.at[0]) if there else (refs.dw1_sum, refs.dw2_sum)
-        sum1[...], sum2[...] = jnp.zeros(sum1.shape, jnp.float32), jnp.zeros(sum2.shape, jnp.float32)
-        refs.db1[...] = jnp.zeros(refs.db1.shape, jnp.float32)
 
         def add(offset: Scalar, size: int) -> None:
             if size == rows.pieces[0]:
                 moves(jax.lax.div(offset, size))
-            g1, g2, db1 = products.of(offset, size)
-            sum1[...] += g1
-            sum2[...] += g2
-            refs.db1[0] += db1
+            # Sums begin with the first piece: to write zeros before would take as long as the products of it.
+            for total, part in zip((sum1, sum2, refs.db1.at[0]), products.of(offset, size), strict=True):
+                total[...] = jnp.where(offset == 0, 0.0, total[...]) + part
 
         over_pieces(repeats, bits, rows, add)
         if not there:
