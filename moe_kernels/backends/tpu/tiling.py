@@ -335,9 +335,9 @@ def matmul_backward_tiles(
         cast = vmem_bytes(width, chunk, itemsize) if itemsize != weight_itemsize else 0
         held = 2 * vmem_bytes(rows.rows, width, itemsize) + 2 * vmem_bytes(rows.rows, chunk, itemsize)
         each = 2 * (vmem_bytes(width, chunk, weight_itemsize) + vmem_bytes(width, chunk, out)) + cast + sums
-        # The products that are added to dx; what is computed again: from rows as the MXU wants them, an activation's
-        # argument, value and slope.
-        values = matrices * vmem_bytes(rows.pieces[0], width, 4) * 9 // 8
+        # The products that are added to dx (7x, which spills least, keeps one of a pair); what is computed again: from
+        # rows as the MXU wants them, an activation's argument, value and slope.
+        values = (matrices if chip.spilled > 2 else 1) * vmem_bytes(rows.pieces[0], width, 4) * 9 // 8
         values += 0 if epilogue == "none" else vmem_bytes(rows.pieces[0], width, itemsize)
         values += {"none": 0, "pointwise": 1, "gated": 4}[epilogue] * vmem_bytes(rows.pieces[0], chunk, 4)
         # However few the rows are: what is computed again stands beside a part of a product for the weights (fitted).
