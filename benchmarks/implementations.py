@@ -181,7 +181,7 @@ def _computed_rows(backend: Backend | None, case: Case, kept: np.ndarray, settin
         tiles = tiling.mlp_forward_tiles(layout, case.width, case.expert_width, itemsize, itemsize, chip)
         assert tiles is not None, "refused by why_not"
         whole, tail = np.divmod(kept, tiles.rows.rows)
-        of_item = functools.partial(tiling.computed_rows, tiles=tiles.rows, depth=chip.depth)
+        of_item = functools.partial(tiling.computed_rows, tiles=tiles.rows, depth=chip.depth, shorter=True)
         return int(whole.sum()) * of_item(tiles.rows.rows) + sum(of_item(int(count)) for count in tail)
     if backend.name == "gpu":
         return int(round_up(kept, NUM_CONSUMERS * WARPGROUP_ROWS).sum())

@@ -58,7 +58,7 @@ def route_and_pass(
     backend: str | None,
 ) -> tuple[Routing, Float[Array, "T D"]]:
     """As `route`, with the tokens: who uses these has their cotangent added to that of the router where that is made,
-    once in float32, and not by a pass of its own over both."""
+    in float32 (on GPUs to the rounded product, by XLA), and not by a pass of its own over both."""
     call = _call(tokens, router, num_choices, num_groups, noise, noise_std, modality, num_modalities, mask, backend)
     return apply(_passing(call.span), call.static, (tokens, router), (call.inputs,))
 

@@ -259,6 +259,14 @@ MUTATIONS = {
     "last piece of an expert left out": Mutant(
         FUSED_PIECES, Mutation(FUSED, "sizes[item] + (piece - 1)", "sizes[item]")
     ),
+    "cotangents of tokens passed on added after rounding": Mutant(
+        tests("test_tpu_route.py::test_the_cotangent_of_tokens_passed_on_is_added_before_rounding[exact tiles-tpu]"),
+        Mutation(
+            "tpu/routing_backward.py",
+            "product += passed[0].astype(jnp.float32)",
+            "product = product.astype(dtokens.dtype).astype(jnp.float32) + passed[0].astype(jnp.float32)",
+        ),
+    ),
     "shorter pieces for one row too many": Mutant(
         tests("test_tpu_fused.py::test_shorter_pieces_that_fill_the_mxu_hold_all_rows"),
         Mutation(FUSED, "fit = sizes[item] <= pieces * short", "fit = sizes[item] <= pieces * short + 1"),

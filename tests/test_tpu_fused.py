@@ -303,7 +303,11 @@ def test_the_backward_pass_in_its_parts_gives_the_same_bits(name):
     [
         ("TPU v6 lite", 1280, "one kernel forward and one backward"),
         ("TPU v5 lite", 768, "one kernel forward and one backward"),
-        ("TPU7x", 768, "backward in its parts, since tokens and cotangents do not both fit the 64 MiB of VMEM"),
+        (
+            "TPU7x",
+            768,
+            "backward in its parts, since tokens, cotangents and a chunk of weights do not fit the 64 MiB of VMEM",
+        ),
     ],
 )
 def test_what_explain_says_of_both_passes(chip, width, said):

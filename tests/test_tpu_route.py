@@ -122,7 +122,8 @@ def by_backend(case: Case, backend: str, tokens, router, inputs, dgate, dsums, d
     return routing, pull((dgate, dsums, dpassed))
 
 
-def check(case: Case, drawn, found, dpassed=0.0) -> None:
+def check(case: Case, drawn, found, dpassed=0.0) -> tuple[np.ndarray, np.ndarray]:
+    """The exact gradient of the tokens, and how large the terms of the router's part are."""
     tokens, router, inputs, dgate, dsums = drawn
     routing, (dtokens, drouter) = found
     optional = {name: None if value is None else np.asarray(value) for name, value in inputs._asdict().items()}
@@ -147,11 +148,13 @@ def check(case: Case, drawn, found, dpassed=0.0) -> None:
     eps, w64 = EPS[case.dtype], np.asarray(router, np.float64)
     behind = size[:, None] * np.abs(w64).sum(axis=1) + 1e-30
     assert dtokens.dtype == tokens.dtype and drouter.dtype == router.dtype
-    behind, dpassed = behind + np.abs(np.asarray(dpassed, np.float64)), np.asarray(dpassed, np.float64)
-    assert_close(dtokens, dlogits @ w64.T + dpassed, length=case.experts, name="dx", scale=behind, eps=eps)
+    exact, product = dlogits @ w64.T + np.asarray(dpassed, np.float64), behind
+    behind = behind + np.abs(np.asarray(dpassed, np.float64))
+    assert_close(dtokens, exact, length=case.experts, name="dx", scale=behind, eps=eps)
     x = np.nan_to_num(x)
     behind = np.abs(x).T @ np.broadcast_to(size[:, None], dlogits.shape) + 1e-30
     assert_close(drouter, x.T @ dlogits, length=case.experts, name="dw", scale=behind)
+    return exact, product
 
 
 @given(st.sampled_from(sorted(CASES)), st.integers(0, 10**6), st.sampled_from(["uneven", "all equal"]))
@@ -180,15 +183,20 @@ def test_the_public_operation_is_that_of_the_xla_back_end(name):
 def test_the_cotangent_of_tokens_passed_on_is_added_before_rounding(name, backend):
     case = CASES[name]
     drawn = draw(case, 3, "uneven")
-    dpassed = jnp.asarray(np.random.default_rng(4).normal(size=drawn[0].shape), drawn[0].dtype)
-    routing, (dtokens, drouter) = by_backend(case, backend, *drawn, dpassed)
-    check(case, drawn, (routing, (dtokens, drouter)), dpassed)
     alone, (dalone, _) = by_backend(case, backend, *drawn)
-    jax.tree.map(np.testing.assert_array_equal, routing, alone)
-    # Where the router's part is 0 (padding, say) what was passed on comes back as it was.
-    unmoved = ~np.any(np.asarray(dalone, np.float32), axis=1)
-    assert unmoved.any() == case.masked
-    np.testing.assert_array_equal(np.asarray(dtokens)[unmoved], np.asarray(dpassed)[unmoved])
+    drawn_at_random = jnp.asarray(np.random.default_rng(4).normal(size=drawn[0].shape), drawn[0].dtype)
+    # Of the router's part, less that part rounded, stays what rounding lost.
+    for dpassed in (drawn_at_random, -dalone):
+        routing, (dtokens, drouter) = by_backend(case, backend, *drawn, dpassed)
+        jax.tree.map(np.testing.assert_array_equal, routing, alone)
+        exact, product = check(case, drawn, (routing, (dtokens, drouter)), dpassed)
+        once = EPS[case.dtype] / 2 * np.abs(exact) * 1.01 + 2.0**-14 * product
+        assert (np.abs(np.asarray(dtokens, np.float64) - exact) <= once).all()
+        # Where the router's part is 0 (padding, say) what was passed on comes back as it was.
+        unmoved = ~np.any(np.asarray(dalone, np.float32), axis=1)
+        assert unmoved.any() == case.masked
+        np.testing.assert_array_equal(np.asarray(dtokens)[unmoved], np.asarray(dpassed)[unmoved])
+    assert case.dtype == "float32" or np.asarray(dtokens, np.float32).any()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

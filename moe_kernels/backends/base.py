@@ -101,8 +101,9 @@ class Span(NamedTuple):
     """A forward function and its hand-written derivative.
 
     `forward(static, *differentiable, *constants)` returns `(result, saved)`; `backward(static, saved, cotangent)`
-    returns a tuple with one cotangent for each differentiable argument. `static` is hashable. Neither is ever
-    differentiated by JAX. `value` is the result alone, where that costs less than `forward`.
+    returns a tuple with one cotangent for each differentiable argument; that of `route` also takes the cotangent of
+    tokens that were passed on, to be added to theirs. `static` is hashable. Neither is ever differentiated by JAX.
+    `value` is the result alone, where that costs less than `forward`.
     """
 
     forward: Callable[..., tuple[Any, Any]]

@@ -84,7 +84,7 @@ def _vmem_misfit(problem: Problem) -> str | None:
 
 
 def _fused_misfit(problem: Problem) -> str | None:
-    """Why dispatch, experts and combine cannot be one kernel; its backward pass gathers rows."""
+    """Why dispatch, experts and combine cannot be one kernel; a backward pass in its parts gathers rows."""
     layout = problem.layout
     assert layout is not None
     if problem.platform == "tpu" and problem.num_cores > 1:
@@ -149,8 +149,8 @@ def note(problem: Problem) -> str | None:
             return "one kernel forward and one backward; hidden layer computed again"
         memory = _target(problem).facts.vmem // MIB
         return (
-            "one kernel forward; backward in its parts, since tokens and cotangents do not both fit the "
-            f"{memory} MiB of VMEM; hidden layer computed again"
+            "one kernel forward; backward in its parts, since tokens, cotangents and a chunk of weights do not fit the "
+            f"{memory} MiB of VMEM together; hidden layer computed again"
         )
     again, kept = (f"{1e3 * seconds / _target(problem).num_cores:.3f} ms" for seconds in hidden_cost(*sizes))
     ways = [("computed again", again), ("kept", kept)]

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.activation import activate
 from moe_kernels.backends.tpu.gather_tiles import FusedTiles
-from moe_kernels.backends.tpu.in_place import alone, column, in_lanes, places, weights_of_steps
+from moe_kernels.backends.tpu.in_place import alone, column, in_lanes, places, steps_of
 from moe_kernels.backends.tpu.launch import Grid, Target, apart, grid_of
 from moe_kernels.backends.tpu.mlp import padded_weights
 from moe_kernels.backends.tpu.rows import Scalar, dot
@@ -54,7 +54,7 @@ def run_fused(
     factor = in_lanes(jnp.where(jnp.isfinite(gate), factor, jnp.float32(jnp.nan)), tiles)
 
     schedule = make_schedule(static.layout, plan.runs, tile_rows=mlp.rows.rows)
-    expert, chunk = weights_of_steps(grid, schedule, blocks)
+    expert, chunk, *_ = steps_of(grid, schedule, blocks)
 
     def kernel(expert: Any, chunk: Any, *refs: Any) -> None:
         outs = refs[8 : 9 + keep]

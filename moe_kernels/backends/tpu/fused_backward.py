@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.gather_tiles import FusedTiles
-from moe_kernels.backends.tpu.in_place import alone, column, from_lanes, in_lanes, places, weights_of_steps
+from moe_kernels.backends.tpu.in_place import alone, column, from_lanes, in_lanes, places, steps_of
 from moe_kernels.backends.tpu.launch import Grid, Target, apart, grid_of
 from moe_kernels.backends.tpu.mlp import padded_weights
 from moe_kernels.backends.tpu.products import Products
@@ -57,10 +57,8 @@ def run_fused_backward(
     factor = in_lanes(jnp.where(plan.row < plan.layout.num_rows, gate, jnp.float32(0)), tiles)
 
     schedule = make_schedule(static.layout, plan.runs, tile_rows=mlp.rows.rows)
-    number = jnp.clip(jnp.arange(2 * blocks + steps, dtype=jnp.int32) - blocks, 0, steps - 1)
     steering = (
-        *weights_of_steps(grid, schedule, blocks),
-        *(number // grid.chunks, number % grid.chunks),
+        *steps_of(grid, schedule, blocks),
         *(schedule.size, place, jnp.array(covers(mlp.rows.pieces, target.facts.depth), jnp.int32)),
     )
     assert len(steering) == NUM_STEERING

@@ -124,7 +124,9 @@ def fused_tiles(
     even = [expert_width // n for n in range(1, 5) if expert_width % (128 * n) == 0]
     even = [(chunk, expert_width) for chunk in even if width * chunk <= MOST_WEIGHTS]
     # Longer chunks have the matmuls run on, longer blocks of tokens are fewer steps.
-    for (chunk, padded), block in itertools.product([*even, *chunks(expert_width, chip.depth)], (2048, 1024, 512)):
+    # Chunks that do not fill the MXU come last: what fits with them is still moved less.
+    some = [*even, *chunks(expert_width, chip.depth), *chunks(expert_width, 128)]
+    for (chunk, padded), block in itertools.product(some, (2048, 1024, 512)):
         load = min(block, round_up(max(layout.num_tokens, 1), PIECE))
         inputs = -(-layout.num_tokens // load)
         steps = rows.rows // rows.pieces[0] * (padded // chunk)

@@ -43,14 +43,15 @@ def from_lanes(lanes: Float[Array, "N L"], tiles: FusedTiles, length: int) -> Fl
     return lanes.reshape(tiles.inputs, -1)[:, : tiles.load].reshape(-1, 1)[:length]
 
 
-def weights_of_steps(grid: Grid, schedule: Schedule, blocks: int) -> tuple[Int[Array, " S"], Int[Array, " S"]]:
-    """Expert and chunk of the weights of every step: read, not computed, since each array asks twice a step.
+def steps_of(grid: Grid, schedule: Schedule, blocks: int) -> tuple[Int[Array, " S"], ...]:
+    """Expert and chunk of the weights of every step, then its own: read, not computed, since each array asks twice.
 
     Before and after the steps with weights come those of `blocks` of tokens.
     """
     steps = grid.items * grid.chunks
     number = jnp.clip(jnp.arange(2 * blocks + steps, dtype=jnp.int32) - blocks, 0, steps - 1)
-    return grid.fetched(0, number // grid.chunks, number % grid.chunks, (*schedule, schedule.size))
+    own = number // grid.chunks, number % grid.chunks
+    return *grid.fetched(0, *own, (*schedule, schedule.size)), *own
 
 
 def alone(first: Scalar, rows: Scalar, moves: Callable[[Scalar, int], None]) -> None:

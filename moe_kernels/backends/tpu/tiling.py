@@ -123,14 +123,19 @@ def covers(sizes: tuple[int, ...], depth: int) -> tuple[int, ...]:
     return tuple(next(bits for _, held, bits in options if held >= rows) for rows in range(0, sizes[0] + 1, PIECE))
 
 
-def computed_rows(count: int, tiles: RowTiles, depth: int) -> int:
-    """Rows that matmuls run over for an item of `count` rows.
+def computed_rows(count: int, tiles: RowTiles, depth: int, *, shorter: bool = False) -> int:
+    """Rows that matmuls run over for an item of `count` rows, `shorter` where as many shorter first pieces may do.
 
     >>> computed_rows(70, RowTiles(128, 128, (64, 32, 16)), 16)
     80
+    >>> [computed_rows(512, RowTiles(544, 544, (272, 144)), 128, shorter=shorter) for shorter in (False, True)]
+    [544, 512]
     """
     whole, tail = divmod(count, tiles.pieces[0])
     bits = covers(tiles.pieces, depth)[-(-tail // PIECE)]
+    number, short = tiles.rows // tiles.pieces[0], tiles.shorter(depth)
+    if shorter and short and whole + (bits & 1) == number and count <= number * short:
+        return number * short
     return whole * tiles.pieces[0] + sum(size for n, size in enumerate(tiles.pieces) if bits >> n & 1)
 
 
@@ -186,7 +191,7 @@ def chunks(expert_width: int, depth: int) -> Iterator[tuple[int, int]]:
     yield from ((chunk, expert_width) for chunk in whole)
     for chunk in sizes:
         number = -(-expert_width // chunk)
-        if chunk not in whole and (number * round_up(chunk, depth) <= 1.07 * expert_width or chunk == 128):
+        if chunk not in whole and (number * round_up(chunk, depth) <= 1.07 * expert_width or chunk in (128, depth)):
             yield chunk, number * chunk
 
 
