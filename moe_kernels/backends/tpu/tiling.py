@@ -307,9 +307,9 @@ def matmul_forward_tiles(
         cast = vmem_bytes(width, chunk, itemsize) if itemsize != weight_itemsize else 0
         held = 2 * vmem_bytes(rows.rows, width, itemsize) + 2 * vmem_bytes(rows.rows, chunk, itemsize)
         weights = matrices * (2 * vmem_bytes(width, chunk, weight_itemsize) + cast)
-        # Rows as the MXU wants them; with an epilogue the product that it is of, or the first of a pair, rounded.
+        # Rows as the MXU wants them; with an epilogue half of its product, or the first of a pair, rounded.
         values = vmem_bytes(rows.pieces[0], width, itemsize)
-        values += 0 if epilogue == "none" else vmem_bytes(rows.pieces[0], chunk, itemsize)
+        values += {"none": 0, "pointwise": 1, "gated": 2}[epilogue] * vmem_bytes(rows.pieces[0], chunk, itemsize) // 2
         return weights + held + values
 
     return _choose(layout, expert_width, chip, need)
