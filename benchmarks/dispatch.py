@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 import jax  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 
-from benchmarks import estimate, plot, selection, summary  # noqa: E402
+from benchmarks import estimate, plot, selection, summary, timing  # noqa: E402
 from benchmarks.cases import CASES, DISTRIBUTIONS, DTYPES  # noqa: E402
 from benchmarks.implementations import OURS  # noqa: E402
 from benchmarks.markdown import write_section  # noqa: E402
@@ -204,7 +204,7 @@ def main(argv: list[str]) -> int:
     except app.UsageError as error:
         return refuse(error)
     # A shell that is not interactive starts background commands with Ctrl-C ignored, and children inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, timing.interrupt)
     names = _IMPLEMENTATION.value or list(IMPLEMENTATIONS)
     with contextlib.ExitStack() as stack:
         json_file = stack.enter_context(open(_JSON.value, "a", encoding="utf-8")) if _JSON.value else None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import doctest
+import gc
 import json
 import os
 import signal
@@ -292,6 +293,27 @@ def test_examples_in_docstrings(module):
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "benchmarks" / "dispatch.py"), *arguments]
+
+
+def test_ctrl_c_within_a_callback_of_the_garbage_collector_is_not_lost():
+    """JAX has such a callback, and Python drops what one raises."""
+
+    def some_gc_callback(phase, info):
+        signal.raise_signal(signal.SIGINT)
+
+    before = [signal.signal(number, timing.interrupt) for number in (signal.SIGINT, signal.SIGALRM)]
+    gc.callbacks.append(some_gc_callback)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gc.collect()
+            gc.callbacks.remove(some_gc_callback)
+            time.sleep(5)
+    finally:
+        if some_gc_callback in gc.callbacks:
+            gc.callbacks.remove(some_gc_callback)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in zip((signal.SIGINT, signal.SIGALRM), before, strict=True):
+            signal.signal(number, handler)
 
 
 @pytest.mark.slow
