@@ -44,6 +44,7 @@ TWO_CORES = tests("test_tpu_races.py::test_a_grouped_matmul_has_no_races[packed-
 MEMORIES = "test_with_simulated_memories_results_are_the_same_and_no_core_disturbs_the_other"
 FUSED_PIECES = tests("test_tpu_fused.py::test_values_and_gradients[pieces and chunks-float32-float32]")
 FUSED_GROUPS = tests("test_tpu_fused.py::test_values_and_gradients[groups-bfloat16-float32]")
+FUSED_RACES = tests("test_tpu_fused.py::test_no_races_and_no_uninitialised_memory")
 FUSED_POISON = tests("test_tpu_fused.py::test_what_is_not_finite_stays_where_it_belongs[inf]")
 
 ROWS, STEP, GRADIENTS = "tpu/rows.py", "tpu/step.py", "tpu/gradients.py"
@@ -284,7 +285,7 @@ MUTATIONS = {
     ),
     # The same, backward.
     "gradients of unused rows not masked": Mutant(
-        FUSED_GROUPS, Mutation(FUSED_BACKWARD, "words = jnp.where(used, source[own, :], 0)", "words = source[own, :]")
+        FUSED_RACES, Mutation(FUSED_BACKWARD, "words = jnp.where(used, source[own, :], 0)", "words = source[own, :]")
     ),
     "gradient of a token without a row left as it was": Mutant(
         FUSED_GROUPS,
@@ -294,7 +295,7 @@ MUTATIONS = {
         FUSED_GROUPS, Mutation(FUSED_BACKWARD, "(value * factor).astype(dtype)", "value.astype(dtype)")
     ),
     "gates' gradients of weighed cotangents": Mutant(
-        FUSED_GROUPS, Mutation(FUSED_BACKWARD, "product += value *", "product += value * factor *")
+        FUSED_PIECES, Mutation(FUSED_BACKWARD, "product += value *", "product += value * factor *")
     ),
     "cotangents of the first expert not picked": Mutant(
         FUSED_GROUPS, Mutation(FUSED_BACKWARD, "pl.when(number == -1)", "pl.when(number == -2)")
