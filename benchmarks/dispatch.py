@@ -221,6 +221,7 @@ def main(argv: list[str]) -> int:
                 report.say(remark)
             run_all(problems, options, device, report)
         except KeyboardInterrupt:
+            timing.caught()
             report.say("\nstopped; what was measured until then:")
             status = 130
         say_summary(report)

@@ -15,7 +15,7 @@ from benchmarks.jobs import Job, Prepared, make_job, prepare
 from benchmarks.peers import PEERS
 from benchmarks.results import Label, Result, make_result
 from benchmarks.roofline import EXPERT_MATMULS, Device, Load, Op, Pass, needed_bytes, probes, with_probes, work
-from benchmarks.timing import Program, compile_program, time_programs
+from benchmarks.timing import Program, caught, compile_program, time_programs
 
 IMPLEMENTATIONS = {implementation.name: implementation for implementation in (*OURS, *PEERS)}
 
@@ -74,6 +74,7 @@ def run_problem(problem: Problem, options: Options, device: Device) -> Iterator[
         if right and not options.check_only:
             time_programs([*right, *beside], options.repetitions, batched=jax.default_backend() != "cpu")
     except KeyboardInterrupt:
+        caught()
         interrupted = True
     device = with_probes(device, beside, dtype)
     load = full_truth(case, problem.distribution, dtype).load

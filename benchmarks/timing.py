@@ -121,9 +121,12 @@ def paired_ratio(mine: dict[int, float], base: dict[int, float]) -> float | None
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt; a moment later where Python would drop it, in a callback of its garbage collector."""
-    if frame is not None and frame.f_code.co_name.endswith("gc_callback") and hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGALRM, interrupt)
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        return
+    """Raise KeyboardInterrupt, and again in a second unless `caught()`: callbacks of Python's collector drop it."""
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 1)
     raise KeyboardInterrupt
+
+
+def caught() -> None:
+    """Whoever catches KeyboardInterrupt says so."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
