@@ -246,10 +246,10 @@ MUTATIONS = {
         ),
     ),
     "rows of the first expert not picked": Mutant(
-        FUSED_GROUPS, Mutation(FUSED, "pl.when(number == -1)", "pl.when(number == -2)")
+        FUSED_GROUPS, Mutation(IN_PLACE, "pl.when(number == -1)", "pl.when(number == -2)")
     ),
     "results of the last expert not put": Mutant(
-        FUSED_GROUPS, Mutation(FUSED, "pl.when(number == steps)", "pl.when(number == -1)")
+        FUSED_GROUPS, Mutation(IN_PLACE, "pl.when(number == steps)", "pl.when(number == -1)")
     ),
     "rows that had no piece beside them not moved": Mutant(
         FUSED_PIECES, Mutation(FUSED, "alone(chunks * pieces * tiles.part, jnp.maximum(put, picked), moves)", "pass")
@@ -296,12 +296,6 @@ MUTATIONS = {
     ),
     "gates' gradients of weighed cotangents": Mutant(
         FUSED_PIECES, Mutation(FUSED_BACKWARD, "product += value *", "product += value * factor *")
-    ),
-    "cotangents of the first expert not picked": Mutant(
-        FUSED_GROUPS, Mutation(FUSED_BACKWARD, "pl.when(number == -1)", "pl.when(number == -2)")
-    ),
-    "gradients of the last expert's rows not put": Mutant(
-        FUSED_GROUPS, Mutation(FUSED_BACKWARD, "pl.when(number == steps)", "pl.when(number == -1)")
     ),
     "rows that had no stretch beside them not moved": Mutant(
         FUSED_PIECES,

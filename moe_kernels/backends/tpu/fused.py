@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.activation import activate
 from moe_kernels.backends.tpu.gather_tiles import FusedTiles
-from moe_kernels.backends.tpu.in_place import alone, column, in_lanes, places, steps_of
+from moe_kernels.backends.tpu.in_place import alone, column, in_lanes, places, run_phases, steps_of
 from moe_kernels.backends.tpu.launch import Grid, Target, apart, grid_of
 from moe_kernels.backends.tpu.mlp import padded_weights
 from moe_kernels.backends.tpu.rows import Scalar, dot
@@ -145,24 +145,9 @@ class _Fused(NamedTuple):
 
     def run(self) -> None:
         """One step of the grid."""
-        step, blocks = pl.program_id(0), self.tiles.inputs
-        number, steps = step - blocks, self.grid.items * self.grid.chunks
-        sizes = self.refs.sizes
+        run_phases(self, self.tiles.inputs, self.grid, self.refs.sizes)
 
-        @pl.when(number < 0)
-        def _() -> None:
-            self._load(step)
-            pl.when(number == -1)(lambda: alone(0, sizes[0], functools.partial(self._pick, 0)))
-
-        pl.when((number >= 0) & (number < steps))(lambda: self._compute(number))
-
-        @pl.when(number >= steps)
-        def _() -> None:
-            last = self.grid.items - 1
-            pl.when(number == steps)(lambda: alone(0, sizes[last], functools.partial(self._put, last)))
-            self._leave(number - steps)
-
-    def _load(self, block: Scalar) -> None:
+    def load(self, block: Scalar) -> None:
         """A block of tokens as words."""
         tiles, refs = self.tiles, self.refs
         at = pl.multiple_of(block * tiles.load, SUBLANES)
@@ -170,7 +155,7 @@ class _Fused(NamedTuple):
             parts = [refs.tokens[:, own].astype(jnp.float32) for own in self._columns(plane)]
             refs.data[pl.ds(plane * tiles.stride + at, tiles.load), :] = pack(parts)
 
-    def _leave(self, block: Scalar) -> None:
+    def leave(self, block: Scalar) -> None:
         """A block of results, weighed."""
         tiles, refs = self.tiles, self.refs
         lanes = -(-tiles.load // LANES)
@@ -190,7 +175,7 @@ class _Fused(NamedTuple):
     def _columns(self, plane: int) -> list[slice]:
         return list(columns(plane, self.tiles.planes, self.refs.tokens.dtype))
 
-    def _compute(self, number: Scalar) -> None:
+    def compute(self, number: Scalar) -> None:
         """One chunk of one expert."""
         tiles, refs, chunks, sizes = self.tiles, self.refs, self.grid.chunks, self.refs.sizes
         item, chunk = jax.lax.div(number, chunks), jax.lax.rem(number, chunks)
@@ -200,8 +185,8 @@ class _Fused(NamedTuple):
         before = jnp.where(item > 0, item - 1, self.grid.items)
 
         def moves(base: Scalar, rows: int) -> None:
-            self._put(before, base, rows)
-            self._pick(item + 1, base, rows)
+            self.put(before, base, rows)
+            self.pick(item + 1, base, rows)
 
         pl.when((chunk == 0) & (pieces > 0))(self._begin)
         w1, w2 = self._weights(pieces > 0)
@@ -261,14 +246,14 @@ class _Fused(NamedTuple):
             parts = [refs.total[:, own].astype(refs.rows.dtype).astype(jnp.float32) for own in self._columns(plane)]
             refs.results[pl.ds(plane * tiles.held_stride, tiles.mlp.rows.rows), :] = pack(parts)
 
-    def _pick(self, item: Scalar, base: Scalar, rows: int) -> None:
+    def pick(self, item: Scalar, base: Scalar, rows: int) -> None:
         """Copy the tokens of some rows of an expert to there; rows that nobody has read something."""
         tiles, refs, first = self.tiles, self.refs, item * self.tiles.moved + base
         for n in range(rows):
             place = refs.place[first + n]
             move_row(tiles.planes, refs.data, place, tiles.stride, refs.picked, base + n, tiles.held_stride)
 
-    def _put(self, item: Scalar, base: Scalar, rows: int) -> None:
+    def put(self, item: Scalar, base: Scalar, rows: int) -> None:
         """Copy the results of some rows of an expert to where their tokens were."""
         tiles, refs, first = self.tiles, self.refs, item * self.tiles.moved + base
         for n in range(rows):

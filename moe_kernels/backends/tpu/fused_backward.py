@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.gather_tiles import FusedTiles
-from moe_kernels.backends.tpu.in_place import alone, column, from_lanes, in_lanes, places, steps_of
+from moe_kernels.backends.tpu.in_place import alone, column, from_lanes, in_lanes, places, run_phases, steps_of
 from moe_kernels.backends.tpu.launch import Grid, Target, apart, grid_of
 from moe_kernels.backends.tpu.mlp import padded_weights
 from moe_kernels.backends.tpu.products import Products
@@ -223,21 +223,7 @@ class _Backward(NamedTuple):
 
     def run(self) -> None:
         """One step of the grid."""
-        step, blocks, sizes = pl.program_id(0), self.tiles.inputs, self.steering.sizes
-        number, steps = step - blocks, self.grid.items * self.grid.chunks
-
-        @pl.when(number < 0)
-        def _() -> None:
-            self._load(step)
-            pl.when(number == -1)(lambda: alone(0, sizes[0], functools.partial(self._pick, 0)))
-
-        pl.when((number >= 0) & (number < steps))(lambda: self._compute(number))
-
-        @pl.when(number >= steps)
-        def _() -> None:
-            last = self.grid.items - 1
-            pl.when(number == steps)(lambda: alone(0, sizes[last], functools.partial(self._put, last)))
-            self._leave(number - steps)
+        run_phases(self, self.tiles.inputs, self.grid, self.steering.sizes)
 
     def _blocks(self, block: Scalar) -> list[tuple[int, int, Scalar, Scalar]]:
         """Parts of a block of tokens: first token of the block and their number, row of lanes, first sublane."""
@@ -250,7 +236,7 @@ class _Backward(NamedTuple):
     def _columns(self, plane: int) -> list[slice]:
         return list(columns(plane, self.tiles.planes, self.refs.tokens.dtype))
 
-    def _load(self, block: Scalar) -> None:
+    def load(self, block: Scalar) -> None:
         """A block of tokens and of weighed gradients as words; the gates' gradients."""
         tiles, refs, dtype = self.tiles, self.refs, self.refs.tokens.dtype
         for first, size, row, at in self._blocks(block):
@@ -266,7 +252,7 @@ class _Backward(NamedTuple):
                 refs.data[to, :] = pack([refs.tokens[own, lanes].astype(jnp.float32) for lanes in self._columns(plane)])
             refs.dgate[pl.ds(row, 1), pl.ds(0, size)] = jnp.sum(product.T, axis=0, keepdims=True)
 
-    def _leave(self, block: Scalar) -> None:
+    def leave(self, block: Scalar) -> None:
         """A block of gradients."""
         tiles, refs, dtype = self.tiles, self.refs, self.refs.tokens.dtype
         for first, size, row, at in self._blocks(block):
@@ -277,15 +263,15 @@ class _Backward(NamedTuple):
                 for lanes, value in zip(self._columns(plane), unpack(words, dtype), strict=True):
                     refs.dtokens[pl.ds(first, size), lanes] = value.astype(dtype)
 
-    def _compute(self, number: Scalar) -> None:
+    def compute(self, number: Scalar) -> None:
         """One chunk of one expert."""
         tiles, chunks, sizes = self.tiles, self.grid.chunks, self.steering.sizes
         item, chunk = jax.lax.div(number, chunks), jax.lax.rem(number, chunks)
         size, before = sizes[item], jnp.where(item > 0, item - 1, self.grid.items)
 
         def moves(base: Scalar, rows: int) -> None:
-            self._put(before, base, rows)
-            self._pick(item + 1, base, rows)
+            self.put(before, base, rows)
+            self.pick(item + 1, base, rows)
 
         pl.when((chunk == 0) & (size > 0))(lambda: self._begin(size))
         if straight(self.static.layout, tiles.mlp.rows):
@@ -378,7 +364,7 @@ class _Backward(NamedTuple):
             parts = [refs.dx[:, own].astype(refs.x.dtype).astype(jnp.float32) for own in self._columns(plane)]
             refs.results[pl.ds(plane * tiles.held_stride, tiles.mlp.rows.rows), :] = pack(parts)
 
-    def _pick(self, item: Scalar, base: Scalar, rows: int) -> None:
+    def pick(self, item: Scalar, base: Scalar, rows: int) -> None:
         """Copy some rows of an expert, and their gradients, to there; rows that nobody has read something."""
         tiles, refs, first = self.tiles, self.refs, item * self.tiles.moved + base
         for n in range(rows):
@@ -386,7 +372,7 @@ class _Backward(NamedTuple):
             for source, to in ((refs.data, refs.picked), (refs.ddata, refs.dpicked)):
                 move_row(tiles.planes, source, place, tiles.stride, to, base + n, tiles.held_stride)
 
-    def _put(self, item: Scalar, base: Scalar, rows: int) -> None:
+    def put(self, item: Scalar, base: Scalar, rows: int) -> None:
         """Copy gradients of some rows of an expert to where their tokens were."""
         tiles, refs, first = self.tiles, self.refs, item * self.tiles.moved + base
         for n in range(rows):

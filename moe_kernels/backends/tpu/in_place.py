@@ -5,8 +5,9 @@ A row is picked from the place of its token, and its result is put there: nobody
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,44 @@ def steps_of(grid: Grid, schedule: Schedule, blocks: int) -> tuple[Int[Array, " 
     number = jnp.clip(jnp.arange(2 * blocks + steps, dtype=jnp.int32) - blocks, 0, steps - 1)
     own = number // grid.chunks, number % grid.chunks
     return *grid.fetched(0, *own, (*schedule, schedule.size)), *own
+
+
+@runtime_checkable
+class Phases(Protocol):
+    """A kernel that has all tokens in VMEM: what happens to a block of tokens, to a chunk, and to rows of an expert."""
+
+    def load(self, block: Scalar) -> None:
+        """Bring a block of tokens."""
+
+    def pick(self, item: Scalar, base: Scalar, rows: int) -> None:
+        """Copy some rows of an expert from the places of their tokens."""
+
+    def compute(self, number: Scalar) -> None:
+        """Work on a chunk of an expert; move rows of its neighbours."""
+
+    def put(self, item: Scalar, base: Scalar, rows: int) -> None:
+        """Copy results of some rows of an expert to the places of their tokens."""
+
+    def leave(self, block: Scalar) -> None:
+        """Give a block of results."""
+
+
+def run_phases(kernel: Phases, blocks: int, grid: Grid, sizes: Any) -> None:
+    """One step of the grid: blocks of tokens, then chunks of experts, then blocks of results."""
+    step = pl.program_id(0)
+    number, steps, last = step - blocks, grid.items * grid.chunks, grid.items - 1
+
+    @pl.when(number < 0)
+    def _() -> None:
+        kernel.load(step)
+        pl.when(number == -1)(lambda: alone(0, sizes[0], functools.partial(kernel.pick, 0)))
+
+    pl.when((number >= 0) & (number < steps))(lambda: kernel.compute(number))
+
+    @pl.when(number >= steps)
+    def _() -> None:
+        pl.when(number == steps)(lambda: alone(0, sizes[last], functools.partial(kernel.put, last)))
+        kernel.leave(number - steps)
 
 
 def alone(first: Scalar, rows: Scalar, moves: Callable[[Scalar, int], None]) -> None:
