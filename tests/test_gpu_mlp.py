@@ -25,6 +25,7 @@ def _no_races(capsys):
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
+@pytest.mark.compat
 def test_values_and_gradients():
     gpu.check_mlp("packed", "bfloat16", "float32", sizes=[(127, 128, 129, 0), (15, 16, 17, 1), (544, 0, 0, 0)])
 

@@ -61,6 +61,8 @@ def column_sums(rows: Float[Array, "R F"], tiles: RowTiles, device: Device) -> F
                 def add(i: jax.Array, partial: jax.Array) -> jax.Array:
                     slot = ring.wait(filled + i - begin)
                     value = x_s[slot, wg].astype(jnp.float32)
+                    # These are plain reads, and the next copy into the stage is not: all of them are done before it.
+                    plgpu.commit_smem()
                     ring.release(filled + i - begin)
                     row = lax.broadcasted_iota(jnp.int32, value.shape, 0)
                     return partial + jnp.where(row < size_g[i], value, jnp.zeros_like(value))
