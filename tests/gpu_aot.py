@@ -106,7 +106,7 @@ def main(chip: str, widths: list[int]) -> None:
 
     from moe_kernels import combine, dispatch, route
     from moe_kernels.backends import choose, problem_of
-    from moe_kernels.backends.base import MlpStatic, apply
+    from moe_kernels.backends.base import MatmulStatic, MatmulWeights, MlpStatic, apply, epilogue_of
     from moe_kernels.types import Layout, MlpWeights, Plan, Runs
 
     api = xla_client.load_pjrt_plugin_dynamically("cuda", str(plugin._get_library_path()))
@@ -133,6 +133,22 @@ def main(chip: str, widths: list[int]) -> None:
 
     def backward(rows, weights, size, dout, activation="gelu_tanh"):
         return jax.vjp(lambda rows, weights: forward(rows, weights, size, activation), rows, weights)[1](dout)
+
+    def matmul(rows, weights, size, dout, activation):
+        """A grouped matmul with what follows it, and all gradients."""
+        expert = jnp.arange(EXPERTS, dtype=jnp.int32)
+        runs, shape = Runs(expert, expert * ROWS_PER_EXPERT, size), weights.weight.shape
+        problem = problem_of(
+            "grouped_matmul",
+            rows,
+            EXPERTS,
+            expert_width=shape[2],
+            layout=layout,
+            epilogue=epilogue_of(weights, activation),
+        )
+        span, static = choose(problem, "gpu"), MatmulStatic(layout, activation)
+        out, back = jax.vjp(lambda rows, weights: apply(span, static, (rows, weights), (runs,)), rows, weights)
+        return out, back(dout)
 
     def permute(tokens, rows, gate, row, source):
         """Dispatch and combine for as many tokens as rows and two choices, with all gradients."""
@@ -170,7 +186,8 @@ def main(chip: str, widths: list[int]) -> None:
 
     for width in widths:
         hidden = 4 * width
-        rows, size = struct(EXPERTS * ROWS_PER_EXPERT, width), struct(EXPERTS, dtype=jnp.int32)
+        len_rows = EXPERTS * ROWS_PER_EXPERT
+        rows, size = struct(len_rows, width), struct(EXPERTS, dtype=jnp.int32)
         f32 = lambda *shape: struct(*shape, dtype=jnp.float32)  # noqa: E731
         halved = lambda a: struct(*a.shape)  # noqa: E731
         weights = MlpWeights(
@@ -182,6 +199,19 @@ def main(chip: str, widths: list[int]) -> None:
             ("forward-erf", exact(forward), (rows, weights, size)),
             # Weights of the rows' dtype have gradients of that dtype too.
             ("backward-erf", exact(backward), (rows, jax.tree.map(halved, weights), size, rows)),
+            (
+                "pointwise",
+                functools.partial(matmul, activation="silu"),
+                (rows, MatmulWeights(weights.w1, weights.b1), size, struct(len_rows, hidden)),
+            ),
+            *(
+                (
+                    name,
+                    functools.partial(matmul, activation=activation),
+                    (rows, MatmulWeights(weights.w1, up=weights.w1), size, struct(len_rows, hidden)),
+                )
+                for name, activation in (("gated", "gelu_tanh"), ("gated-erf", "gelu_erf"))
+            ),
             (
                 "route",
                 routed,

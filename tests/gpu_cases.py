@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import nasty_cases as nasty
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from moe_cases import assert_close
 
 from moe_kernels.backends import choose, problem_of
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights, MlpStatic, apply
-from moe_kernels.types import MlpWeights
+from moe_kernels.types import MatmulActivation, MlpWeights
 
 # One rounding to the dtype of the rows.
 EPS = {"bfloat16": 2.0**-9, "float16": 2.0**-12}
@@ -46,12 +45,12 @@ def span_of(name: str, rows: nasty.Rows, x: jax.Array):
     return choose(problem, "gpu")
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def matmul(rows: nasty.Rows, x, weight, dout, size):
-    """Output, dX and dW."""
-    span = span_of("grouped_matmul", rows, x)
-    run = lambda x, w: apply(span, MatmulStatic(rows.layout), (x, MatmulWeights(w)), (rows.runs(size),))  # noqa: E731
-    out, pullback = jax.vjp(run, x, weight)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def matmul(rows: nasty.Rows, activation: MatmulActivation | None, x, weights, dout, size):
+    """Output, dX and the gradients of the weights."""
+    span, static = span_of("grouped_matmul", rows, x), MatmulStatic(rows.layout, activation)
+    run = lambda x, weights: apply(span, static, (x, weights), (rows.runs(size),))  # noqa: E731
+    out, pullback = jax.vjp(run, x, weights)
     return out, *pullback(dout)
 
 
@@ -64,12 +63,6 @@ def mlp(rows: nasty.Rows, activation: str, given: nasty.Operands, size):
     return out, *pullback(given.dout)
 
 
-def matmul_operands(rows: nasty.Rows, dtype: str, weight_dtype: str, seed: int = 0):
-    given = nasty.operands(rows, dtype=dtype, weight_dtype=weight_dtype, seed=seed)
-    dout = jnp.asarray(np.random.default_rng(seed + 1).normal(size=(rows.num_rows, rows.hidden)), dtype)
-    return given.rows, given.weights.w1, dout
-
-
 def close(actual, expected, **bound) -> None:
     """Row by row, where an entry is a sum of numbers of size one: a row of small ones may be off as the others are."""
     expected = np.asarray(expected, np.float64)
@@ -79,20 +72,36 @@ def close(actual, expected, **bound) -> None:
 
 def check_matmul(name: str, dtype: str, weight_dtype: str, sizes=None) -> None:
     rows, all_sizes = CASES[name]
-    x, weight, dout = matmul_operands(rows, dtype, weight_dtype)
+    x, weights, dout = nasty.matmul_operands(rows, dtype=dtype, weight_dtype=weight_dtype)
     for size in all_sizes if sizes is None else sizes:
-        found = matmul(rows, x, weight, dout, np.array(size, np.int32))
-        assert [a.dtype for a in found] == [x.dtype, x.dtype, weight.dtype]
-        out, dx, dw = (np.asarray(a, np.float64) for a in found)
-        # The kernel multiplies weights of the rows' dtype, so the oracle does.
-        want = nasty.expected_matmul(rows.runs(np.array(size)), x, MatmulWeights(weight.astype(dtype)), dout)
+        out, dx, dweights = matmul(rows, None, x, weights, dout, np.array(size, np.int32))
+        assert [a.dtype for a in (out, dx, dweights.weight)] == [x.dtype, x.dtype, weights.weight.dtype]
+        out, dx, dw = (np.asarray(a, np.float64) for a in (out, dx, dweights.weight))
+        want = nasty.expected_matmul(rows.runs(np.array(size)), x, as_multiplied(weights, dtype), dout)
         used, one = rows.used(np.array(size)), {"length": 1, "roundings": 1}
         # Sums are float32 and as good as exact; what is left is one rounding of the result.
-        assert_close(out[used], want[0][used], name=f"out {size}", eps=EPS[dtype], **one)
-        assert_close(dx[used], want[1][used], name=f"dx {size}", eps=EPS[dtype], **one)
+        assert_close(out[used], want.out[used], name=f"out {size}", eps=EPS[dtype], **one)
+        assert_close(dx[used], want.drows[used], name=f"dx {size}", eps=EPS[dtype], **one)
         eps = {"float32": 2.0**-20}.get(weight_dtype, EPS.get(weight_dtype, 0))
         flat = (rows.experts * rows.width, rows.hidden)
         close(dw.reshape(flat), want.dweights.weight.reshape(flat), name=f"dw {size}", eps=eps, **one)
+
+
+def as_multiplied(weights: MatmulWeights, dtype: str) -> MatmulWeights:
+    """The kernel multiplies matrices of the rows' dtype, so the oracle does; biases it adds as they are."""
+    return jax.tree.map(lambda w: w.astype(dtype).astype(w.dtype) if w.ndim == 3 else w, weights)
+
+
+def check_epilogue(
+    name: str, dtype: str, weight_dtype: str, epilogue: str, activation: MatmulActivation | None, sizes=None
+) -> None:
+    """A grouped matmul with a bias or a gate, against what each entry is a sum of."""
+    rows, all_sizes = CASES[name]
+    x, weights, dout = nasty.matmul_operands(rows, dtype=dtype, weight_dtype=weight_dtype, epilogue=epilogue)
+    given = x, as_multiplied(weights, dtype), dout
+    for size in all_sizes if sizes is None else sizes:
+        found = matmul(rows, activation, x, weights, dout, np.array(size, np.int32))
+        nasty.check_matmul(rows.runs(np.array(size)), given, found, activation)
 
 
 def check_mlp(name: str, dtype: str, weight_dtype: str, activation: str = "gelu_tanh", sizes=None, bias=True) -> None:

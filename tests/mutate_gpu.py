@@ -16,6 +16,10 @@ conftest.compile_fast()
 import gpu_cases as gpu
 """
 MATMUL = BEFORE + 'gpu.check_matmul("packed", "bfloat16", "bfloat16", sizes=[(127, 17, 129, 70)])'
+GATED = BEFORE + 'gpu.check_epilogue("odd packed", "bfloat16", "float32", "gated", "silu", sizes=[(23, 24, 1)])'
+POINTWISE = (
+    BEFORE + 'gpu.check_epilogue("odd packed", "bfloat16", "float32", "pointwise", "gelu_erf", sizes=[(23, 24, 1)])'
+)
 MLP = BEFORE + 'gpu.check_mlp("odd packed", "bfloat16", "bfloat16", sizes=[(23, 24, 1)])'
 POISON = BEFORE + "import test_gpu_matmul; import numpy; test_gpu_matmul.check_poison(numpy.nan)"
 GATHER = BEFORE + 'import test_gpu_permute; test_gpu_permute.check("groups", "bfloat16", "zipf")'
@@ -75,8 +79,8 @@ MUTATIONS = {
         MATMUL,
         Mutation(
             "gpu/row_matmul.py",
-            "store_rows(out_s.at[wg, buffer], out_g[i], row, used,",
-            "store_rows(out_s.at[wg, buffer], out_g[i], row, used | 64,",
+            "store_rows(out_s.at[wg, n % 2], out_g[i], row, used,",
+            "store_rows(out_s.at[wg, n % 2], out_g[i], row, used | 64,",
         ),
     ),
     "second half of a tile skipped": Mutant(
@@ -93,12 +97,33 @@ MUTATIONS = {
         MLP,
         Mutation("gpu/row_matmul.py", 'plgpu.barrier_wait(scratch["bias_full"].at[wg])', "pass"),
     ),
+    "the gate stands where what it lets pass does": Mutant(
+        GATED, Mutation("gpu/row_matmul.py", "yield 0, own + CHUNK, up", "yield 0, own + CHUNK, rounded")
+    ),
+    "products of a gate and the gate": Mutant(
+        GATED, Mutation("gpu/row_matmul.py", "up = before(chunk + 1)", "up = before(chunk)")
+    ),
+    "products of the next columns": Mutant(
+        GATED, Mutation("gpu/row_matmul.py", "lax.div(own, jnp.int32(2))", "lax.rem(own + CHUNK, jnp.int32(256))")
+    ),
+    "a gate's gradient without its slope": Mutant(
+        GATED, Mutation("gpu/matmul.py", "up.astype(jnp.float32) * slope", "up.astype(jnp.float32)")
+    ),
+    "gradients of a pair the wrong way round": Mutant(
+        GATED, Mutation("gpu/matmul.py", "dweight, dup = _apart(dmatrix)", "dup, dweight = _apart(dmatrix)")
+    ),
+    "a matmul's gradient past its activation": Mutant(
+        POINTWISE, Mutation("gpu/matmul.py", "dout if hidden is None else", "dout if weights.up is None else")
+    ),
+    "a bias that is not added": Mutant(
+        POINTWISE, Mutation("gpu/matmul.py", "bias=float32_of(weights.bias)", "bias=None")
+    ),
     "hidden not waited for": Mutant(
         MLP,
         Mutation("gpu/row_matmul.py", 'plgpu.barrier_wait(scratch["hidden_full"].at[2 * wg + chunk])', "pass"),
     ),
     "slope without its second term": Mutant(
-        MLP, Mutation("gpu/gelu.py", "s + x * s * (1.0 - s)", "s + 0 * x * s * (1.0 - s)")
+        MLP, Mutation("gpu/activation.py", "s + x * s * (1.0 - s)", "s + 0 * x * s * (1.0 - s)")
     ),
     "indices past the end are fetched": Mutant(
         GATHER,

@@ -18,12 +18,15 @@ from moe_kernels.backends.gpu.tiling import (
 
 H200 = chip_of("NVIDIA H200")
 MATMULS = {
-    "forward": {"moe_rows_gelu", "moe_rows_store"},
+    "forward": {"moe_rows_activate", "moe_rows_store"},
     # The first kernel is that of the forward pass, compiled already.
-    "backward": {"moe_rows_gelu_backward", "moe_rows_store", "moe_weight_gradient"},
+    "backward": {"moe_rows_activate_backward", "moe_rows_store", "moe_weight_gradient"},
 }
 # The exact GELU, and weights of 16 bits in the backward pass; what is the same kernel again is not compiled again.
-MATMULS |= {"forward-erf": {"moe_rows_gelu"}, "backward-erf": {"moe_rows_gelu_backward", "moe_weight_gradient"}}
+MATMULS |= {"forward-erf": {"moe_rows_activate"}, "backward-erf": {"moe_rows_activate_backward", "moe_weight_gradient"}}
+# A grouped matmul with a bias and an activation, or a gate; its dX and dW are kernels like any other.
+EPILOGUES = {"pointwise": "activate", "gated": "gated", "gated-erf": "gated_erf"}
+MATMULS |= {name: {f"moe_rows_{kernel}"} for name, kernel in EPILOGUES.items()}
 GATHERS = {
     "moe_gather": (False, False),
     "moe_gather_weighed": (True, False),
@@ -52,14 +55,27 @@ def check(widths):
             assert made.spills == 0 and made.stack == 0, f"{where}: {made}"
             # 65,536 registers for three warpgroups; consumers then take up to CONSUMER_REGISTERS of them.
             assert made.registers <= 65_536 // 384 // 8 * 8 <= CONSUMER_REGISTERS, f"{where}: {made}"
-            assert (made.wgmmas > 0) == (kernel in MATMULS[name]), f"{where}: {made}"
-        hidden = 4 * width
-        expected = {estimate("gelu", hidden, bias=True), estimate("store", width, bias=True)}
-        if name.startswith("backward"):
-            expected |= {estimate("gelu_backward", hidden), estimate("store", width), estimate("column_sums", hidden)}
-            expected |= {estimate("weight_gradient", hidden), estimate("weight_gradient", width)}
-        assert compiled.shared_memory == expected, f"{name} at width {width}"
+            assert (made.wgmmas > 0) == (kernel != "moe_column_sums"), f"{where}: {made}"
+        assert compiled.shared_memory == expected_memory(width, 4 * width, name), f"{name} at width {width}"
         assert max(compiled.shared_memory) <= H200.shared_memory
+
+
+def expected_memory(width, hidden, name):
+    back = {estimate("store", width), estimate("column_sums", hidden)}
+    if name == "pointwise":
+        return back | {estimate("activate", hidden, bias=True), estimate("weight_gradient", hidden)}
+    if name in EPILOGUES:
+        # Of two matrices, and no bias.
+        return {
+            estimate(EPILOGUES[name], 2 * hidden),
+            estimate("store", width),
+            estimate("weight_gradient", 2 * hidden),
+        }
+    mlp = {estimate("activate", hidden, bias=True), estimate("store", width, bias=True)}
+    if name.startswith("forward"):
+        return mlp
+    gradients = {estimate(kernel, hidden) for kernel in ("activate_backward", "weight_gradient")}
+    return mlp | back | gradients | {estimate("weight_gradient", width)}
 
 
 def check_route(width, compiled):

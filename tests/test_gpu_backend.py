@@ -68,7 +68,7 @@ def test_equal_problems_get_the_same_span():
         assert make(dataclasses.replace(PROBLEM, span=name)) is make(dataclasses.replace(PROBLEM, span=name))
 
 
-@pytest.mark.parametrize("kernel", ["store", "gelu", "gelu_backward", "weight_gradient"])
+@pytest.mark.parametrize("kernel", ["store", "activate", "gated", "gated_erf", "activate_backward", "weight_gradient"])
 @pytest.mark.parametrize("columns", [128, 384, 512, 768, 1024, 1280, 5120, 7168])
 @pytest.mark.parametrize("bias", [False, True])
 def test_blocks_fit_and_divide(kernel, columns, bias):

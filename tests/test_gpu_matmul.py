@@ -1,6 +1,9 @@
 """Grouped matmul of the GPU back end: interpreted on a CPU with race detection, or on a GPU, against NumPy."""
 
+import functools
+
 import gpu_cases as gpu
+import jax
 import jax.numpy as jnp
 import nasty_cases as nasty
 import numpy as np
@@ -8,6 +11,10 @@ import pytest
 
 EVERYDAY = [("block", "bfloat16", "float32"), ("several runs", "float16", "float16")]
 ALL = [(name, *dtypes) for name in gpu.CASES for dtypes in gpu.DTYPES]
+# What follows the matmul, and the activation in it.
+EPILOGUES = [("pointwise", None), ("pointwise", "silu"), ("pointwise", "gelu_erf"), ("gated", "gelu_tanh")]
+POISONED = [("none", None), ("pointwise", "gelu_tanh"), ("gated", "silu")]
+ALL_EPILOGUES = [(*case, *epilogue) for case in ALL for epilogue in EPILOGUES]
 
 
 @pytest.fixture(autouse=True)
@@ -35,31 +42,49 @@ def test_values_and_gradients_on_a_gpu(name, dtype, weight_dtype):
     gpu.check_matmul(name, dtype, weight_dtype)
 
 
-def check_poison(poison):
+@pytest.mark.parametrize(("epilogue", "activation"), [("pointwise", "gelu_erf"), ("gated", "silu")])
+def test_what_follows_the_matmul(epilogue, activation):
+    gpu.check_epilogue("odd packed", "bfloat16", "float32", epilogue, activation)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "dtype", "weight_dtype", "epilogue", "activation"), ALL_EPILOGUES)
+def test_what_follows_the_matmul_in_all(name, dtype, weight_dtype, epilogue, activation):
+    gpu.check_epilogue(name, dtype, weight_dtype, epilogue, activation)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "dtype", "weight_dtype", "epilogue", "activation"), ALL_EPILOGUES)
+def test_what_follows_the_matmul_on_a_gpu(name, dtype, weight_dtype, epilogue, activation):
+    gpu.require_gpu()
+    gpu.check_epilogue(name, dtype, weight_dtype, epilogue, activation)
+
+
+def check_poison(poison, epilogue="none", activation=None):
     """What stands in unused rows, in another expert's rows or in its weights reaches nobody else."""
     rows, _ = gpu.CASES["block"]
     size = np.array((127, 0, 129, 17), np.int32)
-    x, weight, dout = gpu.matmul_operands(rows, "bfloat16", "float32")
-    clean = [np.asarray(a) for a in gpu.matmul(rows, x, weight, dout, size)]
+    x, weights, dout = nasty.matmul_operands(rows, dtype="bfloat16", epilogue=epilogue)
+    run = functools.partial(gpu.matmul, rows, activation)
+    clean = run(x, weights, dout, size)
     used = rows.used(size)
     unused = jnp.asarray(~used)[:, None]
-    dirty = gpu.matmul(rows, jnp.where(unused, poison, x), weight, jnp.where(unused, poison, dout), size)
+    dirty = run(jnp.where(unused, poison, x), weights, jnp.where(unused, poison, dout), size)
     for a, b in zip(dirty[:2], clean[:2], strict=True):
-        np.testing.assert_array_equal(np.asarray(a)[used], b[used])
-    np.testing.assert_array_equal(np.asarray(dirty[2]), clean[2])
+        np.testing.assert_array_equal(np.asarray(a)[used], np.asarray(b)[used])
+    jax.tree.map(np.testing.assert_array_equal, dirty[2], clean[2])
 
     sick = 2
     own = np.zeros(rows.num_rows, bool)
     own[sick * rows.rows_per_run :][: rows.rows_per_run] = True
     mine = jnp.asarray(own)[:, None]
-    found = gpu.matmul(
-        rows, jnp.where(mine, poison, x), weight.at[sick].set(poison), jnp.where(mine, poison, dout), size
-    )
+    broken = jax.tree.map(lambda w: w.at[sick].set(poison), weights)
+    found = run(jnp.where(mine, poison, x), broken, jnp.where(mine, poison, dout), size)
     for a, b in zip(found[:2], clean[:2], strict=True):
-        np.testing.assert_array_equal(np.asarray(a)[used & ~own], b[used & ~own])
+        np.testing.assert_array_equal(np.asarray(a)[used & ~own], np.asarray(b)[used & ~own])
     others = np.arange(rows.experts) != sick
-    np.testing.assert_array_equal(np.asarray(found[2])[others], clean[2][others])
-    assert (clean[2][1] == 0).all()
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[others], b[others]), found[2], clean[2])
+    assert all((np.asarray(gradient)[1] == 0).all() for gradient in jax.tree.leaves(clean[2]))
 
 
 def test_nan_stays_where_it_is():
@@ -67,13 +92,15 @@ def test_nan_stays_where_it_is():
 
 
 @pytest.mark.full
+@pytest.mark.parametrize(("epilogue", "activation"), POISONED)
 @pytest.mark.parametrize("poison", nasty.POISONS)
-def test_what_is_not_finite_stays_where_it_is(poison):
-    check_poison(poison)
+def test_what_is_not_finite_stays_where_it_is(poison, epilogue, activation):
+    check_poison(poison, epilogue, activation)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("epilogue", "activation"), POISONED)
 @pytest.mark.parametrize("poison", nasty.POISONS)
-def test_what_is_not_finite_stays_where_it_is_on_a_gpu(poison):
+def test_what_is_not_finite_stays_where_it_is_on_a_gpu(poison, epilogue, activation):
     gpu.require_gpu()
-    check_poison(poison)
+    check_poison(poison, epilogue, activation)

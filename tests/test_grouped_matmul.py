@@ -14,6 +14,7 @@ from moe_cases import PATTERNS, SHAPES, Shape, assert_close, gates, plan_of
 import reference
 from moe_kernels import MlpWeights, Problem, expert_mlp, explain, grouped_glu, grouped_matmul
 from moe_kernels.backends.base import MatmulWeights
+from moe_kernels.types import Layout
 
 FOLLOWS = [
     ("none", None),
@@ -111,11 +112,19 @@ def test_the_reference_gradient_against_central_differences(activation):
         assert abs((ahead - behind) / (2 * step) - slope) < 1e-6 * max(1.0, abs(slope)), name
 
 
-def test_what_gpus_do_not_have_goes_to_xla():
+@pytest.mark.parametrize("epilogue", ["none", "pointwise", "gated"])
+def test_gpus_work_what_follows_in_the_same_kernel(epilogue):
+    layout = Layout(128, 1, 1, 2, 256, 128)
     problem = Problem(
-        "grouped_matmul", "gpu", "bfloat16", (128, 128), 2, expert_width=128, chip="NVIDIA H200", epilogue="gated"
+        "grouped_matmul",
+        "gpu",
+        "bfloat16",
+        (256, 128),
+        2,
+        expert_width=128,
+        layout=layout,
+        chip="NVIDIA H200",
+        num_cores=132,
+        epilogue=epilogue,
     )
-    assert explain(problem).splitlines()[1:] == [
-        "gpu: no, a grouped matmul with bias, activation or gate is not written for GPUs",
-        "xla: chosen",
-    ]
+    assert "gpu: chosen" in explain(problem).splitlines()

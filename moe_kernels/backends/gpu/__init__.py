@@ -58,8 +58,6 @@ def why_not(problem: Problem) -> str | None:
     for name, size in (("width", problem.shape[-1]), ("expert width", problem.expert_width)):
         if size < 1 or size % WIDTH_ALIGNMENT:
             return f"{name} {size} is not a multiple of {WIDTH_ALIGNMENT}"
-    if problem.epilogue != "none":
-        return "a grouped matmul with bias, activation or gate is not written for GPUs"
     layout = problem.layout
     if layout is not None and (layout.num_rows == 0 or layout.num_experts == 0):
         return "there are no rows"

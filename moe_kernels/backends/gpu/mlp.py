@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.gpu.column_sums import column_sums
 from moe_kernels.backends.gpu.launch import Device
-from moe_kernels.backends.gpu.matmul import flat_tiles, gradient_like, tall_tiles
+from moe_kernels.backends.gpu.matmul import bias_gradient, flat_tiles, float32_of, gradient_like, tall_tiles
 from moe_kernels.backends.gpu.row_matmul import row_matmul
 from moe_kernels.types import MlpWeights, Runs
 
@@ -40,11 +38,11 @@ def expert_mlp_forward(
         weights.w1.astype(rows.dtype),
         tiles,
         device,
-        epilogue="gelu",
-        bias=_float32(weights.b1),
+        epilogue="activate",
+        bias=float32_of(weights.b1),
         activation=static.activation,
     )
-    (out,) = row_matmul(activated, weights.w2.astype(rows.dtype), tiles, device, bias=_float32(weights.b2))
+    (out,) = row_matmul(activated, weights.w2.astype(rows.dtype), tiles, device, bias=float32_of(weights.b2))
     return out, MlpSaved(rows, hidden, weights, runs)
 
 
@@ -59,7 +57,7 @@ def expert_mlp_backward(
         weights.w2.astype(rows.dtype),
         tall,
         device,
-        epilogue="gelu_backward",
+        epilogue="activate_backward",
         transposed=True,
         hidden=hidden,
         activation=static.activation,
@@ -67,11 +65,7 @@ def expert_mlp_backward(
     (drows,) = row_matmul(dhidden, weights.w1.astype(rows.dtype), tall, device, transposed=True)
     return drows, MlpWeights(
         w1=gradient_like(weights.w1, rows, dhidden, flat, device),
-        b1=None if weights.b1 is None else column_sums(dhidden, flat, device).astype(weights.b1.dtype),
+        b1=bias_gradient(weights.b1, dhidden, flat, device),
         w2=gradient_like(weights.w2, activated, dout, flat, device),
-        b2=None if weights.b2 is None else column_sums(dout, flat, device).astype(weights.b2.dtype),
+        b2=bias_gradient(weights.b2, dout, flat, device),
     )
-
-
-def _float32(bias: Float[Array, "E F"] | None) -> Float[Array, "E F"] | None:
-    return None if bias is None else bias.astype(jnp.float32)

@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_kernels.backends.base import RouteInputs, RouteStatic
-from moe_kernels.backends.gpu.gelu import normal
+from moe_kernels.backends.gpu.activation import normal
 from moe_kernels.backends.gpu.launch import Device, Ring, launch, over_steps, ring_barriers, specialise, swizzled
 from moe_kernels.backends.gpu.tiling import DEPTH, NUM_CONSUMERS, WARPGROUP_ROWS, route_blocks
 from moe_kernels.backends.xla.routing import RouteSaved

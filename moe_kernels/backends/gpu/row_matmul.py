@@ -10,6 +10,7 @@ its own result, so that NaN past the end reaches nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -19,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from moe_kernels.backends.gpu.gelu import gelu, gelu_and_slope
+from moe_kernels.backends.gpu.activation import activate, activate_and_slope
 from moe_kernels.backends.gpu.launch import (
     Device,
     Ring,
@@ -36,11 +37,12 @@ from moe_kernels.backends.gpu.tiling import (
     DEPTH,
     NUM_CONSUMERS,
     WARPGROUP_ROWS,
+    Kernel,
     choose_blocks,
 )
-from moe_kernels.types import ROW_ALIGNMENT, Activation
+from moe_kernels.types import ROW_ALIGNMENT, MatmulActivation
 
-Epilogue = Literal["store", "gelu", "gelu_backward"]
+Epilogue = Literal["store", "activate", "gated", "activate_backward"]
 
 
 def row_matmul(
@@ -53,20 +55,23 @@ def row_matmul(
     transposed: bool = False,
     bias: Float[Array, "E F"] | None = None,
     hidden: Float[Array, "R F"] | None = None,
-    activation: Activation = "gelu_tanh",
-) -> tuple[Float[Array, "R F"], ...]:
+    activation: MatmulActivation = "gelu_tanh",
+) -> tuple[Float[Array, "R _"], ...]:
     """With `z = x W_e + b_e`, or `x W_eᵀ` for a `transposed` weight `[E, F, D]`, give what the epilogue asks for.
 
-    "store": z; "gelu": z and gelu(z), both rounded to the dtype of the rows, the second computed from the rounded
-    first; "gelu_backward": z gelu'(hidden) and gelu(hidden). `tiles` are 128 rows high.
+    "store": z; "activate": z and act(z), both rounded to the dtype of the rows, the second computed from the rounded
+    first; "gated": z, in which 64 columns of the gate and 64 of what it lets pass take turns, and the product
+    act(gate) up `[R, F / 2]`, computed from rounded factors; "activate_backward": z act'(hidden) and act(hidden).
+    `tiles` are 128 rows high.
     """
     num_rows, depth = rows.shape
     columns = weight.shape[1] if transposed else weight.shape[2]
-    blocks = choose_blocks(epilogue, columns, device.chip, bias=bias is not None)
+    kernel: Kernel = "gated_erf" if (epilogue, activation) == ("gated", "gelu_erf") else epilogue
+    blocks = choose_blocks(kernel, columns, device.chip, bias=bias is not None)
     # An epilogue that reads the hidden layer has registers for two chunks, and a buffer for each.
     assert hidden is None or blocks.columns == 2 * CHUNK
     column_tiles, slices, chunks = columns // blocks.columns, depth // DEPTH, blocks.columns // CHUNK
-    outputs, dtype = (1 if epilogue == "store" else 2), rows.dtype
+    dtype = rows.dtype
     extra = [a for a in (bias, hidden) if a is not None]
 
     def body(
@@ -146,28 +151,43 @@ def row_matmul(
                 )
                 if bias is not None:
                     plgpu.barrier_wait(scratch["bias_full"].at[wg])
-                for chunk in range(chunks):
+
+                def before(chunk: int) -> jax.Array:
                     across = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
                     value = z[:, across]
-                    if bias is not None:
-                        value = value + lax.broadcast_in_dim(scratch["bias_s"][wg, across], value.shape, (1,))
-                    if hidden is not None:
+                    if bias is None:
+                        return value
+                    return value + lax.broadcast_in_dim(scratch["bias_s"][wg, across], value.shape, (1,))
+
+                for n, (i, across, result) in enumerate(results(before, wg, column)):
+                    # The copy before the last one read this buffer.
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    out_s[wg, n % 2] = result
+                    plgpu.commit_smem()
+                    store_rows(out_s.at[wg, n % 2], out_g[i], row, used, pl.ds(across, CHUNK))
+
+            def results(before: Any, wg: Any, column: jax.Array) -> Iterator[tuple[int, jax.Array, jax.Array]]:
+                """What is stored, chunk by chunk: in which output, from which column on, the values."""
+                for chunk in range(0, chunks, 2 if epilogue == "gated" else 1):
+                    own, value = column + chunk * CHUNK, before(chunk)
+                    if epilogue == "activate_backward":
                         plgpu.barrier_wait(scratch["hidden_full"].at[2 * wg + chunk])
                         h = scratch["hidden_s"][wg, chunk].astype(jnp.float32)
-                        activated, slope = gelu_and_slope(h, activation)
-                        results = ((value * slope).astype(dtype), activated.astype(dtype))
-                    elif epilogue == "gelu":
-                        rounded = value.astype(dtype)
-                        results = (rounded, gelu(rounded.astype(jnp.float32), activation).astype(dtype))
-                    else:
-                        results = (value.astype(dtype),)
-                    for i, result in enumerate(results):
-                        buffer = (chunk * outputs + i) % 2
-                        # The copy before the last one read this buffer.
-                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                        out_s[wg, buffer] = result
-                        plgpu.commit_smem()
-                        store_rows(out_s.at[wg, buffer], out_g[i], row, used, columns_of(chunk))
+                        activated, slope = activate_and_slope(h, activation)
+                        yield 0, own, (value * slope).astype(dtype)
+                        yield 1, own, activated.astype(dtype)
+                        continue
+                    rounded = value.astype(dtype)
+                    yield 0, own, rounded
+                    if epilogue == "activate":
+                        yield 1, own, activate(rounded.astype(jnp.float32), activation).astype(dtype)
+                    if epilogue == "gated":
+                        up = before(chunk + 1).astype(dtype)
+                        yield 0, own + CHUNK, up
+                        half = pl.multiple_of(lax.div(own, jnp.int32(2)), CHUNK)
+                        # Only now, so that no float32 value is live while factors are stored.
+                        activated = activate(rounded.astype(jnp.float32), activation)
+                        yield 1, half, (activated * up.astype(jnp.float32)).astype(dtype)
 
             def skip(filled: jax.Array) -> None:
                 def pass_on(k: jax.Array, _: None) -> None:
@@ -201,9 +221,10 @@ def row_matmul(
     if hidden is not None:
         scratch["hidden_s"] = swizzled(buffers, dtype)
         scratch["hidden_full"] = plgpu.Barrier(num_barriers=2 * NUM_CONSUMERS)
-    out = (jax.ShapeDtypeStruct((num_rows, columns), dtype),) * outputs
+    widths = {"store": (columns,), "gated": (columns, columns // 2)}.get(epilogue, (columns, columns))
+    out = tuple(jax.ShapeDtypeStruct((num_rows, width), dtype) for width in widths)
     return tuple(
-        launch(body, f"moe_rows_{epilogue}", out, scratch, device)(
+        launch(body, f"moe_rows_{kernel}", out, scratch, device)(
             tiles.expert, tiles.first, tiles.size, tiles.start, rows, weight, *extra
         )
     )

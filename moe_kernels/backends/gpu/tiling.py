@@ -38,9 +38,17 @@ SUM_STAGES = 8
 REDUCTION_BYTES = 2048
 ALLOCATION_BYTES = 1024
 
-Kernel = Literal["store", "gelu", "gelu_backward", "weight_gradient", "column_sums"]
+Kernel = Literal["store", "activate", "gated", "gated_erf", "activate_backward", "weight_gradient", "column_sums"]
 # Float32 tiles of 64 x 64 that a consumer's epilogue holds in registers beside the accumulator.
-LIVE_CHUNKS: dict[Kernel, int] = {"store": 1, "gelu": 2, "gelu_backward": 4, "weight_gradient": 1, "column_sums": 2}
+LIVE_CHUNKS: dict[Kernel, int] = {
+    "store": 1,
+    "activate": 2,
+    "gated": 2,
+    "gated_erf": 3,
+    "activate_backward": 4,
+    "weight_gradient": 1,
+    "column_sums": 2,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +119,7 @@ def shared_memory(kernel: Kernel, blocks: Blocks, *, bias: bool = False) -> int:
     buffers = NUM_CONSUMERS * 2 * WARPGROUP_ROWS * SWIZZLE_BYTES
     total = blocks.stages * stage + buffers
     barriers = 2 * blocks.stages
-    if kernel == "gelu_backward":
+    if kernel == "activate_backward":
         total += buffers
         barriers += 2 * NUM_CONSUMERS
     if kernel == "weight_gradient":
@@ -127,7 +135,7 @@ def choose_blocks(kernel: Kernel, columns: int, chip: Chip, *, bias: bool = Fals
 
     >>> choose_blocks("store", 768, chip_of("NVIDIA H200"))
     Blocks(rows=128, columns=256, stages=4)
-    >>> choose_blocks("gelu_backward", 768, chip_of("NVIDIA H200")).columns
+    >>> choose_blocks("activate_backward", 768, chip_of("NVIDIA H200")).columns
     128
     """
     assert columns % WIDTH_ALIGNMENT == 0

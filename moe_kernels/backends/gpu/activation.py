@@ -1,4 +1,4 @@
-"""GELU and its derivative in the operations that Mosaic GPU has, in float32."""
+"""Activations and their derivatives in the operations that Mosaic GPU has, in float32."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moe_kernels.types import Activation
+from moe_kernels.types import MatmulActivation
 
 CUBIC = 0.044715
 SCALE = 2 * math.sqrt(2 / math.pi)
@@ -20,25 +20,30 @@ ERFC = (
 )
 
 
-def gelu(x: Float[Array, "..."], activation: Activation) -> Float[Array, "..."]:
-    """The tanh form as `x sigmoid(2 u)`, since `(1 + tanh u) / 2 = sigmoid(2 u)`; or the erf form."""
+def activate(x: Float[Array, "..."], activation: MatmulActivation) -> Float[Array, "..."]:
+    """`x` times the share of it that passes: for the tanh form `(1 + tanh u) / 2 = sigmoid(2 u)`."""
     if activation == "gelu_erf":
         return x * normal(x, jnp.exp(-0.5 * x * x))
-    return x * _sigmoid(x)
+    return x * _sigmoid(x, activation)
 
 
-def gelu_and_slope(x: Float[Array, "..."], activation: Activation) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """GELU and its derivative, sharing the exponential."""
+def activate_and_slope(
+    x: Float[Array, "..."], activation: MatmulActivation
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Activation and its derivative, sharing the exponential."""
     if activation == "gelu_erf":
         bell = jnp.exp(-0.5 * x * x)
         share = normal(x, bell)
         return x * share, share + x * bell * (1 / math.sqrt(2 * math.pi))
-    s = _sigmoid(x)
-    return x * s, s + x * s * (1.0 - s) * (SCALE + 3 * SCALE * CUBIC * x * x)
+    s = _sigmoid(x, activation)
+    inner = 1.0 if activation == "silu" else SCALE + 3 * SCALE * CUBIC * x * x
+    return x * s, s + x * s * (1.0 - s) * inner
 
 
-def _sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    return 1.0 / (1.0 + jnp.exp(-SCALE * x * (1.0 + CUBIC * x * x)))
+def _sigmoid(x: Float[Array, "..."], activation: MatmulActivation) -> Float[Array, "..."]:
+    """Of `x` for SiLU, of `2 u = SCALE (x + CUBIC x³)` for the tanh form of GELU."""
+    argument = x if activation == "silu" else SCALE * x * (1.0 + CUBIC * x * x)
+    return 1.0 / (1.0 + jnp.exp(-argument))
 
 
 def normal(x: Float[Array, "..."], bell: Float[Array, "..."]) -> Float[Array, "..."]:
