@@ -1,5 +1,6 @@
 """The contract under JAX's transformations: what composes, what is refused, and what a compiled layer may hold."""
 
+import collections
 import functools
 import re
 
@@ -190,6 +191,20 @@ def test_second_derivatives_are_refused(function):
         jax.eval_shape(jax.grad(lambda x: jnp.sum(jnp.square(jax.grad(function)(x)))), tokens)
     with pytest.raises(TypeError, match="first derivatives only"):
         jax.eval_shape(jax.hessian(function), tokens)
+
+
+@pytest.mark.parametrize("factor", LAYOUTS)
+def test_float32_is_multiplied_as_float32_unless_another_precision_is_asked_for(factor):
+    def precisions():
+        run = jax.jit(jax.value_and_grad(functools.partial(loss, functools.partial(layer, factor)), argnums=(0, 1, 2)))
+        text = run.trace(*arguments(0)).lower(lowering_platforms=("cuda",)).as_text()
+        return collections.Counter(re.findall(r"dot_general.*?precision = \[(\w+), \w+\]", text))
+
+    usual = precisions()
+    assert set(usual) == {"HIGHEST"}
+    with jax.default_matmul_precision("tensorfloat32"):
+        # The experts', forward and back, but not the router's product and its two gradients.
+        assert precisions() == {"HIGH": usual["HIGHEST"] - 3, "HIGHEST": 3}
 
 
 # More experts than width: an [R, E] array or an [T, E, C] one would stand out.

@@ -54,7 +54,7 @@ def why_not(problem: Problem) -> str | None:
     if problem.span == "route":
         return _route_misfit(problem)
     if problem.dtype not in DTYPES:
-        return f"dtype {problem.dtype} is none of {DTYPES}: tensor cores would round float32 to tf32"
+        return f"dtype {problem.dtype} is none of {DTYPES}: wgmma cannot read tf32 as these factors lie"
     for name, size in (("width", problem.shape[-1]), ("expert width", problem.expert_width)):
         if size < 1 or size % WIDTH_ALIGNMENT:
             return f"{name} {size} is not a multiple of {WIDTH_ALIGNMENT}"
