@@ -27,9 +27,9 @@ def grouped_matmul(
     argument is rounded to the dtype of the rows, as in `expert_mlp`. Gradients for rows, weight and bias, those of the
     weights in their dtypes and exactly 0 for an expert without rows: `dX_e = dH_e W_eᵀ`, `dW_e = X_eᵀ dH_e` and
     `db_e = Σ dH_e`, where `dH` is `dY` taken back through the activation. The argument of the activation is
-    kept for the way back on GPUs, and elsewhere computed again from the inputs. What stands in unused rows of the
-    result is not promised, and what stands in unused rows of the input is never read into a gradient. Raises ValueError
-    for shapes that do not fit the plan and for another activation.
+    kept for the way back by the GPU kernels, and elsewhere computed again from the inputs. What stands in unused rows
+    of the result is not promised, and what stands in unused rows of the input is never read into a gradient. Raises
+    ValueError for shapes that do not fit the plan and for another activation.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import dispatch, make_plan, route
@@ -63,7 +63,7 @@ def grouped_glu(
 
     `silu` makes SwiGLU, `gelu_tanh` and `gelu_erf` GEGLU. Both products are rounded to the dtype of the rows, the
     activation and its product with `x U_e` are computed in float32. Everything else, gradients included, as in
-    `grouped_matmul`; both products are kept on GPUs, and elsewhere computed again on the way back.
+    `grouped_matmul`; both products are kept by the GPU kernels, and elsewhere computed again on the way back.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import dispatch, make_plan, route

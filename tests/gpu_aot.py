@@ -135,7 +135,7 @@ def main(chip: str, widths: list[int]) -> None:
         return jax.vjp(lambda rows, weights: forward(rows, weights, size, activation), rows, weights)[1](dout)
 
     def matmul(rows, weights, size, dout, activation):
-        """A grouped matmul with what follows it, and all gradients."""
+        """A grouped matmul with what follows it, alone and with all gradients."""
         expert = jnp.arange(EXPERTS, dtype=jnp.int32)
         runs, shape = Runs(expert, expert * ROWS_PER_EXPERT, size), weights.weight.shape
         problem = problem_of(
@@ -147,8 +147,9 @@ def main(chip: str, widths: list[int]) -> None:
             epilogue=epilogue_of(weights, activation),
         )
         span, static = choose(problem, "gpu"), MatmulStatic(layout, activation)
-        out, back = jax.vjp(lambda rows, weights: apply(span, static, (rows, weights), (runs,)), rows, weights)
-        return out, back(dout)
+        run = lambda rows, weights: apply(span, static, (rows, weights), (runs,))  # noqa: E731
+        out, back = jax.vjp(run, rows, weights)
+        return run(rows, weights), out, back(dout)
 
     def permute(tokens, rows, gate, row, source):
         """Dispatch and combine for as many tokens as rows and two choices, with all gradients."""

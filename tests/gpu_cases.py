@@ -11,7 +11,7 @@ from moe_cases import assert_close
 
 from moe_kernels.backends import choose, problem_of
 from moe_kernels.backends.base import MatmulStatic, MlpStatic, apply
-from moe_kernels.types import MatmulActivation, MlpWeights
+from moe_kernels.types import MatmulActivation
 
 
 def widened(rows: nasty.Rows, width: int = 128, hidden: int = 256) -> nasty.Rows:
@@ -43,10 +43,16 @@ def span_of(name: str, rows: nasty.Rows, x: jax.Array):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
+def matmul_value(rows: nasty.Rows, activation: MatmulActivation | None, x, weights, size):
+    """Output alone, which is not that of `jax.vjp`."""
+    span, static = span_of("grouped_matmul", rows, x), MatmulStatic(rows.layout, activation)
+    return apply(span, static, (x, weights), (rows.runs(size),))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def matmul(rows: nasty.Rows, activation: MatmulActivation | None, x, weights, dout, size):
     """Output, dX and the gradients of the weights."""
-    span, static = span_of("grouped_matmul", rows, x), MatmulStatic(rows.layout, activation)
-    run = lambda x, weights: apply(span, static, (x, weights), (rows.runs(size),))  # noqa: E731
+    run = lambda x, weights: matmul_value(rows, activation, x, weights, size)  # noqa: E731
     out, pullback = jax.vjp(run, x, weights)
     return out, *pullback(dout)
 
@@ -90,10 +96,9 @@ def check_epilogue(
     """A grouped matmul with a bias or a gate, against what each entry is a sum of."""
     rows, all_sizes = CASES[name]
     x, weights, dout = nasty.matmul_operands(rows, dtype=dtype, weight_dtype=weight_dtype, epilogue=epilogue)
-    given = x, nasty.as_multiplied(weights, dtype), dout
     for size in all_sizes if sizes is None else sizes:
         found = matmul(rows, activation, x, weights, dout, np.array(size, np.int32))
-        nasty.check_matmul(rows.runs(np.array(size)), given, found, activation)
+        nasty.check_matmul(rows.runs(np.array(size)), (x, weights, dout), found, activation)
 
 
 def check_mlp(name: str, dtype: str, weight_dtype: str, activation: str = "gelu_tanh", sizes=None, bias=True) -> None:
@@ -101,22 +106,5 @@ def check_mlp(name: str, dtype: str, weight_dtype: str, activation: str = "gelu_
     given = nasty.operands(rows, dtype=dtype, weight_dtype=weight_dtype)
     if not bias:
         given = given._replace(weights=given.weights._replace(b1=None, b2=None))
-    rounded = given._replace(weights=nasty.as_multiplied(given.weights, dtype))
     for size in all_sizes if sizes is None else sizes:
-        out, dx, dweights = mlp(rows, activation, given, np.array(size, np.int32))
-        want, used = nasty.expected_mlp(rows, rounded, size, activation), rows.used(np.array(size))
-        # Up to four roundings follow on each other, as on TPUs: in an entry they add up as what is behind it does.
-        bound = {"length": 1, "eps": nasty.ROUNDING[dtype], "roundings": 2}
-        behind = nasty.mlp_magnitudes(rows, rounded, size)
-        for name, mine, theirs, scale in (
-            ("out", out, want.out, behind.out),
-            ("dx", dx, want.drows, behind.drows),
-        ):
-            assert_close(np.asarray(mine, np.float64)[used], theirs[used], name=name, scale=scale[used], **bound)
-        for field, *arrays in zip(MlpWeights._fields, dweights, want.dweights, behind.dweights, strict=True):
-            if arrays[0] is None:
-                assert not bias
-                continue
-            assert arrays[0].dtype == getattr(given.weights, field).dtype
-            mine, theirs, scale = (np.asarray(a, np.float64).reshape(rows.experts, -1) for a in arrays)
-            assert_close(mine, theirs, name=f"d{field} {size}", scale=scale, **bound)
+        nasty.check_mlp(rows, given, size, mlp(rows, activation, given, np.array(size, np.int32)), activation)

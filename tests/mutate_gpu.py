@@ -1,7 +1,8 @@
 """Break the GPU kernels one way at a time and see the tests fail: `python tests/mutate_gpu.py [NAME...]`.
 
 What the interpreters cannot see is left out: they run wgmma at once, so a missing `wgmma_wait` changes nothing there
-(JAX 0.10.2 and 0.12), and neither does a missing `commit_smem`.
+(JAX 0.10.2 and 0.12), and neither does a missing `commit_smem` (0.10.2) or
+`wait_smem_to_gmem`.
 """
 
 import sys

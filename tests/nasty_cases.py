@@ -97,8 +97,9 @@ SIZES: dict[Rows, list[tuple[int, ...]]] = {
 DTYPES = [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]  # of rows and of weights
 Weights = TypeVar("Weights", MlpWeights, MatmulWeights)
 POISONS = [np.nan, np.inf, -np.inf]
-# The most that one rounding to a dtype is off, as a share.
+# The most that one rounding to a dtype is off, as a share; and near 0, where float16 has fewer digits.
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+NEAR_ZERO = {"bfloat16": 2.0**-134, "float16": 2.0**-25}
 
 
 def empty_patterns(rows: Rows, seed: int = 0) -> np.ndarray:
@@ -131,6 +132,11 @@ def operands(rows: Rows, *, dtype: str = "float32", weight_dtype: str = "float32
 def as_multiplied(weights: Weights, dtype: jnp.dtype | str) -> Weights:
     """Weights as kernels take them: matrices rounded to the dtype of the rows, biases as they are."""
     return jax.tree.map(lambda w: w.astype(dtype).astype(w.dtype) if w.ndim == 3 else w, weights)
+
+
+def roundings_of(dtype: jnp.dtype | str, longest: int) -> dict[str, float]:
+    """Bounds of `assert_close` for numbers that are rounded, then sums of `longest` of them times less than 4 each."""
+    return {"eps": ROUNDING[str(dtype)], "least": NEAR_ZERO[str(dtype)] * (1 if longest == 1 else 4 * longest)}
 
 
 class Expected(NamedTuple):
@@ -166,6 +172,11 @@ def expected_mlp(
     return Expected(out, gradient.rows, MlpWeights(*summed))
 
 
+# How many roundings follow on each other in 16 bits, halved, where sums are in float32: of the hidden layer before (of
+# which 1.13 pass) and after the activation, and of the result; or of its gradient and of the result.
+MLP_ROUNDINGS = Expected(1.6, 1, MlpWeights(w1=1, b1=1, w2=1.6, b2=0.5))
+
+
 def mlp_magnitudes(rows: Rows, given: Operands, size: np.ndarray | tuple[int, ...]) -> Expected:
     """What each entry of `expected_mlp` is a sum of, all terms as absolute values: what rounding is measured against.
 
@@ -187,6 +198,38 @@ def mlp_magnitudes(rows: Rows, given: Operands, size: np.ndarray | tuple[int, ..
         for total, part in zip(dw, parts, strict=True):
             total[e] += part
     return Expected(out, dx, dw)
+
+
+def check_mlp(
+    rows: Rows,
+    given: Operands,
+    size: np.ndarray | tuple[int, ...],
+    found: tuple[jax.Array, jax.Array, MlpWeights],
+    activation: Activation = "gelu_tanh",
+) -> None:
+    """Compare output and gradients with the oracle, entry by entry, against what each is a sum of."""
+    (out, drows, dweights), dtype = found, given.rows.dtype
+    assert out.dtype == drows.dtype == dtype
+    assert jax.tree.map(lambda w: w.dtype, dweights) == jax.tree.map(lambda w: w.dtype, given.weights)
+    given = given._replace(weights=as_multiplied(given.weights, dtype))
+    wanted, scale = expected_mlp(rows, given, size, activation), mlp_magnitudes(rows, given, size)
+    used, longest = rows.used(np.asarray(size)), rows.width + rows.hidden + max(size, default=0)
+
+    def close(name: str, mine: jax.Array, theirs: np.ndarray, behind: np.ndarray, roundings: float) -> None:
+        bound = {"length": longest, "roundings": 1}
+        if dtype != jnp.float32:
+            bound = {"length": 1, "roundings": roundings, **roundings_of(dtype, longest)}
+        flat = (np.asarray(a, np.float64).reshape(len(a), -1) for a in (mine, theirs, behind))
+        mine, theirs, behind = (a[used] if name in ("out", "drows") else a for a in flat)
+        assert_close(mine, theirs, name=f"{name} {size}", scale=behind, **bound)
+
+    close("out", out, wanted.out, scale.out, MLP_ROUNDINGS.out)
+    close("drows", drows, wanted.drows, scale.drows, MLP_ROUNDINGS.drows)
+    for name, gradient, *others in zip(
+        dweights._fields, dweights, wanted.dweights, scale.dweights, MLP_ROUNDINGS.dweights, strict=True
+    ):
+        if gradient is not None:
+            close(f"d{name}", gradient, *others)
 
 
 def matmul_operands(
@@ -269,13 +312,14 @@ def check_matmul(
     used = np.zeros(len(x), bool)
     for first, count in zip(np.asarray(runs.first), np.asarray(runs.size), strict=True):
         used[first : first + count] = True
-    # Sums are in float32; in 16 bits the result is rounded once, and with an activation so are both products and, on
-    # the way back, what is taken back through it: four roundings in a row at most. `assert_close` allows `2 eps` for
-    # each one of `roundings`, so that is half their number.
+    # Sums are in float32. In 16 bits the result is rounded once; with an activation what comes before it is too (1.13
+    # of that passes, on the way back as the error of the slope, which is part of the magnitudes), and both factors of
+    # a gate. `assert_close` allows `2 eps` for each one of `roundings`, so that is half their number.
     longest = max(*weights.weight.shape[1:], int(np.max(runs.size, initial=1)))
     bound = {"eps": 2.0**-23, "roundings": 1, "length": longest}
     if x.dtype != jnp.float32:
-        bound = {"eps": ROUNDING[str(x.dtype)], "roundings": 0.5 if activation is None else 2, "length": 1}
+        follow = 0.5 if activation is None else 1.1 if weights.up is None else 1.6
+        bound = {"length": 1, "roundings": follow, **roundings_of(x.dtype, 1 if activation is None else longest)}
     for name, mine, theirs, behind in zip(("out", "drows"), (out, drows), wanted, scale, strict=False):
         assert_close(np.asarray(mine, np.float64)[used], theirs[used], name=name, scale=behind[used], **bound)
     for name, *arrays in zip(dweights._fields, dweights, wanted.dweights, scale.dweights, strict=True):

@@ -18,15 +18,18 @@ from moe_kernels.backends.gpu.tiling import (
 
 H200 = chip_of("NVIDIA H200")
 MATMULS = {
-    "forward": {"moe_rows_activate", "moe_rows_store"},
-    # The first kernel is that of the forward pass, compiled already.
-    "backward": {"moe_rows_activate_backward", "moe_rows_store", "moe_weight_gradient"},
+    # Without gradients the hidden layer is not kept.
+    "forward": {"moe_rows_activate_alone", "moe_rows_store"},
+    "backward": {"moe_rows_activate", "moe_rows_activate_backward", "moe_rows_store", "moe_weight_gradient"},
 }
 # The exact GELU, and weights of 16 bits in the backward pass; what is the same kernel again is not compiled again.
-MATMULS |= {"forward-erf": {"moe_rows_activate"}, "backward-erf": {"moe_rows_activate_backward", "moe_weight_gradient"}}
+MATMULS |= {
+    "forward-erf": {"moe_rows_activate_alone"},
+    "backward-erf": {"moe_rows_activate", "moe_rows_activate_backward", "moe_weight_gradient"},
+}
 # A grouped matmul with a bias and an activation, or a gate; its dX and dW are kernels like any other.
 EPILOGUES = {"pointwise": "activate", "gated": "gated", "gated-erf": "gated_erf"}
-MATMULS |= {name: {f"moe_rows_{kernel}"} for name, kernel in EPILOGUES.items()}
+MATMULS |= {name: {f"moe_rows_{kernel}", f"moe_rows_{kernel}_alone"} for name, kernel in EPILOGUES.items()}
 GATHERS = {
     "moe_gather": (False, False),
     "moe_gather_weighed": (True, False),

@@ -12,9 +12,20 @@ import pytest
 EVERYDAY = [("block", "bfloat16", "float32"), ("several runs", "float16", "float16")]
 ALL = [(name, *dtypes) for name in gpu.CASES for dtypes in gpu.DTYPES]
 # What follows the matmul, and the activation in it.
-EPILOGUES = [("pointwise", None), ("pointwise", "silu"), ("pointwise", "gelu_erf"), ("gated", "gelu_tanh")]
+EPILOGUES = [
+    ("pointwise", None),
+    ("pointwise", "gelu_erf"),
+    ("gated", "silu"),
+    ("gated", "gelu_tanh"),
+    ("gated", "gelu_erf"),
+]
 POISONED = [("none", None), ("pointwise", "gelu_tanh"), ("gated", "silu")]
-ALL_EPILOGUES = [(*case, *epilogue) for case in ALL for epilogue in EPILOGUES]
+# Every case with every one, and dtypes in turns.
+ALL_EPILOGUES = [
+    (name, *gpu.DTYPES[(i + j) % 4], *epilogue)
+    for i, name in enumerate(gpu.CASES)
+    for j, epilogue in enumerate(EPILOGUES)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -42,9 +53,20 @@ def test_values_and_gradients_on_a_gpu(name, dtype, weight_dtype):
     gpu.check_matmul(name, dtype, weight_dtype)
 
 
-@pytest.mark.parametrize(("epilogue", "activation"), [("pointwise", "gelu_erf"), ("gated", "silu")])
+@pytest.mark.parametrize(("epilogue", "activation"), [("pointwise", "silu"), ("gated", "silu"), ("gated", "gelu_erf")])
 def test_what_follows_the_matmul(epilogue, activation):
     gpu.check_epilogue("odd packed", "bfloat16", "float32", epilogue, activation)
+
+
+@pytest.mark.parametrize(("epilogue", "activation"), [("pointwise", "gelu_tanh"), ("gated", "gelu_erf")])
+def test_the_value_alone_is_that_of_the_forward_pass(epilogue, activation):
+    rows, _ = gpu.CASES["odd block"]
+    x, weights, dout = nasty.matmul_operands(rows, dtype="bfloat16", epilogue=epilogue)
+    size = np.array((23, 24, 1), np.int32)
+    alone = gpu.matmul_value(rows, activation, x, weights, size)
+    both = gpu.matmul(rows, activation, x, weights, dout, size)[0]
+    used = rows.used(size)
+    np.testing.assert_array_equal(np.asarray(alone)[used], np.asarray(both)[used])
 
 
 @pytest.mark.full

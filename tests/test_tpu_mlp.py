@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import nasty_cases as nasty
 import numpy as np
 import pytest
-from moe_cases import SAME_BITS, assert_close
+from moe_cases import SAME_BITS
 
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.launch import Target
@@ -47,29 +47,6 @@ def mlp(rows, tiles, target, activation, given, size, keep=False):
     return out, *run_backward(tiles, target, static, given.rows, given.weights, runs, given.dout, hidden)
 
 
-def check(rows, given, size, found, activation="gelu_tanh") -> None:
-    out, drows, dweights = found
-    dtype = str(given.rows.dtype)
-    used = rows.used(np.asarray(size))
-    assert out.dtype == drows.dtype == given.rows.dtype
-    assert [w.dtype for w in dweights] == [w.dtype for w in given.weights]
-    # Sums are in float32; in bfloat16 up to four roundings follow on each other: of the hidden layer before and after
-    # the activation (or of its gradient), of the slope's argument, and of the result; `roundings` is half their number.
-    bound = {"length": rows.width + rows.hidden + max(size, default=0), "eps": 2.0**-23, "roundings": 1}
-    if dtype != "float32":
-        bound = {"length": 1, "eps": nasty.ROUNDING[dtype], "roundings": 2}
-    given = given._replace(weights=nasty.as_multiplied(given.weights, dtype))
-    wanted = nasty.expected_mlp(rows, given, size, activation)
-    scale = nasty.mlp_magnitudes(rows, given, size)
-    assert_close(np.asarray(out, np.float64)[used], wanted.out[used], name="out", scale=scale.out[used], **bound)
-    assert_close(
-        np.asarray(drows, np.float64)[used], wanted.drows[used], name="drows", scale=scale.drows[used], **bound
-    )
-    for name, *arrays in zip(dweights._fields, dweights, wanted.dweights, scale.dweights, strict=True):
-        mine, theirs, behind = (np.asarray(a, np.float64).reshape(rows.experts, -1) for a in arrays)
-        assert_close(mine, theirs, name=f"d{name}", scale=behind, **bound)
-
-
 def cases(names=None, dtypes=nasty.DTYPES):
     for name, (rows, tiles) in CASES.items():
         if names is None or name in names:
@@ -80,7 +57,7 @@ def check_case(rows, tiles, dtype, weight_dtype, activation="gelu_tanh", target=
     given = nasty.operands(rows, dtype=dtype, weight_dtype=weight_dtype)
     for size in nasty.SIZES[rows]:
         found = mlp(rows, tiles, target, activation, given, np.array(size, np.int32), keep=keep)
-        check(rows, given, size, found, activation)
+        nasty.check_mlp(rows, given, size, found, activation)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +102,7 @@ def test_every_pattern_of_empty_experts(name):
             empty = np.asarray(gradient)[size == 0]
             assert (empty == 0).all() and np.isfinite(gradient).all()
     for size in nasty.empty_patterns(rows)[::37]:
-        check(rows, given, size, mlp(rows, tiles, TARGET, "gelu_tanh", given, size))
+        nasty.check_mlp(rows, given, size, mlp(rows, tiles, TARGET, "gelu_tanh", given, size))
 
 
 def test_a_published_width():
@@ -134,7 +111,7 @@ def test_a_published_width():
     given, size = nasty.operands(rows, dtype="bfloat16", weight_dtype="bfloat16"), (15, 3)
     tiles = mlp_backward_tiles(rows.layout, rows.width, rows.hidden, 2, 2, TARGET.facts)
     assert tiles.num_chunks > 1 and tiles.padded > rows.hidden
-    check(rows, given, size, mlp(rows, tiles, TARGET, "gelu_tanh", given, np.array(size)))
+    nasty.check_mlp(rows, given, size, mlp(rows, tiles, TARGET, "gelu_tanh", given, np.array(size)))
 
 
 def test_the_exact_gelu():
@@ -142,7 +119,7 @@ def test_the_exact_gelu():
     rows, tiles = CASES["one piece"]
     given, size = nasty.operands(rows), (3, 0, 16, 1, 8, 9, 15, 2)
     exact = mlp(rows, tiles, TARGET, "gelu_erf", given, np.array(size))
-    check(rows, given, size, exact, "gelu_erf")
+    nasty.check_mlp(rows, given, size, exact, "gelu_erf")
     assert not np.array_equal(exact[0], mlp(rows, tiles, TARGET, "gelu_tanh", given, np.array(size))[0])
 
 
@@ -213,7 +190,7 @@ def test_the_shortest_piece_that_fills_the_mxu_holds_all_rows():
     tiles, target = tiles_of(rows, 144, (144, 16), 16), Target("TPU v5 lite", interpret=True)
     given = nasty.operands(rows)
     for size in [(129, 128, 0), (144, 1, 127)]:
-        check(rows, given, size, mlp(rows, tiles, target, "gelu_tanh", given, np.array(size, np.int32)))
+        nasty.check_mlp(rows, given, size, mlp(rows, tiles, target, "gelu_tanh", given, np.array(size, np.int32)))
 
 
 def test_as_many_shorter_pieces_hold_all_rows():
@@ -222,7 +199,7 @@ def test_as_many_shorter_pieces_hold_all_rows():
     tiles, target = tiles_of(rows, 288, (144, 80, 48, 32, 16), 8), Target("TPU v5 lite", interpret=True)
     given = nasty.operands(rows)
     for size in [(256, 257, 224, 225), (288, 145, 0, 1)]:
-        check(rows, given, size, mlp(rows, tiles, target, "gelu_tanh", given, np.array(size, np.int32)))
+        nasty.check_mlp(rows, given, size, mlp(rows, tiles, target, "gelu_tanh", given, np.array(size, np.int32)))
 
 
 @pytest.mark.parametrize(("chip", "kept"), [("TPU v5 lite", True), ("TPU v6 lite", False)])
@@ -241,7 +218,7 @@ def test_the_roofline_decides_what_a_chip_keeps(chip, kept):
         lambda given: expert_mlp_forward(target, static, given.rows, given.weights, rows.runs(size))[1], given
     )
     assert (saved.hidden is not None) == kept
-    check(rows, given, size, both(given, size))
+    nasty.check_mlp(rows, given, size, both(given, size))
 
 
 def test_without_rows_and_without_biases():

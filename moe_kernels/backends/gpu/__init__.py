@@ -7,8 +7,8 @@ from typing import Any
 
 from moe_kernels.backends.base import Backend, Problem, Span, rows_misfit
 from moe_kernels.backends.gpu.launch import INTERPRETED_SMS, Device
-from moe_kernels.backends.gpu.matmul import grouped_matmul_backward, grouped_matmul_forward
-from moe_kernels.backends.gpu.mlp import expert_mlp_backward, expert_mlp_forward
+from moe_kernels.backends.gpu.matmul import grouped_matmul_backward, grouped_matmul_forward, grouped_matmul_value
+from moe_kernels.backends.gpu.mlp import expert_mlp_backward, expert_mlp_forward, expert_mlp_value
 from moe_kernels.backends.gpu.permute import (
     combine_backward,
     combine_forward,
@@ -103,9 +103,10 @@ def _device(problem: Problem) -> Device:
 
 
 @functools.lru_cache
-def _span(forward: Any, backward: Any, device: Device) -> Span:
+def _span(forward: Any, backward: Any, device: Device, value: Any = None) -> Span:
     """One span for each device, so that JAX finds what it has traced before."""
-    return Span(functools.partial(forward, device), functools.partial(backward, device))
+    alone = None if value is None else functools.partial(value, device)
+    return Span(functools.partial(forward, device), functools.partial(backward, device), alone)
 
 
 GPU = Backend(
@@ -113,10 +114,14 @@ GPU = Backend(
     why_not=why_not,
     spans={
         "route": lambda problem: _span(route_forward, route_backward, _device(problem)),
-        "grouped_matmul": lambda problem: _span(grouped_matmul_forward, grouped_matmul_backward, _device(problem)),
+        "grouped_matmul": lambda problem: _span(
+            grouped_matmul_forward, grouped_matmul_backward, _device(problem), grouped_matmul_value
+        ),
         "dispatch": lambda problem: _span(dispatch_forward, dispatch_backward, _device(problem)),
         "combine": lambda problem: _span(combine_forward, combine_backward, _device(problem)),
-        "expert_mlp": lambda problem: _span(expert_mlp_forward, expert_mlp_backward, _device(problem)),
+        "expert_mlp": lambda problem: _span(
+            expert_mlp_forward, expert_mlp_backward, _device(problem), expert_mlp_value
+        ),
     },
     optional=frozenset(("route", *GATHERS)),
 )

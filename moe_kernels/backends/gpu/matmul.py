@@ -1,7 +1,8 @@
 """Grouped matmul: forward and dX over tiles of 128 rows, dW over slices of 64.
 
-A bias and an activation are worked in the forward kernel, and what the activation was of is kept. The two matrices of a
-gated pair are one matrix, in which 64 columns of each take turns: one kernel forward, one for dX, one for dW.
+A bias and an activation are worked in the forward kernel, and what the activation was of is kept for gradients. The
+matrices of a gated pair are laid out as one, in which 64 columns of each take turns: one kernel forward, one for dX,
+one for dW, whose result is taken apart.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from moe_kernels.backends.base import MatmulStatic, MatmulWeights
 from moe_kernels.backends.gpu.activation import activate_and_slope
 from moe_kernels.backends.gpu.column_sums import column_sums
 from moe_kernels.backends.gpu.launch import Device
-from moe_kernels.backends.gpu.row_matmul import Epilogue, row_matmul
+from moe_kernels.backends.gpu.row_matmul import RowEpilogue, row_matmul
 from moe_kernels.backends.gpu.schedule import RowTiles, row_tiles
 from moe_kernels.backends.gpu.tiling import CHUNK, DEPTH, NUM_CONSUMERS, WARPGROUP_ROWS
 from moe_kernels.backends.gpu.weight_gradient import weight_gradient
@@ -61,18 +62,31 @@ def float32_of(bias: Float[Array, "E F"] | None) -> Float[Array, "E F"] | None:
     return None if bias is None else bias.astype(jnp.float32)
 
 
+def grouped_matmul_value(
+    device: Device, static: MatmulStatic, rows: Float[Array, "R D"], weights: MatmulWeights, runs: Runs
+) -> Float[Array, "R F"]:
+    """`y = x W_e` and what follows it, in one kernel; unused rows hold anything, NaN included."""
+    return _results(device, static, rows, weights, runs, keep=False)[-1]
+
+
 def grouped_matmul_forward(
     device: Device, static: MatmulStatic, rows: Float[Array, "R D"], weights: MatmulWeights, runs: Runs
 ) -> tuple[Float[Array, "R F"], MatmulSaved]:
-    """`y = x W_e` and what follows it, in one kernel; unused rows hold anything, NaN included."""
+    """The same, with what the activation was of kept for the backward pass."""
+    *hidden, out = _results(device, static, rows, weights, runs, keep=True)
+    return out, MatmulSaved(rows, hidden[0] if hidden else None, weights, runs)
+
+
+def _results(
+    device: Device, static: MatmulStatic, rows: Float[Array, "R D"], weights: MatmulWeights, runs: Runs, *, keep: bool
+) -> tuple[Float[Array, "R _"], ...]:
+    """The result, behind what the activation was of where there is one that is kept."""
     matrix, tiles = _matrix(weights).astype(rows.dtype), tall_tiles(runs, static.layout)
     run = functools.partial(row_matmul, rows, matrix, tiles, device, bias=float32_of(weights.bias))
     if static.activation is None:
-        (out,) = run()
-        return out, MatmulSaved(rows, None, weights, runs)
-    epilogue: Epilogue = "activate" if weights.up is None else "gated"
-    hidden, out = run(epilogue=epilogue, activation=static.activation)
-    return out, MatmulSaved(rows, hidden, weights, runs)
+        return run()
+    epilogue: RowEpilogue = "activate" if weights.up is None else "gated"
+    return run(epilogue=epilogue, activation=static.activation, keep=keep)
 
 
 def grouped_matmul_backward(

@@ -28,12 +28,27 @@ class MlpSaved(NamedTuple):
     runs: Runs
 
 
+def expert_mlp_value(
+    device: Device, static: MlpStatic, rows: Float[Array, "R D"], weights: MlpWeights, runs: Runs
+) -> Float[Array, "R D"]:
+    """`y = act(x w1_e + b1_e) w2_e + b2_e`; unused rows hold anything, NaN included."""
+    return _results(device, static, rows, weights, runs, keep=False)[-1]
+
+
 def expert_mlp_forward(
     device: Device, static: MlpStatic, rows: Float[Array, "R D"], weights: MlpWeights, runs: Runs
 ) -> tuple[Float[Array, "R D"], MlpSaved]:
-    """`y = act(x w1_e + b1_e) w2_e + b2_e`; unused rows hold anything, NaN included."""
+    """The same, with the hidden layer before the activation kept for the backward pass."""
+    hidden, out = _results(device, static, rows, weights, runs, keep=True)
+    return out, MlpSaved(rows, hidden, weights, runs)
+
+
+def _results(
+    device: Device, static: MlpStatic, rows: Float[Array, "R D"], weights: MlpWeights, runs: Runs, *, keep: bool
+) -> tuple[Float[Array, "R _"], ...]:
+    """The result, behind the hidden layer before the activation if that is kept."""
     tiles = tall_tiles(runs, static.layout)
-    hidden, activated = row_matmul(
+    *hidden, activated = row_matmul(
         rows,
         weights.w1.astype(rows.dtype),
         tiles,
@@ -41,9 +56,9 @@ def expert_mlp_forward(
         epilogue="activate",
         bias=float32_of(weights.b1),
         activation=static.activation,
+        keep=keep,
     )
-    (out,) = row_matmul(activated, weights.w2.astype(rows.dtype), tiles, device, bias=float32_of(weights.b2))
-    return out, MlpSaved(rows, hidden, weights, runs)
+    return *hidden, *row_matmul(activated, weights.w2.astype(rows.dtype), tiles, device, bias=float32_of(weights.b2))
 
 
 def expert_mlp_backward(

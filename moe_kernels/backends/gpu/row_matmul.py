@@ -42,7 +42,7 @@ from moe_kernels.backends.gpu.tiling import (
 )
 from moe_kernels.types import ROW_ALIGNMENT, MatmulActivation
 
-Epilogue = Literal["store", "activate", "gated", "activate_backward"]
+RowEpilogue = Literal["store", "activate", "gated", "activate_backward"]
 
 
 def row_matmul(
@@ -51,18 +51,19 @@ def row_matmul(
     tiles: RowTiles,
     device: Device,
     *,
-    epilogue: Epilogue = "store",
+    epilogue: RowEpilogue = "store",
     transposed: bool = False,
     bias: Float[Array, "E F"] | None = None,
     hidden: Float[Array, "R F"] | None = None,
     activation: MatmulActivation = "gelu_tanh",
+    keep: bool = True,
 ) -> tuple[Float[Array, "R _"], ...]:
     """With `z = x W_e + b_e`, or `x W_eᵀ` for a `transposed` weight `[E, F, D]`, give what the epilogue asks for.
 
     "store": z; "activate": z and act(z), both rounded to the dtype of the rows, the second computed from the rounded
     first; "gated": z, in which 64 columns of the gate and 64 of what it lets pass take turns, and the product
     act(gate) up `[R, F / 2]`, computed from rounded factors; "activate_backward": z act'(hidden) and act(hidden).
-    `tiles` are 128 rows high.
+    Where no gradient is wanted, "activate" and "gated" leave z out (`keep=False`). `tiles` are 128 rows high.
     """
     num_rows, depth = rows.shape
     columns = weight.shape[1] if transposed else weight.shape[2]
@@ -71,7 +72,13 @@ def row_matmul(
     # An epilogue that reads the hidden layer has registers for two chunks, and a buffer for each.
     assert hidden is None or blocks.columns == 2 * CHUNK
     column_tiles, slices, chunks = columns // blocks.columns, depth // DEPTH, blocks.columns // CHUNK
-    dtype = rows.dtype
+    dtype, kept = rows.dtype, keep or epilogue not in ("activate", "gated")
+    # A gate and what it lets pass lie in one tile, and a bias would have to take turns with another.
+    assert epilogue != "gated" or (chunks % 2 == 0 and bias is None)
+    widths = [columns] if kept else []
+    if epilogue != "store":
+        widths.append(columns // 2 if epilogue == "gated" else columns)
+    last = len(widths) - 1
     extra = [a for a in (bias, hidden) if a is not None]
 
     def body(
@@ -160,8 +167,8 @@ def row_matmul(
                     return value + lax.broadcast_in_dim(scratch["bias_s"][wg, across], value.shape, (1,))
 
                 for n, (i, across, result) in enumerate(results(before, wg, column)):
-                    # The copy before the last one read this buffer.
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    # All copies of the last tile have read their buffers; in a tile, the copy before the last one.
+                    plgpu.wait_smem_to_gmem(1 if n else 0, wait_read_only=True)
                     out_s[wg, n % 2] = result
                     plgpu.commit_smem()
                     store_rows(out_s.at[wg, n % 2], out_g[i], row, used, pl.ds(across, CHUNK))
@@ -178,16 +185,18 @@ def row_matmul(
                         yield 1, own, activated.astype(dtype)
                         continue
                     rounded = value.astype(dtype)
-                    yield 0, own, rounded
+                    if kept:
+                        yield 0, own, rounded
                     if epilogue == "activate":
-                        yield 1, own, activate(rounded.astype(jnp.float32), activation).astype(dtype)
+                        yield last, own, activate(rounded.astype(jnp.float32), activation).astype(dtype)
                     if epilogue == "gated":
                         up = before(chunk + 1).astype(dtype)
-                        yield 0, own + CHUNK, up
+                        if kept:
+                            yield 0, own + CHUNK, up
                         half = pl.multiple_of(lax.div(own, jnp.int32(2)), CHUNK)
                         # Only now, so that no float32 value is live while factors are stored.
                         activated = activate(rounded.astype(jnp.float32), activation)
-                        yield 1, half, (activated * up.astype(jnp.float32)).astype(dtype)
+                        yield last, half, (activated * up.astype(jnp.float32)).astype(dtype)
 
             def skip(filled: jax.Array) -> None:
                 def pass_on(k: jax.Array, _: None) -> None:
@@ -221,10 +230,10 @@ def row_matmul(
     if hidden is not None:
         scratch["hidden_s"] = swizzled(buffers, dtype)
         scratch["hidden_full"] = plgpu.Barrier(num_barriers=2 * NUM_CONSUMERS)
-    widths = {"store": (columns,), "gated": (columns, columns // 2)}.get(epilogue, (columns, columns))
     out = tuple(jax.ShapeDtypeStruct((num_rows, width), dtype) for width in widths)
+    name = f"moe_rows_{kernel}" if kept else f"moe_rows_{kernel}_alone"
     return tuple(
-        launch(body, f"moe_rows_{kernel}", out, scratch, device)(
+        launch(body, name, out, scratch, device)(
             tiles.expert, tiles.first, tiles.size, tiles.start, rows, weight, *extra
         )
     )

@@ -52,7 +52,8 @@ def select_rows(used: Bool[Array, "..."], values: Float[Array, "... D"]) -> Floa
 def dot(spec: str, a: Array, b: Array) -> Float[Array, "..."]:
     """Einsum of two arrays of one dtype, accumulated in float32.
 
-    Float32 factors are multiplied as float32, unless `jax.default_matmul_precision` asks for another precision.
+    Float32 factors are multiplied as float32, unless `jax.default_matmul_precision` asks for another precision while
+    this is traced.
     """
     asked = jax.config.jax_default_matmul_precision is not None
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 and not asked else None
