@@ -55,7 +55,13 @@ def report(widths: list[int], chip: str = "H200") -> dict[tuple[int, str], Compi
     }
     command = [sys.executable, str(HERE / "gpu_aot.py"), chip, *map(str, widths)]
     run = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400 * len(widths), check=False
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400 * len(widths),
+        check=False,
     )
     assert run.returncode == 0, run.stdout[-3000:]
     return parse(run.stdout)
