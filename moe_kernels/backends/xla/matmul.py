@@ -55,8 +55,8 @@ def dot(spec: str, a: Array, b: Array) -> Float[Array, "..."]:
     Float32 factors are multiplied as float32, unless `jax.default_matmul_precision` asks for another precision while
     this is traced.
     """
-    asked = jax.config.jax_default_matmul_precision is not None
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 and not asked else None
+    asked = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009 (not in JAX's stubs)
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 and asked is None else None
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
