@@ -7,11 +7,10 @@ import jax
 import nasty_cases as nasty
 import numpy as np
 import pytest
-from moe_cases import assert_close
 
 from moe_kernels.backends import choose, problem_of
 from moe_kernels.backends.base import MatmulStatic, MlpStatic, apply
-from moe_kernels.types import MatmulActivation
+from moe_kernels.types import Epilogue, MatmulActivation
 
 
 def widened(rows: nasty.Rows, width: int = 128, hidden: int = 256) -> nasty.Rows:
@@ -58,42 +57,28 @@ def matmul(rows: nasty.Rows, activation: MatmulActivation | None, x, weights, do
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
+def mlp_value(rows: nasty.Rows, activation: str, x, weights, size):
+    """Output alone, which is not that of `jax.vjp`."""
+    span, static = span_of("expert_mlp", rows, x), MlpStatic(rows.layout, activation)
+    return apply(span, static, (x, weights), (rows.runs(size),))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def mlp(rows: nasty.Rows, activation: str, given: nasty.Operands, size):
     """Output, dX and the gradients of the weights."""
-    span, static = span_of("expert_mlp", rows, given.rows), MlpStatic(rows.layout, activation)
-    run = lambda x, weights: apply(span, static, (x, weights), (rows.runs(size),))  # noqa: E731
+    run = lambda x, weights: mlp_value(rows, activation, x, weights, size)  # noqa: E731
     out, pullback = jax.vjp(run, given.rows, given.weights)
     return out, *pullback(given.dout)
 
 
-def close(actual, expected, **bound) -> None:
-    """Row by row, where an entry is a sum of numbers of size one: a row of small ones may be off as the others are."""
-    expected = np.asarray(expected, np.float64)
-    scale = np.maximum(np.abs(expected).max(axis=1, initial=0), 1)
-    assert_close(np.asarray(actual, np.float64), expected, scale=scale, **bound)
-
-
-def check_matmul(name: str, dtype: str, weight_dtype: str, sizes=None) -> None:
-    rows, all_sizes = CASES[name]
-    x, weights, dout = nasty.matmul_operands(rows, dtype=dtype, weight_dtype=weight_dtype)
-    for size in all_sizes if sizes is None else sizes:
-        out, dx, dweights = matmul(rows, None, x, weights, dout, np.array(size, np.int32))
-        assert [a.dtype for a in (out, dx, dweights.weight)] == [x.dtype, x.dtype, weights.weight.dtype]
-        out, dx, dw = (np.asarray(a, np.float64) for a in (out, dx, dweights.weight))
-        want = nasty.expected_matmul(rows.runs(np.array(size)), x, nasty.as_multiplied(weights, dtype), dout)
-        used, one = rows.used(np.array(size)), {"length": 1, "roundings": 0.5}
-        # Sums are float32 and as good as exact; what is left is one rounding of the result.
-        assert_close(out[used], want.out[used], name=f"out {size}", eps=nasty.ROUNDING[dtype], **one)
-        assert_close(dx[used], want.drows[used], name=f"dx {size}", eps=nasty.ROUNDING[dtype], **one)
-        eps = {"float32": 2.0**-19}.get(weight_dtype, nasty.ROUNDING.get(weight_dtype, 0))
-        flat = (rows.experts * rows.width, rows.hidden)
-        close(dw.reshape(flat), want.dweights.weight.reshape(flat), name=f"dw {size}", eps=eps, **one)
-
-
-def check_epilogue(
-    name: str, dtype: str, weight_dtype: str, epilogue: str, activation: MatmulActivation | None, sizes=None
+def check_matmul(
+    name: str,
+    dtype: str,
+    weight_dtype: str,
+    epilogue: Epilogue = "none",
+    activation: MatmulActivation | None = None,
+    sizes=None,
 ) -> None:
-    """A grouped matmul with a bias or a gate, against what each entry is a sum of."""
     rows, all_sizes = CASES[name]
     x, weights, dout = nasty.matmul_operands(rows, dtype=dtype, weight_dtype=weight_dtype, epilogue=epilogue)
     for size in all_sizes if sizes is None else sizes:

@@ -135,13 +135,12 @@ def assert_close(
     roundings: float = 4,
     eps: float = 2.0**-23,
     scale=None,
-    least: float = 0,
 ) -> None:
     """Compare row by row: each row within `roundings * 2 eps sqrt(length)` of its largest entry (or of `scale`).
 
     `length` is the longest sum that an entry goes through and `roundings` how many such sums follow on each other; a
     row of zeros must be exactly zero. `scale`, by row or by entry, is the size of what was added up, for entries that
-    may cancel; `least` is allowed whatever the size, but for zeros.
+    may cancel.
     """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
@@ -151,8 +150,7 @@ def assert_close(
     error = np.abs(actual.reshape(rows.shape) - rows)
     size = np.abs(rows).max(axis=1, keepdims=True) if scale is None else np.asarray(scale).reshape(len(rows), -1)
     size = np.where(rows.any(axis=1, keepdims=True), size, 0)
-    least = np.where(rows.any(axis=1, keepdims=True), least, 0)
-    bound = np.broadcast_to(roundings * 2 * eps * np.sqrt(max(length, 1)) * size + least, rows.shape)
+    bound = np.broadcast_to(roundings * 2 * eps * np.sqrt(max(length, 1)) * size, rows.shape)
     worst = np.unravel_index(np.argmax(error - bound), error.shape)
     assert np.isfinite(error).all() and (error <= bound).all(), (
         f"{name}: row {worst[0]} is off by {error[worst]:.3g}, allowed {bound[worst]:.3g}"

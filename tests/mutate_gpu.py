@@ -17,9 +17,9 @@ conftest.compile_fast()
 import gpu_cases as gpu
 """
 MATMUL = BEFORE + 'gpu.check_matmul("packed", "bfloat16", "bfloat16", sizes=[(127, 17, 129, 70)])'
-GATED = BEFORE + 'gpu.check_epilogue("odd packed", "bfloat16", "float32", "gated", "silu", sizes=[(23, 24, 1)])'
+GATED = BEFORE + 'gpu.check_matmul("odd packed", "bfloat16", "float32", "gated", "silu", sizes=[(23, 24, 1)])'
 POINTWISE = (
-    BEFORE + 'gpu.check_epilogue("odd packed", "bfloat16", "float32", "pointwise", "gelu_erf", sizes=[(23, 24, 1)])'
+    BEFORE + 'gpu.check_matmul("odd packed", "bfloat16", "float32", "pointwise", "gelu_erf", sizes=[(23, 24, 1)])'
 )
 MLP = BEFORE + 'gpu.check_mlp("odd packed", "bfloat16", "bfloat16", sizes=[(23, 24, 1)])'
 POISON = BEFORE + "import test_gpu_matmul; import numpy; test_gpu_matmul.check_poison(numpy.nan)"

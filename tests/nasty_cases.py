@@ -16,7 +16,7 @@ from moe_cases import assert_close
 
 import reference
 from moe_kernels import MlpWeights
-from moe_kernels.backends.base import MatmulWeights
+from moe_kernels.backends.base import MatmulWeights, epilogue_of
 from moe_kernels.types import ROW_ALIGNMENT, Activation, Epilogue, Layout, MatmulActivation, Runs
 
 
@@ -134,11 +134,6 @@ def as_multiplied(weights: Weights, dtype: jnp.dtype | str) -> Weights:
     return jax.tree.map(lambda w: w.astype(dtype).astype(w.dtype) if w.ndim == 3 else w, weights)
 
 
-def roundings_of(dtype: jnp.dtype | str, longest: int) -> dict[str, float]:
-    """Bounds of `assert_close` for numbers that are rounded, then sums of `longest` of them times less than 4 each."""
-    return {"eps": ROUNDING[str(dtype)], "least": NEAR_ZERO[str(dtype)] * (1 if longest == 1 else 4 * longest)}
-
-
 class Expected(NamedTuple):
     """Output and gradients in float64; gradients of the weights are summed over the runs of an expert."""
 
@@ -172,11 +167,6 @@ def expected_mlp(
     return Expected(out, gradient.rows, MlpWeights(*summed))
 
 
-# How many roundings follow on each other in 16 bits, halved, where sums are in float32: of the hidden layer before (of
-# which 1.13 pass) and after the activation, and of the result; or of its gradient and of the result.
-MLP_ROUNDINGS = Expected(1.6, 1, MlpWeights(w1=1, b1=1, w2=1.6, b2=0.5))
-
-
 def mlp_magnitudes(rows: Rows, given: Operands, size: np.ndarray | tuple[int, ...]) -> Expected:
     """What each entry of `expected_mlp` is a sum of, all terms as absolute values: what rounding is measured against.
 
@@ -200,6 +190,42 @@ def mlp_magnitudes(rows: Rows, given: Operands, size: np.ndarray | tuple[int, ..
     return Expected(out, dx, dw)
 
 
+def compare(
+    found: tuple[jax.Array, jax.Array, Weights],
+    wanted: Expected | ExpectedMatmul,
+    behind: Expected | ExpectedMatmul,
+    *,
+    used: np.ndarray,
+    longest: int,
+    earlier: dict[str, float],
+) -> None:
+    """Compare output and gradients with float64, entry by entry; `behind` is what each is a sum of, in absolute values.
+
+    Sums of up to `longest` terms are in float32. In 16 bits terms (of factors below 4) were rounded `earlier` times,
+    and an entry once to its own dtype.
+    """
+    (out, drows, dweights), dtype = found, str(found[0].dtype)
+    arrays = {"out": (out, wanted.out, behind.out), "drows": (drows, wanted.drows, behind.drows)}
+    arrays = {name: tuple(np.asarray(a)[used] for a in three) for name, three in arrays.items()}
+    for name, *three in zip(dweights._fields, dweights, wanted.dweights, behind.dweights, strict=True):
+        if three[0] is not None:
+            arrays[f"d{name}"] = three
+    for name, (mine, theirs, terms) in arrays.items():
+        allowed = (2.0**-22 if dtype == "float32" else 2.0**-24) * np.sqrt(longest) * terms
+        if dtype != "float32":
+            allowed = allowed + earlier[name] * (ROUNDING[dtype] * terms + 4 * longest * NEAR_ZERO[dtype])
+            if mine.dtype != jnp.float32:
+                allowed = allowed + ROUNDING[str(mine.dtype)] * np.abs(theirs) + NEAR_ZERO[str(mine.dtype)]
+            # What was rounded is rounded again, up to four times.
+            allowed = allowed * (1 + 4 * ROUNDING[dtype])
+        assert_close(mine, theirs, name=name, scale=allowed, length=1, roundings=0.5, eps=1)
+
+
+# How often what an entry is a sum of was rounded: the hidden layer before (1.13 of that pass) and after the activation;
+# or its gradient, where the slope's error is part of the magnitudes.
+MLP_ROUNDED = {"out": 2.13, "drows": 1, "dw1": 1, "db1": 1, "dw2": 2.13, "db2": 0}
+
+
 def check_mlp(
     rows: Rows,
     given: Operands,
@@ -207,29 +233,19 @@ def check_mlp(
     found: tuple[jax.Array, jax.Array, MlpWeights],
     activation: Activation = "gelu_tanh",
 ) -> None:
-    """Compare output and gradients with the oracle, entry by entry, against what each is a sum of."""
+    """Compare output and gradients with the oracle."""
     (out, drows, dweights), dtype = found, given.rows.dtype
     assert out.dtype == drows.dtype == dtype
     assert jax.tree.map(lambda w: w.dtype, dweights) == jax.tree.map(lambda w: w.dtype, given.weights)
     given = given._replace(weights=as_multiplied(given.weights, dtype))
-    wanted, scale = expected_mlp(rows, given, size, activation), mlp_magnitudes(rows, given, size)
-    used, longest = rows.used(np.asarray(size)), rows.width + rows.hidden + max(size, default=0)
-
-    def close(name: str, mine: jax.Array, theirs: np.ndarray, behind: np.ndarray, roundings: float) -> None:
-        bound = {"length": longest, "roundings": 1}
-        if dtype != jnp.float32:
-            bound = {"length": 1, "roundings": roundings, **roundings_of(dtype, longest)}
-        flat = (np.asarray(a, np.float64).reshape(len(a), -1) for a in (mine, theirs, behind))
-        mine, theirs, behind = (a[used] if name in ("out", "drows") else a for a in flat)
-        assert_close(mine, theirs, name=f"{name} {size}", scale=behind, **bound)
-
-    close("out", out, wanted.out, scale.out, MLP_ROUNDINGS.out)
-    close("drows", drows, wanted.drows, scale.drows, MLP_ROUNDINGS.drows)
-    for name, gradient, *others in zip(
-        dweights._fields, dweights, wanted.dweights, scale.dweights, MLP_ROUNDINGS.dweights, strict=True
-    ):
-        if gradient is not None:
-            close(f"d{name}", gradient, *others)
+    compare(
+        found,
+        expected_mlp(rows, given, size, activation),
+        mlp_magnitudes(rows, given, size),
+        used=rows.used(np.asarray(size)),
+        longest=rows.width + rows.hidden + max(size, default=0),
+        earlier=MLP_ROUNDED,
+    )
 
 
 def matmul_operands(
@@ -297,32 +313,33 @@ def matmul_magnitudes(
     return ExpectedMatmul(out, dx, total)
 
 
+# The same, of what an activation is of; with a gate, of what that lets pass too.
+MATMUL_ROUNDED: dict[Epilogue, dict[str, float]] = {
+    "none": {"out": 0, "drows": 0, "dweight": 0, "dbias": 0},
+    "pointwise": {"out": 1.13, "drows": 1, "dweight": 1, "dbias": 1},
+    "gated": {"out": 2.13, "drows": 2.13, "dweight": 2, "dup": 2.13},
+}
+
+
 def check_matmul(
     runs: Runs,
     given: tuple[jax.Array, MatmulWeights, jax.Array],
     found: tuple[jax.Array, jax.Array, MatmulWeights],
     activation: MatmulActivation | None = None,
 ) -> None:
-    """Compare output and gradients with the oracle, row by row, against what each entry is a sum of."""
-    (x, weights, _), (out, drows, dweights) = given, found
+    """Compare output and gradients with the oracle."""
+    (x, weights, dout), (out, drows, dweights) = given, found
     assert out.dtype == drows.dtype == x.dtype
     assert jax.tree.map(lambda w: w.dtype, dweights) == jax.tree.map(lambda w: w.dtype, weights)
-    given = x, as_multiplied(weights, x.dtype), given[2]
-    wanted, scale = expected_matmul(runs, *given, activation), matmul_magnitudes(runs, *given, activation)
+    given = x, as_multiplied(weights, x.dtype), dout
     used = np.zeros(len(x), bool)
     for first, count in zip(np.asarray(runs.first), np.asarray(runs.size), strict=True):
         used[first : first + count] = True
-    # Sums are in float32. In 16 bits the result is rounded once; with an activation what comes before it is too (1.13
-    # of that passes, on the way back as the error of the slope, which is part of the magnitudes), and both factors of
-    # a gate. `assert_close` allows `2 eps` for each one of `roundings`, so that is half their number.
-    longest = max(*weights.weight.shape[1:], int(np.max(runs.size, initial=1)))
-    bound = {"eps": 2.0**-23, "roundings": 1, "length": longest}
-    if x.dtype != jnp.float32:
-        follow = 0.5 if activation is None else 1.1 if weights.up is None else 1.6
-        bound = {"length": 1, "roundings": follow, **roundings_of(x.dtype, 1 if activation is None else longest)}
-    for name, mine, theirs, behind in zip(("out", "drows"), (out, drows), wanted, scale, strict=False):
-        assert_close(np.asarray(mine, np.float64)[used], theirs[used], name=name, scale=behind[used], **bound)
-    for name, *arrays in zip(dweights._fields, dweights, wanted.dweights, scale.dweights, strict=True):
-        if arrays[0] is not None:
-            mine, theirs, behind = (np.asarray(a, np.float64).reshape(len(a), -1) for a in arrays)
-            assert_close(mine, theirs, name=f"d{name}", scale=behind, **bound)
+    compare(
+        found,
+        expected_matmul(runs, *given, activation),
+        matmul_magnitudes(runs, *given, activation),
+        used=used,
+        longest=max(*weights.weight.shape[1:], int(np.max(runs.size, initial=1))),
+        earlier=MATMUL_ROUNDED["none" if activation is None else epilogue_of(weights, activation)],
+    )

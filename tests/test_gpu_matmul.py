@@ -55,7 +55,7 @@ def test_values_and_gradients_on_a_gpu(name, dtype, weight_dtype):
 
 @pytest.mark.parametrize(("epilogue", "activation"), [("pointwise", "silu"), ("gated", "silu"), ("gated", "gelu_erf")])
 def test_what_follows_the_matmul(epilogue, activation):
-    gpu.check_epilogue("odd packed", "bfloat16", "float32", epilogue, activation)
+    gpu.check_matmul("odd packed", "bfloat16", "float32", epilogue, activation)
 
 
 @pytest.mark.parametrize(("epilogue", "activation"), [("pointwise", "gelu_tanh"), ("gated", "gelu_erf")])
@@ -72,14 +72,14 @@ def test_the_value_alone_is_that_of_the_forward_pass(epilogue, activation):
 @pytest.mark.full
 @pytest.mark.parametrize(("name", "dtype", "weight_dtype", "epilogue", "activation"), ALL_EPILOGUES)
 def test_what_follows_the_matmul_in_all(name, dtype, weight_dtype, epilogue, activation):
-    gpu.check_epilogue(name, dtype, weight_dtype, epilogue, activation)
+    gpu.check_matmul(name, dtype, weight_dtype, epilogue, activation)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "dtype", "weight_dtype", "epilogue", "activation"), ALL_EPILOGUES)
 def test_what_follows_the_matmul_on_a_gpu(name, dtype, weight_dtype, epilogue, activation):
     gpu.require_gpu()
-    gpu.check_epilogue(name, dtype, weight_dtype, epilogue, activation)
+    gpu.check_matmul(name, dtype, weight_dtype, epilogue, activation)
 
 
 def check_poison(poison, epilogue="none", activation=None):
@@ -109,8 +109,9 @@ def check_poison(poison, epilogue="none", activation=None):
     assert all((np.asarray(gradient)[1] == 0).all() for gradient in jax.tree.leaves(clean[2]))
 
 
-def test_nan_stays_where_it_is():
-    check_poison(np.nan)
+@pytest.mark.parametrize(("epilogue", "activation"), [("none", None), ("gated", "silu")])
+def test_nan_stays_where_it_is(epilogue, activation):
+    check_poison(np.nan, epilogue, activation)
 
 
 @pytest.mark.full

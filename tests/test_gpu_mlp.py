@@ -34,6 +34,15 @@ def test_the_exact_gelu_without_biases():
     gpu.check_mlp("odd block", "float16", "float16", "gelu_erf", sizes=[(23, 24, 1)], bias=False)
 
 
+def test_the_value_alone_is_that_of_the_forward_pass():
+    rows, _ = gpu.CASES["odd block"]
+    given, size = nasty.operands(rows, dtype="bfloat16"), np.array((23, 24, 1), np.int32)
+    alone = gpu.mlp_value(rows, "gelu_tanh", given.rows, given.weights, size)
+    both, *_ = gpu.mlp(rows, "gelu_tanh", given, size)
+    used = rows.used(size)
+    np.testing.assert_array_equal(np.asarray(alone)[used], np.asarray(both)[used])
+
+
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu_erf", "silu"])
 def test_the_epilogue_computes_the_activation_and_its_slope(activation):
     x = np.linspace(-12, 12, 4801)

@@ -137,11 +137,8 @@ def row_matmul(
                     lax.div(size + (ROW_ALIGNMENT - 1), jnp.int32(ROW_ALIGNMENT)) * ROW_ALIGNMENT, WARPGROUP_ROWS
                 )
 
-                def columns_of(chunk: int) -> Any:
-                    return pl.ds(column + chunk * CHUNK, CHUNK)
-
                 def fetch_hidden(chunk: int) -> None:
-                    source = extra_g[-1].at[pl.ds(row, WARPGROUP_ROWS), columns_of(chunk)]
+                    source = extra_g[-1].at[pl.ds(row, WARPGROUP_ROWS), pl.ds(column + chunk * CHUNK, CHUNK)]
                     barrier = scratch["hidden_full"].at[2 * wg + chunk]
                     plgpu.copy_gmem_to_smem(source, scratch["hidden_s"].at[wg, chunk], barrier)
 
