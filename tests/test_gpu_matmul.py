@@ -9,6 +9,8 @@ import nasty_cases as nasty
 import numpy as np
 import pytest
 
+from moe_kernels.backends.gpu import interpret
+
 EVERYDAY = [("block", "bfloat16", "float32"), ("several runs", "float16", "float16")]
 ALL = [(name, *dtypes) for name in gpu.CASES for dtypes in gpu.DTYPES]
 # What follows the matmul, and the activation in it.
@@ -44,6 +46,14 @@ def test_values_and_gradients(name, dtype, weight_dtype):
 @pytest.mark.parametrize(("name", "dtype", "weight_dtype"), ALL)
 def test_values_and_gradients_of_all(name, dtype, weight_dtype):
     gpu.check_matmul(name, dtype, weight_dtype)
+
+
+def test_the_interpreter_keeps_few_programs(monkeypatch):
+    """And compiles again what it let go."""
+    monkeypatch.setattr(interpret, "KEPT", 2)
+    for _ in range(2):
+        gpu.check_matmul("one row", "bfloat16", "bfloat16")
+        assert len(interpret._compiled) == 2
 
 
 @pytest.mark.gpu
@@ -109,21 +119,21 @@ def check_poison(poison, epilogue="none", activation=None):
     assert all((np.asarray(gradient)[1] == 0).all() for gradient in jax.tree.leaves(clean[2]))
 
 
-@pytest.mark.parametrize(("epilogue", "activation"), [("none", None), ("gated", "silu")])
-def test_nan_stays_where_it_is(epilogue, activation):
-    check_poison(np.nan, epilogue, activation)
+@pytest.mark.parametrize(("poison", "epilogue", "activation"), [(np.nan, "none", None), (np.inf, "gated", "silu")])
+def test_what_is_not_finite_stays_where_it_is(poison, epilogue, activation):
+    check_poison(poison, epilogue, activation)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(("epilogue", "activation"), POISONED)
 @pytest.mark.parametrize("poison", nasty.POISONS)
-def test_what_is_not_finite_stays_where_it_is(poison, epilogue, activation):
+def test_all_that_is_not_finite_stays_where_it_is(poison, epilogue, activation):
     check_poison(poison, epilogue, activation)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("epilogue", "activation"), POISONED)
 @pytest.mark.parametrize("poison", nasty.POISONS)
-def test_what_is_not_finite_stays_where_it_is_on_a_gpu(poison, epilogue, activation):
+def test_all_that_is_not_finite_stays_where_it_is_on_a_gpu(poison, epilogue, activation):
     gpu.require_gpu()
     check_poison(poison, epilogue, activation)

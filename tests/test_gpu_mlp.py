@@ -100,8 +100,9 @@ def check_poison(poison):
     assert all((np.asarray(gradient)[3] == 0).all() for gradient in clean[2])
 
 
-def test_nan_in_unused_rows_reaches_nothing():
-    check_poison(np.nan)
+@pytest.mark.parametrize("poison", nasty.POISONS)
+def test_what_is_not_finite_in_unused_rows_reaches_nothing(poison):
+    check_poison(poison)
 
 
 @pytest.mark.gpu

@@ -83,6 +83,8 @@ def _wgmma(
     return token
 
 
+# Programs that are kept. Each takes hundreds of memory maps; at 65,530, where Linux refuses more, XLA crashes.
+KEPT = 32
 _compiled: dict[int, tuple[Any, Any]] = {}
 _compiling = threading.Lock()
 
@@ -91,12 +93,15 @@ def _run_jaxpr(jaxpr: Any, consts: Any, *args: Any) -> None:
     """Run a kernel's program, compiled once and not for every warpgroup of every block of every call."""
     with _compiling:
         # The program is kept beside the executable, so that its id is not given to another one.
-        if id(jaxpr) not in _compiled:
+        _, executable = _compiled.pop(id(jaxpr), (jaxpr, None))
+        if executable is None:
             run = lambda consts, *args: jax.core.eval_jaxpr(jaxpr, consts, *args)  # noqa: E731
             executable = jax.jit(run).lower(consts, *args).compile({"xla_backend_optimization_level": "0"})
-            _compiled[id(jaxpr)] = jaxpr, executable
+        _compiled[id(jaxpr)] = jaxpr, executable  # the last one that was used
+        while len(_compiled) > KEPT:
+            del _compiled[next(iter(_compiled))]
     try:
-        _compiled[id(jaxpr)][1](consts, *args)
+        executable(consts, *args)
     except Exception:
         _fail_waiting_threads()
         raise
