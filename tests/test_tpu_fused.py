@@ -60,8 +60,9 @@ def tiles_for(name: str, dtype: str) -> tuple[FusedTiles, FusedTiles]:
 def layer(tiles, target, activation, plan, tokens, gate, w, dy):
     """Output, output before gates, and all gradients; backward in its parts where no blocks are given for it."""
     static, (forward, backward) = MlpStatic(plan.layout, activation), tiles
-    out, ungated = run_fused(forward, target, static, tokens, gate, w, plan, keep=True)
-    saved = LayerSaved(tokens, gate, w, plan, ungated)
+    kept = {"keep": True, "keep_rows": backward is None}
+    out, ungated, *rows = run_fused(forward, target, static, tokens, gate, w, plan, **kept)
+    saved = LayerSaved(tokens, gate, w, plan, ungated, *rows)
     return out, ungated, *run_backward(backward, target, static, saved, dy)
 
 
@@ -232,12 +233,16 @@ def check_races(name, mode, seed):
     def forward(target, given, size):
         return run_fused(tiles, target, static, *given, keep=True)
 
+    def with_rows(target, given, size):
+        return run_fused(tiles, target, static, *given, keep=True, keep_rows=True)[:2]
+
     def backward(target, given, size):
         *saved, dy = given
         return run_backward(back, target, static, LayerSaved(*saved), dy)
 
     for kernel, given, expected in (
         (forward, (tokens, gate, w, plan), right[:2]),
+        (with_rows, (tokens, gate, w, plan), right[:2]),
         (backward, (tokens, gate, w, plan, right[1], dy), right[2:]),
     ):
         found, races = simulate(kernel, given, (), mode=mode, seed=seed)
@@ -290,9 +295,10 @@ def test_what_is_taken_and_why_not(given, reason):
 def test_the_backward_pass_in_its_parts_gives_the_same_bits(name):
     """The same roundings in the same places, where experts are one piece; only gates' gradients are summed elsewise."""
     expert, tokens, gate, w, dy = operands(name, "bfloat16", pattern="zipf")
-    plan, (_, ungated, dtokens, dgate, dw) = run(name, "bfloat16", expert, tokens, gate, w, dy)
+    plan, (out, ungated, dtokens, dgate, dw) = run(name, "bfloat16", expert, tokens, gate, w, dy)
     tiles = tiles_for(name, "bfloat16")[0], None
     parts = layer(tiles, TARGET, "gelu_tanh", plan, tokens, gate, w, dy)
+    np.testing.assert_array_equal(parts[0], out)
     np.testing.assert_array_equal(parts[2], dtokens)
     jax.tree.map(np.testing.assert_array_equal, parts[4], dw)
     terms = np.asarray(ungated, np.float64) * np.asarray(dy, np.float64)

@@ -54,11 +54,13 @@ def check(chip, width, layout, weight_dtype, dtype=jnp.bfloat16):
     # Not from below: on v5e it uses 1.4 times less, probably as XLA holds an operand in VMEM itself.
     assert kernel_vmem(compiled, "dispatch_mlp_combine_value") <= tiles.mlp.vmem - blocks
 
-    def backward(tokens, gate, weights, plan, ungated, dout):
-        return find(chosen[0]).backward(static, LayerSaved(tokens, gate, weights, plan, ungated), dout)
-
-    compiled = device.compile(backward, tokens, gate, weights, plan, tokens, tokens)
     tiles = fused_backward_tiles(layout, *sizes, CHIPS[chosen[0].chip])
+    rows = array((layout.num_rows, width), dtype) if tiles is None else None
+
+    def backward(tokens, gate, weights, plan, ungated, rows, dout):
+        return find(chosen[0]).backward(static, LayerSaved(tokens, gate, weights, plan, ungated, rows), dout)
+
+    compiled = device.compile(backward, tokens, gate, weights, plan, tokens, rows, tokens)
     # Where tokens and cotangents fit at all; explain() is of weights in the dtype of the rows.
     assert tiles is not None or (chip == "7x" and width > 512) or (layout.num_experts == 8 and width == 1280)
     if weight_dtype == dtype:

@@ -42,8 +42,12 @@ def run_fused(
     plan: Plan,
     *,
     keep: bool,
-) -> tuple[Float[Array, "T D"], ...]:
-    """The layer's output; with `keep` also what it was before gates, where a token has a row."""
+    keep_rows: bool = False,
+) -> tuple[Float[Array, "..."], ...]:
+    """The layer's output `[T, D]`; with `keep` also what it was before gates, where a token has a row.
+
+    With `keep_rows` last the experts' rows `[R, D]`; unused ones hold anything.
+    """
     width, mlp, dtype = tokens.shape[1], tiles.mlp, tokens.dtype
     grid = grid_of(static.layout, mlp, target)
     cast = weights.w1.dtype != dtype
@@ -57,10 +61,19 @@ def run_fused(
     expert, chunk, *_ = steps_of(grid, schedule, blocks)
 
     def kernel(expert: Any, chunk: Any, *refs: Any) -> None:
-        outs = refs[8 : 9 + keep]
-        _Fused(tiles, static, grid, target.facts.depth, _Refs(*refs[:8], *refs[8 + len(outs) :], outs=outs)).run()
+        given, outs, (*scratch, rows) = refs[:8], refs[8 : 9 + keep], refs[9 + keep :]
+        if keep_rows:
+            *scratch, rows = *scratch[1:], scratch[0].at[0]
+        named = _Refs(*given, *scratch, rows=rows, outs=outs)
+        _Fused(tiles, static, grid, target.facts.depth, named).run()
 
     out = pl.BlockSpec((tiles.load, width), lambda step, *_: (jnp.clip(step - blocks - steps, 0, blocks - 1), 0))
+    out_specs, out_shape = [out] * (1 + keep), [jax.ShapeDtypeStruct(tokens.shape, dtype)] * (1 + keep)
+    if keep_rows:
+        # Worked on where they leave from. Those of an expert that has none are never written, nor read.
+        held = (1, mlp.rows.rows, width)
+        out_specs.append(pl.BlockSpec(held, lambda step, expert, *_: (expert[step], 0, 0)))
+        out_shape.append(jax.ShapeDtypeStruct((plan.layout.num_experts, *held[1:]), dtype))
     small, words = (8, LANES), tiles.planes * tiles.held_stride
 
     @jax.custom_batching.sequential_vmap
@@ -78,32 +91,36 @@ def run_fused(
                     pl.BlockSpec((1, 1, width), lambda step, expert, *_: (expert[step], 0, 0)),
                     pl.BlockSpec(factor.shape, lambda step, *_: (0, 0)),
                 ],
-                out_specs=[out] * (1 + keep),
+                out_specs=out_specs,
                 scratch_shapes=[
                     pltpu.VMEM((tiles.planes * tiles.stride, LANES), jnp.int32),
                     pltpu.VMEM((words, LANES), jnp.int32),
                     pltpu.VMEM((words, LANES), jnp.int32),
-                    pltpu.VMEM((mlp.rows.rows, width), dtype),
                     pltpu.VMEM((mlp.rows.rows, width), jnp.float32),
                     pltpu.VMEM((width, mlp.chunk) if cast else small, dtype),
                     pltpu.VMEM((mlp.chunk, width) if cast else small, dtype),
+                    pltpu.VMEM(small if keep_rows else (mlp.rows.rows, width), dtype),
                 ],
             ),
-            out_shape=[jax.ShapeDtypeStruct(tokens.shape, dtype)] * (1 + keep),
+            out_shape=out_shape,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("arbitrary",), vmem_limit_bytes=min(target.facts.vmem, mlp.vmem + MIB)
             ),
             cost_estimate=pl.CostEstimate(
                 flops=4 * plan.layout.num_rows * width * mlp.padded,
                 transcendentals=0,
-                bytes_accessed=sum(array.size * array.dtype.itemsize for array in (tokens, *operands)),
+                bytes_accessed=sum(array.size * array.dtype.itemsize for array in (*out_shape, *operands)),
             ),
             interpret=target.interpret,
             name="dispatch_mlp_combine_forward" if keep else "dispatch_mlp_combine_value",
         )
         return apart(call(*operands))
 
-    return run(expert, chunk, schedule.size, place, tokens, *padded_weights(weights, mlp.padded), factor)
+    outs = run(expert, chunk, schedule.size, place, tokens, *padded_weights(weights, mlp.padded), factor)
+    if not keep_rows:
+        return outs
+    *results, rows = outs
+    return *results, rows[:, : plan.layout.rows_per_expert].reshape(plan.layout.num_rows, width)
 
 
 class _Refs(NamedTuple):
@@ -126,10 +143,10 @@ class _Refs(NamedTuple):
     """Words of the rows of the next expert."""
     results: Any
     """Words of the results of the last expert."""
-    rows: Any
     total: Any
     w1_cast: Any
     w2_cast: Any
+    rows: Any
     outs: Any
     """Results, and results before gates where these are kept."""
 

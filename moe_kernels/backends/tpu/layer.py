@@ -1,14 +1,15 @@
 """The span from tokens to tokens, `out = gate * mlp(x)` of the expert that has the token: one kernel for each pass.
 
 Where tokens and the gradients of the output do not fit VMEM together, the backward pass is made of the kernels for its
-parts. Rows are gathered again; what is kept beside the operands is the output before gates, of which the gradient of a
-gate is the product with that of the output.
+parts, and the rows of the forward pass are kept for it. What is kept else beside the operands is the output before
+gates, of which the gradient of a gate is the product with that of the output.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -19,7 +20,7 @@ from moe_kernels.backends.tpu.gather_tiles import FusedTiles, fused_backward_til
 from moe_kernels.backends.tpu.launch import Target
 from moe_kernels.backends.tpu.mlp import MlpSaved
 from moe_kernels.backends.tpu.mlp_backward import expert_mlp_backward
-from moe_kernels.backends.tpu.permute import dispatch_backward, dispatch_forward, gather_rows
+from moe_kernels.backends.tpu.permute import dispatch_backward, gather_rows
 from moe_kernels.types import MlpWeights, Plan
 
 
@@ -32,6 +33,8 @@ class LayerSaved(NamedTuple):
     plan: Plan
     ungated: Float[Array, "T D"]
     """Results of the experts; nobody reads that of a token without a row."""
+    rows: Float[Array, "R D"] | None = None
+    """For a backward pass in parts; unused ones hold anything."""
 
 
 def layer_value(
@@ -43,7 +46,10 @@ def layer_value(
     plan: Plan,
 ) -> Float[Array, "T D"]:
     """`gate * mlp(x)`; a token without a row becomes 0, one with a gate that is not finite NaN."""
-    return _run(target, static, tokens, gate, weights, plan, keep=False)[0]
+    if tokens.shape[0] == 0:
+        return tokens
+    tiles = _tiles(target, static, tokens, weights)
+    return run_fused(tiles, target, static, tokens, gate, weights, plan, keep=False)[0]
 
 
 def layer_forward(
@@ -55,16 +61,20 @@ def layer_forward(
     plan: Plan,
 ) -> tuple[Float[Array, "T D"], LayerSaved]:
     """As `layer_value`, with what the backward pass needs."""
-    out, ungated = _run(target, static, tokens, gate, weights, plan, keep=True)
-    return out, LayerSaved(tokens, gate, weights, plan, ungated)
+    if tokens.shape[0] == 0:
+        return tokens, LayerSaved(tokens, gate, weights, plan, tokens)
+    tiles, in_parts = _tiles(target, static, tokens, weights), _backward_tiles(target, static, tokens, weights) is None
+    out, *kept = run_fused(tiles, target, static, tokens, gate, weights, plan, keep=True, keep_rows=in_parts)
+    return out, LayerSaved(tokens, gate, weights, plan, *kept)
 
 
 def layer_backward(
     target: Target, static: MlpStatic, saved: LayerSaved, dout: Float[Array, "T D"]
 ) -> tuple[Float[Array, "T D"], Float[Array, "T 1"], MlpWeights]:
     """Gradients of tokens, gates and weights; those of a token without a row are exactly 0."""
-    tiles = fused_backward_tiles(static.layout, *_sizes(saved.tokens, saved.weights), target.facts)
-    return run_backward(tiles if saved.tokens.shape[0] else None, target, static, saved, dout)
+    if saved.tokens.shape[0] == 0:
+        return saved.tokens, saved.gate, jax.tree.map(jnp.zeros_like, saved.weights)
+    return run_backward(_backward_tiles(target, static, saved.tokens, saved.weights), target, static, saved, dout)
 
 
 def run_backward(
@@ -74,7 +84,7 @@ def run_backward(
     if tiles is None:
         dtokens, dgate, dweights = _in_parts(target, static, saved, dout)
     else:
-        dtokens, dgate, dweights = run_fused_backward(tiles, target, static, *saved, dout)
+        dtokens, dgate, dweights = run_fused_backward(tiles, target, static, *saved[:-1], dout)
     # A dropped token's gate has no influence on the output, also where dout is not finite (0 * NaN above).
     held = saved.plan.row < saved.plan.layout.num_rows
     return dtokens, jnp.where(held, dgate, jnp.float32(0)), dweights
@@ -83,33 +93,27 @@ def run_backward(
 def _in_parts(
     target: Target, static: MlpStatic, saved: LayerSaved, dout: Float[Array, "T D"]
 ) -> tuple[Float[Array, "T D"], Float[Array, "T 1"], MlpWeights]:
-    tokens, gate, weights, plan, ungated = saved
-    rows, _ = dispatch_forward(target, None, tokens, plan)
-    # The entry behind the last choice is the weight of unused rows.
-    weight = jnp.append(gate.reshape(-1), jnp.float32(0))
-    dresults = gather_rows(target, dout, plan.source, 1, weight, plan.source)
+    _, gate, weights, plan, ungated, rows = saved
+    assert rows is not None, "kept by the forward pass"
+    weighed = (gate * dout.astype(jnp.float32)).astype(dout.dtype)
+    dresults = gather_rows(target, weighed, plan.source, 1)
     drows, dweights = expert_mlp_backward(target, static, MlpSaved(rows, weights, plan.runs), dresults)
     (dtokens,) = dispatch_backward(target, None, plan, drows)
     dgate = jnp.sum(ungated.astype(jnp.float32) * dout.astype(jnp.float32), axis=1, keepdims=True)
     return dtokens, dgate, dweights
 
 
-def _sizes(tokens: Float[Array, "T D"], weights: MlpWeights) -> tuple[int, int, int, int]:
-    return tokens.shape[1], weights.w1.shape[2], tokens.dtype.itemsize, weights.w1.dtype.itemsize
-
-
-def _run(
-    target: Target,
-    static: MlpStatic,
-    tokens: Float[Array, "T D"],
-    gate: Float[Array, "T 1"],
-    weights: MlpWeights,
-    plan: Plan,
-    *,
-    keep: bool,
-) -> tuple[Float[Array, "T D"], ...]:
-    if tokens.shape[0] == 0:
-        return (tokens,) * (1 + keep)
+def _tiles(target: Target, static: MlpStatic, tokens: Float[Array, "T D"], weights: MlpWeights) -> FusedTiles:
     tiles = fused_tiles(static.layout, *_sizes(tokens, weights), target.facts)
     assert tiles is not None, "refused by why_not"
-    return run_fused(tiles, target, static, tokens, gate, weights, plan, keep=keep)
+    return tiles
+
+
+def _backward_tiles(
+    target: Target, static: MlpStatic, tokens: Float[Array, "T D"], weights: MlpWeights
+) -> FusedTiles | None:
+    return fused_backward_tiles(static.layout, *_sizes(tokens, weights), target.facts)
+
+
+def _sizes(tokens: Float[Array, "T D"], weights: MlpWeights) -> tuple[int, int, int, int]:
+    return tokens.shape[1], weights.w1.shape[2], tokens.dtype.itemsize, weights.w1.dtype.itemsize
