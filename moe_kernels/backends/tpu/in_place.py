@@ -49,10 +49,12 @@ def steps_of(grid: Grid, schedule: Schedule, blocks: int) -> tuple[Int[Array, " 
 
     Before and after the steps with weights come those of `blocks` of tokens.
     """
-    steps = grid.items * grid.chunks
-    number = jnp.clip(jnp.arange(2 * blocks + steps, dtype=jnp.int32) - blocks, 0, steps - 1)
-    own = number // grid.chunks, number % grid.chunks
-    return *grid.fetched(0, *own, (*schedule, schedule.size)), *own
+    chunk = jnp.arange(grid.chunks, dtype=jnp.int32)
+    item = jnp.arange(grid.items, dtype=jnp.int32)[:, None]
+    fetched = grid.fetched_chunk(chunk, schedule.size[:, None], schedule.after[:, None])
+    by_item = (schedule.fetched[:, None], fetched, item, chunk)
+    flat = (jnp.broadcast_to(values, (grid.items, grid.chunks)).reshape(-1) for values in by_item)
+    return tuple(jnp.pad(values, blocks, mode="edge") for values in flat)
 
 
 @runtime_checkable

@@ -60,8 +60,11 @@ class Grid:
     def fetched(self, core: Any, item: Any, chunk: Any, scalars: tuple[Any, ...]) -> tuple[Any, Any]:
         """Expert and chunk whose weights an item needs; the last ones again where it has no rows."""
         schedule, at = unflatten(scalars).schedule, self.item(core, item)
-        idle = jnp.where(schedule.after[at] > 0, self.chunks - 1, 0)
-        return schedule.fetched[at], jnp.where(schedule.size[at] > 0, chunk, idle)
+        return schedule.fetched[at], self.fetched_chunk(chunk, schedule.size[at], schedule.after[at])
+
+    def fetched_chunk(self, chunk: Any, size: Any, after: Any) -> Any:
+        """The chunk of it, for an item of `size` rows with others `after` which it comes."""
+        return jnp.where(size > 0, chunk, jnp.where(after > 0, self.chunks - 1, 0))
 
     def columns(self, core: Any, item: Any, chunk: Any, *scalars: Any) -> tuple[Any, int, Any]:
         """Block of an `[E, rows, F]` array: all rows and the chunk of F."""

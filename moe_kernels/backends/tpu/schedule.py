@@ -81,22 +81,23 @@ def make_schedule(layout: Layout, runs: Runs, *, tile_rows: int, num_cores: int 
     items = items_per_core(layout, tile_rows, num_cores)
     item = core_start[:, None] + jnp.arange(items, dtype=jnp.int32)
     real = item < core_end[:, None]
-    expert = jnp.minimum(jnp.searchsorted(end, item, side="right").astype(jnp.int32), num_experts - 1)
-    number = item - (end - needed)[expert]
+    # Compared and added up: a TPU takes longer for a gather, and for a binary search, of which each step is one.
+    expert = jnp.minimum(jnp.sum(end <= item[..., None], axis=2, dtype=jnp.int32), num_experts - 1)
+    own = expert[..., None] == experts
+    of_expert = lambda values: jnp.sum(jnp.where(own, values, 0), axis=2, dtype=jnp.int32)  # noqa: E731
+    number = item - of_expert(end - needed)
     offset = jnp.where(real, number * tile_rows, 0)
-    count = jnp.where(real, jnp.clip(extent[expert] - offset, 0, tile_rows), 0)
+    count = jnp.where(real, jnp.clip(of_expert(extent) - offset, 0, tile_rows), 0)
 
-    place = jnp.broadcast_to(jnp.arange(items, dtype=jnp.int32), item.shape)
-    last = jax.lax.cummax(jnp.where(count > 0, place, -1), axis=1)
-    next_used = jnp.argmax(count > 0, axis=1).astype(jnp.int32)[:, None]
-    fetched = jnp.take_along_axis(expert, jnp.where(last >= 0, last, next_used), axis=1)
+    last = jax.lax.cummax(jnp.where(count > 0, expert, -1), axis=1)
+    next_used = jnp.min(jnp.where(count > 0, expert, num_experts - 1), axis=1, keepdims=True)
     part = jnp.where(real, jnp.where(number == 0, STARTS, ADDS), PADDING)
     flat = lambda values: values.astype(jnp.int32).reshape(-1)  # noqa: E731
     return Schedule(
         expert=flat(expert),
-        fetched=flat(fetched),
+        fetched=flat(jnp.where(last >= 0, last, next_used)),
         after=flat(last >= 0),
-        first=flat(first[expert, 0] + offset),
+        first=flat(of_expert(first[:, 0]) + offset),
         size=flat(count),
         offset=flat(offset),
         part=flat(part),
