@@ -47,11 +47,13 @@ FUSED_GROUPS = tests("test_tpu_fused.py::test_values_and_gradients[groups-bfloat
 FUSED_RACES = tests("test_tpu_fused.py::test_no_races_and_no_uninitialised_memory")
 FUSED_POISON = tests("test_tpu_fused.py::test_what_is_not_finite_stays_where_it_belongs[inf]")
 
+FUSED_PARTS = tests("test_tpu_fused.py::test_the_backward_pass_in_its_parts_gives_the_same_bits[groups]")
+
 ROWS, STEP, GRADIENTS = "tpu/rows.py", "tpu/step.py", "tpu/gradients.py"
 MLP_FORWARD, MLP_BACKWARD = "tpu/mlp.py", "tpu/mlp_backward.py"
 FORWARD, BACKWARD = "tpu/matmul.py", "tpu/matmul_backward.py"
 FUSED, FUSED_BACKWARD, IN_PLACE = "tpu/fused.py", "tpu/fused_backward.py", "tpu/in_place.py"
-LAYER = "tpu/layer.py"
+LAYER, SCHEDULE = "tpu/layer.py", "tpu/schedule.py"
 
 MUTATIONS = {
     # Masks.
@@ -120,9 +122,7 @@ MUTATIONS = {
     ),
     "weights of the first expert": Mutant(
         MLP,
-        Mutation(
-            "tpu/launch.py", "return schedule.fetched[at], jnp.where", "return 0 * schedule.fetched[at], jnp.where"
-        ),
+        Mutation("tpu/launch.py", "return schedule.fetched[at], self", "return 0 * schedule.fetched[at], self"),
     ),
     # Accumulators.
     "dx not reset": Mutant(MATMUL, Mutation(BACKWARD, "refs.dx[...] = jnp.zeros(refs.dx.shape, jnp.float32)", "pass")),
@@ -282,6 +282,26 @@ MUTATIONS = {
     ),
     "gradient of a gate without influence": Mutant(
         FUSED_POISON, Mutation(LAYER, "jnp.where(held, dgate, jnp.float32(0))", "dgate")
+    ),
+    "rows kept for another expert": Mutant(
+        FUSED_PARTS,
+        Mutation(
+            FUSED,
+            "BlockSpec(held, lambda step, expert, *_: (expert[step]",
+            "BlockSpec(held, lambda step, expert, *_: (0 * step",
+        ),
+    ),
+    "rows kept from behind those of an expert": Mutant(
+        FUSED_PARTS,
+        Mutation(FUSED, "rows[:, : plan.layout.rows_per_expert]", "rows[:, -plan.layout.rows_per_expert :]"),
+    ),
+    "cotangents without gates, backward in parts": Mutant(
+        FUSED_PARTS, Mutation(LAYER, "(gate * dout.astype(jnp.float32)).astype(dout.dtype)", "dout")
+    ),
+    "an item of the last expert": Mutant(MATMUL, Mutation(SCHEDULE, "end <= item[..., None]", "end < item[..., None]")),
+    "weights of the expert of the chunk's number": Mutant(
+        FUSED_PIECES,
+        Mutation(IN_PLACE, "by_item = (schedule.fetched[:, None], fetched,", "by_item = (fetched, fetched,"),
     ),
     # The same, backward.
     "gradients of unused rows not masked": Mutant(

@@ -131,31 +131,34 @@ def _span(forward: Any, backward: Any, target: Target, value: Any = None) -> Spa
 
 
 def note(problem: Problem) -> str | None:
-    """Which kernels a layer's passes are; what becomes of the hidden layer of an expert MLP, with both times.
+    """Which kernels a layer's passes are; what becomes of the experts' hidden layer, with both times.
 
     Weights are in the dtype of the rows.
 
     >>> from moe_kernels.types import Layout
     >>> layout = Layout(16384, 1, 1, 32, 17408, 544)
     >>> note(Problem("expert_mlp", "tpu", "bfloat16", (17408, 768), 32, 3072, layout, "TPU v6 lite"))
-    'hidden layer computed again: 0.664 ms forward and backward by the roofline; kept: 0.764 ms (both modelled)'
+    'hidden layer computed again: 0.664 ms; kept: 0.764 ms and 107 MB (forward and backward by the roofline, modelled)'
     """
     if problem.span not in ("expert_mlp", "dispatch_mlp_combine") or problem.layout is None:
         return None
     itemsize = ITEMSIZES[problem.dtype]
     sizes = (problem.layout, problem.shape[-1], problem.expert_width, itemsize, itemsize, _target(problem).facts)
-    if problem.span == "dispatch_mlp_combine":
-        if fused_backward_tiles(*sizes) is not None:
-            return "one kernel forward and one backward; hidden layer computed again"
-        memory = _target(problem).facts.vmem // MIB
-        return (
-            "one kernel forward; backward in its parts, since tokens, cotangents and a chunk of weights do not fit the "
-            f"{memory} MiB of VMEM together; hidden layer computed again"
-        )
     again, kept = (f"{1e3 * seconds / _target(problem).num_cores:.3f} ms" for seconds in hidden_cost(*sizes))
-    ways = [("computed again", again), ("kept", kept)]
-    (mine, time), (other, its_time) = reversed(ways) if keeps_hidden(*sizes) else ways
-    return f"hidden layer {mine}: {time} forward and backward by the roofline; {other}: {its_time} (both modelled)"
+    kept += f" and {1e-6 * problem.layout.num_rows * problem.expert_width * itemsize:.0f} MB"
+    ways, passes, keeps = [("computed again", again), ("kept", kept)], "", False
+    if problem.span == "expert_mlp":
+        keeps = keeps_hidden(*sizes)
+    elif fused_backward_tiles(*sizes) is not None:
+        passes = "one kernel forward and one backward; "
+    else:
+        memory = _target(problem).facts.vmem // MIB
+        passes = (
+            "one kernel forward; backward in its parts, since tokens, cotangents and a chunk of weights do not fit the "
+            f"{memory} MiB of VMEM together; "
+        )
+    (mine, time), (other, its_time) = reversed(ways) if keeps else ways
+    return f"{passes}hidden layer {mine}: {time}; {other}: {its_time} (forward and backward by the roofline, modelled)"
 
 
 TPU = Backend(
