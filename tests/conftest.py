@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_teardown() -> None:
-    """Give back what was compiled before Linux refuses more memory maps, at 65,530, where XLA crashes."""
+    """Give back what was compiled before Linux refuses more memory maps (at 65,530, as a rule): XLA would crash."""
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()

@@ -295,6 +295,10 @@ MUTATIONS = {
         FUSED_PARTS,
         Mutation(FUSED, "rows[:, : plan.layout.rows_per_expert]", "rows[:, -plan.layout.rows_per_expert :]"),
     ),
+    "rows not kept": Mutant(
+        tests("test_tpu_fused.py::test_a_backward_pass_in_parts_gets_the_rows_if_they_fit[True]"),
+        Mutation(LAYER, "keep=True, keep_rows=keep_rows)", "keep=True)"),
+    ),
     "cotangents without gates, backward in parts": Mutant(
         FUSED_PARTS, Mutation(LAYER, "(gate * dout.astype(jnp.float32)).astype(dout.dtype)", "dout")
     ),

@@ -48,12 +48,14 @@ def test_values_and_gradients_of_all(name, dtype, weight_dtype):
     gpu.check_matmul(name, dtype, weight_dtype)
 
 
-def test_the_interpreter_keeps_few_programs(monkeypatch):
+def test_the_interpreter_keeps_the_last_programs(monkeypatch):
     """And compiles again what it let go."""
     monkeypatch.setattr(interpret, "KEPT", 2)
-    for _ in range(2):
-        gpu.check_matmul("one row", "bfloat16", "bfloat16")
-        assert len(interpret._compiled) == 2
+    gpu.check_matmul("one row", "bfloat16", "bfloat16")
+    before = dict(interpret._compiled)
+    gpu.check_matmul("one row", "float16", "float16")
+    assert len(interpret._compiled) == len(before) == 2 and not before.keys() & interpret._compiled.keys()
+    gpu.check_matmul("one row", "bfloat16", "bfloat16")
 
 
 @pytest.mark.gpu

@@ -16,10 +16,11 @@ import reference
 from moe_kernels import MlpWeights, combine, dispatch, expert_mlp
 from moe_kernels.backends import explain
 from moe_kernels.backends.base import MlpStatic, Problem
+from moe_kernels.backends.tpu import layer as in_layer
 from moe_kernels.backends.tpu.fused import run_fused
 from moe_kernels.backends.tpu.gather_tiles import FusedTiles, fused_backward_tiles, fused_tiles
 from moe_kernels.backends.tpu.launch import Target
-from moe_kernels.backends.tpu.layer import LayerSaved, layer_forward, layer_value, run_backward
+from moe_kernels.backends.tpu.layer import LayerSaved, layer_backward, layer_forward, layer_value, run_backward
 from moe_kernels.backends.tpu.tiling import CHIPS, RowTiles, Tiles
 from moe_kernels.types import Layout
 
@@ -233,8 +234,12 @@ def check_races(name, mode, seed):
     def forward(target, given, size):
         return run_fused(tiles, target, static, *given, keep=True)
 
+    used = np.asarray(plan.source) < plan.layout.num_tokens
+    rows = tokens[plan.source[used]]
+
     def with_rows(target, given, size):
-        return run_fused(tiles, target, static, *given, keep=True, keep_rows=True)[:2]
+        out, ungated, rows = run_fused(tiles, target, static, *given, keep=True, keep_rows=True)
+        return out, ungated, rows[used]
 
     def backward(target, given, size):
         *saved, dy = given
@@ -242,7 +247,7 @@ def check_races(name, mode, seed):
 
     for kernel, given, expected in (
         (forward, (tokens, gate, w, plan), right[:2]),
-        (with_rows, (tokens, gate, w, plan), right[:2]),
+        (with_rows, (tokens, gate, w, plan), (*right[:2], rows)),
         (backward, (tokens, gate, w, plan, right[1], dy), right[2:]),
     ):
         found, races = simulate(kernel, given, (), mode=mode, seed=seed)
@@ -304,6 +309,22 @@ def test_the_backward_pass_in_its_parts_gives_the_same_bits(name):
     terms = np.asarray(ungated, np.float64) * np.asarray(dy, np.float64)
     scale = np.abs(terms).sum(axis=1, keepdims=True)
     assert_close(parts[3], dgate, name="dgate", length=terms.shape[1], scale=scale, eps=EPS["float32"])
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_backward_pass_in_parts_gets_the_rows_if_they_fit(fits, monkeypatch):
+    expert, tokens, gate, w, dy = operands("groups", "bfloat16", pattern="zipf")
+    plan, (out, _, *gradients) = run("groups", "bfloat16", expert, tokens, gate, w, dy)
+    monkeypatch.setattr(in_layer, "fused_backward_tiles", lambda *sizes: None)
+    monkeypatch.setattr(
+        in_layer, "fused_tiles", lambda *sizes, keep_rows=False: fused_tiles(*sizes) if fits or not keep_rows else None
+    )
+    static = MlpStatic(plan.layout, "gelu_tanh")
+    found, saved = jax.jit(functools.partial(layer_forward, TARGET, static))(tokens, gate, w, plan)
+    assert (saved.rows is not None) == fits
+    np.testing.assert_array_equal(found, out)
+    dtokens, _, dw = jax.jit(functools.partial(layer_backward, TARGET, static))(saved, dy)
+    jax.tree.map(np.testing.assert_array_equal, (dtokens, dw), (gradients[0], gradients[2]))
 
 
 @pytest.mark.parametrize(

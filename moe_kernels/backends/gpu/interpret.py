@@ -29,8 +29,12 @@ COPY_CLOCKS = 31
 def interpret_params(*, in_bounds: bool) -> Any:
     """Parameters of the interpreter, which is made faster, and on JAX 0.10.2 completed, when first asked for."""
     thread_map._run_jaxpr = _run_jaxpr
-    if not hasattr(interpret_utils, "to_access"):  # new with the transposed operands of JAX 0.12
-        gpu_callbacks.wgmma = _wgmma
+    # A GPU makes infinities and NaN without a word, NumPy warns.
+    quiet = np.errstate(all="ignore")
+    if hasattr(interpret_utils, "to_access"):  # new with the transposed operands of JAX 0.12
+        gpu_callbacks.wgmma = quiet(gpu_callbacks.wgmma)
+    else:
+        gpu_callbacks.wgmma = quiet(_wgmma)
     # Copies that share a clock seem ordered: with the default of one, a missing wait for a copy went unseen.
     return InterpretGPUParams(
         detect_races=True,
@@ -77,13 +81,11 @@ def _wgmma(
     acc, _, _ = memory.get_buffer_content(key, (), worker)
     assert acc is not None
     a, b = read(a_allocation_key_as_array, a_transforms), read(b_allocation_key_as_array, b_transforms)
-    with np.errstate(all="ignore"):  # a GPU makes infinities and NaN without a word
-        total = acc + np.matmul(a, b, dtype=acc_dtype)
-    memory.store_buffer_content(key, (), total, worker)
+    memory.store_buffer_content(key, (), acc + np.matmul(a, b, dtype=acc_dtype), worker)
     return token
 
 
-# Programs that are kept. Each takes hundreds of memory maps; at 65,530, where Linux refuses more, XLA crashes.
+# Programs that are kept. Each takes hundreds of memory maps, and XLA crashes where Linux refuses more (65,530).
 KEPT = 32
 _compiled: dict[int, tuple[Any, Any]] = {}
 _compiling = threading.Lock()

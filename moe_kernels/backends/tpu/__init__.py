@@ -133,7 +133,7 @@ def _span(forward: Any, backward: Any, target: Target, value: Any = None) -> Spa
 def note(problem: Problem) -> str | None:
     """Which kernels a layer's passes are; what becomes of the experts' hidden layer, with both times.
 
-    Weights are in the dtype of the rows.
+    Weights are in the dtype of the rows. A layer in one kernel always computes the hidden layer again.
 
     >>> from moe_kernels.types import Layout
     >>> layout = Layout(16384, 1, 1, 32, 17408, 544)

@@ -1,4 +1,6 @@
-"""Dispatch, expert MLP and combine as one kernel, forward, for one choice a token: rows never travel through HBM.
+"""Dispatch, expert MLP and combine as one kernel, forward, for one choice a token: rows do not travel through HBM.
+
+Only where a backward pass in parts will read them (see layer.py) are they written.
 
 All tokens are brought to VMEM as words (see words.py). While an expert is at its matmuls, the rows of the next one are
 picked, and the results of the last one are put where their tokens were: each token has one row, so nobody needs it any
@@ -46,7 +48,7 @@ def run_fused(
 ) -> tuple[Float[Array, "..."], ...]:
     """The layer's output `[T, D]`; with `keep` also what it was before gates, where a token has a row.
 
-    With `keep_rows` last the experts' rows `[R, D]`; unused ones hold anything.
+    With `keep_rows`, last, the experts' rows `[R, D]`; unused ones hold anything.
     """
     width, mlp, dtype = tokens.shape[1], tiles.mlp, tokens.dtype
     grid = grid_of(static.layout, mlp, target)
@@ -61,16 +63,15 @@ def run_fused(
     expert, chunk, *_ = steps_of(grid, schedule, blocks)
 
     def kernel(expert: Any, chunk: Any, *refs: Any) -> None:
-        given, outs, (*scratch, rows) = refs[:8], refs[8 : 9 + keep], refs[9 + keep :]
-        if keep_rows:
-            *scratch, rows = *scratch[1:], scratch[0].at[0]
+        given, outs, rest = refs[:8], refs[8 : 9 + keep], refs[9 + keep :]
+        scratch, rows = (rest[1:], rest[0].at[0]) if keep_rows else (rest[:-1], rest[-1])
         named = _Refs(*given, *scratch, rows=rows, outs=outs)
         _Fused(tiles, static, grid, target.facts.depth, named).run()
 
     out = pl.BlockSpec((tiles.load, width), lambda step, *_: (jnp.clip(step - blocks - steps, 0, blocks - 1), 0))
     out_specs, out_shape = [out] * (1 + keep), [jax.ShapeDtypeStruct(tokens.shape, dtype)] * (1 + keep)
     if keep_rows:
-        # Worked on where they leave from. Those of an expert that has none are never written, nor read.
+        # Worked on where they leave from. What an expert without rows has there is anything.
         held = (1, mlp.rows.rows, width)
         out_specs.append(pl.BlockSpec(held, lambda step, expert, *_: (expert[step], 0, 0)))
         out_shape.append(jax.ShapeDtypeStruct((plan.layout.num_experts, *held[1:]), dtype))
@@ -99,7 +100,7 @@ def run_fused(
                     pltpu.VMEM((mlp.rows.rows, width), jnp.float32),
                     pltpu.VMEM((width, mlp.chunk) if cast else small, dtype),
                     pltpu.VMEM((mlp.chunk, width) if cast else small, dtype),
-                    pltpu.VMEM(small if keep_rows else (mlp.rows.rows, width), dtype),
+                    *([] if keep_rows else [pltpu.VMEM((mlp.rows.rows, width), dtype)]),
                 ],
             ),
             out_shape=out_shape,

@@ -107,11 +107,18 @@ class FusedTiles:
 
 @functools.lru_cache
 def fused_tiles(
-    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
+    layout: Layout,
+    width: int,
+    expert_width: int,
+    itemsize: int,
+    weight_itemsize: int,
+    chip: Chip,
+    *,
+    keep_rows: bool = False,
 ) -> FusedTiles | None:
     """Block sizes of dispatch, experts and combine in one kernel; None where all tokens and a chunk do not fit.
 
-    There is place for two experts' rows where they are written for a backward pass in parts.
+    With `keep_rows` there is place for the rows of two experts, which are written.
 
     >>> from moe_kernels.backends.tpu.tiling import CHIPS
     >>> tiles = fused_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, CHIPS["TPU v6 lite"])
@@ -122,7 +129,6 @@ def fused_tiles(
     rows = dataclasses.replace(rows, pieces=rows.pieces[:1])
     if not one_item(layout, rows):
         return None
-    in_parts = fused_backward_tiles(layout, width, expert_width, itemsize, weight_itemsize, chip) is None
     planes = width * itemsize // 512
     even = [expert_width // n for n in range(1, 5) if expert_width % (128 * n) == 0]
     even = [(chunk, expert_width) for chunk in even if width * chunk <= MOST_WEIGHTS]
@@ -143,7 +149,7 @@ def fused_tiles(
         biases = 2 * 8 * 4 * (round_up(chunk, 128) + round_up(width, 128))
         words = 512 * planes * (inputs * load + 8 + 2 * (part * steps + 8))
         moving = 6 * vmem_bytes(load, width, itemsize) + 2 * vmem_bytes(inputs * -(-load // 128), 128, 4)
-        held = (1 + in_parts) * vmem_bytes(rows.rows, width, itemsize) + vmem_bytes(rows.rows, width, 4)
+        held = (1 + keep_rows) * vmem_bytes(rows.rows, width, itemsize) + vmem_bytes(rows.rows, width, 4)
         values = chip.spilled * rows.pieces[0] * round_up(chunk, 128) * itemsize // 2
         vmem = int(MARGIN * (2 * weights + cast + biases + words + moving + held + values)) + SLACK
         if vmem <= chip.vmem - MIB and chunk >= min(512, expert_width):

@@ -63,7 +63,7 @@ class Grid:
         return schedule.fetched[at], self.fetched_chunk(chunk, schedule.size[at], schedule.after[at])
 
     def fetched_chunk(self, chunk: Any, size: Any, after: Any) -> Any:
-        """The chunk of it, for an item of `size` rows with others `after` which it comes."""
+        """The chunk of it; `after`: whether an item with rows came before on the core."""
         return jnp.where(size > 0, chunk, jnp.where(after > 0, self.chunks - 1, 0))
 
     def columns(self, core: Any, item: Any, chunk: Any, *scalars: Any) -> tuple[Any, int, Any]:

@@ -1,8 +1,9 @@
 """The span from tokens to tokens, `out = gate * mlp(x)` of the expert that has the token: one kernel for each pass.
 
 Where tokens and the gradients of the output do not fit VMEM together, the backward pass is made of the kernels for its
-parts, and the rows of the forward pass are kept for it. What is kept else beside the operands is the output before
-gates, of which the gradient of a gate is the product with that of the output.
+parts, and the rows of the forward pass are kept for it; where two experts' rows do not fit, they are gathered again.
+What is kept else beside the operands is the output before gates, of which the gradient of a gate is the product with
+that of the output.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from moe_kernels.backends.tpu.gather_tiles import FusedTiles, fused_backward_til
 from moe_kernels.backends.tpu.launch import Target
 from moe_kernels.backends.tpu.mlp import MlpSaved
 from moe_kernels.backends.tpu.mlp_backward import expert_mlp_backward
-from moe_kernels.backends.tpu.permute import dispatch_backward, gather_rows
+from moe_kernels.backends.tpu.permute import dispatch_backward, dispatch_forward, gather_rows
 from moe_kernels.types import MlpWeights, Plan
 
 
@@ -34,7 +35,7 @@ class LayerSaved(NamedTuple):
     ungated: Float[Array, "T D"]
     """Results of the experts; nobody reads that of a token without a row."""
     rows: Float[Array, "R D"] | None = None
-    """For a backward pass in parts; unused ones hold anything."""
+    """For a backward pass in parts, if they fit; unused ones hold anything."""
 
 
 def layer_value(
@@ -48,7 +49,8 @@ def layer_value(
     """`gate * mlp(x)`; a token without a row becomes 0, one with a gate that is not finite NaN."""
     if tokens.shape[0] == 0:
         return tokens
-    tiles = _tiles(target, static, tokens, weights)
+    tiles = fused_tiles(static.layout, *_sizes(tokens, weights), target.facts)
+    assert tiles is not None, "refused by why_not"
     return run_fused(tiles, target, static, tokens, gate, weights, plan, keep=False)[0]
 
 
@@ -63,8 +65,11 @@ def layer_forward(
     """As `layer_value`, with what the backward pass needs."""
     if tokens.shape[0] == 0:
         return tokens, LayerSaved(tokens, gate, weights, plan, tokens)
-    tiles, in_parts = _tiles(target, static, tokens, weights), _backward_tiles(target, static, tokens, weights) is None
-    out, *kept = run_fused(tiles, target, static, tokens, gate, weights, plan, keep=True, keep_rows=in_parts)
+    sizes = (static.layout, *_sizes(tokens, weights), target.facts)
+    keep_rows = fused_backward_tiles(*sizes) is None and fused_tiles(*sizes, keep_rows=True) is not None
+    tiles = fused_tiles(*sizes, keep_rows=keep_rows)
+    assert tiles is not None, "refused by why_not"
+    out, *kept = run_fused(tiles, target, static, tokens, gate, weights, plan, keep=True, keep_rows=keep_rows)
     return out, LayerSaved(tokens, gate, weights, plan, *kept)
 
 
@@ -74,7 +79,8 @@ def layer_backward(
     """Gradients of tokens, gates and weights; those of a token without a row are exactly 0."""
     if saved.tokens.shape[0] == 0:
         return saved.tokens, saved.gate, jax.tree.map(jnp.zeros_like, saved.weights)
-    return run_backward(_backward_tiles(target, static, saved.tokens, saved.weights), target, static, saved, dout)
+    tiles = fused_backward_tiles(static.layout, *_sizes(saved.tokens, saved.weights), target.facts)
+    return run_backward(tiles, target, static, saved, dout)
 
 
 def run_backward(
@@ -93,26 +99,15 @@ def run_backward(
 def _in_parts(
     target: Target, static: MlpStatic, saved: LayerSaved, dout: Float[Array, "T D"]
 ) -> tuple[Float[Array, "T D"], Float[Array, "T 1"], MlpWeights]:
-    _, gate, weights, plan, ungated, rows = saved
-    assert rows is not None, "kept by the forward pass"
+    tokens, gate, weights, plan, ungated, rows = saved
+    if rows is None:
+        rows, _ = dispatch_forward(target, None, tokens, plan)
     weighed = (gate * dout.astype(jnp.float32)).astype(dout.dtype)
     dresults = gather_rows(target, weighed, plan.source, 1)
     drows, dweights = expert_mlp_backward(target, static, MlpSaved(rows, weights, plan.runs), dresults)
     (dtokens,) = dispatch_backward(target, None, plan, drows)
     dgate = jnp.sum(ungated.astype(jnp.float32) * dout.astype(jnp.float32), axis=1, keepdims=True)
     return dtokens, dgate, dweights
-
-
-def _tiles(target: Target, static: MlpStatic, tokens: Float[Array, "T D"], weights: MlpWeights) -> FusedTiles:
-    tiles = fused_tiles(static.layout, *_sizes(tokens, weights), target.facts)
-    assert tiles is not None, "refused by why_not"
-    return tiles
-
-
-def _backward_tiles(
-    target: Target, static: MlpStatic, tokens: Float[Array, "T D"], weights: MlpWeights
-) -> FusedTiles | None:
-    return fused_backward_tiles(static.layout, *_sizes(tokens, weights), target.facts)
 
 
 def _sizes(tokens: Float[Array, "T D"], weights: MlpWeights) -> tuple[int, int, int, int]:

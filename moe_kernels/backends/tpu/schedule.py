@@ -23,7 +23,10 @@ class Schedule(NamedTuple):
 
     expert: Int[Array, " Q"]
     fetched: Int[Array, " Q"]
-    """Expert whose weights are in VMEM: its own, or the last (else next) one with rows, so that nothing is fetched."""
+    """Expert whose weights are in VMEM: its own, or the last (else next) one with rows, so that nothing is fetched.
+
+    Where a core has no rows at all, any.
+    """
     after: Int[Array, " Q"]
     """Whether an item with rows came before on this core."""
     first: Int[Array, " Q"]
