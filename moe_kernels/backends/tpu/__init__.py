@@ -158,7 +158,7 @@ def note(problem: Problem) -> str | None:
             f"{memory} MiB of VMEM together; "
         )
     (mine, time), (other, its_time) = reversed(ways) if keeps else ways
-    return f"{passes}hidden layer {mine}: {time}; {other}: {its_time} (forward and backward by the roofline, modelled)"
+    return f"{passes}hidden layer {'always ' * bool(passes)}{mine}: {time}; {other}: {its_time} (forward and backward by the roofline, modelled)"
 
 
 TPU = Backend(
