@@ -158,7 +158,8 @@ def note(problem: Problem) -> str | None:
             f"{memory} MiB of VMEM together; "
         )
     (mine, time), (other, its_time) = reversed(ways) if keeps else ways
-    return f"{passes}hidden layer {'always ' * bool(passes)}{mine}: {time}; {other}: {its_time} (forward and backward by the roofline, modelled)"
+    always = "always " if passes else ""
+    return f"{passes}hidden layer {always}{mine}: {time}; {other}: {its_time} (forward and backward by the roofline, modelled)"
 
 
 TPU = Backend(
