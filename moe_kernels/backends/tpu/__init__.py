@@ -158,8 +158,8 @@ def note(problem: Problem) -> str | None:
             f"{memory} MiB of VMEM together; "
         )
     (mine, time), (other, its_time) = reversed(ways) if keeps else ways
-    always = "always " if passes else ""
-    return f"{passes}hidden layer {always}{mine}: {time}; {other}: {its_time} (forward and backward by the roofline, modelled)"
+    hidden = f"{passes}hidden layer always" if passes else "hidden layer"
+    return f"{hidden} {mine}: {time}; {other}: {its_time} (forward and backward by the roofline, modelled)"
 
 
 TPU = Backend(
