@@ -30,6 +30,12 @@ class Mutant(NamedTuple):
     mutation: Mutation
 
 
+def tests(*names: str) -> str:
+    """A program that runs tests and fails where one of them does."""
+    arguments = ["-n0", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in names)]
+    return f"import sys, pytest; sys.exit(pytest.main({arguments!r}))"
+
+
 def caught(check: str, mutation: Mutation | None, limit: int) -> bool:
     """Run a check on a copy of the tree with the mutation applied; True if anything at all went wrong."""
     with tempfile.TemporaryDirectory() as folder:

@@ -6,14 +6,8 @@ interpreter has a limit, and the tests with the real compiler hold them.
 
 import sys
 
-from mutate import Mutant, Mutation, main
-
-
-def tests(*names: str) -> str:
-    """A program that runs tests and fails where one of them does."""
-    arguments = ["-n0", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in names)]
-    return f"import sys, pytest; sys.exit(pytest.main({arguments!r}))"
-
+import mutants_fused
+from mutate import Mutant, Mutation, main, tests
 
 MLP = tests("test_tpu_mlp.py::test_values_and_gradients[several chunks, several items, float32/float32]")
 MLP_PIECES = tests("test_tpu_mlp.py::test_values_and_gradients[packed, one chunk, bfloat16/float32]")
@@ -42,18 +36,12 @@ MATMUL_RACES = tests("test_tpu_races.py::test_a_grouped_matmul_has_no_races[bloc
 PACKED_RACES = tests("test_tpu_races.py::test_a_grouped_matmul_has_no_races[packed, one chunk-1-on_wait-4-none]")
 TWO_CORES = tests("test_tpu_races.py::test_a_grouped_matmul_has_no_races[packed-2-on_wait-3-none]")
 MEMORIES = "test_with_simulated_memories_results_are_the_same_and_no_core_disturbs_the_other"
-FUSED_PIECES = tests("test_tpu_fused.py::test_values_and_gradients[pieces and chunks-float32-float32]")
-FUSED_GROUPS = tests("test_tpu_fused.py::test_values_and_gradients[groups-bfloat16-float32]")
-FUSED_RACES = tests("test_tpu_fused.py::test_no_races_and_no_uninitialised_memory")
-FUSED_POISON = tests("test_tpu_fused.py::test_what_is_not_finite_stays_where_it_belongs[inf]")
 
-FUSED_PARTS = tests("test_tpu_fused.py::test_the_backward_pass_in_its_parts_gives_the_same_bits[groups]")
 
 ROWS, STEP, GRADIENTS = "tpu/rows.py", "tpu/step.py", "tpu/gradients.py"
 MLP_FORWARD, MLP_BACKWARD = "tpu/mlp.py", "tpu/mlp_backward.py"
 FORWARD, BACKWARD = "tpu/matmul.py", "tpu/matmul_backward.py"
-FUSED, FUSED_BACKWARD, IN_PLACE = "tpu/fused.py", "tpu/fused_backward.py", "tpu/in_place.py"
-LAYER, SCHEDULE = "tpu/layer.py", "tpu/schedule.py"
+SCHEDULE = "tpu/schedule.py"
 
 MUTATIONS = {
     # Masks.
@@ -223,43 +211,6 @@ MUTATIONS = {
             "mine = (schedule.expert == experts[:, None] + 1)",
         ),
     ),
-    # Dispatch, experts and combine in one kernel.
-    "a token without a row keeps what was in its place": Mutant(
-        FUSED_GROUPS, Mutation(FUSED, "words = jnp.where(factor != 0, words, 0)", "pass")
-    ),
-    "results leave without gates": Mutant(
-        FUSED_GROUPS, Mutation(FUSED, "(value * factor, value)", "(value, value * factor)")
-    ),
-    "a gate that is not finite is taken as it is": Mutant(
-        FUSED_POISON, Mutation(FUSED, "jnp.where(jnp.isfinite(gate), factor, jnp.float32(jnp.nan))", "factor")
-    ),
-    "gates of the first block": Mutant(
-        FUSED_PIECES,
-        Mutation(FUSED, "column(refs.factor, block * lanes + number, size)", "column(refs.factor, number, size)"),
-    ),
-    "results of unused rows go to the first token": Mutant(
-        FUSED_GROUPS,
-        Mutation(
-            IN_PLACE,
-            "place = jnp.where(plan.source < layout.num_tokens, plan.source, spare)",
-            "place = (plan.source % layout.num_tokens)",
-        ),
-    ),
-    "rows of the first expert not picked": Mutant(
-        FUSED_GROUPS, Mutation(IN_PLACE, "pl.when(number == -1)", "pl.when(number == -2)")
-    ),
-    "results of the last expert not put": Mutant(
-        FUSED_GROUPS, Mutation(IN_PLACE, "pl.when(number == steps)", "pl.when(number == -1)")
-    ),
-    "rows that had no piece beside them not moved": Mutant(
-        FUSED_PIECES, Mutation(FUSED, "alone(chunks * pieces * tiles.part, jnp.maximum(put, picked), moves)", "pass")
-    ),
-    "every piece moves the first rows": Mutant(
-        FUSED_PIECES, Mutation(FUSED, "(chunk * pieces + step) * tiles.part", "(chunk * 0 + step) * tiles.part")
-    ),
-    "last piece of an expert left out": Mutant(
-        FUSED_PIECES, Mutation(FUSED, "sizes[item] + (piece - 1)", "sizes[item]")
-    ),
     "cotangents of tokens passed on added after rounding": Mutant(
         tests("test_tpu_route.py::test_the_cotangent_of_tokens_passed_on_is_added_before_rounding[exact tiles-tpu]"),
         Mutation(
@@ -268,81 +219,11 @@ MUTATIONS = {
             "product = product.astype(dtokens.dtype).astype(jnp.float32) + passed[0].astype(jnp.float32)",
         ),
     ),
-    "shorter pieces for one row too many": Mutant(
-        tests("test_tpu_fused.py::test_shorter_pieces_that_fill_the_mxu_hold_all_rows"),
-        Mutation(FUSED, "fit = sizes[item] <= pieces * short", "fit = sizes[item] <= pieces * short + 1"),
-    ),
     "shorter pieces for one row too many, from rows": Mutant(
         tests("test_tpu_mlp.py::test_as_many_shorter_pieces_hold_all_rows"),
         Mutation(ROWS, "(count <= number * short)", "(count <= number * short + 1)"),
     ),
-    "sums of the last expert not reset": Mutant(
-        FUSED_PIECES,
-        Mutation(FUSED, "refs.total[...] = jnp.broadcast_to(refs.b2[0], refs.total.shape)", "pass"),
-    ),
-    "gradient of a gate without influence": Mutant(
-        FUSED_POISON, Mutation(LAYER, "jnp.where(held, dgate, jnp.float32(0))", "dgate")
-    ),
-    "rows kept for another expert": Mutant(
-        FUSED_PARTS,
-        Mutation(
-            FUSED,
-            "BlockSpec(held, lambda step, expert, *_: (expert[step]",
-            "BlockSpec(held, lambda step, expert, *_: (0 * step",
-        ),
-    ),
-    "rows kept from behind those of an expert": Mutant(
-        FUSED_PARTS,
-        Mutation(FUSED, "rows[:, : plan.layout.rows_per_expert]", "rows[:, -plan.layout.rows_per_expert :]"),
-    ),
-    "rows not kept": Mutant(
-        tests("test_tpu_fused.py::test_a_backward_pass_in_parts_gets_the_rows_if_they_fit[True]"),
-        Mutation(LAYER, "keep=True, keep_rows=keep_rows)", "keep=True)"),
-    ),
-    "cotangents without gates, backward in parts": Mutant(
-        FUSED_PARTS, Mutation(LAYER, "(gate * dout.astype(jnp.float32)).astype(dout.dtype)", "dout")
-    ),
     "an item of the last expert": Mutant(MATMUL, Mutation(SCHEDULE, "end <= item[..., None]", "end < item[..., None]")),
-    "weights of the expert of the chunk's number": Mutant(
-        FUSED_PIECES,
-        Mutation(IN_PLACE, "by_item = (schedule.fetched[:, None], fetched,", "by_item = (fetched, fetched,"),
-    ),
-    # The same, backward.
-    "gradients of unused rows not masked": Mutant(
-        FUSED_RACES, Mutation(FUSED_BACKWARD, "words = jnp.where(used, source[own, :], 0)", "words = source[own, :]")
-    ),
-    "gradient of a token without a row left as it was": Mutant(
-        FUSED_GROUPS,
-        Mutation(FUSED_BACKWARD, "words = jnp.where(has_row, refs.data", "words = jnp.where(True, refs.data"),
-    ),
-    "cotangents come without gates": Mutant(
-        FUSED_GROUPS, Mutation(FUSED_BACKWARD, "(value * factor).astype(dtype)", "value.astype(dtype)")
-    ),
-    "gates' gradients of weighed cotangents": Mutant(
-        FUSED_PIECES, Mutation(FUSED_BACKWARD, "product += value *", "product += value * factor *")
-    ),
-    "rows that had no stretch beside them not moved": Mutant(
-        FUSED_PIECES,
-        Mutation(FUSED_BACKWARD, "alone(chunks * stretches * tiles.part, jnp.maximum(put, picked), moves)", "pass"),
-    ),
-    "every stretch moves the first rows": Mutant(
-        FUSED_PIECES, Mutation(FUSED_BACKWARD, "(first + n) * tiles.part", "(0 * first + n) * tiles.part")
-    ),
-    "an expert without rows leaves gradients of another": Mutant(
-        FUSED_GROUPS, Mutation(FUSED_BACKWARD, "pl.when(size == 0)(lambda: self._zero(chunk))", "pass")
-    ),
-    "sums of gradients not reset": Mutant(
-        FUSED_PIECES,
-        Mutation(
-            FUSED_BACKWARD,
-            "total[...] = jnp.where(offset == 0, 0.0, total[...]) + part",
-            "total[...] += part",
-        ),
-    ),
-    "shorter pieces of an expert left out": Mutant(
-        FUSED_PIECES,
-        Mutation(FUSED_BACKWARD, "over_pieces(repeats, bits, rows, add)", "over_pieces(repeats, 0, rows, add)"),
-    ),
     "cores share items": Mutant(
         TWO_CORES, Mutation("tpu/launch.py", "return core * self.items + item", "return core + item")
     ),
@@ -354,6 +235,7 @@ MUTATIONS = {
         tests(f"test_tpu_permute.py::{MEMORIES}[2-on_wait]"),
         Mutation("tpu/permute.py", "jnp.minimum(core * share + ", "jnp.minimum("),
     ),
+    **mutants_fused.MUTATIONS,
 }
 
 
