@@ -142,15 +142,22 @@ def assert_close(
     row of zeros must be exactly zero. `scale`, by row or by entry, is the size of what was added up, for entries that
     may cancel.
     """
+    expected = np.asarray(expected, np.float64)
+    if scale is None:
+        scale = np.abs(expected).max(axis=-1, initial=0) if expected.ndim else np.abs(expected)
+    assert_within(actual, expected, roundings * 2 * eps * np.sqrt(max(length, 1)) * np.asarray(scale), name=name)
+
+
+def assert_within(actual, expected, allowed, *, name: str) -> None:
+    """Compare by what each entry, or each row, may be off; a row of zeros must be exactly zero."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
     if actual.size == 0:
         return
     rows = expected.reshape(-1, expected.shape[-1]) if expected.ndim else expected.reshape(1, 1)
     error = np.abs(actual.reshape(rows.shape) - rows)
-    size = np.abs(rows).max(axis=1, keepdims=True) if scale is None else np.asarray(scale).reshape(len(rows), -1)
-    size = np.where(rows.any(axis=1, keepdims=True), size, 0)
-    bound = np.broadcast_to(roundings * 2 * eps * np.sqrt(max(length, 1)) * size, rows.shape)
+    bound = np.broadcast_to(np.asarray(allowed).reshape(len(rows), -1), rows.shape)
+    bound = np.where(rows.any(axis=1, keepdims=True), bound, 0)
     worst = np.unravel_index(np.argmax(error - bound), error.shape)
     assert np.isfinite(error).all() and (error <= bound).all(), (
         f"{name}: row {worst[0]} is off by {error[worst]:.3g}, allowed {bound[worst]:.3g}"

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from moe_cases import assert_close
+from moe_cases import assert_within
 
 import reference
 from moe_kernels import MlpWeights
@@ -218,7 +218,7 @@ def compare(
                 allowed = allowed + ROUNDING[str(mine.dtype)] * np.abs(theirs) + NEAR_ZERO[str(mine.dtype)]
             # What was rounded is rounded again, up to four times.
             allowed = allowed * (1 + 4 * ROUNDING[dtype])
-        assert_close(mine, theirs, name=name, scale=allowed, length=1, roundings=0.5, eps=1)
+        assert_within(mine, theirs, allowed, name=name)
 
 
 # How often what an entry is a sum of was rounded: the hidden layer before (1.13 of that pass) and after the activation;

@@ -282,6 +282,7 @@ def problem(chip="TPU v6 lite", width=768, **facts):
     [
         (problem(), "chosen"),
         (problem("TPU7x"), "chosen"),
+        (problem(num_tokens=0), "there are no tokens"),
         (problem(num_choices=2), "2 choices of a token are added up"),
         (problem(rows_per_expert=None), "rows are packed"),
         (problem(num_rows=32 * 576, rows_per_expert=576, runs_per_expert=8), "8 runs from other shards"),
@@ -316,9 +317,7 @@ def test_a_backward_pass_in_parts_gets_the_rows_if_they_fit(fits, monkeypatch):
     expert, tokens, gate, w, dy = operands("groups", "bfloat16", pattern="zipf")
     plan, (out, _, *gradients) = run("groups", "bfloat16", expert, tokens, gate, w, dy)
     monkeypatch.setattr(in_layer, "fused_backward_tiles", lambda *sizes: None)
-    monkeypatch.setattr(
-        in_layer, "fused_tiles", lambda *sizes, keep_rows=False: fused_tiles(*sizes) if fits or not keep_rows else None
-    )
+    monkeypatch.setattr(in_layer, "keeps_rows", lambda *sizes: fits)
     static = MlpStatic(plan.layout, "gelu_tanh")
     found, saved = jax.jit(functools.partial(layer_forward, TARGET, static))(tokens, gate, w, plan)
     assert (saved.rows is not None) == fits

@@ -7,7 +7,7 @@ from tpu_aot import Chip, check_vmem, kernel_vmem
 from moe_kernels import MlpWeights
 from moe_kernels.backends import explain, find, problem_of
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.tpu.gather_tiles import fused_backward_tiles, fused_tiles
+from moe_kernels.backends.tpu.gather_tiles import fused_backward_tiles, fused_tiles, keeps_rows
 from moe_kernels.backends.tpu.layer import LayerSaved
 from moe_kernels.backends.tpu.tiling import CHIPS
 from moe_kernels.types import Layout, Plan
@@ -46,10 +46,9 @@ def check(chip, width, layout, weight_dtype, dtype=jnp.bfloat16):
     said = explain(chosen[0]).splitlines()[0]
     if not said.startswith("tpu: chosen"):
         return said
-    sizes = (width, f, jnp.dtype(dtype).itemsize, jnp.dtype(weight_dtype).itemsize)
-    sizes = (layout, *sizes, CHIPS[chosen[0].chip])
-    backward_tiles = fused_backward_tiles(*sizes)
-    keep_rows = backward_tiles is None and fused_tiles(*sizes, keep_rows=True) is not None
+    itemsizes = jnp.dtype(dtype).itemsize, jnp.dtype(weight_dtype).itemsize
+    sizes = layout, width, f, *itemsizes, CHIPS[chosen[0].chip]
+    keep_rows = keeps_rows(*sizes)
     check_vmem(compiled, "dispatch_mlp_combine_forward", fused_tiles(*sizes, keep_rows=keep_rows).mlp.vmem)
     tiles = fused_tiles(*sizes)
     # The value alone does without the blocks of results before gates, two at a time.
@@ -57,12 +56,13 @@ def check(chip, width, layout, weight_dtype, dtype=jnp.bfloat16):
     # Not from below: on v5e it uses 1.4 times less, probably as XLA holds an operand in VMEM itself.
     assert kernel_vmem(compiled, "dispatch_mlp_combine_value") <= tiles.mlp.vmem - blocks
 
-    tiles, rows = backward_tiles, array((layout.num_rows, width), dtype) if keep_rows else None
+    rows = array((layout.num_rows, width), dtype) if keep_rows else None
 
     def backward(tokens, gate, weights, plan, ungated, rows, dout):
         return find(chosen[0]).backward(static, LayerSaved(tokens, gate, weights, plan, ungated, rows), dout)
 
     compiled = device.compile(backward, tokens, gate, weights, plan, tokens, rows, tokens)
+    tiles = fused_backward_tiles(*sizes)
     # Where tokens and cotangents fit at all; explain() is of weights in the dtype of the rows.
     assert tiles is not None or (chip == "7x" and width > 512) or (layout.num_experts == 8 and width == 1280)
     if weight_dtype == dtype:

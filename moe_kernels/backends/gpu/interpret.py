@@ -28,19 +28,22 @@ COPY_CLOCKS = 31
 @functools.cache
 def interpret_params(*, in_bounds: bool) -> Any:
     """Parameters of the interpreter, which is made faster, and on JAX 0.10.2 completed, when first asked for."""
-    thread_map._run_jaxpr = _run_jaxpr
-    # A GPU makes infinities and NaN without a word, NumPy warns.
-    quiet = np.errstate(all="ignore")
-    if hasattr(interpret_utils, "to_access"):  # new with the transposed operands of JAX 0.12
-        gpu_callbacks.wgmma = quiet(gpu_callbacks.wgmma)
-    else:
-        gpu_callbacks.wgmma = quiet(_wgmma)
+    _complete()
     # Copies that share a clock seem ordered: with the default of one, a missing wait for a copy went unseen.
     return InterpretGPUParams(
         detect_races=True,
         out_of_bounds_reads="raise" if in_bounds else "uninitialized",
         num_tma_threads_per_device=COPY_CLOCKS,
     )
+
+
+@functools.cache
+def _complete() -> None:
+    thread_map._run_jaxpr = _run_jaxpr
+    # "to_access" is new with the transposed operands of JAX 0.12.
+    wgmma = gpu_callbacks.wgmma if hasattr(interpret_utils, "to_access") else _wgmma
+    # A GPU makes infinities and NaN without a word, NumPy warns.
+    gpu_callbacks.wgmma = np.errstate(all="ignore")(wgmma)
 
 
 def _wgmma(

@@ -27,11 +27,13 @@ from moe_kernels.backends.tpu.tiling import (
     CHIPS,
     MIB,
     MOST_ROWS,
+    Chip,
     matmul_backward_tiles,
     matmul_forward_tiles,
     mlp_backward_tiles,
     mlp_forward_tiles,
 )
+from moe_kernels.types import Layout
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2}
 # Weights may be float32 whatever the rows are; a problem does not say, so blocks must fit in the larger case too.
@@ -87,6 +89,8 @@ def _fused_misfit(problem: Problem) -> str | None:
     """Why dispatch, experts and combine cannot be one kernel; a backward pass in its parts gathers rows."""
     layout = problem.layout
     assert layout is not None
+    if layout.num_tokens == 0:
+        return "there are no tokens"
     if problem.platform == "tpu" and problem.num_cores > 1:
         return f"the kernel runs on one TensorCore, the device has {problem.num_cores}"
     if layout.num_choices > 1:
@@ -145,21 +149,25 @@ def note(problem: Problem) -> str | None:
     itemsize = ITEMSIZES[problem.dtype]
     sizes = (problem.layout, problem.shape[-1], problem.expert_width, itemsize, itemsize, _target(problem).facts)
     again, kept = (f"{1e3 * seconds / _target(problem).num_cores:.3f} ms" for seconds in hidden_cost(*sizes))
-    kept += f" and {1e-6 * problem.layout.num_rows * problem.expert_width * itemsize:.0f} MB"
-    ways, passes, keeps = [("computed again", again), ("kept", kept)], "", False
+    hidden_mb = 1e-6 * problem.layout.num_rows * problem.expert_width * itemsize
+    ways = [f"computed again: {again}", f"kept: {kept} and {hidden_mb:.0f} MB"]
     if problem.span == "expert_mlp":
-        keeps = keeps_hidden(*sizes)
-    elif fused_backward_tiles(*sizes) is not None:
-        passes = "one kernel forward and one backward; "
+        begin = "hidden layer"
+        if keeps_hidden(*sizes):
+            ways.reverse()
     else:
-        memory = _target(problem).facts.vmem // MIB
-        passes = (
-            "one kernel forward; backward in its parts, since tokens, cotangents and a chunk of weights do not fit the "
-            f"{memory} MiB of VMEM together; "
-        )
-    (mine, time), (other, its_time) = reversed(ways) if keeps else ways
-    hidden = f"{passes}hidden layer always" if passes else "hidden layer"
-    return f"{hidden} {mine}: {time}; {other}: {its_time} (forward and backward by the roofline, modelled)"
+        begin = f"{_passes(sizes)}; hidden layer always"
+    return f"{begin} {'; '.join(ways)} (forward and backward by the roofline, modelled)"
+
+
+def _passes(sizes: tuple[Layout, int, int, int, int, Chip]) -> str:
+    """Which kernels both passes of a layer in one kernel are."""
+    if fused_backward_tiles(*sizes) is not None:
+        return "one kernel forward and one backward"
+    return (
+        "one kernel forward; backward in its parts, since tokens, cotangents and a chunk of weights do not fit the "
+        f"{sizes[-1].vmem // MIB} MiB of VMEM together"
+    )
 
 
 TPU = Backend(

@@ -1,6 +1,6 @@
-"""Dispatch, expert MLP and combine as one kernel, forward, for one choice a token: rows do not travel through HBM.
+"""Dispatch, expert MLP and combine as one kernel, forward, for one choice a token.
 
-Only where a backward pass in parts will read them (see layer.py) are they written.
+Rows do not travel through HBM; they are written only where a backward pass in parts will read them (see layer.py).
 
 All tokens are brought to VMEM as words (see words.py). While an expert is at its matmuls, the rows of the next one are
 picked, and the results of the last one are put where their tokens were: each token has one row, so nobody needs it any

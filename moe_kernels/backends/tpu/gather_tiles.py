@@ -157,6 +157,18 @@ def fused_tiles(
     return None
 
 
+def keeps_rows(layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip) -> bool:
+    """Whether the forward pass in one kernel writes the experts' rows: for a backward pass in parts, if they fit.
+
+    >>> from moe_kernels.backends.tpu.tiling import CHIPS
+    >>> layout = Layout(16384, 1, 1, 32, 17408, 544)
+    >>> [keeps_rows(layout, 768, 3072, 2, 2, CHIPS[name]) for name in ("TPU v6 lite", "TPU7x")]
+    [False, True]
+    """
+    sizes = (layout, width, expert_width, itemsize, weight_itemsize, chip)
+    return fused_backward_tiles(*sizes) is None and fused_tiles(*sizes, keep_rows=True) is not None
+
+
 @functools.lru_cache
 def fused_backward_tiles(
     layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.fused import run_fused
 from moe_kernels.backends.tpu.fused_backward import run_fused_backward
-from moe_kernels.backends.tpu.gather_tiles import FusedTiles, fused_backward_tiles, fused_tiles
+from moe_kernels.backends.tpu.gather_tiles import FusedTiles, fused_backward_tiles, fused_tiles, keeps_rows
 from moe_kernels.backends.tpu.launch import Target
 from moe_kernels.backends.tpu.mlp import MlpSaved
 from moe_kernels.backends.tpu.mlp_backward import expert_mlp_backward
 from moe_kernels.backends.tpu.permute import dispatch_backward, dispatch_forward, gather_rows
-from moe_kernels.types import MlpWeights, Plan
+from moe_kernels.backends.tpu.tiling import Chip
+from moe_kernels.types import Layout, MlpWeights, Plan
 
 
 class LayerSaved(NamedTuple):
@@ -47,9 +47,7 @@ def layer_value(
     plan: Plan,
 ) -> Float[Array, "T D"]:
     """`gate * mlp(x)`; a token without a row becomes 0, one with a gate that is not finite NaN."""
-    if tokens.shape[0] == 0:
-        return tokens
-    tiles = fused_tiles(static.layout, *_sizes(tokens, weights), target.facts)
+    tiles = fused_tiles(*_sizes(target, static, tokens, weights))
     assert tiles is not None, "refused by why_not"
     return run_fused(tiles, target, static, tokens, gate, weights, plan, keep=False)[0]
 
@@ -63,10 +61,8 @@ def layer_forward(
     plan: Plan,
 ) -> tuple[Float[Array, "T D"], LayerSaved]:
     """As `layer_value`, with what the backward pass needs."""
-    if tokens.shape[0] == 0:
-        return tokens, LayerSaved(tokens, gate, weights, plan, tokens)
-    sizes = (static.layout, *_sizes(tokens, weights), target.facts)
-    keep_rows = fused_backward_tiles(*sizes) is None and fused_tiles(*sizes, keep_rows=True) is not None
+    sizes = _sizes(target, static, tokens, weights)
+    keep_rows = keeps_rows(*sizes)
     tiles = fused_tiles(*sizes, keep_rows=keep_rows)
     assert tiles is not None, "refused by why_not"
     out, *kept = run_fused(tiles, target, static, tokens, gate, weights, plan, keep=True, keep_rows=keep_rows)
@@ -77,9 +73,7 @@ def layer_backward(
     target: Target, static: MlpStatic, saved: LayerSaved, dout: Float[Array, "T D"]
 ) -> tuple[Float[Array, "T D"], Float[Array, "T 1"], MlpWeights]:
     """Gradients of tokens, gates and weights; those of a token without a row are exactly 0."""
-    if saved.tokens.shape[0] == 0:
-        return saved.tokens, saved.gate, jax.tree.map(jnp.zeros_like, saved.weights)
-    tiles = fused_backward_tiles(static.layout, *_sizes(saved.tokens, saved.weights), target.facts)
+    tiles = fused_backward_tiles(*_sizes(target, static, saved.tokens, saved.weights))
     return run_backward(tiles, target, static, saved, dout)
 
 
@@ -110,5 +104,9 @@ def _in_parts(
     return dtokens, dgate, dweights
 
 
-def _sizes(tokens: Float[Array, "T D"], weights: MlpWeights) -> tuple[int, int, int, int]:
-    return tokens.shape[1], weights.w1.shape[2], tokens.dtype.itemsize, weights.w1.dtype.itemsize
+def _sizes(
+    target: Target, static: MlpStatic, tokens: Float[Array, "T D"], weights: MlpWeights
+) -> tuple[Layout, int, int, int, int, Chip]:
+    """What block sizes are chosen by."""
+    itemsizes = tokens.dtype.itemsize, weights.w1.dtype.itemsize
+    return static.layout, tokens.shape[1], weights.w1.shape[2], *itemsizes, target.facts
