@@ -37,19 +37,20 @@ def assert_same_layer(mine: Result, twin: Result, wanted) -> None:
     # A token is dropped here if and only if it is dropped there.
     np.testing.assert_array_equal(np.any(mine.output.tokens != 0, 1), np.any(twin.output.tokens != 0, 1))
     close_in_rows(mine.output.tokens, twin.output.tokens, length=20, name="y")
-    same_sums(mine.output.sums, twin.output.sums)
+    tokens = len(twin.dtokens)
+    same_sums(mine.output.sums, twin.output.sums, tokens)
     roundings = gate_roundings(wanted)
     assert_close(np.ravel(mine.dtokens)[None], np.ravel(twin.dtokens)[None], length=20, name="dx", roundings=roundings)
     assert_close(
-        np.ravel(mine.drouter)[None], np.ravel(twin.drouter)[None], length=TOKENS, name="dr", roundings=roundings
+        np.ravel(mine.drouter)[None], np.ravel(twin.drouter)[None], length=tokens, name="dr", roundings=roundings
     )
     for name, a, b in zip(MlpWeights._fields, mine.dweights, twin.dweights, strict=True):
-        close_in_rows(*(np.asarray(x).reshape(len(x), -1) for x in (a, b)), length=TOKENS, name=f"d{name}")
+        close_in_rows(*(np.asarray(x).reshape(len(x), -1) for x in (a, b)), length=tokens, name=f"d{name}")
 
 
-def same_sums(mine: RoutingSums, twin: RoutingSums) -> None:
+def same_sums(mine: RoutingSums, twin: RoutingSums, tokens: int = TOKENS) -> None:
     for name, a, b in zip(RoutingSums._fields, mine, twin, strict=True):
-        assert_close(np.ravel(a)[None], np.ravel(b)[None], length=TOKENS, name=name)
+        assert_close(np.ravel(a)[None], np.ravel(b)[None], length=tokens, name=name)
 
 
 def gate_roundings(wanted) -> int:
@@ -273,8 +274,11 @@ def test_what_does_not_fit_the_mesh_is_refused(changes, message):
 @pytest.mark.devices(32)
 @pytest.mark.parametrize("mesh_shape", [(1, 32), (4, 8)], ids=str)
 def test_32_devices(mesh_shape):
-    options = {"num_choices": 2, "num_groups": 64, "capacity_factor": 1.05}
     for seed, wanted in enumerate([None, (5,), (2, 3)]):
+        # Lifted gates crowd below 1, and half of them round otherwise in batches of 32 tokens than in one of 1,024: who
+        # comes first is not for them to say.
+        priority = "bpr" if wanted is None else "arrival"
+        options = {"num_choices": 2, "num_groups": 64, "capacity_factor": 1.05, "priority": priority}
         a = arguments(seed, tokens=1024, groups=64, experts=32, wanted=wanted)
         assert_same_layer(
             jax.jit(sharded(mesh_of(*mesh_shape), **options))(a), jax.jit(unsharded(**options))(a), wanted
