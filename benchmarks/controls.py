@@ -22,13 +22,13 @@ import numpy as np  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 
 from benchmarks import controls_colour  # noqa: E402
-from limoe import inputs  # noqa: E402
-from limoe.config import Config  # noqa: E402
+from limoe.config.presets import preset  # noqa: E402
+from limoe.config.schema import Config  # noqa: E402
+from limoe.config.settings import override  # noqa: E402
+from limoe.data import inputs  # noqa: E402
 from limoe.data.files import read_range  # noqa: E402
 from limoe.data.shards import Example, find_shards, load_index, write_shard  # noqa: E402
-from limoe.presets import preset  # noqa: E402
-from limoe.settings import override  # noqa: E402
-from limoe.train import train  # noqa: E402
+from limoe.train.loop import train  # noqa: E402
 
 _CONTROLS = flags.DEFINE_list("controls", ["limoe", "dense", "shuffled", "colour"], "Which controls to run.")
 _FOLDER = flags.DEFINE_string("folder", "runs/controls", "Folder for the work folders of the runs.")

@@ -32,7 +32,7 @@ from PIL import Image
 from limoe.data.batches import Batches
 from limoe.data.shards import Example, write_shard
 from limoe.data.source import ShardSource
-from limoe.tokenizer import train_tokenizer
+from limoe.data.tokenizer import train_tokenizer
 
 NUM_IMAGES = flags.DEFINE_integer("num_images", 400, "number of JPEGs, 400x300 to 640x480 pixels", lower_bound=32)
 REPETITIONS = flags.DEFINE_integer("repetitions", 7, "runs of each variant, interleaved", lower_bound=1)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from benchmarks.cases import Case
 from benchmarks.implementations import Counts, Implementation, Setting
 from moe_kernels import MlpWeights
-from moe_kernels.backends.gpu.tiling import chip_of
+from moe_kernels.backends.gpu.sm90.tiling import chip_of
 
 # Rows of a tile of megablox and of Mosaic's ragged dot, and the tile of megablox over D and F.
 _TILE_ROWS, _MEGABLOX_TILE = 128, 512

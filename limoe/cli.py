@@ -13,12 +13,12 @@ from pathlib import Path
 
 from absl import flags
 
-from limoe.checkpoint import CheckpointError
-from limoe.config import Config, ConfigError
+from limoe.config.presets import PRESETS, preset
+from limoe.config.schema import Config, ConfigError
+from limoe.config.settings import override, settings_help
 from limoe.data.files import DataError
-from limoe.presets import PRESETS, preset
-from limoe.settings import override, settings_help
-from limoe.workdir import WorkdirError
+from limoe.workdir.checkpoint import CheckpointError
+from limoe.workdir.folder import WorkdirError
 
 FLAGS = flags.FLAGS
 _PRESET = flags.DEFINE_string("preset", "tiny", f"named configuration: {', '.join(PRESETS)}")
@@ -73,7 +73,7 @@ class UsageError(Exception):
 
 def main(words: Sequence[str]) -> int:
     """Run a command line, given without the program's name; the exit status, 1 for a failure, 2 for wrong usage."""
-    from limoe.train import TrainingError
+    from limoe.train.loop import TrainingError
 
     help_wanted = any(word in _HELP for word in words)
     try:
@@ -144,8 +144,8 @@ def _settings(settings: list[str]) -> int:
 
 
 def _train(settings: list[str]) -> int:
-    from limoe import processes
-    from limoe.train import train
+    from limoe.parallel import processes
+    from limoe.train.loop import train
 
     config = _config(settings)
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -154,7 +154,7 @@ def _train(settings: list[str]) -> int:
 
 
 def _describe(settings: list[str]) -> int:
-    from limoe.describe import as_text, describe
+    from limoe.model.describe import as_text, describe
 
     description = describe(_config(settings))
     print(json.dumps(description._asdict()) if _JSON.value else as_text(description))
@@ -162,7 +162,7 @@ def _describe(settings: list[str]) -> int:
 
 
 def _evaluate(settings: list[str]) -> int:
-    from limoe.evaluation import evaluate_run, evaluation_text
+    from limoe.evaluate.command import evaluate_run, evaluation_text
 
     if _WORKDIR.value is None:
         raise UsageError("eval needs --workdir=DIR, the folder of a trained run")
@@ -173,9 +173,9 @@ def _evaluate(settings: list[str]) -> int:
 
 
 def _plan(settings: list[str]) -> int:
-    from limoe.plan_report import as_text
-    from limoe.plan_search import search
-    from limoe.planner import plan
+    from limoe.plan.planner import plan
+    from limoe.plan.search import search
+    from limoe.plan.text import as_text
 
     if _TOPOLOGY.value is None:
         raise UsageError("plan needs --topology=KIND:SHAPE, such as --topology=v5p:8x8x8")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from limoe.checkpoint import Checkpoints
+from limoe.workdir.checkpoint import Checkpoints
 
 
 def small_state(step: int) -> dict[str, jax.Array]:

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from limoe.config import Config
-from limoe.model import PAD_ID
-from limoe.moe import RoutingContext
-from limoe.presets import preset
-from limoe.segments import cut
-from limoe.settings import override
-from limoe.step import abstract_model
+from limoe.config.presets import preset
+from limoe.config.schema import Config
+from limoe.config.settings import override
+from limoe.model.build import abstract_model
+from limoe.model.moe import RoutingContext
+from limoe.model.segments import cut
+from limoe.model.tower import PAD_ID
 from moe_kernels import random_priority, router_noise
 
 BASE = (

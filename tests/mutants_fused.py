@@ -8,8 +8,8 @@ FUSED_RACES = tests("test_tpu_fused.py::test_no_races_and_no_uninitialised_memor
 FUSED_POISON = tests("test_tpu_fused.py::test_what_is_not_finite_stays_where_it_belongs[inf]")
 FUSED_PARTS = tests("test_tpu_fused.py::test_the_backward_pass_in_its_parts_gives_the_same_bits[groups]")
 
-FUSED, FUSED_BACKWARD, IN_PLACE = "tpu/fused.py", "tpu/fused_backward.py", "tpu/in_place.py"
-LAYER = "tpu/layer.py"
+FUSED, FUSED_BACKWARD, IN_PLACE = "tpu/fused/forward.py", "tpu/fused/backward.py", "tpu/fused/in_place.py"
+LAYER = "tpu/fused/span.py"
 
 MUTATIONS = {
     "a token without a row keeps what was in its place": Mutant(

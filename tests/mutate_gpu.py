@@ -37,41 +37,43 @@ ROUTE_POISON = BEFORE + "import test_gpu_route; import numpy; test_gpu_route.che
 MUTATIONS = {
     "consumers do not wait for copies": Mutant(
         MATMUL,
-        Mutation("gpu/launch.py", "plgpu.barrier_wait(self.full.at[slot])", "pass"),
+        Mutation("gpu/common/launch.py", "plgpu.barrier_wait(self.full.at[slot])", "pass"),
     ),
     "producer does not wait for consumers": Mutant(
         MATMUL,
         Mutation(
-            "gpu/launch.py",
+            "gpu/common/launch.py",
             "            plgpu.barrier_wait(self.empty.at[slot])\n\n        return",
             "            pass\n\n        return",
         ),
     ),
     "stage released too early": Mutant(
         MATMUL,
-        Mutation("gpu/row_matmul.py", "ring.release(filled + k - 1)", "ring.release(filled + k)"),
+        Mutation("gpu/sm90/row_matmul.py", "ring.release(filled + k - 1)", "ring.release(filled + k)"),
     ),
     "last stage not released": Mutant(
-        MATMUL, Mutation("gpu/row_matmul.py", "ring.release(filled + slices - 1)", "pass")
+        MATMUL, Mutation("gpu/sm90/row_matmul.py", "ring.release(filled + slices - 1)", "pass")
     ),
     "no barrier after masking": Mutant(
         MATMUL,
         Mutation(
-            "gpu/weight_gradient.py", "plgpu.barrier_arrive(clean)\n                plgpu.barrier_wait(clean)", "pass"
+            "gpu/sm90/weight_gradient.py",
+            "plgpu.barrier_arrive(clean)\n                plgpu.barrier_wait(clean)",
+            "pass",
         ),
     ),
     "mask one row too long": Mutant(
-        MATMUL, Mutation("gpu/weight_gradient.py", "jnp.where(row < size", "jnp.where(row <= size")
+        MATMUL, Mutation("gpu/sm90/weight_gradient.py", "jnp.where(row < size", "jnp.where(row <= size")
     ),
     "mask one row too short": Mutant(
         MATMUL,
-        Mutation("gpu/weight_gradient.py", "jnp.where(row < size", "jnp.where(row < size - 1"),
+        Mutation("gpu/sm90/weight_gradient.py", "jnp.where(row < size", "jnp.where(row < size - 1"),
     ),
-    "no mask": Mutant(MATMUL, Mutation("gpu/weight_gradient.py", "@pl.when(size < DEPTH)", "@pl.when(size < 0)")),
+    "no mask": Mutant(MATMUL, Mutation("gpu/sm90/weight_gradient.py", "@pl.when(size < DEPTH)", "@pl.when(size < 0)")),
     "mask by multiplication": Mutant(
         POISON,
         Mutation(
-            "gpu/weight_gradient.py",
+            "gpu/sm90/weight_gradient.py",
             "jnp.where(row < size, value, jnp.zeros_like(value))",
             "value * (row < size).astype(value.dtype)",
         ),
@@ -79,52 +81,54 @@ MUTATIONS = {
     "ragged ends stored whole": Mutant(
         MATMUL,
         Mutation(
-            "gpu/row_matmul.py",
+            "gpu/sm90/row_matmul.py",
             "store_rows(out_s.at[wg, n % 2], out_g[i], row, used,",
             "store_rows(out_s.at[wg, n % 2], out_g[i], row, used | 64,",
         ),
     ),
     "second half of a tile skipped": Mutant(
         MATMUL,
-        Mutation("gpu/row_matmul.py", "lax.cond(size > 0", "lax.cond((size > 0) & (wg == 0)"),
+        Mutation("gpu/sm90/row_matmul.py", "lax.cond(size > 0", "lax.cond((size > 0) & (wg == 0)"),
     ),
     "tiles of the wrong expert": Mutant(
         MATMUL,
         Mutation(
-            "gpu/schedule.py", "runs.expert[run], runs.first[run]", "jnp.roll(runs.expert[run], 1), runs.first[run]"
+            "gpu/common/schedule.py",
+            "runs.expert[run], runs.first[run]",
+            "jnp.roll(runs.expert[run], 1), runs.first[run]",
         ),
     ),
     "bias not waited for": Mutant(
         MLP,
-        Mutation("gpu/row_matmul.py", 'plgpu.barrier_wait(scratch["bias_full"].at[wg])', "pass"),
+        Mutation("gpu/sm90/row_matmul.py", 'plgpu.barrier_wait(scratch["bias_full"].at[wg])', "pass"),
     ),
     "the gate stands where what it lets pass does": Mutant(
-        GATED, Mutation("gpu/row_matmul.py", "yield 0, own + CHUNK, up", "yield 0, own + CHUNK, rounded")
+        GATED, Mutation("gpu/sm90/row_matmul.py", "yield 0, own + CHUNK, up", "yield 0, own + CHUNK, rounded")
     ),
     "products of a gate and the gate": Mutant(
-        GATED, Mutation("gpu/row_matmul.py", "up = before(chunk + 1)", "up = before(chunk)")
+        GATED, Mutation("gpu/sm90/row_matmul.py", "up = before(chunk + 1)", "up = before(chunk)")
     ),
     "products of the next columns": Mutant(
-        GATED, Mutation("gpu/row_matmul.py", "lax.div(own, jnp.int32(2))", "lax.rem(own + CHUNK, jnp.int32(256))")
+        GATED, Mutation("gpu/sm90/row_matmul.py", "lax.div(own, jnp.int32(2))", "lax.rem(own + CHUNK, jnp.int32(256))")
     ),
     "a gate's gradient without its slope": Mutant(
-        GATED, Mutation("gpu/matmul.py", "up.astype(jnp.float32) * slope", "up.astype(jnp.float32)")
+        GATED, Mutation("gpu/sm90/matmul.py", "up.astype(jnp.float32) * slope", "up.astype(jnp.float32)")
     ),
     "gradients of a pair the wrong way round": Mutant(
-        GATED, Mutation("gpu/matmul.py", "dweight, dup = _apart(dmatrix)", "dup, dweight = _apart(dmatrix)")
+        GATED, Mutation("gpu/sm90/matmul.py", "dweight, dup = _apart(dmatrix)", "dup, dweight = _apart(dmatrix)")
     ),
     "a matmul's gradient past its activation": Mutant(
-        POINTWISE, Mutation("gpu/matmul.py", "dout if hidden is None else", "dout if weights.up is None else")
+        POINTWISE, Mutation("gpu/sm90/matmul.py", "dout if hidden is None else", "dout if weights.up is None else")
     ),
     "a bias that is not added": Mutant(
-        POINTWISE, Mutation("gpu/matmul.py", "bias=float32_of(weights.bias)", "bias=None")
+        POINTWISE, Mutation("gpu/sm90/matmul.py", "bias=float32_of(weights.bias)", "bias=None")
     ),
     "hidden not waited for": Mutant(
         MLP,
-        Mutation("gpu/row_matmul.py", 'plgpu.barrier_wait(scratch["hidden_full"].at[2 * wg + chunk])', "pass"),
+        Mutation("gpu/sm90/row_matmul.py", 'plgpu.barrier_wait(scratch["hidden_full"].at[2 * wg + chunk])', "pass"),
     ),
     "slope without its second term": Mutant(
-        MLP, Mutation("gpu/activation.py", "s + x * s * (1.0 - s)", "s + 0 * x * s * (1.0 - s)")
+        MLP, Mutation("gpu/common/activation.py", "s + x * s * (1.0 - s)", "s + 0 * x * s * (1.0 - s)")
     ),
     "indices past the end are fetched": Mutant(
         GATHER,
@@ -193,52 +197,56 @@ MUTATIONS = {
     "ties go to the higher expert": Mutant(
         ROUTE,
         Mutation(
-            "gpu/routing.py",
+            "gpu/sm90/routing.py",
             "jnp.min(jnp.where(equal, experts.ids, jnp.full_like(clean, padded)), axis=1)",
             "jnp.max(jnp.where(equal, experts.ids, jnp.zeros_like(clean)), axis=1)",
         ),
     ),
     "an expert is chosen twice": Mutant(
-        ROUTE, Mutation("gpu/routing.py", "score = jnp.where(mine, jnp.full_like(clean, FAR), score)", "pass")
+        ROUTE, Mutation("gpu/sm90/routing.py", "score = jnp.where(mine, jnp.full_like(clean, FAR), score)", "pass")
     ),
     "the router's last digits left out": Mutant(
         ROUTE_TIES,
-        Mutation("gpu/routing.py", "z[:, 2 * padded :] + z[:, padded : 2 * padded] + z[:, :padded]", "z[:, :padded]"),
+        Mutation(
+            "gpu/sm90/routing.py", "z[:, 2 * padded :] + z[:, padded : 2 * padded] + z[:, :padded]", "z[:, :padded]"
+        ),
     ),
     "the end of a group is in its sums": Mutant(
         ROUTE,
         Mutation(
-            "gpu/routing.py",
+            "gpu/sm90/routing.py",
             "_by_tile(_members(num_tokens, static, inputs), groups, NEVER)",
             "_by_tile(_members(num_tokens, static, inputs), groups, 0)",
         ),
     ),
     "every group is the first": Mutant(
-        ROUTE, Mutation("gpu/routing.py", "pl.ds(group * size + place", "pl.ds(0 * group + place")
+        ROUTE, Mutation("gpu/sm90/routing.py", "pl.ds(group * size + place", "pl.ds(0 * group + place")
     ),
     "noise of the other half": Mutant(
         ROUTE,
-        Mutation("gpu/routing.py", "device.read(refs[1], (step, wg))", "device.read(refs[1], (step, 1 - wg))"),
+        Mutation("gpu/sm90/routing.py", "device.read(refs[1], (step, wg))", "device.read(refs[1], (step, 1 - wg))"),
     ),
     "slices of tokens released too early": Mutant(
-        ROUTE_DEEP, Mutation("gpu/routing.py", "ring.release(filled + k - 1)", "ring.release(filled + k)")
+        ROUTE_DEEP, Mutation("gpu/sm90/routing.py", "ring.release(filled + k - 1)", "ring.release(filled + k)")
     ),
     "columns that are no experts are added up": Mutant(
-        ROUTE, Mutation("gpu/routing.py", "self.only(jnp.exp(distance), 0.0)", "jnp.exp(distance)")
+        ROUTE, Mutation("gpu/sm90/routing.py", "self.only(jnp.exp(distance), 0.0)", "jnp.exp(distance)")
     ),
     "a token that is not finite wants an expert": Mutant(
-        ROUTE_POISON, Mutation("gpu/routing.py", "mine & _down(finite, clean.shape)", "mine")
+        ROUTE_POISON, Mutation("gpu/sm90/routing.py", "mine & _down(finite, clean.shape)", "mine")
     ),
     "the gradient's last digits left out of dW": Mutant(
-        ROUTE, Mutation("gpu/routing_backward.py", "reversed(range(PIECES))", "reversed(range(1))")
+        ROUTE, Mutation("gpu/sm90/routing_backward.py", "reversed(range(PIECES))", "reversed(range(1))")
     ),
     "parts of the tokens past the end": Mutant(
         ROUTE,
         Mutation(
-            "gpu/routing_backward.py", "jnp.clip(num_tokens - part * length, 0, length)", "jnp.full_like(part, length)"
+            "gpu/sm90/routing_backward.py",
+            "jnp.clip(num_tokens - part * length, 0, length)",
+            "jnp.full_like(part, length)",
         ),
     ),
-    "sums take unused rows": Mutant(MLP, Mutation("gpu/column_sums.py", "row < size_g[i]", "row < DEPTH")),
+    "sums take unused rows": Mutant(MLP, Mutation("gpu/sm90/column_sums.py", "row < size_g[i]", "row < DEPTH")),
 }
 
 

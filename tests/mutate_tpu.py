@@ -38,10 +38,10 @@ TWO_CORES = tests("test_tpu_races.py::test_a_grouped_matmul_has_no_races[packed-
 MEMORIES = "test_with_simulated_memories_results_are_the_same_and_no_core_disturbs_the_other"
 
 
-ROWS, STEP, GRADIENTS = "tpu/rows.py", "tpu/step.py", "tpu/gradients.py"
-MLP_FORWARD, MLP_BACKWARD = "tpu/mlp.py", "tpu/mlp_backward.py"
-FORWARD, BACKWARD = "tpu/matmul.py", "tpu/matmul_backward.py"
-SCHEDULE = "tpu/schedule.py"
+ROWS, STEP, GRADIENTS = "tpu/common/rows.py", "tpu/common/step.py", "tpu/common/gradients.py"
+MLP_FORWARD, MLP_BACKWARD = "tpu/mlp/forward.py", "tpu/mlp/backward.py"
+FORWARD, BACKWARD = "tpu/matmul/forward.py", "tpu/matmul/backward.py"
+SCHEDULE = "tpu/common/schedule.py"
 
 MUTATIONS = {
     # Masks.
@@ -110,7 +110,7 @@ MUTATIONS = {
     ),
     "weights of the first expert": Mutant(
         MLP,
-        Mutation("tpu/launch.py", "return schedule.fetched[at], self", "return 0 * schedule.fetched[at], self"),
+        Mutation("tpu/common/launch.py", "return schedule.fetched[at], self", "return 0 * schedule.fetched[at], self"),
     ),
     # Accumulators.
     "dx not reset": Mutant(MATMUL, Mutation(BACKWARD, "refs.dx[...] = jnp.zeros(refs.dx.shape, jnp.float32)", "pass")),
@@ -201,7 +201,9 @@ MUTATIONS = {
     ),
     "slope without the factor 3 of its cubic": Mutant(
         tests("test_tpu_matmul.py::test_every_activation[pointwise-gelu_tanh]"),
-        Mutation("tpu/activation.py", "(_SCALE + 3 * _SCALE * _CUBIC * square)", "(_SCALE + _SCALE * _CUBIC * square)"),
+        Mutation(
+            "tpu/common/activation.py", "(_SCALE + 3 * _SCALE * _CUBIC * square)", "(_SCALE + _SCALE * _CUBIC * square)"
+        ),
     ),
     "sums of items given to their neighbours": Mutant(
         MLP,
@@ -214,7 +216,7 @@ MUTATIONS = {
     "cotangents of tokens passed on added after rounding": Mutant(
         tests("test_tpu_route.py::test_the_cotangent_of_tokens_passed_on_is_added_before_rounding[exact tiles-tpu]"),
         Mutation(
-            "tpu/routing_backward.py",
+            "tpu/route/backward.py",
             "product += passed[0].astype(jnp.float32)",
             "product = product.astype(dtokens.dtype).astype(jnp.float32) + passed[0].astype(jnp.float32)",
         ),
@@ -225,7 +227,7 @@ MUTATIONS = {
     ),
     "an item of the last expert": Mutant(MATMUL, Mutation(SCHEDULE, "end <= item[..., None]", "end < item[..., None]")),
     "cores share items": Mutant(
-        TWO_CORES, Mutation("tpu/launch.py", "return core * self.items + item", "return core + item")
+        TWO_CORES, Mutation("tpu/common/launch.py", "return core * self.items + item", "return core + item")
     ),
     "no piece for an expert that fills it": Mutant(
         tests("test_tpu_mlp.py::test_the_shortest_piece_that_fills_the_mxu_holds_all_rows"),
@@ -233,7 +235,7 @@ MUTATIONS = {
     ),
     "the second core gathers the tiles of the first": Mutant(
         tests(f"test_tpu_permute.py::{MEMORIES}[2-on_wait]"),
-        Mutation("tpu/permute.py", "jnp.minimum(core * share + ", "jnp.minimum("),
+        Mutation("tpu/permute/forward.py", "jnp.minimum(core * share + ", "jnp.minimum("),
     ),
     **mutants_fused.MUTATIONS,
 }

@@ -2,9 +2,9 @@
 
 from pod_cases import paper_pod
 
-from limoe.config import Config
-from limoe.overlap import Times
-from limoe.planner import Memory, Plan
+from limoe.config.schema import Config
+from limoe.plan.overlap import Times
+from limoe.plan.planner import Memory, Plan
 
 # Blocks of the B pattern, small, and on as many devices as a host has; float32 would be another kernel.
 SMALL = ("depth=4", "moe_layers=1,3", "width=128", "mlp_width=256", "batch_size=16", "group_examples=1")

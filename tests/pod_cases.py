@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from limoe.pods import CHIPS, Pod
+from limoe.plan.pods import CHIPS, Pod
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,15 +18,15 @@ import jax
 import numpy as np
 from PIL import Image
 
-import limoe.train as trainer
-from limoe.checkpoint import Checkpoints
-from limoe.config import Config, DataConfig
+import limoe.train.loop as trainer
+from limoe.config.presets import preset
+from limoe.config.schema import Config, DataConfig
+from limoe.config.settings import override
 from limoe.data.world import World, write_world
-from limoe.encode import Encoder
-from limoe.presets import preset
-from limoe.settings import override
-from limoe.step import compile_step
-from limoe.workdir import read_metrics
+from limoe.evaluate.encode import Encoder
+from limoe.train.step import compile_step
+from limoe.workdir.checkpoint import Checkpoints
+from limoe.workdir.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 WORLD_PAIRS = 200

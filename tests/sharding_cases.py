@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_kernels import MlpWeights, MoeOutput, RoutingSums, expert_parallel, moe_mlp
+from moe_kernels import MlpWeights, MoeOutput, RoutingSums, moe_mlp
+from moe_kernels.parallel import mesh as expert_parallel
 
 MODALITIES = 2
 # (data, expert): every way to arrange 1, 2, 4 and 8 devices.

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limoe import analysis
-from limoe.analysis import TopPatches, success_rate_bound
+from limoe.report import analysis
+from limoe.report.analysis import TopPatches, success_rate_bound
 
 
 @pytest.mark.parametrize(

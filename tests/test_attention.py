@@ -10,12 +10,12 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from model_cases import small_config
 
-from limoe import attention_kernel
-from limoe.attention import Device, attend, why_not_kernel
-from limoe.attention_kernel import Geometry
-from limoe.config import ConfigError
-from limoe.mesh import place
-from limoe.presets import preset
+from limoe.config.presets import preset
+from limoe.config.schema import ConfigError
+from limoe.model import attention_kernel
+from limoe.model.attention import Device, attend, why_not_kernel
+from limoe.model.attention_kernel import Geometry
+from limoe.parallel.mesh import place
 
 # Spans that start and end inside tiles, several heads to a tile of lanes; whole tiles of rows, heads across tiles of
 # lanes; three spans, one of a single token, and a head of two tiles.

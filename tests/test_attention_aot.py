@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 from tpu_aot import TOPOLOGIES, Chip
 
-from limoe.attention import attend, geometry_of
-from limoe.mesh import Placement
-from limoe.presets import preset
+from limoe.config.presets import preset
+from limoe.model.attention import attend, geometry_of
+from limoe.parallel.mesh import Placement
 
 pytestmark = pytest.mark.aot
 

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from checkpoint_cases import SMALL, assert_same_bits, files_of, saved, small_state, truncate
 
-from limoe.checkpoint import CheckpointError, Checkpoints
+from limoe.workdir.checkpoint import CheckpointError, Checkpoints
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,10 +10,10 @@ import pytest
 from run_cases import command, environment, ran, settings, summary
 
 from limoe import cli
-from limoe.presets import PRESETS, preset
-from limoe.progress import progress_bar
-from limoe.section import setting_types
-from limoe.settings import SECTIONS
+from limoe.config.presets import PRESETS, preset
+from limoe.config.section import setting_types
+from limoe.config.settings import SECTIONS
+from limoe.train.progress import progress_bar
 
 
 def main(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

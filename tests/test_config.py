@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limoe.config import Config, ConfigError, ModelConfig
-from limoe.presets import PRESETS, preset
-from limoe.section import checked, setting_types
-from limoe.settings import SECTIONS, differences, from_json, override, settings_help, to_json
+from limoe.config.presets import PRESETS, preset
+from limoe.config.schema import Config, ConfigError, ModelConfig
+from limoe.config.section import checked, setting_types
+from limoe.config.settings import SECTIONS, differences, from_json, override, settings_help, to_json
 
 TINY = preset("tiny")
 ALL_NAMES = [f"{section}.{name}" for section, kind in SECTIONS.items() for name in setting_types(kind)]

@@ -138,8 +138,8 @@ def settings(command: str) -> list[str]:
 @pytest.mark.parametrize("command", [command for command in EVERY_COMMAND if "limoe " in command])
 def test_settings_in_commands_exist(command):
     """As written, not as shortened: the long form must be accepted too."""
-    from limoe.presets import preset
-    from limoe.settings import override
+    from limoe.config.presets import preset
+    from limoe.config.settings import override
 
     name = re.search(r"--preset=(\S+)", command)
     override(preset(name[1] if name else "tiny"), settings(command))

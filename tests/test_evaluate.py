@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limoe import evaluate
 from limoe.data.files import DataError
-from limoe.evaluate import Classes, class_embeddings, prompts, read_classes, retrieval, ridge_probe, zero_shot
+from limoe.evaluate import metrics as evaluate
+from limoe.evaluate.metrics import Classes, class_embeddings, prompts, read_classes, retrieval, ridge_probe, zero_shot
 
 
 def embeddings(seed, rows, width=3, levels=3):

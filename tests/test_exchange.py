@@ -10,18 +10,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from sharding_cases import Arguments, arguments, collectives, mesh_of
 
-from limoe.presets import preset
-from moe_kernels import (
-    EXCHANGE_NAMES,
-    SAVED_NAMES,
-    MoeOutput,
-    expert_capacity,
-    expert_parallel,
-    make_plan,
-    route,
-    router_noise,
-)
-from moe_kernels.exchange import block_rows, in_chunks
+from limoe.config.presets import preset
+from moe_kernels import EXCHANGE_NAMES, SAVED_NAMES, MoeOutput, expert_capacity, make_plan, route, router_noise
+from moe_kernels.parallel import mesh as expert_parallel
+from moe_kernels.parallel.exchange import block_rows, in_chunks
 
 pytestmark = pytest.mark.devices(8)
 

@@ -17,7 +17,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sharding_cases import collectives
 
-from moe_kernels import MlpWeights, expert_parallel
+from moe_kernels import MlpWeights
+from moe_kernels.parallel import mesh as expert_parallel
 
 pytestmark = pytest.mark.aot
 

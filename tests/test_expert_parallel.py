@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from moe_cases import assert_close
 from sharding_cases import MESHES, Result, arguments, mesh_of, sharded, unsharded
 
-from moe_kernels import MlpWeights, RoutingSums, expert_parallel, ragged_exchange
-from moe_kernels.ragged_exchange import received_rows
+from moe_kernels import MlpWeights, RoutingSums
+from moe_kernels.parallel import mesh as expert_parallel
+from moe_kernels.parallel import ragged as ragged_exchange
+from moe_kernels.parallel.ragged import received_rows
 
 pytestmark = pytest.mark.devices(8)
 

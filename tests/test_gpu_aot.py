@@ -4,7 +4,7 @@ import gpu_aot
 import pytest
 
 from moe_kernels.backends.gpu.gather import ROWS_AT_ONCE
-from moe_kernels.backends.gpu.tiling import (
+from moe_kernels.backends.gpu.sm90.tiling import (
     CONSUMER_REGISTERS,
     GATHER_ROWS,
     chip_of,

@@ -9,8 +9,8 @@ import pytest
 from moe_kernels.backends import explain
 from moe_kernels.backends.base import Problem
 from moe_kernels.backends.gpu import GPU, why_not
-from moe_kernels.backends.gpu.schedule import max_tiles, row_tiles
-from moe_kernels.backends.gpu.tiling import (
+from moe_kernels.backends.gpu.common.schedule import max_tiles, row_tiles
+from moe_kernels.backends.gpu.sm90.tiling import (
     CONSUMER_REGISTERS,
     NUM_CONSUMERS,
     PRODUCER_REGISTERS,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import reference.matmul as oracle
-from moe_kernels.backends.gpu.activation import activate, activate_and_slope
+from moe_kernels.backends.gpu.common.activation import activate, activate_and_slope
 
 ALL = [
     (name, *dtypes, activation)

@@ -13,7 +13,7 @@ from test_tpu_permute import both, compare, operands
 from moe_kernels.backends import choose, explain, problem_of
 from moe_kernels.backends.base import Problem
 from moe_kernels.backends.gpu.permute import combine_backward, dispatch_forward
-from moe_kernels.backends.gpu.tiling import WIDTH_ALIGNMENT, chip_of, gather_blocks, gather_shared_memory
+from moe_kernels.backends.gpu.sm90.tiling import WIDTH_ALIGNMENT, chip_of, gather_blocks, gather_shared_memory
 from moe_kernels.types import Layout
 
 # One row; dropped choices in several groups; two choices and rows in pieces (two of bfloat16, five of float32); packed

@@ -12,7 +12,7 @@ from test_tpu_route import Case, by_backend, check, draw
 from moe_kernels import route
 from moe_kernels.backends import choose, explain
 from moe_kernels.backends.base import Problem, RouteStatic
-from moe_kernels.backends.gpu.tiling import chip_of, route_blocks, route_shared_memory
+from moe_kernels.backends.gpu.sm90.tiling import chip_of, route_blocks, route_shared_memory
 
 # Groups of more than a tile and less, experts that 8 does not divide, all that one product takes; padding, modalities.
 CASES = {

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 from model_cases import small_batch, small_config
 
-from limoe.hlo import HloError, Program
-from limoe.hlo_work import axes_of, collectives, matmuls
-from limoe.step import compile_step, prepare
+from limoe.plan.hlo import HloError, Program
+from limoe.plan.hlo_work import axes_of, collectives, matmuls
+from limoe.train.step import compile_step, prepare
 
 F32 = 4
 

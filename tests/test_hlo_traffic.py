@@ -2,7 +2,7 @@
 
 import pytest
 
-from limoe.hlo import HloError, Program
+from limoe.plan.hlo import HloError, Program
 
 ROWS, ROW = 64 * 1024 * 4, 8 * 1024 * 4
 HBM, CHIP = "{1,0:T(8,128)}", "{1,0:T(8,128)S(1)}"

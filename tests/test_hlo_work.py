@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from limoe.hlo import HloError, Program
-from limoe.hlo_work import Collective, Kernel, Matmul, axes_of, collectives, groups_of, kernels, matmuls
+from limoe.plan.hlo import HloError, Program
+from limoe.plan.hlo_work import Collective, Kernel, Matmul, axes_of, collectives, groups_of, kernels, matmuls
 
 
 def of(count, *lines: str, before: str = "") -> list:

@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limoe.losses import (
+from limoe.config.presets import preset
+from limoe.config.settings import override
+from limoe.model.moe import IMAGE, TEXT, LayerRouting
+from limoe.train.losses import (
     AuxiliaryTerms,
     LossTerms,
     auxiliary_terms,
@@ -20,9 +23,6 @@ from limoe.losses import (
     softmax_contrastive,
     total_loss,
 )
-from limoe.moe import IMAGE, TEXT, LayerRouting
-from limoe.presets import preset
-from limoe.settings import override
 from moe_kernels import route
 from reference import losses
 

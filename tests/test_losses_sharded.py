@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moe_cases import assert_close
 from sharding_cases import collectives, mesh_of
 
-from limoe.losses import sigmoid_contrastive, softmax_contrastive
+from limoe.train.losses import sigmoid_contrastive, softmax_contrastive
 
 pytestmark = pytest.mark.devices(8)
 

@@ -10,12 +10,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from model_cases import LID, neighbour, small_batch, small_config
 
-from limoe.checkpoint import Checkpoints
-from limoe.config import Config, ConfigError, MeshConfig
-from limoe.mesh import DATA, EXPERT, Placement, is_expert, joined, parameter_spec, place
-from limoe.optim import parameter_path
-from limoe.settings import override
-from limoe.step import StepReport, TrainState, compile_step, new_state, prepare
+from limoe.config.schema import Config, ConfigError, MeshConfig
+from limoe.config.settings import override
+from limoe.parallel.mesh import DATA, EXPERT, Placement, is_expert, joined, parameter_spec, place
+from limoe.parallel.parameters import parameter_path
+from limoe.train.step import StepReport, TrainState, compile_step, new_state, prepare
+from limoe.workdir.checkpoint import Checkpoints
 
 # Two repeats of (dense, experts) in one scan; sixteen groups of one pair, so that eight devices have two.
 BASE = ("depth=4", "moe_layers=1,3", "batch_size=16", "group_examples=1", "width=128", "mlp_width=128")
@@ -215,7 +215,7 @@ def test_an_axis_that_cannot_be_split_is_left():
 
 
 def test_an_array_of_the_state_without_a_parameter_is_refused():
-    from limoe.mesh import state_shardings
+    from limoe.parallel.mesh import state_shardings
 
     placement = Placement(jax.make_mesh((1, 1, 1), ("slice", DATA, EXPERT)), MeshConfig())
     state: dict[str, Any] = {"parameters": {"kernel": jnp.ones((2, 2))}, "stray": jnp.ones(3)}

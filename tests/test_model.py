@@ -11,11 +11,12 @@ from jax.extend import core
 from model_cases import draws, reference_parameters, scaled, small_batch, small_config, small_model
 
 import reference
-from limoe.describe import describe
-from limoe.model import scale_images
-from limoe.moe import RoutingContext
-from limoe.presets import preset
-from limoe.step import abstract_model, gradient
+from limoe.config.presets import preset
+from limoe.model.build import abstract_model
+from limoe.model.describe import describe
+from limoe.model.moe import RoutingContext
+from limoe.model.tower import scale_images
+from limoe.train.step import gradient
 
 PRIORITIES = {"image_first": ("modality", 0), "text_first": ("modality", 1)}
 

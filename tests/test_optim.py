@@ -9,18 +9,18 @@ import optax
 import pytest
 from flax import nnx
 
-from limoe.config import Config
-from limoe.optim import (
+from limoe.config.presets import preset
+from limoe.config.schema import Config
+from limoe.parallel.parameters import parameter_path
+from limoe.train.optim import (
     PARAMETER_RULES,
     AdafactorState,
     FactoredMoment,
     decay_mask,
     make_optimizer,
     make_schedule,
-    parameter_path,
     scale_by_adafactor,
 )
-from limoe.presets import preset
 
 EPS = float(np.finfo(np.float32).eps)
 

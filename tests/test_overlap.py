@@ -7,13 +7,13 @@ import pytest
 from jax.sharding import Mesh
 from pod_cases import paper_pod
 
-from limoe import pods
-from limoe.config import MeshConfig
-from limoe.hlo import HloError, Program
-from limoe.hlo_work import Collective, collectives
-from limoe.mesh import AXES, Placement
-from limoe.overlap import Cost, Times, schedule
-from limoe.planner import _cost, _exchanges
+from limoe.config.schema import MeshConfig
+from limoe.parallel.mesh import AXES, Placement
+from limoe.plan import pods
+from limoe.plan.hlo import HloError, Program
+from limoe.plan.hlo_work import Collective, collectives
+from limoe.plan.overlap import Cost, Times, schedule
+from limoe.plan.planner import _cost, _exchanges
 
 # Of instructions by name: work of one second in the matrix unit, and with memory half of that time, or all of it.
 COSTS = {

@@ -12,19 +12,19 @@ from model_cases import small_config
 from plan_cases import SMALL, made_up
 from pod_cases import paper_pod
 
-from limoe import pods
 from limoe.cli import main
-from limoe.config import Config, ConfigError
-from limoe.hlo import HloError
-from limoe.mesh import AXES, place
-from limoe.overlap import Times
-from limoe.plan_report import as_text
-from limoe.plan_search import search
-from limoe.planner import Memory, Plan, _too_large, kept_for_backward, on_pod
-from limoe.pods import Pod, exchange_seconds, find_pod, topologies
-from limoe.presets import preset
-from limoe.settings import override
-from limoe.step import prepare
+from limoe.config.presets import preset
+from limoe.config.schema import Config, ConfigError
+from limoe.config.settings import override
+from limoe.parallel.mesh import AXES, place
+from limoe.plan import pods
+from limoe.plan.hlo import HloError
+from limoe.plan.overlap import Times
+from limoe.plan.planner import Memory, Plan, _too_large, kept_for_backward, on_pod
+from limoe.plan.pods import Pod, exchange_seconds, find_pod, topologies
+from limoe.plan.search import search
+from limoe.plan.text import as_text
+from limoe.train.step import prepare
 
 
 def test_pods_that_do_not_exist():
@@ -121,7 +121,7 @@ def test_the_slower_of_both_levels_counts():
 
 
 def test_the_search_finds_the_fastest_that_fits(monkeypatch):
-    monkeypatch.setattr("limoe.plan_search.find_pod", lambda name, slices: paper_pod("v5p", 2, 2, 1))
+    monkeypatch.setattr("limoe.plan.search.find_pod", lambda name, slices: paper_pod("v5p", 2, 2, 1))
     seen, said = [], []
 
     def planned(config: Config, topology: str) -> Plan:
@@ -142,7 +142,7 @@ def test_the_search_finds_the_fastest_that_fits(monkeypatch):
 
 @pytest.mark.parametrize("refusal", [ConfigError("too many of them"), HloError("a loop of another form")])
 def test_the_search_goes_on_where_a_candidate_is_refused(monkeypatch, refusal):
-    monkeypatch.setattr("limoe.plan_search.find_pod", lambda name, slices: paper_pod("v5p", 2, 2, 1))
+    monkeypatch.setattr("limoe.plan.search.find_pod", lambda name, slices: paper_pod("v5p", 2, 2, 1))
     said = []
 
     def planned(config: Config, topology: str) -> Plan:
@@ -162,7 +162,7 @@ def test_the_search_goes_on_where_a_candidate_is_refused(monkeypatch, refusal):
 
 
 def test_the_search_among_what_does_not_fit(monkeypatch):
-    monkeypatch.setattr("limoe.plan_search.find_pod", lambda name, slices: paper_pod("v5p", 2, 2, 1))
+    monkeypatch.setattr("limoe.plan.search.find_pod", lambda name, slices: paper_pod("v5p", 2, 2, 1))
     planned = lambda config, _: made_up(config, None, (200 - 50 * (config.model.remat == "blocks")) * 2**30)  # noqa: E731
     best = search(small_config("batch_size=16", "group_examples=1"), "v5p:2x2x1", say=lambda _: None, planned=planned)
     assert best.settings["model.remat"] == "blocks" and not best.fits
@@ -230,8 +230,8 @@ def test_the_command_plans_what_it_was_told(monkeypatch, capsys, flags):
         say("a candidate")
         return made_up(config, 0.25, 2**30)
 
-    monkeypatch.setattr("limoe.planner.plan", planned)
-    monkeypatch.setattr("limoe.plan_search.search", searched)
+    monkeypatch.setattr("limoe.plan.planner.plan", planned)
+    monkeypatch.setattr("limoe.plan.search.search", searched)
     assert main(["plan", "--preset=h14", "--topology=v5p:8x8x8", "--batch=43008", *flags]) == 0
     (by, config, topology), *others = asked
     assert (by, topology, others) == ("search" if "--search" in flags else "plan", "v5p:8x8x8", [])

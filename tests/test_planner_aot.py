@@ -8,12 +8,12 @@ import pytest
 from model_cases import small_config
 from plan_cases import SMALL
 
-from limoe.describe import describe
-from limoe.planner import Memory, Plan, plan
-from limoe.planner import _memory as memory_of
-from limoe.pods import CHIPS, LATENCY
-from limoe.presets import preset
-from limoe.settings import override
+from limoe.config.presets import preset
+from limoe.config.settings import override
+from limoe.model.describe import describe
+from limoe.plan.planner import Memory, Plan, plan
+from limoe.plan.planner import _memory as memory_of
+from limoe.plan.pods import CHIPS, LATENCY
 
 
 class Plans:
@@ -41,7 +41,7 @@ class Plans:
 def planned():
     plans = Plans()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("limoe.planner._memory", plans.account)
+        patch.setattr("limoe.plan.planner._memory", plans.account)
         yield plans
 
 

@@ -8,11 +8,11 @@ import pytest
 from test_docs import ROOT, blocks, settings
 
 from limoe import cli
-from limoe.config import Config
-from limoe.mesh import AXES
-from limoe.pods import topologies
-from limoe.presets import preset
-from limoe.settings import SECTIONS, override
+from limoe.config.presets import preset
+from limoe.config.schema import Config
+from limoe.config.settings import SECTIONS, override
+from limoe.parallel.mesh import AXES
+from limoe.plan.pods import topologies
 
 PAGE = ROOT / "docs" / "pods.md"
 COMMANDS = [line for block in blocks(PAGE) if block.language == "sh" for line in block.text.splitlines() if line]

@@ -15,14 +15,14 @@ from model_cases import LID, neighbour
 from process_cases import CHECKPOINT_EVERY, CROSSING, MESH, Team, slurm_task
 from run_cases import environment, metrics, ran, summary
 
-import limoe.train as trainer
-from limoe import processes
-from limoe.checkpoint import Checkpoints
+import limoe.train.loop as trainer
 from limoe.cli import main
-from limoe.config import ConfigError
-from limoe.losses import LossTerms
-from limoe.processes import HEARTBEAT_SECONDS, join
-from limoe.step import TrainState
+from limoe.config.schema import ConfigError
+from limoe.parallel import processes
+from limoe.parallel.processes import HEARTBEAT_SECONDS, join
+from limoe.train.losses import LossTerms
+from limoe.train.step import TrainState
+from limoe.workdir.checkpoint import Checkpoints
 
 SECONDS_TO_LEAVE = 30
 
@@ -171,7 +171,7 @@ def test_flags_that_do_not_say_enough(capsys):
 
 
 SLURM = slurm_task(0, job=1)
-BEFORE_JAX = "from limoe.processes import join; join(None, None, None)"
+BEFORE_JAX = "from limoe.parallel.processes import join; join(None, None, None)"
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limoe import panels, report
-from limoe.analysis import TopPatches
-from limoe.panels import COLOURS, History, LayerView, one_line, pack_words
+from limoe.report import panels
+from limoe.report import pictures as report
+from limoe.report.analysis import TopPatches
+from limoe.report.panels import COLOURS, History, LayerView, one_line, pack_words
 
 NASTY = ("$x^2$ $\\frac{$", "漢字 \U0001f600", "line\nbreak\x00\ud800", "a" * 500, "", "%s {} \\alpha")
 

@@ -10,19 +10,20 @@ import pytest
 from data_cases import classes_json, colour_examples, picture, write_raw
 from run_cases import config, ran, summary
 
-from limoe import results
-from limoe.checkpoint import CheckpointError
+from limoe.config.presets import PRESETS, preset
+from limoe.config.settings import override
 from limoe.data.files import DataError
+from limoe.data.inputs import DataFolders, evaluation_folders
 from limoe.data.shards import write_shard
-from limoe.describe import as_text, describe
-from limoe.encode import Encoder
-from limoe.evaluation import evaluate_run, evaluation_text
-from limoe.inputs import DataFolders, evaluation_folders
-from limoe.presets import PRESETS, preset
-from limoe.settings import override
-from limoe.step import create_model
-from limoe.tokenizer import train_tokenizer
-from limoe.workdir import Workdir, WorkdirError
+from limoe.data.tokenizer import train_tokenizer
+from limoe.evaluate import scores
+from limoe.evaluate.command import evaluate_run, evaluation_text
+from limoe.evaluate.encode import Encoder
+from limoe.model.build import create_model
+from limoe.model.describe import as_text, describe
+from limoe.report import results
+from limoe.workdir.checkpoint import CheckpointError
+from limoe.workdir.folder import Workdir, WorkdirError
 
 
 def silent(text: str) -> None:
@@ -39,10 +40,10 @@ def test_a_run_on_its_own_data_scores_as_in_its_summary(run: Path) -> None:
     result = evaluate_run(str(run), "", say=silent)
     content = summary(run)
     probe = {"probe_top1", "probe_chance", "probe_shots"}
-    assert set(results.Scores._fields) | {"preset", "step", "data"} | probe == set(result)
+    assert set(scores.Scores._fields) | {"preset", "step", "data"} | probe == set(result)
     assert {result[name] for name in probe} == {None}
-    assert {name: result[name] for name in results.Scores._fields} == {
-        name: content[name] for name in results.Scores._fields
+    assert {name: result[name] for name in scores.Scores._fields} == {
+        name: content[name] for name in scores.Scores._fields
     }
     assert (result["preset"], result["step"], result["zero_shot_images"], result["retrieval_pairs"]) == (
         *("tiny", 4, 480, 512),
@@ -138,13 +139,13 @@ def test_a_label_that_is_no_class(tmp_path: Path, label: Any, message: str) -> N
     )
     classes_json(tmp_path)
     with pytest.raises(DataError, match=message):
-        results.read_evaluation_data(config(), evaluation_folders(config(), str(tmp_path)))
+        scores.read_evaluation_data(config(), evaluation_folders(config(), str(tmp_path)))
 
 
 def test_evaluation_shards_without_a_usable_example(tmp_path: Path) -> None:
     write_raw(tmp_path / "0.tar", [("a", b"nothing", b"one", None)])
     with pytest.raises(DataError, match=r"none of the 1 examples in .* is usable, a: the image does not decode"):
-        results.read_evaluation_data(config(), DataFolders("", "", str(tmp_path)))
+        scores.read_evaluation_data(config(), DataFolders("", "", str(tmp_path)))
 
 
 def test_last_steps_are_the_mean_over_layers_and_the_last_hundred() -> None:

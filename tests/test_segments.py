@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limoe.presets import PRESETS
-from limoe.segments import Segment, cut
+from limoe.config.presets import PRESETS
+from limoe.model.segments import Segment, cut
 
 pytestmark = pytest.mark.compat
 

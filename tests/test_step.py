@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 from model_cases import small_batch, small_config, small_model
 
-from limoe.losses import AuxiliaryTerms
-from limoe.moe import MoeLayer, RoutingContext
-from limoe.optim import make_optimizer
-from limoe.settings import override
-from limoe.step import TrainState, gradient, make_step, step_key
+from limoe.config.settings import override
+from limoe.model.moe import MoeLayer, RoutingContext
+from limoe.train.losses import AuxiliaryTerms
+from limoe.train.optim import make_optimizer
+from limoe.train.step import TrainState, gradient, make_step, step_key
 
 # Two repeats of (dense, experts) in one scan; four groups of two pairs.
 BASE = ("depth=4", "moe_layers=1,3", "batch_size=8", "num_choices=2", "local_image=true", "aux_weight=1")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from moe_kernels.backends import choose, explain
 from moe_kernels.backends.base import Problem
-from moe_kernels.backends.tpu.schedule import ADDS, PADDING, STARTS, make_schedule
-from moe_kernels.backends.tpu.tiling import (
+from moe_kernels.backends.tpu.common.schedule import ADDS, PADDING, STARTS, make_schedule
+from moe_kernels.backends.tpu.common.tiling import (
     CHIPS,
     MIB,
     PIECE,

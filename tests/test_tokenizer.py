@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 
 from limoe.data.files import DataError
-from limoe.tokenizer import PAD_ID, UNKNOWN_ID, Tokenizer, load_tokenizer, train_tokenizer
+from limoe.data.tokenizer import PAD_ID, UNKNOWN_ID, Tokenizer, load_tokenizer, train_tokenizer
 
 CAPTIONS = [
     f"{count} {size} {colour} {shape}"

@@ -16,12 +16,12 @@ import reference
 from moe_kernels import MlpWeights, combine, dispatch, expert_mlp
 from moe_kernels.backends import explain
 from moe_kernels.backends.base import MlpStatic, Problem
-from moe_kernels.backends.tpu import layer as in_layer
-from moe_kernels.backends.tpu.fused import run_fused
-from moe_kernels.backends.tpu.gather_tiles import FusedTiles, fused_backward_tiles, fused_tiles
-from moe_kernels.backends.tpu.launch import Target
-from moe_kernels.backends.tpu.layer import LayerSaved, layer_backward, layer_forward, layer_value, run_backward
-from moe_kernels.backends.tpu.tiling import CHIPS, RowTiles, Tiles
+from moe_kernels.backends.tpu.common.launch import Target
+from moe_kernels.backends.tpu.common.tiling import CHIPS, RowTiles, Tiles
+from moe_kernels.backends.tpu.fused import span as in_layer
+from moe_kernels.backends.tpu.fused.forward import run_fused
+from moe_kernels.backends.tpu.fused.span import LayerSaved, layer_backward, layer_forward, layer_value, run_backward
+from moe_kernels.backends.tpu.permute.tiles import FusedTiles, fused_backward_tiles, fused_tiles
 from moe_kernels.types import Layout
 
 TARGET = Target("TPU v6 lite", interpret=True)

@@ -7,9 +7,9 @@ from tpu_aot import Chip, check_vmem, kernel_vmem
 from moe_kernels import MlpWeights
 from moe_kernels.backends import explain, find, problem_of
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.tpu.gather_tiles import fused_backward_tiles, fused_tiles, keeps_rows
-from moe_kernels.backends.tpu.layer import LayerSaved
-from moe_kernels.backends.tpu.tiling import CHIPS
+from moe_kernels.backends.tpu.common.tiling import CHIPS
+from moe_kernels.backends.tpu.fused.span import LayerSaved
+from moe_kernels.backends.tpu.permute.tiles import fused_backward_tiles, fused_tiles, keeps_rows
 from moe_kernels.types import Layout, Plan
 
 pytestmark = pytest.mark.aot

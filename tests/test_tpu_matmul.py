@@ -10,10 +10,10 @@ import pytest
 from test_tpu_mlp import CASES, POISONED, TARGET, tiles_of
 
 from moe_kernels.backends.base import MatmulStatic
-from moe_kernels.backends.tpu.launch import Target
-from moe_kernels.backends.tpu.matmul import grouped_matmul_forward, run_forward
-from moe_kernels.backends.tpu.matmul_backward import grouped_matmul_backward, run_backward
-from moe_kernels.backends.tpu.tiling import covers, matmul_backward_tiles, matmul_forward_tiles, pieces
+from moe_kernels.backends.tpu.common.launch import Target
+from moe_kernels.backends.tpu.common.tiling import covers, matmul_backward_tiles, matmul_forward_tiles, pieces
+from moe_kernels.backends.tpu.matmul.backward import grouped_matmul_backward, run_backward
+from moe_kernels.backends.tpu.matmul.forward import grouped_matmul_forward, run_forward
 
 EPILOGUES = {"none": None, "pointwise": "gelu_tanh", "gated": "silu"}
 

@@ -7,7 +7,7 @@ from tpu_aot import LAYOUTS, TOPOLOGIES, WIDTHS, Chip, check_vmem
 
 from moe_kernels.backends import choose, problem_of
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights, apply, epilogue_of
-from moe_kernels.backends.tpu.tiling import CHIPS, matmul_backward_tiles, matmul_forward_tiles
+from moe_kernels.backends.tpu.common.tiling import CHIPS, matmul_backward_tiles, matmul_forward_tiles
 
 pytestmark = pytest.mark.aot
 

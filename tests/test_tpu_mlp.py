@@ -10,10 +10,10 @@ import pytest
 from moe_cases import SAME_BITS
 
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.tpu.launch import Target
-from moe_kernels.backends.tpu.mlp import expert_mlp_forward, run_forward
-from moe_kernels.backends.tpu.mlp_backward import expert_mlp_backward, run_backward
-from moe_kernels.backends.tpu.tiling import RowTiles, Tiles, mlp_backward_tiles
+from moe_kernels.backends.tpu.common.launch import Target
+from moe_kernels.backends.tpu.common.tiling import RowTiles, Tiles, mlp_backward_tiles
+from moe_kernels.backends.tpu.mlp.backward import expert_mlp_backward, run_backward
+from moe_kernels.backends.tpu.mlp.forward import expert_mlp_forward, run_forward
 
 TARGET = Target("TPU v6 lite", interpret=True)
 # Small enough that every case has several pieces, and most of them several items and chunks.

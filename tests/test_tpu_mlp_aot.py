@@ -7,9 +7,9 @@ from tpu_aot import LAYOUTS, TOPOLOGIES, WIDTHS, Chip, check_vmem
 from moe_kernels import MlpWeights
 from moe_kernels.backends import choose, problem_of
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.tpu.hidden import keeps_hidden
-from moe_kernels.backends.tpu.mlp import MlpSaved
-from moe_kernels.backends.tpu.tiling import CHIPS, mlp_backward_tiles, mlp_forward_tiles
+from moe_kernels.backends.tpu.common.tiling import CHIPS, mlp_backward_tiles, mlp_forward_tiles
+from moe_kernels.backends.tpu.mlp.forward import MlpSaved
+from moe_kernels.backends.tpu.mlp.hidden import keeps_hidden
 
 pytestmark = pytest.mark.aot
 

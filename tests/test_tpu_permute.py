@@ -13,8 +13,8 @@ from test_tpu_races import simulate
 from moe_kernels import combine, dispatch
 from moe_kernels.backends import choose, explain, problem_of
 from moe_kernels.backends.base import Problem
-from moe_kernels.backends.tpu import permute
-from moe_kernels.backends.tpu.gather_tiles import GatherTiles
+from moe_kernels.backends.tpu.permute import forward as permute
+from moe_kernels.backends.tpu.permute.tiles import GatherTiles
 from moe_kernels.types import Layout
 
 # One row, dropped choices in several groups, two choices, packed runs, more than a block of 512 rows.

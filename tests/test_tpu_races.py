@@ -11,7 +11,7 @@ import test_tpu_matmul
 import test_tpu_mlp
 from jax.experimental.pallas import tpu as pltpu
 
-from moe_kernels.backends.tpu.launch import Target
+from moe_kernels.backends.tpu.common.launch import Target
 
 BLOCK = nasty.Rows(experts=4, rows_per_run=24, width=8, hidden=256)
 PACKED = nasty.Rows(experts=4, rows_per_run=None, width=8, hidden=384, packed_rows=96)

@@ -20,11 +20,11 @@ import reference
 from moe_kernels import RoutingSums, route
 from moe_kernels.backends import choose, explain
 from moe_kernels.backends.base import Problem, RouteInputs, RouteStatic
-from moe_kernels.backends.tpu.launch import Target
-from moe_kernels.backends.tpu.route_tiles import RouteTiles, backward_tiles, forward_tiles
-from moe_kernels.backends.tpu.routing import RouteSaved, run_forward
-from moe_kernels.backends.tpu.routing_backward import run_backward
-from moe_kernels.backends.tpu.tiling import CHIPS
+from moe_kernels.backends.tpu.common.launch import Target
+from moe_kernels.backends.tpu.common.tiling import CHIPS
+from moe_kernels.backends.tpu.route.backward import run_backward
+from moe_kernels.backends.tpu.route.forward import RouteSaved, run_forward
+from moe_kernels.backends.tpu.route.tiles import RouteTiles, backward_tiles, forward_tiles
 from moe_kernels.routing import route_and_pass
 
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8}

@@ -11,8 +11,8 @@ from tpu_aot import TOPOLOGIES, WIDTHS, kernel_vmem
 from moe_kernels import Routing, RoutingSums
 from moe_kernels.backends import choose, problem_of
 from moe_kernels.backends.base import RouteInputs, RouteStatic
-from moe_kernels.backends.tpu.route_tiles import backward_tiles, forward_tiles
-from moe_kernels.backends.tpu.tiling import CHIPS, MIB
+from moe_kernels.backends.tpu.common.tiling import CHIPS, MIB
+from moe_kernels.backends.tpu.route.tiles import backward_tiles, forward_tiles
 
 pytestmark = pytest.mark.aot
 

@@ -24,16 +24,17 @@ from run_cases import (
     summary,
 )
 
-import limoe.checkpoint
-import limoe.train as trainer
-from limoe.config import ConfigError
+import limoe.train.loop as trainer
+import limoe.workdir.checkpoint
+from limoe.config.schema import ConfigError
 from limoe.data.files import DataError
-from limoe.describe import describe
-from limoe.losses import AuxiliaryTerms
-from limoe.moe import RoutingFigures
-from limoe.results import bound
-from limoe.tokenizer import train_tokenizer
-from limoe.workdir import MetricsLog, WorkdirError
+from limoe.data.tokenizer import train_tokenizer
+from limoe.model.describe import describe
+from limoe.model.moe import RoutingFigures
+from limoe.report.results import bound
+from limoe.train.losses import AuxiliaryTerms
+from limoe.workdir.folder import WorkdirError
+from limoe.workdir.metrics import MetricsLog
 
 SUMMARY_KEYS = {
     *("preset", "steps", "seconds", "zero_shot_top1", "zero_shot_chance", "image_to_text_r1", "text_to_image_r1"),
@@ -213,8 +214,8 @@ def test_what_a_kill_leaves_at_any_moment_is_enough(
         snapshots.before(patch, trainer, "prepare", "tokenizer written")
         snapshots.before(patch, MetricsLog, "append", "before the first checkpoint", call=3)
         snapshots.before(patch, MetricsLog, "append", "half a line", call=7)
-        snapshots.before(patch, limoe.checkpoint, "_sync", "first checkpoint being written", call=3)
-        snapshots.before(patch, limoe.checkpoint, "_sync", "checkpoint being written", call=30)
+        snapshots.before(patch, limoe.workdir.checkpoint, "_sync", "first checkpoint being written", call=3)
+        snapshots.before(patch, limoe.workdir.checkpoint, "_sync", "checkpoint being written", call=30)
         snapshots.before(patch, trainer.results, "score", "before the evaluation")
         snapshots.before(patch, trainer.results.report, "draw_gallery", "while drawing")
         snapshots.before(patch, trainer, "write_json", "before the summary")

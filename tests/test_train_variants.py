@@ -17,14 +17,14 @@ from run_cases import (
     summary,
 )
 
-import limoe.train as trainer
-from limoe import inputs
-from limoe.config import ConfigError
+import limoe.train.loop as trainer
+from limoe.config.schema import ConfigError
+from limoe.data import inputs
 from limoe.data.batches import BadExamples
 from limoe.data.source import Bad
-from limoe.profiling import Profile
-from limoe.train import TrainingError, train
-from limoe.workdir import WorkdirError
+from limoe.train.loop import TrainingError, train
+from limoe.train.profiling import Profile
+from limoe.workdir.folder import WorkdirError
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, step: int, harm: Any) -> None:

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from limoe.config.presets import preset
+from limoe.config.settings import from_json, override, to_json
 from limoe.data import files
-from limoe.presets import preset
-from limoe.settings import from_json, override, to_json
-from limoe.workdir import MetricsLog, Workdir, WorkdirError, read_metrics, write_json
+from limoe.workdir.folder import Workdir, WorkdirError
+from limoe.workdir.metrics import MetricsLog, read_metrics, write_json
 
 ROOT = Path(__file__).parents[1]
 TINY = preset("tiny")
@@ -142,7 +143,7 @@ def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
 
 def test_a_killed_run_frees_its_folder(tmp_path: Path) -> None:
     script = (
-        "import sys, time\nfrom limoe.presets import preset\nfrom limoe.workdir import Workdir\n"
+        "import sys, time\nfrom limoe.config.presets import preset\nfrom limoe.workdir.folder import Workdir\n"
         "workdir = Workdir.open(sys.argv[1], preset('tiny'))\nprint('open', flush=True)\ntime.sleep(60)\n"
     )
     child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)

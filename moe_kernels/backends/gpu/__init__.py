@@ -6,18 +6,18 @@ import functools
 from typing import Any
 
 from moe_kernels.backends.base import Backend, Problem, Span, rows_misfit
-from moe_kernels.backends.gpu.launch import INTERPRETED_SMS, Device
-from moe_kernels.backends.gpu.matmul import grouped_matmul_backward, grouped_matmul_forward, grouped_matmul_value
-from moe_kernels.backends.gpu.mlp import expert_mlp_backward, expert_mlp_forward, expert_mlp_value
+from moe_kernels.backends.gpu.common.launch import INTERPRETED_SMS, Device
 from moe_kernels.backends.gpu.permute import (
     combine_backward,
     combine_forward,
     dispatch_backward,
     dispatch_forward,
 )
-from moe_kernels.backends.gpu.routing import PIECES, route_forward
-from moe_kernels.backends.gpu.routing_backward import route_backward
-from moe_kernels.backends.gpu.tiling import MOST_COLUMNS, WIDTH_ALIGNMENT, Chip, chip_of
+from moe_kernels.backends.gpu.sm90.matmul import grouped_matmul_backward, grouped_matmul_forward, grouped_matmul_value
+from moe_kernels.backends.gpu.sm90.mlp import expert_mlp_backward, expert_mlp_forward, expert_mlp_value
+from moe_kernels.backends.gpu.sm90.routing import PIECES, route_forward
+from moe_kernels.backends.gpu.sm90.routing_backward import route_backward
+from moe_kernels.backends.gpu.sm90.tiling import MOST_COLUMNS, WIDTH_ALIGNMENT, Chip, chip_of
 from moe_kernels.types import round_up
 
 DTYPES = ("bfloat16", "float16")

@@ -20,8 +20,8 @@ from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from moe_kernels.backends.gpu.launch import Device, Ring, launch, over_steps, ring_barriers, specialise
-from moe_kernels.backends.gpu.tiling import ACCESS_BYTES, GATHER_ROWS, HALF_WARP, NUM_CONSUMERS, gather_blocks
+from moe_kernels.backends.gpu.common.launch import Device, Ring, launch, over_steps, ring_barriers, specialise
+from moe_kernels.backends.gpu.sm90.tiling import ACCESS_BYTES, GATHER_ROWS, HALF_WARP, NUM_CONSUMERS, gather_blocks
 
 TILE_ROWS = NUM_CONSUMERS * GATHER_ROWS
 # Rows of a result that each of four warps holds, half a warp along each.

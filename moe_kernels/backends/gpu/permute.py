@@ -10,8 +10,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moe_kernels.backends.gpu.common.launch import Device
 from moe_kernels.backends.gpu.gather import gather_rows
-from moe_kernels.backends.gpu.launch import Device
 from moe_kernels.types import Plan
 
 

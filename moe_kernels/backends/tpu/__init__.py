@@ -6,24 +6,8 @@ import functools
 from typing import Any
 
 from moe_kernels.backends.base import Backend, Problem, Span, rows_misfit
-from moe_kernels.backends.tpu.gather_tiles import fused_backward_tiles, fused_tiles, gather_tiles
-from moe_kernels.backends.tpu.hidden import hidden_cost, keeps_hidden
-from moe_kernels.backends.tpu.launch import STAND_IN, Target
-from moe_kernels.backends.tpu.layer import layer_backward, layer_forward, layer_value
-from moe_kernels.backends.tpu.matmul import grouped_matmul_forward
-from moe_kernels.backends.tpu.matmul_backward import grouped_matmul_backward
-from moe_kernels.backends.tpu.mlp import expert_mlp, expert_mlp_forward
-from moe_kernels.backends.tpu.mlp_backward import expert_mlp_backward
-from moe_kernels.backends.tpu.permute import (
-    combine_backward,
-    combine_forward,
-    dispatch_backward,
-    dispatch_forward,
-)
-from moe_kernels.backends.tpu.route_tiles import route_misfit
-from moe_kernels.backends.tpu.routing import route_forward
-from moe_kernels.backends.tpu.routing_backward import route_backward
-from moe_kernels.backends.tpu.tiling import (
+from moe_kernels.backends.tpu.common.launch import STAND_IN, Target
+from moe_kernels.backends.tpu.common.tiling import (
     CHIPS,
     MIB,
     MOST_ROWS,
@@ -33,6 +17,22 @@ from moe_kernels.backends.tpu.tiling import (
     mlp_backward_tiles,
     mlp_forward_tiles,
 )
+from moe_kernels.backends.tpu.fused.span import layer_backward, layer_forward, layer_value
+from moe_kernels.backends.tpu.matmul.backward import grouped_matmul_backward
+from moe_kernels.backends.tpu.matmul.forward import grouped_matmul_forward
+from moe_kernels.backends.tpu.mlp.backward import expert_mlp_backward
+from moe_kernels.backends.tpu.mlp.forward import expert_mlp, expert_mlp_forward
+from moe_kernels.backends.tpu.mlp.hidden import hidden_cost, keeps_hidden
+from moe_kernels.backends.tpu.permute.forward import (
+    combine_backward,
+    combine_forward,
+    dispatch_backward,
+    dispatch_forward,
+)
+from moe_kernels.backends.tpu.permute.tiles import fused_backward_tiles, fused_tiles, gather_tiles
+from moe_kernels.backends.tpu.route.backward import route_backward
+from moe_kernels.backends.tpu.route.forward import route_forward
+from moe_kernels.backends.tpu.route.tiles import route_misfit
 from moe_kernels.types import Layout
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2}

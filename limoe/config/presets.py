@@ -1,0 +1,111 @@
+"""The named configurations: `tiny` for two CPU cores, the paper's sizes, and a dense twin of each."""
+
+import difflib
+from dataclasses import replace
+
+from limoe.config.schema import Config, ConfigError, DataConfig, LossConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+
+def _every_second(depth: int) -> tuple[int, ...]:
+    return tuple(range(1, depth, 2))
+
+
+def _tiny() -> Config:
+    """A model that learns the embedded world in minutes on two CPU cores."""
+    model = ModelConfig(
+        depth=4,
+        width=128,
+        mlp_width=512,
+        num_heads=4,
+        patch_size=8,
+        image_size=48,
+        text_length=16,
+        vocab_size=512,
+        moe_layers=_every_second(4),
+        num_experts=8,
+        text_padding="mask",
+        scan_unroll=4,
+    )
+    optimizer = OptimizerConfig(name="adamw", warmup_steps=60, cooldown_steps=250, timescale=1_000.0, weight_decay=1e-4)
+    train = TrainConfig(steps=500, batch_size=128, checkpoint_every=100, evaluate_every=100)
+    return Config(preset="tiny", model=model, loss=LossConfig(), optimizer=optimizer, data=DataConfig(), train=train)
+
+
+def _paper(preset: str, model: ModelConfig, train: TrainConfig) -> Config:
+    """A size of the paper with the recipe of its section 4, which the defaults hold."""
+    return Config(
+        preset=preset, model=model, loss=LossConfig(), optimizer=OptimizerConfig(), data=DataConfig(), train=train
+    )
+
+
+def _paper_sizes() -> list[Config]:
+    """The table of the paper's section 1; which blocks hold experts is [open] for all of them."""
+    main = TrainConfig(steps=781_250, batch_size=16_384)
+    small = ModelConfig(
+        depth=8,
+        width=512,
+        mlp_width=2048,
+        num_heads=8,
+        patch_size=32,
+        image_size=224,
+        text_length=16,
+        vocab_size=32_000,
+        moe_layers=_every_second(8),
+        group_examples=64,
+    )
+    base = replace(small, depth=12, width=768, mlp_width=3072, num_heads=12, moe_layers=_every_second(12))
+    large = replace(
+        base,
+        depth=24,
+        width=1024,
+        mlp_width=4096,
+        num_heads=16,
+        patch_size=16,
+        moe_layers=_every_second(24)[6:],
+        group_examples=32,
+        remat="blocks",
+    )
+    huge = replace(
+        large,
+        depth=32,
+        width=1280,
+        mlp_width=5120,
+        patch_size=14,
+        moe_layers=(3, 7, 11, 15, 17, 19, 21, 23, 25, 27, 29, 31),
+        group_examples=42,
+    )
+    return [
+        _paper("s32", small, main),
+        _paper("b32", base, main),
+        _paper("b16", replace(base, patch_size=16, group_examples=32), main),
+        _paper("l16", large, main),
+        # 21,502 pairs in the paper; 21,504 = 512 groups of 42, so that no group is cut on 512 chips.
+        _paper("h14", huge, replace(main, steps=700_000, batch_size=21_504)),
+    ]
+
+
+def _with_dense_twins(configs: list[Config]) -> dict[str, Config]:
+    presets = {config.preset: config for config in configs}
+    for config in configs:
+        name = f"{config.preset}-dense"
+        presets[name] = replace(config, preset=name, model=replace(config.model, moe_layers=()))
+    return presets
+
+
+PRESETS: dict[str, Config] = _with_dense_twins([_tiny(), *_paper_sizes()])
+"""Every preset by name; `NAME-dense` has an ordinary MLP in every block."""
+
+
+def preset(name: str) -> Config:
+    """The preset of that name.
+
+    Raises ConfigError with the nearest name when there is none.
+
+    >>> preset("h14").model.moe_layers[:5], preset("h14-dense").model.moe_layers
+    ((3, 7, 11, 15, 17), ())
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    nearest = difflib.get_close_matches(name, PRESETS, n=1)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    raise ConfigError(f"there is no preset {name!r}; {hint}presets are {', '.join(PRESETS)}")

@@ -1,0 +1,198 @@
+"""The expert layer of the tower: the only place (with the planner) where limoe touches moe_kernels."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from limoe.config.schema import ModelConfig
+from limoe.parallel.mesh import EXPERT, Placement, by_rows
+from moe_kernels import (
+    EXCHANGE_NAMES,
+    SAVED_NAMES,
+    MlpWeights,
+    MoeOutput,
+    Priority,
+    RoutingFigures,
+    RoutingSums,
+    entropy_of_mean,
+    expert_capacity,
+    moe_mlp,
+    route,
+    router_noise,
+    routing_figures,
+)
+from moe_kernels.parallel import mesh as expert_parallel
+
+__all__ = [
+    "IMAGE",
+    "NUM_MODALITIES",
+    "TEXT",
+    "Assignment",
+    "LayerRouting",
+    "MoeLayer",
+    "RoutingContext",
+    "RoutingFigures",
+    "RoutingSums",
+    "entropy_of_mean",
+    "expert_capacity",
+    "layer_figures",
+    "saved_names",
+]
+
+IMAGE, TEXT, NUM_MODALITIES = 0, 1, 2
+
+_PRIORITIES: dict[str, tuple[Priority, int]] = {
+    "bpr": ("bpr", IMAGE),
+    "arrival": ("arrival", IMAGE),
+    "random": ("random", IMAGE),
+    "image_first": ("modality", IMAGE),
+    "text_first": ("modality", TEXT),
+}
+"""The priority of each setting, and the modality that goes first where that is asked for."""
+
+
+def saved_names(placement: Placement | None) -> tuple[str, ...]:
+    """Names of the values of a layer that are kept for the backward pass when the rest is computed again."""
+    keeps = placement is not None and placement.config.keep_exchanged
+    return SAVED_NAMES + EXCHANGE_NAMES if keeps else SAVED_NAMES
+
+
+class RoutingContext(NamedTuple):
+    """What routing depends on beside the tokens; None instead of it means evaluation: dropless, without noise."""
+
+    key: Key[Array, ""]
+    """A function of the run's seed and the step."""
+    first_group: Int[Array, ""] | int
+    """Index within the step's batch of the first group of this chunk."""
+    group_stride: int
+    """From the first group of a device to that of the next one, within the step's batch; 0 without a mesh.
+
+    Without a default: on a mesh 0 would give the groups of every device the same noise."""
+
+
+class LayerRouting(NamedTuple):
+    """What a layer, or with a leading axis L every layer, reports: the router's sums and what the plan kept."""
+
+    sums: RoutingSums
+    kept: Float[Array, "G M E"]
+
+
+class Assignment(NamedTuple):
+    """First choice and its gate of every token, by layer [L, B, tokens of an example]; for galleries and analyses."""
+
+    expert: Int[Array, "L B T"]
+    gate: Float[Array, "L B T"]
+
+
+class MoeLayer(nnx.Module):
+    """Sparse experts shared by image and text tokens (paper, section 2).
+
+    Tokens `[T, D]`: example after example, of each image tokens first, then text. Parameters in float32, no
+    bias in the router.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, placement: Placement | None = None) -> None:
+        self.config, self.placement = config, placement
+        experts, width, hidden = config.num_experts, config.width, config.mlp_width
+        fan_in = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=(0,))
+        self.router = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (width, experts), jnp.float32))
+        self.w1 = nnx.Param(fan_in(rngs.params(), (experts, width, hidden), jnp.float32))
+        self.b1 = nnx.Param(jnp.zeros((experts, hidden), jnp.float32))
+        self.w2 = nnx.Param(fan_in(rngs.params(), (experts, hidden, width), jnp.float32))
+        self.b2 = nnx.Param(jnp.zeros((experts, width), jnp.float32))
+
+    def __call__(
+        self,
+        tokens: Float[Array, "T D"],
+        present: Bool[Array, "B S"] | None,
+        context: RoutingContext | None,
+        layer: Int[Array, ""],
+    ) -> tuple[Float[Array, "T D"], LayerRouting]:
+        """Route the examples in groups of `group_examples`; noise and random order are functions of (key, layer,
+        group)."""
+        config = self.config
+        length = config.tokens_per_example
+        batch = tokens.shape[0] // length
+        if context is None:
+            # Nothing is dropped, so it does not matter which groups there are.
+            options: dict[str, Any] = {"num_groups": 1 if self.placement is None else self.placement.size}
+        else:
+            options = self._training(context, layer, batch, length)
+        result = (moe_mlp if self.placement is None else self._spread)(
+            tokens,
+            self.router[...],
+            MlpWeights(self.w1[...], self.b1[...], self.w2[...], self.b2[...]),
+            num_choices=config.num_choices,
+            mask=None if present is None else present.reshape(-1),
+            modality=self._modality(batch),
+            num_modalities=NUM_MODALITIES,
+            activation=config.activation,
+            **options,
+        )
+        return result.tokens, LayerRouting(result.sums, result.kept)
+
+    def _spread(self, *args: Any, **options: Any) -> MoeOutput:
+        """`moe_mlp` on the mesh."""
+        assert self.placement is not None
+        # Without a capacity limit, as in evaluation, rows are exchanged in one piece.
+        chunks = self.placement.config.exchange_chunks if "capacity_factor" in options else 1
+        return expert_parallel.moe_mlp(
+            *args, mesh=self.placement.mesh, expert_axis=EXPERT, num_chunks=chunks, **options
+        )
+
+    def _training(self, context: RoutingContext, layer: Int[Array, ""], batch: int, length: int) -> dict[str, Any]:
+        """Capacity, noise and order of the training step."""
+        config = self.config
+        groups = batch // (config.group_examples or batch)
+        noise_key, order_key = jax.random.split(jax.random.fold_in(context.key, layer))
+        noise = None
+        if config.router_noise > 0:
+            noise = config.router_noise * self._noise(noise_key, groups, batch * length // groups, context)
+        priority, first_modality = _PRIORITIES[config.priority]
+        options = {
+            "capacity_factor": config.capacity_factor,
+            "num_groups": groups,
+            "priority": priority,
+            "noise": noise,
+            "noise_std": config.router_noise / config.num_experts if noise is not None else None,
+            "first_modality": first_modality,
+            "key": order_key,
+            "first_group": context.first_group,
+        }
+        return options if self.placement is None else {**options, "group_stride": context.group_stride}
+
+    def _noise(self, key: Key[Array, ""], groups: int, group_size: int, context: RoutingContext) -> Float[Array, "T E"]:
+        """Noise of the groups of this call, drawn where they lie."""
+        shards = 1 if self.placement is None else self.placement.size
+        first = context.first_group + context.group_stride * jnp.arange(shards, dtype=jnp.int32)
+        draw = lambda first: router_noise(  # noqa: E731
+            key,
+            num_groups=groups // shards,
+            group_size=group_size,
+            num_experts=self.config.num_experts,
+            first_group=first,
+        )
+        return by_rows(jax.vmap(draw)(first).reshape(groups * group_size, self.config.num_experts), self.placement)
+
+    def first_choice(
+        self, tokens: Float[Array, "T D"], present: Bool[Array, "B S"] | None
+    ) -> tuple[Int[Array, "B S"], Float[Array, "B S"]]:
+        """Best expert and its gate of every token, without noise; gate 0 for padding."""
+        examples = (-1, self.config.tokens_per_example)
+        mask = None if present is None else present.reshape(-1)
+        routing = route(tokens, self.router[...], mask=mask)
+        return routing.expert[:, 0].reshape(examples), routing.gate[:, 0].reshape(examples)
+
+    def _modality(self, batch: int) -> Int[Array, " T"]:
+        image, text = self.config.num_image_tokens, self.config.text_length
+        return jnp.tile(jnp.array([IMAGE] * image + [TEXT] * text, jnp.int32), batch)
+
+
+def layer_figures(routing: LayerRouting) -> RoutingFigures:
+    """Figures of every layer, from sums stacked along a leading axis L: each field `[L, M]` or `[L, M, E]`."""
+    return jax.vmap(routing_figures)(routing.sums, routing.kept)

@@ -1,0 +1,305 @@
+"""LIMoE: one Transformer encoder for images and text (paper, section 1)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
+
+from limoe.config.schema import Config, ModelConfig
+from limoe.model.attention import attend
+from limoe.model.moe import Assignment, LayerRouting, MoeLayer, RoutingContext, saved_names
+from limoe.model.segments import Segment, cut
+from limoe.parallel.mesh import Placement, by_rows, gathered
+
+PAD_ID = 0
+
+
+class Embeddings(NamedTuple):
+    """L2-normalised embeddings of a batch, float32."""
+
+    image: Float[Array, "B P"]
+    text: Float[Array, "B P"]
+
+
+class Encoded(NamedTuple):
+    """What the tower gives: embeddings, and of every MoE layer its routing (None in a dense model), stacked along L."""
+
+    embeddings: Embeddings
+    routing: LayerRouting | None
+
+
+def scale_images(images: UInt8[Array, "B H W 3"] | UInt8[np.ndarray, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    """Map bytes 0..255 to -1..1 (paper, section 4).
+
+    >>> import numpy as np
+    >>> scale_images(np.full((1, 1, 1, 3), 255, np.uint8)).ravel().tolist()
+    [1.0, 1.0, 1.0]
+    """
+    return jnp.asarray(images).astype(jnp.float32) / 127.5 - 1.0
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """The dtype of matmuls: as configured, or for "auto" bfloat16 where the platform has it (TPU, GPU)."""
+    if config.compute_dtype != "auto":
+        return jnp.dtype(config.compute_dtype)
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention within each modality: image tokens never see text, but share the weights."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, placement: Placement | None = None) -> None:
+        self.config, self.placement = config, placement
+        width, dtype = config.width, compute_dtype(config)
+        init = nnx.initializers.xavier_uniform()
+        self.query = nnx.Linear(width, width, dtype=dtype, kernel_init=init, rngs=rngs)
+        self.key = nnx.Linear(width, width, dtype=dtype, kernel_init=init, rngs=rngs)
+        self.value = nnx.Linear(width, width, dtype=dtype, kernel_init=init, rngs=rngs)
+        self.out = nnx.Linear(width, width, dtype=dtype, kernel_init=init, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "T D"], present: Bool[Array, "B S"] | None) -> Float[Array, "T D"]:
+        """Attend; `present` False hides a token from the others."""
+        query, key, value = (project(x) for project in (self.query, self.key, self.value))
+        return self.out(attend(query, key, value, present, self.config, self.placement))
+
+
+class Mlp(nnx.Module):
+    """The dense MLP of a block without experts."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        dtype = compute_dtype(config)
+        self.approximate = config.activation == "gelu_tanh"
+        init = nnx.initializers.xavier_uniform()
+        self.w1 = nnx.Linear(config.width, config.mlp_width, dtype=dtype, kernel_init=init, rngs=rngs)
+        self.w2 = nnx.Linear(config.mlp_width, config.width, dtype=dtype, kernel_init=init, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """`gelu(x w1 + b1) w2 + b2`."""
+        activate = functools.partial(nnx.gelu, approximate=self.approximate)
+        return self.w2(_computed_again(activate, self.w1(x)))
+
+
+class Block(nnx.Module):
+    """A pre-LayerNorm Transformer block, with a dense MLP or with experts."""
+
+    def __init__(
+        self, config: ModelConfig, *, experts: bool, rngs: nnx.Rngs, placement: Placement | None = None
+    ) -> None:
+        norm = {"epsilon": config.layer_norm_epsilon, "dtype": compute_dtype(config), "rngs": rngs}
+        self.norm1 = nnx.LayerNorm(config.width, **norm)
+        self.attention = Attention(config, rngs=rngs, placement=placement)
+        self.norm2 = nnx.LayerNorm(config.width, **norm)
+        self.experts = experts
+        if experts:
+            self.moe = MoeLayer(config, rngs=rngs, placement=placement)
+        else:
+            self.mlp = Mlp(config, rngs=rngs)
+
+    def attend(self, x: Float[Array, "T D"], present: Bool[Array, "B S"] | None) -> Float[Array, "T D"]:
+        """The first half: attention and its residual."""
+        return x + self.attention(_computed_again(self.norm1, x), present)
+
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        present: Bool[Array, "B S"] | None,
+        context: RoutingContext | None,
+        layer: Int[Array, ""],
+    ) -> tuple[Float[Array, "T D"], LayerRouting | None]:
+        """Both halves; `layer` counts MoE layers."""
+        x = self.attend(x, present)
+        normed = _computed_again(self.norm2, x)
+        if not self.experts:
+            return x + self.mlp(normed), None
+        y, routing = self.moe(normed, present, context, layer)
+        return x + y, routing
+
+
+class Period(nnx.Module):
+    """One period of a segment: a few blocks in a row."""
+
+    def __init__(
+        self, config: ModelConfig, pattern: tuple[bool, ...], *, rngs: nnx.Rngs, placement: Placement | None = None
+    ) -> None:
+        self.blocks = nnx.List([Block(config, experts=experts, rngs=rngs, placement=placement) for experts in pattern])
+
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        present: Bool[Array, "B S"] | None,
+        context: RoutingContext | None,
+        layer: Int[Array, ""],
+    ) -> tuple[Float[Array, "T D"], list[LayerRouting]]:
+        """Run the blocks; the routing of each MoE layer among them, in order."""
+        reports = []
+        for block in self.blocks:
+            x, routing = block(x, present, context, layer + len(reports))
+            if routing is not None:
+                reports.append(routing)
+        return x, reports
+
+
+class Limoe(nnx.Module):
+    """The Language-Image Mixture of Experts.
+
+    One tower for patches and text tokens, which lie example after example in it (`[T, D]`); attention within a
+    modality, experts shared by both; mean pooling, one projection a modality, L2 normalisation. Parameters in float32.
+    Scalars of the loss (`log_scale`, with the sigmoid loss `logit_bias`) are parameters too. With a placement, examples
+    are split over all devices of its mesh and experts over one axis (see `limoe.parallel.mesh`).
+    """
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, placement: Placement | None = None) -> None:
+        model = config.model
+        self.config = model
+        self.placement = placement
+        self.segments_cut: tuple[Segment, ...] = cut(model.depth, model.moe_layers)
+        dtype = compute_dtype(model)
+        position = nnx.initializers.normal(0.02)
+        self.patch = nnx.Linear(3 * model.patch_size**2, model.width, dtype=dtype, rngs=rngs)
+        self.token_table = nnx.Param(position(rngs.params(), (model.vocab_size, model.width), jnp.float32))
+        self.image_position = nnx.Param(position(rngs.params(), (model.num_image_tokens, model.width), jnp.float32))
+        self.text_position = nnx.Param(position(rngs.params(), (model.text_length, model.width), jnp.float32))
+        self.segments = nnx.List([_stacked(model, segment, rngs, placement) for segment in self.segments_cut])
+        self.norm = nnx.LayerNorm(model.width, epsilon=model.layer_norm_epsilon, dtype=dtype, rngs=rngs)
+        project = {"use_bias": False, "dtype": dtype, "rngs": rngs}
+        self.image_projection = nnx.Linear(model.width, model.width, **project)
+        self.text_projection = nnx.Linear(model.width, model.width, **project)
+        self.log_scale = nnx.Param(jnp.log(jnp.float32(config.loss.initial_scale)))
+        if config.loss.contrastive == "sigmoid":
+            self.logit_bias = nnx.Param(jnp.float32(config.loss.initial_bias))
+
+    def __call__(
+        self, images: Float[Array, "B H W 3"], text: Int[Array, "B N"], context: RoutingContext | None
+    ) -> Encoded:
+        """Encode image-text pairs; `images` in -1..1, `text` ids with 0 as padding; without a context as in
+        evaluation."""
+        present = self._present(text)
+        x = self._embed(images, text)
+        reports: list[LayerRouting] = []
+        layer = 0
+        for segment, period in zip(self.segments_cut, self.segments, strict=True):
+            x, routing = self._run(segment, period, x, present, context, layer)
+            layer += sum(segment.pattern) * segment.repeats
+            reports += routing
+        stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *reports) if reports else None
+        return Encoded(self._pool(_computed_again(self.norm, x), present), stacked)
+
+    def assignments(self, images: Float[Array, "B H W 3"], text: Int[Array, "B N"]) -> Assignment:
+        """First choice of every token in every MoE layer at evaluation; raises ValueError for a dense model."""
+        if not self.config.moe_layers:
+            raise ValueError("this model is dense: model.moe_layers=() leaves nothing to assign")
+        present = self._present(text)
+        x = self._embed(images, text)
+        experts, gates = [], []
+        for segment, period in zip(self.segments_cut, self.segments, strict=True):
+            graph, state = nnx.split(period)
+            for repeat in range(segment.repeats):
+                one = state if segment.repeats == 1 else jax.tree.map(lambda leaf, i=repeat: leaf[i], state)
+                for block in nnx.merge(graph, one).blocks:
+                    if block.experts:
+                        expert, gate = block.moe.first_choice(block.norm2(block.attend(x, present)), present)
+                        experts.append(expert)
+                        gates.append(gate)
+                    x, _ = block(x, present, None, jnp.int32(0))
+        return Assignment(jnp.stack(experts), jnp.stack(gates))
+
+    def _present(self, text: Int[Array, "B N"]) -> Bool[Array, "B S"] | None:
+        if self.config.text_padding == "keep":
+            return None
+        image = jnp.ones((text.shape[0], self.config.num_image_tokens), bool)
+        return jnp.concatenate([image, text != PAD_ID], axis=1)
+
+    def _embed(self, images: Float[Array, "B H W 3"], text: Int[Array, "B N"]) -> Float[Array, "T D"]:
+        p, dtype = self.config.patch_size, compute_dtype(self.config)
+        patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
+        image = self.patch(patches) + self.image_position[...].astype(dtype)
+        words = self.token_table[...].astype(dtype)[text] + self.text_position[...].astype(dtype)
+        # Flat from here on: 212 tokens of an example would be padded to whole tiles, or moved, at every kernel.
+        tokens = rearrange(jnp.concatenate([image, words], axis=1), "b s d -> (b s) d")
+        return by_rows(tokens, self.placement)
+
+    def _run(
+        self,
+        segment: Segment,
+        period: Period,
+        x: Float[Array, "T D"],
+        present: Bool[Array, "B S"] | None,
+        context: RoutingContext | None,
+        layer: int,
+    ) -> tuple[Float[Array, "T D"], list[LayerRouting]]:
+        graph, state = nnx.split(period)
+
+        def once(x: Array, state: PyTree, layer: Array) -> tuple[Array, list[LayerRouting]]:
+            # Here, not around the loop: one period at a time is whole.
+            state = gathered(state, self.placement)
+            return nnx.merge(graph, state)(x, present, context, layer)
+
+        if self.config.remat == "blocks":
+            names = saved_names(self.placement)
+            once = jax.checkpoint(once, policy=jax.checkpoint_policies.save_only_these_names(*names))
+        if segment.repeats == 1:
+            x, reports = once(x, state, jnp.int32(layer))
+            return x, [jax.tree.map(lambda leaf: leaf[None], report) for report in reports]
+        layers = layer + sum(segment.pattern) * jnp.arange(segment.repeats, dtype=jnp.int32)
+        # A scan stacks what the backward pass needs, and on CPU that copying took a fifth of a step (tiny, 2 repeats,
+        # 2026-11).
+        unroll = min(self.config.scan_unroll, segment.repeats)
+        x, reports = jax.lax.scan(lambda x, step: once(x, *step), x, (state, layers), unroll=unroll)
+        if not reports:
+            return x, []
+        # [repeats] x layers of a period -> layers in the order of the tower
+        ordered = jax.tree.map(lambda *leaves: rearrange(jnp.stack(leaves), "p r ... -> (r p) ..."), *reports)
+        return x, [ordered]
+
+    def _pool(self, x: Float[Array, "T D"], present: Bool[Array, "B S"] | None) -> Embeddings:
+        image = self.config.num_image_tokens
+        x = rearrange(x, "(b s) d -> b s d", s=self.config.tokens_per_example).astype(jnp.float32)
+        weight = jnp.ones(x.shape[:2], jnp.float32) if present is None else present.astype(jnp.float32)
+
+        def mean(span: slice) -> Float[Array, "B D"]:
+            total = jnp.sum(x[:, span] * weight[:, span, None], axis=1)
+            return total / jnp.maximum(jnp.sum(weight[:, span], axis=1, keepdims=True), 1.0)
+
+        return Embeddings(
+            _normalise(self.image_projection(mean(slice(0, image)))),
+            _normalise(self.text_projection(mean(slice(image, None)))),
+        )
+
+
+def _computed_again(function: Callable[[Array], Array], x: Float[Array, "T N"]) -> Float[Array, "T N"]:
+    """A pointwise function or a norm that works in float32 of an argument in bfloat16: the backward pass gets the
+    argument and computes the rest again.
+
+    JAX would keep intermediate values, most in float32: at B/16 that was a tenth of a step's traffic. Of a float32
+    argument it keeps no more than a few of its size, which on CPUs costs less than computing.
+    """
+    if x.dtype == jnp.float32:
+        return function(x)
+    # Forward and backward are different loops or far apart; what is the same in both may be merged.
+    return jax.checkpoint(lambda x: function(x), prevent_cse=False)(x)
+
+
+def _stacked(config: ModelConfig, segment: Segment, rngs: nnx.Rngs, placement: Placement | None) -> Period:
+    """A period whose parameters carry a leading axis of repeats (none if it occurs once)."""
+    if segment.repeats == 1:
+        return Period(config, segment.pattern, rngs=rngs, placement=placement)
+
+    @nnx.split_rngs(splits=segment.repeats)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def create(rngs: nnx.Rngs) -> Period:
+        return Period(config, segment.pattern, rngs=rngs, placement=placement)
+
+    return create(rngs)
+
+
+def _normalise(x: Float[Array, "B P"]) -> Float[Array, "B P"]:
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)

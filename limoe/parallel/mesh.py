@@ -1,0 +1,201 @@
+"""The mesh of devices, and where on it each parameter, its optimiser state and the rows of a batch lie.
+
+Three axes: `slice` (pod slices), `data` and `expert`. A batch is split over all three; experts and their optimiser
+state over `expert`; everything else is the same on every device or, when asked, split over `data` as well. Process p
+of P holds rows p*B/P to (p+1)*B/P of a batch, because devices are taken process after process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, PyTree
+
+from limoe.config.schema import ConfigError, MeshConfig
+from limoe.parallel.parameters import parameter_path
+
+SLICE, DATA, EXPERT = AXES = ("slice", "data", "expert")
+EXPERT_WEIGHTS = ("w1", "b1", "w2", "b2")
+# A split vector saves nothing worth a collective of its own.
+_SMALLEST_SPLIT = 2**14
+
+Specs = dict[str, P]
+"""The partition of each parameter, by its path."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A mesh of devices, and the settings that say what lies where on it."""
+
+    mesh: Mesh
+    config: MeshConfig
+
+    @property
+    def size(self) -> int:
+        """Devices of the mesh."""
+        return self.mesh.size
+
+    @property
+    def rows(self) -> NamedSharding:
+        """Rows of a batch, split over all devices."""
+        return NamedSharding(self.mesh, P(AXES))
+
+    @property
+    def everywhere(self) -> NamedSharding:
+        """The same on every device."""
+        return NamedSharding(self.mesh, P())
+
+
+def place(config: MeshConfig, devices: Sequence[Any] | None = None) -> Placement | None:
+    """The mesh of a configuration over these devices (default: all that JAX sees); None where one device does it all.
+
+    Neighbours along `expert` are neighbours in JAX's order of devices, which on TPUs is a compact block of the torus.
+    One process may leave devices unused; several must use all of theirs. Raises ConfigError for a mesh that does not
+    fit the devices.
+
+    >>> place(MeshConfig()) is None
+    True
+    >>> place(MeshConfig(expert=4096))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    limoe.config.section.ConfigError: mesh.slice=1 x mesh.data=1 x mesh.expert=4096 needs 4096 devices, ...
+    """
+    here = jax.devices() if devices is None else devices
+    needed, processes = config.num_devices, len({device.process_index for device in here})
+    if needed > len(here) or (processes > 1 and devices is None and needed < len(here)):
+        raise ConfigError(
+            f"mesh.slice={config.slice} x mesh.data={config.data} x mesh.expert={config.expert} needs {needed} "
+            f"devices, but there are {len(here)} (of {processes} processes); set mesh.data and mesh.expert to fit them"
+        )
+    if needed == 1:
+        return None
+    ordered = sorted(here, key=lambda device: (getattr(device, "slice_index", 0), device.process_index))[:needed]
+    return Placement(Mesh(np.array(ordered).reshape(config.slice, config.data, config.expert), AXES), config)
+
+
+def is_expert(path: str) -> bool:
+    """Whether the parameter at a path belongs to an expert.
+
+    >>> is_expert("segments/0/blocks/1/moe/w1"), is_expert("segments/0/blocks/1/moe/router")
+    (True, False)
+    """
+    names = path.split("/")
+    return "moe" in names and names[-1] in EXPERT_WEIGHTS
+
+
+def parameter_spec(path: str, shape: tuple[int, ...], config: MeshConfig, *, leading: int = 0) -> P:
+    """How a parameter is split, given how many axes of repeats lead its shape; those are never split.
+
+    >>> tuple(parameter_spec("segments/0/blocks/1/moe/w1", (6, 32, 768, 3072), MeshConfig(expert=8), leading=1))
+    (None, 'expert')
+    >>> tuple(parameter_spec("token_table", (32000, 768), MeshConfig(data=4, fully_sharded=True)))
+    ('data',)
+    >>> tuple(parameter_spec("token_table", (32000, 768), MeshConfig(data=4)))
+    ()
+    """
+    if is_expert(path):
+        return P(*[None] * leading, EXPERT)
+    own = shape[leading:]
+    if not config.fully_sharded or np.prod(own, dtype=np.int64) < _SMALLEST_SPLIT:
+        return P()
+    fitting = [axis for axis, size in enumerate(own) if size % config.data == 0]
+    if not fitting:
+        return P()
+    largest = max(fitting, key=lambda axis: own[axis])  # the first of equals
+    return P(*[None] * (leading + largest), DATA)
+
+
+def parameter_specs(parameters: PyTree, config: MeshConfig, repeats: Sequence[int]) -> Specs:
+    """The partition of every parameter of a model; `repeats` of each segment says which carry a leading axis."""
+    specs = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
+        name = parameter_path(path)
+        parts = name.split("/")
+        leading = int(parts[0] == "segments" and repeats[int(parts[1])] > 1)
+        specs[name] = parameter_spec(name, leaf.shape, config, leading=leading)
+    return specs
+
+
+def state_shardings(state: PyTree, specs: Specs, parameters: PyTree, placement: Placement) -> PyTree:
+    """The sharding of every leaf of a train state: what belongs to a parameter lies where the parameter does.
+
+    A factored moment has the parameter's axes but one. Raises ValueError for an array that belongs to no parameter and
+    is not a scalar.
+    """
+    shapes = {parameter_path(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
+
+    def of(path: jax.tree_util.KeyPath, leaf: Any) -> NamedSharding:
+        if leaf.ndim == 0:
+            return placement.everywhere
+        full = parameter_path(path)
+        parts = full.split("/")
+        part = parts.pop() if parts[-1] in ("row", "column") else ""
+        owners = ["/".join(parts[start:]) for start in range(len(parts))]
+        owner = next((name for name in owners if name in shapes), None)
+        if owner is None:
+            raise ValueError(f"{full} {leaf.shape} of the train state belongs to no parameter, so its place is unknown")
+        shape = shapes[owner]
+        spec = (*specs[owner], *[None] * (len(shape) - len(specs[owner])))
+        left_out = {"row": len(shape) - 1, "column": len(shape) - 2}.get(part)
+        kept = [axis for axis in range(len(shape)) if axis != left_out]
+        assert leaf.shape == tuple(shape[axis] for axis in kept), full
+        return NamedSharding(placement.mesh, P(*(spec[axis] for axis in kept)))
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def spread(rows: np.ndarray, placement: Placement | None) -> np.ndarray | Array:
+    """Rows that every process has, split over all devices; without a mesh as they are."""
+    if placement is None:
+        return rows
+    return jax.make_array_from_callback(rows.shape, placement.rows, lambda index: rows[index])
+
+
+def joined(rows: np.ndarray, placement: Placement | None) -> np.ndarray | Array:
+    """The rows of each process, in order of processes, as one array split over all devices; without a mesh as they
+    are."""
+    return rows if placement is None else jax.make_array_from_process_local_data(placement.rows, rows)
+
+
+def by_rows(x: Array, placement: Placement | None) -> Array:
+    """The same values, told to be split over all devices along the first axis."""
+    return x if placement is None else jax.lax.with_sharding_constraint(x, placement.rows)
+
+
+def gathered(tree: PyTree, placement: Placement | None) -> PyTree:
+    """Parameters (without an axis of repeats) made whole on every device where they are split over `data`.
+
+    Their gradients go back to the split form, summed on the way.
+    """
+    if placement is None or not placement.config.fully_sharded:
+        return tree
+
+    def whole(path: jax.tree_util.KeyPath, leaf: Array) -> Array:
+        name = parameter_path(path)
+        spec = parameter_spec(name, leaf.shape, placement.config)
+        return leaf if is_expert(name) or spec == P() else _gather(NamedSharding(placement.mesh, spec), leaf)
+
+    return jax.tree_util.tree_map_with_path(whole, tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather(split: NamedSharding, x: Array) -> Array:
+    return jax.lax.with_sharding_constraint(x, NamedSharding(split.mesh, P()))
+
+
+def _gather_forward(split: NamedSharding, x: Array) -> tuple[Array, None]:
+    return _gather(split, x), None
+
+
+def _gather_backward(split: NamedSharding, _: None, cotangent: Array) -> tuple[Array]:
+    # The derivative of a constraint is the same constraint, which would sum whole gradients on every device first.
+    return (jax.lax.with_sharding_constraint(cotangent, split),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)

@@ -1,0 +1,313 @@
+"""`limoe plan`: the real train step, compiled ahead of time for a TPU pod that is not here, and what follows from it.
+
+Nothing runs. Memory is what the compiler assigned to the program that would run; FLOPs, bytes and exchanges are counted
+in the compiled program with the trips of its loops; times are a model: each instruction takes the longer of its matmuls
+at peak (padded to the matrix unit) and its traffic at full bandwidth.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from limoe.config.schema import Config, ConfigError
+from limoe.model.describe import describe
+from limoe.model.moe import RoutingContext
+from limoe.model.tower import scale_images
+from limoe.parallel.mesh import Placement, place
+from limoe.plan.hlo import Program, Run
+from limoe.plan.hlo_work import Collective, axes_of, collectives, kernels, matmuls
+from limoe.plan.overlap import Cost, Times, schedule
+from limoe.plan.pods import Pod, exchange_seconds, find_pod
+from limoe.train.step import Training, compile_step, prepare, step_key
+
+SECONDS_OF_A_DAY = 86_400
+
+
+class Memory(NamedTuple):
+    """Bytes of one device, as the compiler assigned them; `activations` are what the backward pass keeps (computed from
+    the model), `temporary` the rest of what the step needs besides its arguments."""
+
+    parameters: int
+    optimizer: int
+    batch: int
+    activations: int
+    temporary: int
+    program: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a configuration amounts to on a pod; every time is modelled. Figures are of one device unless they say
+    otherwise."""
+
+    preset: str
+    topology: str
+    num_devices: int
+    num_chips: int
+    mesh: dict[str, int]
+    settings: dict[str, Any]
+    """What a search may vary: rematerialisation and chunking."""
+    batch_size: int
+    steps: int
+    fits: bool
+    memory: Memory | None
+    """None where the compiler gave up because the program does not fit."""
+    memory_per_chip_bytes: int
+    hbm_bytes: int
+    flops_per_step: int | None
+    """None, as all that is counted in the compiled program, where there is none."""
+    model_flops_per_step: int
+    collective_bytes: dict[str, dict[str, int]] | None
+    """Bytes by kind of collective and by mesh axes."""
+    num_collectives: dict[str, dict[str, int]] | None
+    times: Times | None
+    modelled_step_seconds: float | None
+    modelled_mfu: float | None
+    compile_seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields of `limoe plan --json`."""
+        tree = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "times"}
+        seconds = self.modelled_step_seconds
+        return {
+            **tree,
+            "memory": None if self.memory is None else self.memory._asdict(),
+            "modelled_times": None if self.times is None else {**self.times._asdict(), "step": self.times.step},
+            "modelled_pairs_per_second": seconds and self.batch_size / seconds,
+            "modelled_days": seconds and self.steps * seconds / SECONDS_OF_A_DAY,
+            "modelled_chip_hours": seconds and self.steps * seconds * self.num_chips / 3600,
+        }
+
+
+def plan(config: Config, topology: str) -> Plan:
+    """Compile the train step of a configuration for a pod and count what is in it.
+
+    With a mesh of one device in the configuration the mesh is chosen: as many devices along `expert` as there are
+    experts, if that fits. Raises ConfigError for a topology or mesh that does not fit and without TPU compiler.
+    """
+    pod = find_pod(topology, config.mesh.slice)
+    config = on_pod(config, pod)
+    placement = place(config.mesh, pod.devices)
+    assert placement is not None
+    training = prepare(config, placement)
+    began = time.monotonic()
+    try:
+        compiled = lower(training, config, placement).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return _too_large(config, pod, str(error), time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return _account(config, pod, placement, training, compiled, seconds)
+
+
+def on_pod(config: Config, pod: Pod) -> Config:
+    """The configuration as it would run there: bfloat16 unless another dtype is set, and a mesh of all devices."""
+    count = len(pod.devices)
+    if config.model.compute_dtype == "auto":
+        config = replace(config, model=replace(config.model, compute_dtype="bfloat16"))
+    mesh = config.mesh
+    if mesh.data == mesh.expert == 1:
+        within = count // mesh.slice
+        experts = config.model.num_experts if config.model.moe_layers else 1
+        expert = max(n for n in range(1, within + 1) if within % n == 0 and experts % n == 0)
+        return replace(config, mesh=replace(mesh, data=within // expert, expert=expert))
+    if mesh.num_devices != count:
+        raise ConfigError(
+            f"mesh.slice={mesh.slice} x mesh.data={mesh.data} x mesh.expert={mesh.expert} = {mesh.num_devices} does "
+            f"not use the {count} devices of {pod.name}; set them so, or leave them out to have them chosen"
+        )
+    return config
+
+
+def lower(training: Training, config: Config, placement: Placement) -> jax.stages.Lowered:
+    """The train step for TPUs, from shapes alone."""
+    model, batch = config.model, config.train.batch_size
+    images = jax.ShapeDtypeStruct((batch, model.image_size, model.image_size, 3), jnp.uint8, sharding=placement.rows)
+    text = jax.ShapeDtypeStruct((batch, model.text_length), jnp.int32, sharding=placement.rows)
+    step: Any = compile_step(training, config, placement)
+    # So that back ends are chosen for the pod's chip also outside of shard_map.
+    with jax.set_mesh(placement.mesh):
+        return step.trace(training.abstract, images, text).lower(lowering_platforms=("tpu",))
+
+
+def _account(
+    config: Config, pod: Pod, placement: Placement, training: Training, compiled: jax.stages.Compiled, seconds: float
+) -> Plan:
+    program = Program(compiled.as_text() or "")
+    costs = [(run, _cost(program, run, pod, placement)) for run in program.runs()]
+    times = schedule(costs)
+    volumes, counts = _exchanges(program, placement)
+    memory = _memory(config, placement, training, compiled)
+    model_flops = describe(config).flops_per_example * config.train.batch_size
+    peak = pod.chip.bf16_flops * len(pod.devices)
+    return Plan(
+        **_facts(config, pod),
+        fits=sum(memory) <= pod.chip.hbm_bytes,
+        memory=memory,
+        memory_per_chip_bytes=sum(memory),
+        flops_per_step=sum(cost.flops * run.trips for run, cost in costs),
+        model_flops_per_step=model_flops,
+        collective_bytes=volumes,
+        num_collectives=counts,
+        times=times,
+        modelled_step_seconds=times.step,
+        modelled_mfu=model_flops / peak / times.step,
+        compile_seconds=seconds,
+    )
+
+
+def _facts(config: Config, pod: Pod) -> dict[str, Any]:
+    mesh = config.mesh
+    return {
+        "preset": config.preset,
+        "topology": pod.name,
+        "num_devices": len(pod.devices),
+        "num_chips": pod.num_chips,
+        "mesh": {"slice": mesh.slice, "data": mesh.data, "expert": mesh.expert},
+        "settings": {
+            "model.remat": config.model.remat,
+            "mesh.fully_sharded": mesh.fully_sharded,
+            "mesh.exchange_chunks": mesh.exchange_chunks,
+            "mesh.keep_exchanged": mesh.keep_exchanged,
+            "train.accumulation": config.train.accumulation,
+        },
+        "batch_size": config.train.batch_size,
+        "steps": config.train.steps,
+        "hbm_bytes": pod.chip.hbm_bytes,
+    }
+
+
+def _too_large(config: Config, pod: Pod, message: str, seconds: float) -> Plan:
+    """The plan of a program that the compiler refused because it does not fit; other errors are raised."""
+    # The second form is for programs whose temporaries alone are too large.
+    used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])(?: of [\d.]+[KMGT] hbm|\) exceeds)", message)
+    if used is None:
+        raise ConfigError(f"the TPU compiler refused the step for {pod.name}: {message}")
+    return Plan(
+        **_facts(config, pod),
+        fits=False,
+        memory=None,
+        memory_per_chip_bytes=int(float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1)),
+        flops_per_step=None,
+        model_flops_per_step=describe(config).flops_per_example * config.train.batch_size,
+        collective_bytes=None,
+        num_collectives=None,
+        times=None,
+        modelled_step_seconds=None,
+        modelled_mfu=None,
+        compile_seconds=seconds,
+    )
+
+
+def _exchanges(program: Program, placement: Placement) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
+    shape = dict(placement.mesh.shape)
+    volumes: dict[str, Counter[str]] = defaultdict(Counter)
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for run in program.runs():
+        for collective in collectives(program, run.instruction, run.computation):
+            axes = axes_of(_groups(collective, placement), shape)
+            volumes[collective.kind][axes] += collective.bytes * run.trips
+            counts[collective.kind][axes] += run.trips
+    plain = lambda found: {kind: dict(axes) for kind, axes in found.items()}  # noqa: E731
+    return plain(volumes), plain(counts)
+
+
+def _cost(program: Program, run: Run, pod: Pod, placement: Placement) -> Cost:
+    """Of one run of an instruction."""
+    chip, here = pod.chip, (program, run.instruction, run.computation)
+    products, in_kernels, exchanges = matmuls(*here), kernels(*here), collectives(*here)
+    spent = sum(product.on_array(chip.array_side) * product.passes for product in products)
+    spent += sum(kernel.flops * kernel.passes for kernel in in_kernels)
+    alone = exchanges and run.instruction.opcode != "fusion"
+    return Cost(
+        compute=spent / chip.bf16_flops,
+        hbm=0.0 if alone else program.traffic(run) / chip.hbm_bandwidth,
+        exchange=math.fsum(
+            exchange_seconds(one.kind, one.bytes, _groups(one, placement)[0], pod, placement.mesh) for one in exchanges
+        ),
+        flops=sum(one.flops for one in (*products, *in_kernels)),
+    )
+
+
+def _groups(exchange: Collective, placement: Placement) -> tuple[tuple[int, ...], ...]:
+    """Who takes part; between slices those at the same place of each."""
+    if exchange.groups:
+        return exchange.groups
+    numbers = np.arange(placement.size).reshape(placement.config.slice, -1).T
+    return tuple(map(tuple, numbers.tolist()))
+
+
+def _memory(config: Config, placement: Placement, training: Training, compiled: jax.stages.Compiled) -> Memory:
+    stats: Any = compiled.memory_analysis()
+    parameters = _bytes_of(training.abstract.parameters)
+    optimizer = _bytes_of(training.abstract.optimizer)
+    everything = (
+        stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
+    )
+    model = config.model
+    pair = model.image_size**2 * 3 + 4 * model.text_length
+    batch = config.train.batch_size // placement.size * pair
+    rest = everything - parameters - optimizer - batch
+    activations = min(kept_for_backward(config, training, placement), rest)
+    return Memory(parameters, optimizer, batch, activations, rest - activations, stats.generated_code_size_in_bytes)
+
+
+def _bytes_of(tree: Any) -> int:
+    """Bytes of one device's part of a tree."""
+    return sum(_share(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _share(leaf: Any) -> int:
+    """Numbers of an array that one device holds."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape))
+
+
+def kept_for_backward(config: Config, training: Training, placement: Placement) -> int:
+    """Bytes of one device that the tower's forward pass keeps for the backward pass, by JAX's own bookkeeping.
+
+    What grows with the batch is split like it; a parameter in another dtype lies like the parameter; the rest is on
+    every device. The compiler may keep less (it recomputes what is cheap), never more.
+    """
+    chunk, parameters = config.train.chunk_size, jax.tree.leaves(training.abstract.parameters)
+    shares = {leaf.shape: _share(leaf) for leaf in parameters}
+    own = Counter((leaf.shape, leaf.dtype) for leaf in parameters)
+    total = 0
+    kept, of_twice = (_residuals(config, training, placement, pairs) for pairs in (chunk, 2 * chunk))
+    for leaf, larger in zip(kept, of_twice, strict=True):
+        if own[leaf.shape, leaf.dtype] > 0:  # a parameter itself
+            own[leaf.shape, leaf.dtype] -= 1
+        elif not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            size = math.prod(leaf.shape)
+            held = shares.get(leaf.shape, size) if leaf.shape == larger.shape else size // placement.size
+            total += held * leaf.dtype.itemsize
+    return total
+
+
+def _residuals(config: Config, training: Training, placement: Placement, pairs: int) -> list[jax.ShapeDtypeStruct]:
+    """What the forward pass over so many pairs hands to the backward pass."""
+    model = config.model
+    images = jax.ShapeDtypeStruct((pairs, model.image_size, model.image_size, 3), jnp.uint8)
+    text = jax.ShapeDtypeStruct((pairs, model.text_length), jnp.int32)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), training.abstract.parameters)
+
+    def residuals(parameters: Any, images: jax.Array, text: jax.Array) -> Any:
+        def encode(parameters: Any) -> Any:
+            key = step_key(config, jnp.int32(0))
+            stride = config.num_groups // placement.size if model.moe_layers else 0
+            return nnx.merge(training.graph, parameters)(
+                scale_images(images), text, RoutingContext(key, jnp.int32(0), stride)
+            )
+
+        return jax.tree.leaves(jax.vjp(encode, parameters)[1])
+
+    with jax.set_mesh(placement.mesh):
+        return jax.eval_shape(residuals, shapes, images, text)

@@ -1,0 +1,1 @@
+"""What a finished run shows: figures of routing, pictures, the summary."""

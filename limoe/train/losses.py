@@ -1,0 +1,248 @@
+"""Contrastive and auxiliary losses, all of them as functions of sums over the step's tokens (paper, section 3).
+
+Because they take sums, they do not depend on how the step was cut into devices or chunks. Every term is always
+computed and always in the result; what is switched off has weight 0 in the total, never a missing key.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from limoe.config.schema import Config
+from limoe.model.moe import IMAGE, TEXT, LayerRouting, RoutingSums, entropy_of_mean
+
+
+class AuxiliaryTerms(NamedTuple):
+    """The auxiliary losses of the routers, each summed over MoE layers; names as in the configuration."""
+
+    importance: Float[Array, ""]
+    load: Float[Array, ""]
+    z: Float[Array, ""]
+    local_text: Float[Array, ""]
+    local_image: Float[Array, ""]
+    global_text: Float[Array, ""]
+    global_image: Float[Array, ""]
+
+
+class LossTerms(NamedTuple):
+    """The loss of a step: `total = contrastive + auxiliary_total`, and the terms, also those that are switched off."""
+
+    total: Float[Array, ""]
+    contrastive: Float[Array, ""]
+    auxiliary_total: Float[Array, ""]
+    auxiliary: AuxiliaryTerms
+
+
+def softmax_contrastive(
+    image: Float[Array, "B P"], text: Float[Array, "B P"], scale: Float[Array, ""], *, mesh: Mesh | None = None
+) -> Float[Array, ""]:
+    """Mean over both directions of the cross-entropy of each pair among the whole batch, in float32 (paper, section 3).
+
+    `L_j = -1/2 log softmax_k(s <i_j, t_k>)_j - 1/2 log softmax_k(s <i_k, t_j>)_j`; embeddings are L2-normalised.
+    On a mesh, whose devices split the rows, each compares its own with all others: `[B / devices, B]` numbers.
+
+    >>> import jax.numpy as jnp
+    >>> round(float(softmax_contrastive(jnp.eye(2), jnp.eye(2), jnp.float32(0.0))), 4)
+    0.6931
+    """
+    if mesh is not None:
+        return jnp.mean(_by_rows(_softmax_terms, mesh, image, text, scale))
+    logits = scale * _similarity(image, text)
+    pairs = jnp.diagonal(logits)
+    to_text = jax.nn.logsumexp(logits, axis=1) - pairs
+    to_image = jax.nn.logsumexp(logits, axis=0) - pairs
+    return jnp.mean(to_text + to_image) / 2
+
+
+def sigmoid_contrastive(
+    image: Float[Array, "B P"],
+    text: Float[Array, "B P"],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    *,
+    mesh: Mesh | None = None,
+) -> Float[Array, ""]:
+    """Each of the B² pairs as a decision of its own: `-1/B sum_jk log sigmoid(±(s <i_j, t_k> + b))` (Zhai et al. 2023).
+
+    `mesh` as in `softmax_contrastive`.
+
+    >>> import jax.numpy as jnp
+    >>> round(float(sigmoid_contrastive(jnp.eye(2), jnp.eye(2), jnp.float32(0.0), jnp.float32(0.0))), 4)
+    1.3863
+    """
+    if mesh is not None:
+        return jnp.mean(_by_rows(_sigmoid_terms, mesh, image, text, scale, bias))
+    logits = scale * _similarity(image, text) + bias
+    signs = 2 * jnp.eye(logits.shape[0], dtype=logits.dtype) - 1
+    return -jnp.sum(jax.nn.log_sigmoid(signs * logits)) / logits.shape[0]
+
+
+class _Rows(NamedTuple):
+    """One device's rows of the batch, and how to get everybody's."""
+
+    image: Float[Array, "N P"]
+    text: Float[Array, "N P"]
+    first: Int[Array, ""]
+    gather: Callable[[Array], Array]
+
+
+def _by_rows(
+    terms: Callable[..., Float[Array, " N"]],
+    mesh: Mesh,
+    image: Float[Array, "B P"],
+    text: Float[Array, "B P"],
+    *scalars: Float[Array, ""],
+) -> Float[Array, " B"]:
+    """The term of every row, each computed where the row is; the gradient of a gather is a reduce-scatter."""
+    axes = tuple(mesh.axis_names)
+
+    def here(image: Array, text: Array, *scalars: Array) -> Array:
+        first = image.shape[0] * jax.lax.axis_index(axes)
+        return terms(
+            _Rows(image, text, first, functools.partial(jax.lax.all_gather, axis_name=axes, tiled=True)), *scalars
+        )
+
+    rows, whole = PartitionSpec(axes), PartitionSpec()
+    # No psum in here: gradients through one would depend on what check_vma knows. The mean is taken outside.
+    sharded = jax.shard_map(
+        here, mesh=mesh, in_specs=(rows, rows, *[whole] * len(scalars)), out_specs=rows, check_vma=False
+    )
+    return sharded(image, text, *scalars)
+
+
+def _softmax_terms(rows: _Rows, scale: Float[Array, ""]) -> Float[Array, " N"]:
+    pairs = scale * jnp.sum(rows.image * rows.text, axis=1)
+    to_text = jax.nn.logsumexp(scale * _similarity(rows.image, rows.gather(rows.text)), axis=1) - pairs
+    to_image = jax.nn.logsumexp(scale * _similarity(rows.text, rows.gather(rows.image)), axis=1) - pairs
+    return (to_text + to_image) / 2
+
+
+def _sigmoid_terms(rows: _Rows, scale: Float[Array, ""], bias: Float[Array, ""]) -> Float[Array, " N"]:
+    logits = scale * _similarity(rows.image, rows.gather(rows.text)) + bias
+    own = rows.first + jnp.arange(logits.shape[0])
+    signs = jnp.where(own[:, None] == jnp.arange(logits.shape[1]), 1.0, -1.0).astype(logits.dtype)
+    return -jnp.sum(jax.nn.log_sigmoid(signs * logits), axis=1)
+
+
+def _similarity(image: Float[Array, "N P"], text: Float[Array, "B P"]) -> Float[Array, "N B"]:
+    # HIGHEST: the default of a float32 dot is bfloat16 on TPU and tf32 on GPU.
+    return jnp.dot(image, text.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def squared_variation(values: Float[Array, "... E"]) -> Float[Array, "..."]:
+    """Squared coefficient of variation over experts, `(std / mean)²` with the population's std.
+
+    >>> import jax.numpy as jnp
+    >>> float(squared_variation(jnp.array([1.0, 0.0, 0.0, 0.0])))
+    3.0
+    """
+    mean = jnp.mean(values, axis=-1)
+    return jnp.var(values, axis=-1) / jnp.square(mean)
+
+
+def auxiliary_terms(sums: RoutingSums, config: Config) -> AuxiliaryTerms:
+    """All auxiliary losses from sums stacked by layer, `[L, G, M, ...]`; summed over layers (paper, section 3).
+
+    With `loss.aux_scope=batch` the sums of all groups are added first; with `group` each group has a loss of its own
+    and the mean over groups is taken. Entropies in nats. A modality without tokens in a group contributes 0.
+
+    >>> from limoe.config.presets import preset
+    >>> one, even = jnp.ones((1, 1, 2)), jnp.ones((1, 1, 2, 8))  # a layer, a group, both modalities, eight experts
+    >>> sums = RoutingSums(8 * one, even, even, one, one, even, one)
+    >>> terms = auxiliary_terms(sums, preset("tiny"))
+    >>> float(terms.importance), float(terms.z), float(terms.local_text), float(terms.global_image)
+    (0.0, 0.125, 0.125, 0.0)
+    """
+    if config.loss.aux_scope == "batch":
+        sums = RoutingSums(*(values.sum(axis=1, keepdims=True) for values in sums))
+    probability = jnp.sum(sums.probability, axis=2)
+    tokens = jnp.sum(sums.tokens, axis=2)
+    if config.model.router_noise > 0:
+        load = squared_variation(jnp.sum(sums.load, axis=2))
+    else:
+        load = jnp.zeros(tokens.shape, jnp.float32)
+
+    def local(modality: int) -> Float[Array, "L G"]:
+        return sums.entropy[:, :, modality] / jnp.maximum(sums.tokens[:, :, modality], 1.0)
+
+    def thresholded(modality: int, threshold: float) -> Float[Array, "L G"]:
+        count = sums.tokens[:, :, modality]
+        entropy = entropy_of_mean(sums.probability[:, :, modality], jnp.maximum(count, 1.0))
+        return jnp.where(count > 0, jnp.maximum(threshold - entropy, 0.0), 0.0)
+
+    by_group = AuxiliaryTerms(
+        importance=squared_variation(probability),
+        load=load,
+        z=jnp.sum(sums.logsumexp_squared, axis=2) / tokens,
+        local_text=local(TEXT),
+        local_image=local(IMAGE),
+        global_text=thresholded(TEXT, config.threshold_text),
+        global_image=thresholded(IMAGE, config.threshold_image),
+    )
+    return AuxiliaryTerms(*(jnp.sum(jnp.mean(term, axis=1)) for term in by_group))
+
+
+def auxiliary_weights(config: Config) -> dict[str, float]:
+    """The weight of each term in the total: its own weight over the number of active terms, times `aux_weight`.
+
+    The active losses are averaged, then multiplied by 0.04 (paper, section 3); a term that is off has weight 0.
+
+    >>> from limoe.config.presets import preset
+    >>> weights = auxiliary_weights(preset("b16"))
+    >>> round(weights["z"] * 6, 4), weights["local_image"]
+    (0.04, 0.0)
+    """
+    loss = config.loss
+    names = [name for name in AuxiliaryTerms._fields if getattr(loss, name)]
+    share = loss.aux_weight / max(len(names), 1)
+    return {name: share * getattr(loss, f"{name}_weight") if name in names else 0.0 for name in AuxiliaryTerms._fields}
+
+
+def total_loss(
+    image: Float[Array, "B P"],
+    text: Float[Array, "B P"],
+    routing: LayerRouting | None,
+    scale: Float[Array, ""],
+    bias: Float[Array, ""] | None,
+    config: Config,
+    mesh: Mesh | None = None,
+) -> LossTerms:
+    """The loss of the whole step from its embeddings and routing sums; a dense model has auxiliary terms 0.
+
+    `mesh` says that the rows of the embeddings are split over all of its devices.
+
+    >>> from limoe.config.presets import preset
+    >>> terms = total_loss(jnp.eye(2), jnp.eye(2), None, jnp.float32(0.0), None, preset("tiny-dense"))
+    >>> round(float(terms.total), 4), float(terms.auxiliary_total)
+    (0.6931, 0.0)
+    """
+    if config.loss.contrastive == "sigmoid":
+        assert bias is not None
+        contrastive = sigmoid_contrastive(image, text, scale, bias, mesh=mesh)
+    else:
+        contrastive = softmax_contrastive(image, text, scale, mesh=mesh)
+    if routing is None:
+        auxiliary = AuxiliaryTerms(*(jnp.float32(0) for _ in AuxiliaryTerms._fields))
+    else:
+        auxiliary = auxiliary_terms(routing.sums, config)
+    # Selected, not multiplied: a term that is off must not carry its NaN into the total.
+    weights = auxiliary_weights(config)
+    auxiliary_total = jnp.zeros((), jnp.float32)
+    for name, term in auxiliary._asdict().items():
+        if weights[name] != 0:
+            auxiliary_total += weights[name] * term
+    return LossTerms(contrastive + auxiliary_total, contrastive, auxiliary_total, auxiliary)
+
+
+def by_name(terms: LossTerms) -> dict[str, float]:
+    """The terms as plain numbers, for the log: total, contrastive, auxiliary_total and each auxiliary term."""
+    flat = {**terms._asdict(), **terms.auxiliary._asdict()}
+    del flat["auxiliary"]
+    return {name: float(value) for name, value in flat.items()}

@@ -1,0 +1,238 @@
+"""Adafactor and AdamW, their learning rate, and which parameters are decayed and factored (paper section 4)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from limoe.config.schema import Config
+from limoe.parallel.parameters import parameter_path
+
+
+class ParameterRule(NamedTuple):
+    """What the optimiser does with a parameter besides following its gradient."""
+
+    decayed: bool
+    factored: bool
+
+
+_KERNEL = ParameterRule(decayed=True, factored=True)
+_TABLE = ParameterRule(decayed=False, factored=True)
+_VECTOR = ParameterRule(decayed=False, factored=False)
+
+PARAMETER_RULES: dict[str, ParameterRule] = {
+    "kernel": _KERNEL,
+    "w1": _KERNEL,
+    "w2": _KERNEL,
+    # A linear map like the others, but the columns of [D, E] are experts, which must not share a second moment.
+    "router": ParameterRule(decayed=True, factored=False),
+    "token_table": _TABLE,
+    "image_position": _TABLE,
+    "text_position": _TABLE,
+    # Biases of experts are [E, F] and stacks of vectors [layers, D]: their shape looks like a matrix's, they are none.
+    "bias": _VECTOR,
+    "b1": _VECTOR,
+    "b2": _VECTOR,
+    "scale": _VECTOR,
+    "log_scale": _VECTOR,
+    "logit_bias": _VECTOR,
+}
+"""The rule of each parameter, by the last name in its path; a name that is not here is an error, never a default."""
+
+
+def parameter_rule(path: jax.tree_util.KeyPath) -> ParameterRule:
+    """The rule of the parameter at a path.
+
+    Raises ValueError when the parameter's name is not in PARAMETER_RULES.
+    """
+    full = parameter_path(path)
+    name = full.rpartition("/")[2]
+    if name not in PARAMETER_RULES:
+        raise ValueError(
+            f"parameter {full!r} has no rule for weight decay and factoring; add {name!r} to PARAMETER_RULES in "
+            "limoe/train/optim.py"
+        )
+    return PARAMETER_RULES[name]
+
+
+def decay_mask(params: PyTree) -> PyTree:
+    """For each parameter whether weight decay applies: kernels only, not tables, positions, scales and biases.
+
+    >>> decay_mask({"kernel": 0.0, "bias": 0.0})
+    {'bias': False, 'kernel': True}
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, _: parameter_rule(path).decayed, params)
+
+
+def make_schedule(config: Config) -> optax.Schedule:
+    """The learning rate of the update after s finished ones: linear warm-up, reverse square root, linear cool-down.
+
+    With n = s + 1 (no update has a rate of zero), peak P, W warm-up and Q cool-down steps, timescale H and N steps:
+
+        rate(s) = P * min(1, n / W) * sqrt(H / (H + max(0, n - W))) * clip((N + 1 - n) / Q, 0, 1)
+
+    A factor whose W or Q is 0 is left out. The rate is zero from s = N on when there is a cool-down.
+
+    >>> from limoe.config.presets import preset
+    >>> schedule = make_schedule(preset("b16"))
+    >>> [f"{float(schedule(step)):.3e}" for step in (0, 9_999, 39_999, 781_250)]
+    ['1.000e-07', '1.000e-03', '5.000e-04', '0.000e+00']
+    """
+    optimizer, steps = config.optimizer, config.train.steps
+
+    def rate(step: Any) -> Float[Array, ""]:
+        update = jnp.asarray(step, jnp.int32) + 1
+        after_warmup = jnp.maximum(0, update - optimizer.warmup_steps).astype(jnp.float32)
+        value = optimizer.learning_rate * jnp.sqrt(optimizer.timescale / (optimizer.timescale + after_warmup))
+        if optimizer.warmup_steps:
+            value *= jnp.minimum(1.0, update / optimizer.warmup_steps)
+        if optimizer.cooldown_steps:
+            value *= jnp.clip((steps + 1 - update) / optimizer.cooldown_steps, 0.0, 1.0)
+        return value
+
+    return rate
+
+
+class FactoredMoment(NamedTuple):
+    """Mean square of the gradient of a stack of matrices [..., D, F] over their columns and over their rows."""
+
+    row: Float[Array, "*stack D"]
+    column: Float[Array, "*stack F"]
+
+
+class AdafactorState(NamedTuple):
+    """Finished updates, second moments by parameter path, and the momentum in bfloat16 (shaped like the parameters)."""
+
+    num_updates: Int[Array, ""]
+    second_moment: dict[str, FactoredMoment | Float[Array, "..."]]
+    momentum: PyTree
+
+
+def scale_by_adafactor(
+    *,
+    momentum: float = 0.9,
+    decay: float = 0.8,
+    beta2_cap: float = 0.999,
+    factored_size: int = 32,
+    epsilon: float = 1e-30,
+) -> optax.GradientTransformation:
+    """Adafactor as the paper's section 4 has it, without learning rate: no update clipping, no parameter scaling.
+
+    For update t = 1, 2, ... of a matrix with gradient g [D, F], all in float32:
+
+        beta_t = min(1 - t^-decay, beta2_cap)
+        r = beta_t r + (1 - beta_t) mean_F(g^2 + epsilon)      c = beta_t c + (1 - beta_t) mean_D(g^2 + epsilon)
+        u = g / sqrt(r c / mean(r))
+        m = momentum m + (1 - momentum) u                      kept in bfloat16, used before it is rounded
+
+    Only the last two axes are factored, when PARAMETER_RULES allows it and both are at least `factored_size`; axes in
+    front of them (experts, layers of a scan) count separate matrices. Other parameters keep the whole second moment v:
+    u = g / sqrt(v). Optax's factoring picks the two largest axes, be they experts or layers.
+
+    Raises ValueError for a parameter without a rule.
+
+    >>> import numpy as np
+    >>> params = {"w1": jnp.zeros((8, 64, 128)), "b1": jnp.zeros((8, 128))}
+    >>> state = scale_by_adafactor().init(params)
+    >>> state.second_moment["w1"].row.shape, state.second_moment["w1"].column.shape, state.second_moment["b1"].shape
+    ((8, 64), (8, 128), (8, 128))
+    """
+
+    def is_factored(path: jax.tree_util.KeyPath, shape: tuple[int, ...]) -> bool:
+        return parameter_rule(path).factored and len(shape) >= 2 and min(shape[-2:]) >= factored_size
+
+    def init(params: PyTree) -> AdafactorState:
+        second_moment = {}
+        for path, param in jax.tree_util.tree_leaves_with_path(params):
+            shape = param.shape
+            if is_factored(path, shape):
+                moment = FactoredMoment(
+                    row=jnp.zeros(shape[:-1], jnp.float32),
+                    column=jnp.zeros((*shape[:-2], shape[-1]), jnp.float32),
+                )
+            else:
+                moment = jnp.zeros(shape, jnp.float32)
+            second_moment[parameter_path(path)] = moment
+        return AdafactorState(
+            num_updates=jnp.zeros((), jnp.int32),
+            second_moment=second_moment,
+            momentum=jax.tree.map(lambda param: jnp.zeros(param.shape, jnp.bfloat16), params),
+        )
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, AdafactorState]:
+        del params  # their size plays no part: no parameter scaling
+        num_updates = jnp.asarray(optax.safe_increment(state.num_updates))
+        beta = jnp.minimum(1.0 - num_updates.astype(jnp.float32) ** -decay, beta2_cap)
+        second_moment = {}
+
+        def normalise(path: jax.tree_util.KeyPath, gradient: Array) -> Array:
+            name = parameter_path(path)
+            gradient = gradient.astype(jnp.float32)
+            moment = _updated_moment(state.second_moment[name], jnp.square(gradient) + epsilon, beta)
+            second_moment[name] = moment
+            if not isinstance(moment, FactoredMoment):
+                return gradient * jax.lax.rsqrt(moment)
+            # Root by root: r c or r / mean(r) would underflow for a row of zeros beside large ones, and 0 * inf is NaN.
+            row, column = jax.lax.rsqrt(moment.row), jax.lax.rsqrt(moment.column)
+            root = jnp.sqrt(jnp.mean(moment.row, axis=-1))
+            return gradient * row[..., :, None] * (root[..., None] * column)[..., None, :]
+
+        normalised = jax.tree_util.tree_map_with_path(normalise, updates)
+        smoothed = jax.tree.map(
+            lambda old, new: momentum * old.astype(jnp.float32) + (1.0 - momentum) * new, state.momentum, normalised
+        )
+        kept = jax.tree.map(lambda value: value.astype(jnp.bfloat16), smoothed)
+        return smoothed, AdafactorState(num_updates=num_updates, second_moment=second_moment, momentum=kept)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _updated_moment(
+    moment: FactoredMoment | Float[Array, "..."], square: Float[Array, "..."], beta: Float[Array, ""]
+) -> FactoredMoment | Float[Array, "..."]:
+    if isinstance(moment, FactoredMoment):
+        return FactoredMoment(
+            row=beta * moment.row + (1.0 - beta) * jnp.mean(square, axis=-1),
+            column=beta * moment.column + (1.0 - beta) * jnp.mean(square, axis=-2),
+        )
+    return beta * moment + (1.0 - beta) * square
+
+
+def make_optimizer(config: Config, params: PyTree) -> optax.GradientTransformation:
+    """The optimiser of a config for a tree of parameters (an nnx State or nested dicts and lists).
+
+    In order: clip by the global norm; Adafactor or Adam; decay of the kernels; multiply by minus the learning rate. The
+    decay follows the schedule but not its height: a kernel shrinks by the share `weight_decay` a step at the peak rate.
+    (The paper's 1e-5 read as a multiple of its rate of 1e-3 would take 0.4% off a kernel in 400,000 steps.) Not
+    promised: that a gradient which is not finite shows in the updates. A norm that overflows makes them zero, so the
+    caller checks the loss and `optax.global_norm` of the gradients itself.
+
+    Raises ValueError for a parameter without a rule in PARAMETER_RULES.
+
+    >>> from limoe.config.presets import preset
+    >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    >>> optimizer = make_optimizer(preset("tiny"), params)
+    >>> gradients, state = jax.tree.map(jnp.zeros_like, params), optimizer.init(params)
+    >>> updates, state = jax.jit(optimizer.update)(gradients, state, params)
+    >>> bool((updates["kernel"] < 0).all()), bool((updates["bias"] == 0).all())
+    (True, True)
+    """
+    optimizer = config.optimizer
+    if optimizer.name == "adafactor":
+        scale = scale_by_adafactor(
+            momentum=optimizer.momentum,
+            decay=optimizer.decay,
+            beta2_cap=optimizer.beta2_cap,
+            factored_size=optimizer.factored_size,
+            epsilon=optimizer.factored_epsilon,
+        )
+    else:
+        scale = optax.scale_by_adam(b1=optimizer.adam_beta1, b2=optimizer.adam_beta2, eps=optimizer.adam_epsilon)
+    return optax.chain(
+        optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else optax.identity(),
+        scale,
+        optax.add_decayed_weights(optimizer.weight_decay / optimizer.learning_rate, mask=decay_mask(params)),
+        optax.scale_by_learning_rate(make_schedule(config)),
+    )

@@ -1,0 +1,1 @@
+"""The work folder of a run: settings, log of metrics, lock, checkpoints."""

@@ -1,0 +1,210 @@
+"""The work folder of a training run: whose it is, where its files lie, and its log of metrics.
+
+    config.json      the settings; a run with other settings may not use the folder
+    metrics.jsonl    one JSON object a step
+    checkpoints/     see `limoe.workdir.checkpoint`
+    tokenizer.model  the tokenizer of the run
+    figures/         pictures
+    summary.json     written last: the run is finished when it is there
+    .lock            held by the run that uses the folder, freed by the system however that run ends
+
+A folder is taken when it is empty or has a config.json; one that holds only other files is left alone.
+"""
+
+import fcntl
+import fnmatch
+import os
+from pathlib import Path
+from types import TracebackType
+
+from limoe.config.schema import Config, ConfigError
+from limoe.config.settings import both_values, differences, from_json, to_json
+from limoe.data import files
+
+_CONFIG = "config.json"
+_METRICS = "metrics.jsonl"
+_SUMMARY = "summary.json"
+_TOKENIZER = "tokenizer.model"
+_FIGURES = "figures"
+_LOCK = ".lock"
+# What `files.atomic_writer` leaves behind when it is killed.
+_LEFTOVERS = tuple(f".{name}.*.tmp" for name in (_CONFIG, _METRICS, _SUMMARY, _TOKENIZER))
+
+
+class WorkdirError(RuntimeError):
+    """The work folder cannot be used as asked; the message says why, and what to do."""
+
+
+class Workdir:
+    """A work folder whose config.json is `config`; made by `Workdir.open` or `Workdir.existing`.
+
+    >>> import tempfile
+    >>> from limoe.config.presets import preset
+    >>> with tempfile.TemporaryDirectory() as folder, Workdir.open(folder, preset("tiny")) as workdir:
+    ...     workdir.finished, workdir.config.preset, workdir.checkpoints.name
+    (False, 'tiny', 'checkpoints')
+    """
+
+    def __init__(self, path: Path, config: Config, lock: int | None) -> None:
+        self.path = path
+        self.config = config
+        self._lock = lock
+
+    @classmethod
+    def open(cls, path: str | Path, config: Config) -> "Workdir":
+        """Takes the folder for a run with these settings: a new one is made, one of the same settings is continued.
+
+        The folder stays locked until `close`, the end of a `with` block, or the end of the process.
+
+        Raises:
+          WorkdirError: it holds something else, was made with other settings, or another run is using it.
+          limoe.data.files.StorageError: it cannot be written (full disk, permissions).
+        """
+        folder = Path(path).absolute()
+        _refuse_foreign(folder)
+        files.make_folder(folder)
+        workdir = cls(folder, config, _take_lock(folder))
+        try:
+            if files.exists(folder / _CONFIG):
+                _refuse_other_config(folder, _read_config(folder), config)
+            else:
+                files.write_bytes(folder / _CONFIG, to_json(config).encode())
+            for pattern in (*_LEFTOVERS, f"{_FIGURES}/.*.tmp"):
+                for leftover in folder.glob(pattern):
+                    leftover.unlink()
+            files.make_folder(workdir.figures)
+        except BaseException:
+            workdir.close()
+            raise
+        return workdir
+
+    @classmethod
+    def existing(cls, path: str | Path) -> "Workdir":
+        """Looks at the folder of a run, which may be going on: nothing is made, changed or locked.
+
+        Raises:
+          WorkdirError: there is no work folder, or its config.json cannot be used.
+        """
+        folder = Path(path).absolute()
+        if not files.exists(folder / _CONFIG):
+            raise WorkdirError(f"{folder} is not a work folder: it has no {_CONFIG}; give the folder of a training run")
+        return cls(folder, _read_config(folder), None)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder for `limoe.workdir.checkpoint.Checkpoints`."""
+        return self.path / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        """The folder for pictures."""
+        return self.path / _FIGURES
+
+    @property
+    def tokenizer(self) -> Path:
+        """The file for the run's tokenizer."""
+        return self.path / _TOKENIZER
+
+    @property
+    def metrics(self) -> Path:
+        """The file for `MetricsLog`."""
+        return self.path / _METRICS
+
+    @property
+    def summary(self) -> Path:
+        """The file for `write_json` at the end of the run."""
+        return self.path / _SUMMARY
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run in this folder came to its end: its summary is there."""
+        return files.exists(self.summary)
+
+    def discard_unstarted(self) -> bool:
+        """Removes what a run wrote that ended before its first step, so that other settings may have the folder.
+
+        A run that has logged a step or saved a checkpoint keeps everything, and gets False.
+        """
+        started = files.exists(self.metrics) and self.metrics.stat().st_size
+        if started or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
+            return False
+        for path in (self.path / _CONFIG, self.tokenizer, self.metrics):
+            path.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.figures):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        return True
+
+    def close(self) -> None:
+        """Frees the folder for another run; a second call does nothing."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> "Workdir":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise WorkdirError(f"{folder} is a file; give a folder with --workdir=DIR")
+    names = os.listdir(folder)
+    foreign = sorted(n for n in names if n != _LOCK and not any(fnmatch.fnmatch(n, p) for p in _LEFTOVERS))
+    if foreign and _CONFIG not in foreign:
+        raise WorkdirError(
+            f"{folder} holds other files ({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}) and no "
+            f"{_CONFIG}, so it is not the work folder of a run; give an empty or a new folder with --workdir=DIR"
+        )
+
+
+def _take_lock(folder: Path) -> int:
+    path = folder / _LOCK
+    with files.explained("write", path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise WorkdirError(
+            f"another run (process {holder or 'unknown'}) is using {folder}; "
+            "wait for its end, stop it, or give another folder with --workdir=DIR"
+        ) from error
+    except OSError as error:
+        os.close(descriptor)
+        raise WorkdirError(f"{folder} cannot be locked ({error}); give a folder on a local disk") from error
+    try:
+        with files.explained("write", path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _read_config(folder: Path) -> Config:
+    path = folder / _CONFIG
+    try:
+        return from_json(files.read_text(path))
+    except (ConfigError, files.DataError) as error:
+        raise WorkdirError(
+            f"{path} cannot be used: {error}; put the original back, or give another folder with --workdir=DIR"
+        ) from error
+
+
+def _refuse_other_config(folder: Path, there: Config, here: Config) -> None:
+    # The mesh may change on the way: neither the result nor what a checkpoint holds depends on it.
+    names = [name for name in differences(there, here) if not name.startswith("mesh.")]
+    if names:
+        raise WorkdirError(
+            f"{folder} was made with other settings: {both_values(names, there, here, 'there', 'now')}; "
+            "continue it with its own settings, or start a new run with --workdir=DIR"
+        )

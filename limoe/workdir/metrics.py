@@ -1,0 +1,142 @@
+"""The log of a run: one line of JSON a step."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from limoe.data import files
+from limoe.workdir.folder import WorkdirError
+
+
+class MetricsLog:
+    """Appends one line of JSON a step to a file, so that after any number of stops each step is there exactly once.
+
+    A line is handed to the system whole before `append` returns, so a killed process loses none; `sync` before a
+    checkpoint is saved keeps them through a loss of power too. A half-written last line is removed when the file is
+    opened. Figures may be numbers, NumPy or JAX arrays, texts, None, and lists, mappings and NamedTuples of them; as
+    JSON has neither NaN nor infinity, a figure that is not finite is written as null.
+
+    Raises:
+      WorkdirError: the last whole line is not one of this log.
+      limoe.data.files.StorageError: the file cannot be written (full disk, permissions).
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     log = MetricsLog(Path(folder) / "metrics.jsonl")
+    ...     for step in (1, 2, 3):
+    ...         log.append(step, {"loss": 1 / step if step < 2 else math.nan})
+    ...     log.truncate_after(2)
+    ...     read_metrics(log.path)
+    [{'step': 1, 'loss': 1.0}, {'step': 2, 'loss': None}]
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        with files.explained("write", self.path), open(self.path, "ab+") as file:
+            file.seek(0)
+            whole, last = 0, b""
+            for line in file:
+                if line.endswith(b"\n"):
+                    whole, last = whole + len(line), line
+            file.truncate(whole)
+        self.last_step = _step(last, self.path) if last else None
+
+    def append(self, step: int, figures: Mapping[str, object]) -> None:
+        """Writes the figures of a step.
+
+        Raises:
+          ValueError: the step is not later than the last one in the file, or a figure is no value of JSON.
+          limoe.data.files.StorageError: the disk is full; the file is as it was before.
+        """
+        if self.last_step is not None and step <= self.last_step:
+            raise ValueError(
+                f"{self.path} already holds step {self.last_step}, so step {step} cannot follow; use truncate_after"
+            )
+        if "step" in figures:
+            raise ValueError("the figures have one named 'step'; that name is the log's own")
+        line = (json.dumps(_plain({"step": step, **figures}, "figures"), allow_nan=False) + "\n").encode()
+        # Unbuffered and opened for each line: no buffer whose rest a failed write would leave to be written later.
+        with files.explained("write", self.path), open(self.path, "ab", buffering=0) as file:
+            start = file.seek(0, os.SEEK_END)
+            rest = memoryview(line)
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except BaseException:
+                file.truncate(start)
+                raise
+        self.last_step = step
+
+    def truncate_after(self, step: int) -> None:
+        """Removes the lines of all steps after this one, atomically; for going on from the checkpoint of that step."""
+        if self.last_step is None or self.last_step <= step:
+            return
+        kept = [line for line in self.path.read_bytes().splitlines(keepends=True) if _step(line, self.path) <= step]
+        files.write_bytes(self.path, b"".join(kept))
+        self.last_step = _step(kept[-1], self.path) if kept else None
+
+    def sync(self) -> None:
+        """Waits until every line is on the disk."""
+        with files.explained("write", self.path), open(self.path, "ab") as file:
+            os.fsync(file.fileno())
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a log of metrics in order, without a last line that was cut short; null becomes None.
+
+    Raises:
+      WorkdirError: another line is not one of a `MetricsLog`.
+      FileNotFoundError: there is no such file.
+    """
+    lines = files.read_bytes(path).split(b"\n")[:-1]  # what follows the last line's end is empty or cut short
+    return [_parsed(line, Path(path)) for line in lines]
+
+
+def write_json(path: str | Path, value: Mapping[str, object]) -> None:
+    """Writes an object as indented JSON, atomically; figures as in `MetricsLog`, null for what is not finite.
+
+    Raises:
+      ValueError: a figure is no value of JSON.
+      limoe.data.files.StorageError: the file cannot be written; an old one is as it was.
+    """
+    files.write_bytes(path, (json.dumps(_plain(value, "value"), indent=2, allow_nan=False) + "\n").encode())
+
+
+def _parsed(line: bytes, path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        raise WorkdirError(
+            f"{path} has a line that is not a step's figures: {line[:60]!r}; remove that line, or move the file away"
+        )
+    return record
+
+
+def _step(line: bytes, path: Path) -> int:
+    return _parsed(line, path)["step"]
+
+
+def _plain(value: object, where: str) -> Any:
+    """The value as JSON knows it."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if hasattr(value, "__array__"):
+        array = np.asarray(value)
+        # By way of float64, because bfloat16 is no number of Python.
+        return _plain((array if array.dtype.kind in "biu" else array.astype(np.float64)).tolist(), where)
+    raise ValueError(f"{where} is a {type(value).__name__}, which JSON has no form for; give a number, text or list")

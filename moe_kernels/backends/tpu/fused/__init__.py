@@ -1,0 +1,1 @@
+"""Dispatch, experts and combine as one TPU kernel, forward and backward."""

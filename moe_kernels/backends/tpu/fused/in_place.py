@@ -1,0 +1,111 @@
+"""What both passes of the layer's kernels share: tokens that lie in VMEM, each of which has one row at most.
+
+A row is picked from the place of its token, and its result is put there: nobody needs the token any more.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from moe_kernels.backends.tpu.common.launch import Grid
+from moe_kernels.backends.tpu.common.rows import Scalar
+from moe_kernels.backends.tpu.common.schedule import Schedule
+from moe_kernels.backends.tpu.permute.tiles import FusedTiles
+from moe_kernels.backends.tpu.permute.words import LANES, SUBLANES
+from moe_kernels.types import Plan
+
+
+def places(plan: Plan, tiles: FusedTiles) -> Int[Array, " N"]:
+    """Sublane of the token of each row, `tiles.moved` for every expert and for one that has none behind the last.
+
+    A row without a token has the place behind all of them: what it reads is anything, and its result goes there. So
+    does all of the expert behind the last one, the neighbour of the first and the last.
+    """
+    layout, spare = plan.layout, tiles.inputs * tiles.load
+    place = jnp.where(plan.source < layout.num_tokens, plan.source, spare).reshape(layout.num_experts, -1)
+    return jnp.pad(place, ((0, 1), (0, tiles.moved - place.shape[1])), constant_values=spare).reshape(-1)
+
+
+def in_lanes(side: Array, tiles: FusedTiles) -> Float[Array, "N L"]:
+    """Numbers of tokens `[T, 1]` side by side, 128 to a row; a block of tokens begins a row."""
+    blocks = jnp.pad(side[:, 0], (0, tiles.inputs * tiles.load - side.shape[0])).reshape(tiles.inputs, tiles.load)
+    return jnp.pad(blocks, ((0, 0), (0, -tiles.load % LANES))).reshape(-1, LANES)
+
+
+def from_lanes(lanes: Float[Array, "N L"], tiles: FusedTiles, length: int) -> Float[Array, "T 1"]:
+    """The numbers that `in_lanes` put side by side."""
+    return lanes.reshape(tiles.inputs, -1)[:, : tiles.load].reshape(-1, 1)[:length]
+
+
+def steps_of(grid: Grid, schedule: Schedule, blocks: int) -> tuple[Int[Array, " S"], ...]:
+    """Expert and chunk of the weights of every step, then its own: read, not computed, since each array asks twice.
+
+    Before and after the steps with weights come those of `blocks` of tokens.
+    """
+    chunk = jnp.arange(grid.chunks, dtype=jnp.int32)
+    item = jnp.arange(grid.items, dtype=jnp.int32)[:, None]
+    fetched = grid.fetched_chunk(chunk, schedule.size[:, None], schedule.after[:, None])
+    by_item = (schedule.fetched[:, None], fetched, item, chunk)
+    flat = (jnp.broadcast_to(values, (grid.items, grid.chunks)).reshape(-1) for values in by_item)
+    return tuple(jnp.pad(values, blocks, mode="edge") for values in flat)
+
+
+@runtime_checkable
+class Phases(Protocol):
+    """A kernel that has all tokens in VMEM: what happens to a block of tokens, to a chunk, and to rows of an expert."""
+
+    def load(self, block: Scalar) -> None:
+        """Bring a block of tokens."""
+
+    def pick(self, item: Scalar, base: Scalar, rows: int) -> None:
+        """Copy some rows of an expert from the places of their tokens."""
+
+    def compute(self, number: Scalar) -> None:
+        """Work on a chunk of an expert; move rows of its neighbours."""
+
+    def put(self, item: Scalar, base: Scalar, rows: int) -> None:
+        """Copy results of some rows of an expert to the places of their tokens."""
+
+    def leave(self, block: Scalar) -> None:
+        """Give a block of results."""
+
+
+def run_phases(kernel: Phases, blocks: int, grid: Grid, sizes: Any) -> None:
+    """One step of the grid: blocks of tokens, then chunks of experts, then blocks of results."""
+    step = pl.program_id(0)
+    number, steps, last = step - blocks, grid.items * grid.chunks, grid.items - 1
+
+    @pl.when(number < 0)
+    def _() -> None:
+        kernel.load(step)
+        pl.when(number == -1)(lambda: alone(0, sizes[0], functools.partial(kernel.pick, 0)))
+
+    pl.when((number >= 0) & (number < steps))(lambda: kernel.compute(number))
+
+    @pl.when(number >= steps)
+    def _() -> None:
+        pl.when(number == steps)(lambda: alone(0, sizes[last], functools.partial(kernel.put, last)))
+        kernel.leave(number - steps)
+
+
+def alone(first: Scalar, rows: Scalar, moves: Callable[[Scalar, int], None]) -> None:
+    """Move rows without matmuls, from a first one on."""
+
+    def move(n: Scalar, carry: None) -> None:
+        moves(pl.multiple_of(n * SUBLANES, SUBLANES), SUBLANES)
+
+    jax.lax.fori_loop(jax.lax.div(first, SUBLANES), jax.lax.div(rows + (SUBLANES - 1), SUBLANES), move, None)
+
+
+def column(side: Any, row: Scalar, size: int) -> Float[Array, "N 1"]:
+    """The first numbers of a row, one below the other."""
+    shape = (size, LANES)
+    own = jax.lax.broadcasted_iota(jnp.int32, shape, 0) == jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return jnp.sum(jnp.where(own, side[pl.ds(row, 1), :], jnp.float32(0)), axis=1, keepdims=True)

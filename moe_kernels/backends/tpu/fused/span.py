@@ -1,0 +1,112 @@
+"""The span from tokens to tokens, `out = gate * mlp(x)` of the expert that has the token: one kernel for each pass.
+
+Where tokens and the gradients of the output do not fit VMEM together, the backward pass is made of the kernels for its
+parts, and the rows of the forward pass are kept for it; where two experts' rows do not fit, they are gathered again.
+What is kept else beside the operands is the output before gates, of which the gradient of a gate is the product with
+that of the output.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moe_kernels.backends.base import MlpStatic
+from moe_kernels.backends.tpu.common.launch import Target
+from moe_kernels.backends.tpu.common.tiling import Chip
+from moe_kernels.backends.tpu.fused.backward import run_fused_backward
+from moe_kernels.backends.tpu.fused.forward import run_fused
+from moe_kernels.backends.tpu.mlp.backward import expert_mlp_backward
+from moe_kernels.backends.tpu.mlp.forward import MlpSaved
+from moe_kernels.backends.tpu.permute.forward import dispatch_backward, dispatch_forward, gather_rows
+from moe_kernels.backends.tpu.permute.tiles import FusedTiles, fused_backward_tiles, fused_tiles, keeps_rows
+from moe_kernels.types import Layout, MlpWeights, Plan
+
+
+class LayerSaved(NamedTuple):
+    """What the backward pass needs."""
+
+    tokens: Float[Array, "T D"]
+    gate: Float[Array, "T 1"]
+    weights: MlpWeights
+    plan: Plan
+    ungated: Float[Array, "T D"]
+    """Results of the experts; nobody reads that of a token without a row."""
+    rows: Float[Array, "R D"] | None = None
+    """For a backward pass in parts, if they fit; unused ones hold anything."""
+
+
+def layer_value(
+    target: Target,
+    static: MlpStatic,
+    tokens: Float[Array, "T D"],
+    gate: Float[Array, "T 1"],
+    weights: MlpWeights,
+    plan: Plan,
+) -> Float[Array, "T D"]:
+    """`gate * mlp(x)`; a token without a row becomes 0, one with a gate that is not finite NaN."""
+    tiles = fused_tiles(*_sizes(target, static, tokens, weights))
+    assert tiles is not None, "refused by why_not"
+    return run_fused(tiles, target, static, tokens, gate, weights, plan, keep=False)[0]
+
+
+def layer_forward(
+    target: Target,
+    static: MlpStatic,
+    tokens: Float[Array, "T D"],
+    gate: Float[Array, "T 1"],
+    weights: MlpWeights,
+    plan: Plan,
+) -> tuple[Float[Array, "T D"], LayerSaved]:
+    """As `layer_value`, with what the backward pass needs."""
+    sizes = _sizes(target, static, tokens, weights)
+    keep_rows = keeps_rows(*sizes)
+    tiles = fused_tiles(*sizes, keep_rows=keep_rows)
+    assert tiles is not None, "refused by why_not"
+    out, *kept = run_fused(tiles, target, static, tokens, gate, weights, plan, keep=True, keep_rows=keep_rows)
+    return out, LayerSaved(tokens, gate, weights, plan, *kept)
+
+
+def layer_backward(
+    target: Target, static: MlpStatic, saved: LayerSaved, dout: Float[Array, "T D"]
+) -> tuple[Float[Array, "T D"], Float[Array, "T 1"], MlpWeights]:
+    """Gradients of tokens, gates and weights; those of a token without a row are exactly 0."""
+    tiles = fused_backward_tiles(*_sizes(target, static, saved.tokens, saved.weights))
+    return run_backward(tiles, target, static, saved, dout)
+
+
+def run_backward(
+    tiles: FusedTiles | None, target: Target, static: MlpStatic, saved: LayerSaved, dout: Float[Array, "T D"]
+) -> tuple[Float[Array, "T D"], Float[Array, "T 1"], MlpWeights]:
+    """The backward pass as one kernel with given block sizes, or in parts without."""
+    if tiles is None:
+        dtokens, dgate, dweights = _in_parts(target, static, saved, dout)
+    else:
+        dtokens, dgate, dweights = run_fused_backward(tiles, target, static, *saved[:-1], dout)
+    # A dropped token's gate has no influence on the output, also where dout is not finite (0 * NaN above).
+    held = saved.plan.row < saved.plan.layout.num_rows
+    return dtokens, jnp.where(held, dgate, jnp.float32(0)), dweights
+
+
+def _in_parts(
+    target: Target, static: MlpStatic, saved: LayerSaved, dout: Float[Array, "T D"]
+) -> tuple[Float[Array, "T D"], Float[Array, "T 1"], MlpWeights]:
+    tokens, gate, weights, plan, ungated, rows = saved
+    if rows is None:
+        rows, _ = dispatch_forward(target, None, tokens, plan)
+    weighed = (gate * dout.astype(jnp.float32)).astype(dout.dtype)
+    dresults = gather_rows(target, weighed, plan.source, 1)
+    drows, dweights = expert_mlp_backward(target, static, MlpSaved(rows, weights, plan.runs), dresults)
+    (dtokens,) = dispatch_backward(target, None, plan, drows)
+    dgate = jnp.sum(ungated.astype(jnp.float32) * dout.astype(jnp.float32), axis=1, keepdims=True)
+    return dtokens, dgate, dweights
+
+
+def _sizes(
+    target: Target, static: MlpStatic, tokens: Float[Array, "T D"], weights: MlpWeights
+) -> tuple[Layout, int, int, int, int, Chip]:
+    """What block sizes are chosen by."""
+    itemsizes = tokens.dtype.itemsize, weights.w1.dtype.itemsize
+    return static.layout, tokens.shape[1], weights.w1.shape[2], *itemsizes, target.facts

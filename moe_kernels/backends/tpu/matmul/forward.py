@@ -1,0 +1,190 @@
+"""Grouped matmul for TPU, forward: `y = x W_e`, with a bias and an activation, or times a second matmul (gated MLPs).
+
+Grid (core, item, chunk of F), as in the expert MLP: the rows `x` of an item stay in VMEM while chunks of its expert's
+weights stream through, each read once for an item; a chunk of `y` leaves at every step. What an activation was of is
+not kept: the backward pass has rows and weights in VMEM anyway, and computes it again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from moe_kernels.backends.base import MatmulStatic, MatmulWeights, epilogue_of
+from moe_kernels.backends.tpu.common.activation import activate
+from moe_kernels.backends.tpu.common.launch import (
+    NUM_SCALARS,
+    Grid,
+    Target,
+    grid_of,
+    launch,
+    scalars_of,
+    tiles_for,
+    unflatten,
+)
+from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of
+from moe_kernels.backends.tpu.common.step import ChunkCopies, this_step
+from moe_kernels.backends.tpu.common.tiling import Tiles, matmul_forward_tiles
+from moe_kernels.types import MatmulActivation, Runs
+
+
+class MatmulSaved(NamedTuple):
+    """What the backward pass needs."""
+
+    rows: Float[Array, "R D"]
+    weights: MatmulWeights
+    runs: Runs
+
+
+def grouped_matmul_forward(
+    target: Target, static: MatmulStatic, rows: Float[Array, "R D"], weights: MatmulWeights, runs: Runs
+) -> tuple[Float[Array, "R F"], MatmulSaved]:
+    """`y = x W_e` and what follows it, for the rows of every expert e; unused rows hold anything."""
+    saved = MatmulSaved(rows, weights, runs)
+    if rows.shape[0] == 0:
+        return jnp.zeros((0, weights.weight.shape[2]), rows.dtype), saved
+    choose = functools.partial(matmul_forward_tiles, epilogue=epilogue_of(weights, static.activation))
+    tiles = tiles_for(choose, target, static.layout, rows, weights.weight)
+    return run_forward(tiles, target, static, rows, weights, runs), saved
+
+
+def run_forward(
+    tiles: Tiles, target: Target, static: MatmulStatic, rows: Float[Array, "R D"], weights: MatmulWeights, runs: Runs
+) -> Float[Array, "R F"]:
+    """The forward pass with given block sizes."""
+    width, chunk, held = rows.shape[1], tiles.chunk, tiles.rows.rows
+    grid = grid_of(static.layout, tiles, target)
+    matrices, bias = padded_operands(weights, tiles.padded)
+    hbm = pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)
+    arrays = _Forward(
+        rows=hbm,
+        weights=(pl.BlockSpec((1, width, chunk), grid.columns),) * len(matrices),
+        bias=None if bias is None else pl.BlockSpec((1, 1, chunk), grid.columns),
+        out=hbm,
+        x=pltpu.VMEM((2, held, width), rows.dtype),
+        y=pltpu.VMEM((2, held, chunk), rows.dtype),
+        casts=casts(matrices, chunk, rows.dtype),
+        fetched=pltpu.SemaphoreType.DMA((2,)),
+        written=pltpu.SemaphoreType.DMA((2,)),
+    )
+
+    def kernel(*refs: Any) -> None:
+        scalars = unflatten(refs[:NUM_SCALARS])
+        named = jax.tree.unflatten(jax.tree.structure(arrays), refs[NUM_SCALARS:])
+        _forward(tiles, static, grid, scalars, named)
+
+    run = launch(
+        kernel,
+        "grouped_matmul_forward",
+        grid,
+        target,
+        tiles,
+        products=len(matrices),
+        in_specs=jax.tree.leaves(arrays[:3]),
+        out_specs=[arrays.out],
+        out_shape=[jax.ShapeDtypeStruct((rows.shape[0], tiles.padded), rows.dtype)],
+        scratch=jax.tree.leaves(arrays[4:]),
+    )
+    (out,) = run(scalars_of(static.layout, runs, tiles, target), rows, *jax.tree.leaves((matrices, bias)))
+    return out[:, : weights.weight.shape[2]]
+
+
+def padded_operands(weights: MatmulWeights, padded: int) -> tuple[tuple[Array, ...], Array | None]:
+    """The matrices with F rounded up, and the bias `[E, 1, F]` in float32."""
+    more = padded - weights.weight.shape[2]
+    matrices = tuple(
+        jnp.pad(w, ((0, 0), (0, 0), (0, more))) if more else w for w in (weights.weight, weights.up) if w is not None
+    )
+    if weights.bias is None:
+        return matrices, None
+    return matrices, jnp.pad(weights.bias.astype(jnp.float32), ((0, 0), (0, more)))[:, None]
+
+
+def casts(matrices: Sequence[Array], chunk: int, dtype: Any) -> tuple[Any, ...]:
+    """Room for a chunk of each matrix in the dtype of the rows, where it has another."""
+    return tuple(pltpu.VMEM((w.shape[1], chunk) if w.dtype != dtype else (8, 128), dtype) for w in matrices)
+
+
+def cast_weights(weights: Sequence[Any], casts: Sequence[Any], busy: Scalar) -> tuple[Any, ...]:
+    """The chunks of the weights in the dtype of the rows."""
+    if weights[0].dtype == casts[0].dtype:
+        return tuple(weight.at[0] for weight in weights)
+
+    @pl.when(busy)
+    def _() -> None:
+        for weight, cast in zip(weights, casts, strict=True):
+            cast[...] = weight[0].astype(cast.dtype)
+
+    return tuple(casts)
+
+
+def products(x: Float[Array, "P D"], weights: Sequence[Any], bias: Any) -> list[Float[Array, "P C"]]:
+    """The rows times each matrix, in float32, the first with its bias."""
+    first, *others = (dot(x, weight[...], (1, 0)) for weight in weights)
+    return [first if bias is None else first + bias[0], *others]
+
+
+def rounded(value: Float[Array, "P C"], dtype: Any) -> Float[Array, "P C"]:
+    """In float32, but of another dtype's precision."""
+    return value.astype(dtype).astype(jnp.float32)
+
+
+class _Forward(NamedTuple):
+    """Arrays of the kernel, or how they are given to it."""
+
+    rows: Any
+    weights: tuple[Any, ...]
+    bias: Any
+    out: Any
+    x: Any
+    """Two items' rows."""
+    y: Any
+    """Chunks of two steps."""
+    casts: tuple[Any, ...]
+    fetched: Any
+    written: Any
+
+
+def _forward(tiles: Tiles, static: MatmulStatic, grid: Grid, scalars: Scalars, refs: _Forward) -> None:
+    step, schedule = this_step(grid, scalars), scalars.schedule
+    at, slot = step.at, step.slot
+    results = ChunkCopies(grid, tiles, scalars, refs.out, refs.y, refs.written)
+
+    def rows(at: Scalar, slot: Scalar) -> RowCopies:
+        place = (refs.x.at[slot], refs.fetched.at[slot], schedule.first[at], schedule.size[at])
+        return RowCopies(refs.rows, *place, tiles.rows.copied)
+
+    pl.when(step.number == 0)(lambda: rows(at, slot).fetch())
+
+    @pl.when(step.chunk == 0)
+    def _() -> None:
+        pl.when(step.item + 1 < grid.items)(lambda: rows(at + 1, 1 - slot).fetch())
+        rows(at, slot).fetched()
+
+    y = results.place(step)
+    weights = cast_weights(refs.weights, refs.casts, step.busy)
+    x = refs.x.at[slot]
+
+    def work(offset: Scalar, size: int) -> None:
+        own = pl.ds(offset, size)
+        y[own] = _result(products(x[own], weights, refs.bias), static.activation, y.dtype)
+
+    over_pieces(*pieces_of(scalars.schedule.size[at], scalars.covers, tiles.rows), tiles.rows, work)
+    results.write(step)
+
+
+def _result(
+    parts: Sequence[Float[Array, "P C"]], activation: MatmulActivation | None, dtype: Any
+) -> Float[Array, "P C"]:
+    if activation is not None:
+        activated, *gated = (rounded(part, dtype) for part in parts)
+        activated = activate(activated, activation)
+        parts = [activated * gated[0] if gated else activated]
+    return parts[0].astype(dtype)

@@ -1,0 +1,1 @@
+"""Expert MLPs on TPUs, forward and backward."""

@@ -1,0 +1,66 @@
+"""Whether the hidden layer of an expert MLP is kept for the backward pass or computed again: by the roofline of a chip.
+
+Keeping it saves one of seven matmuls, and moves it to HBM and back. The least time of each pass is the larger of its
+multiply-adds at the peak and its bytes at full bandwidth, all of the data sheet: so both times are modelled.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from moe_kernels.backends.tpu.common.tiling import Chip, mlp_backward_tiles, mlp_forward_tiles
+from moe_kernels.types import Layout
+
+# A float32 product on a matrix unit that multiplies bfloat16.
+_FLOAT32_PASSES = 6
+
+
+class HiddenCost(NamedTuple):
+    """Least seconds of a forward and a backward pass by the roofline, modelled."""
+
+    again: float
+    """With the hidden layer computed again."""
+    kept: float
+
+
+def hidden_cost(
+    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
+) -> HiddenCost:
+    """Price both ways for all planned rows of a layout, on one core; several share rows and bandwidth alike.
+
+    >>> from moe_kernels.backends.tpu.common.tiling import CHIPS
+    >>> layout = Layout(16384, 1, 1, 32, 17408, 544)
+    >>> again, kept = hidden_cost(layout, 768, 3072, 2, 2, CHIPS["TPU v6 lite"])
+    >>> f"{again:.2e} {kept:.2e}"
+    '6.64e-04 7.64e-04'
+    """
+    rows, entries = layout.num_rows, width * expert_width
+    rate = 1e12 * chip.tflops / (_FLOAT32_PASSES if itemsize == 4 else 1)
+    product = 2 * rows * entries / rate
+    weights = 2 * layout.num_experts * entries * weight_itemsize
+    row, hidden = rows * width * itemsize, rows * expert_width * itemsize
+
+    def seconds(products: int, moved: int) -> float:
+        return max(products * product, moved / (1e9 * chip.gbytes_per_s))
+
+    # Forward: weights, x and y. Backward: weights, their gradients, x, dy and dx.
+    there, back = weights + 2 * row, 2 * weights + 3 * row
+    return HiddenCost(
+        again=seconds(2, there) + seconds(5, back), kept=seconds(2, there + hidden) + seconds(4, back + hidden)
+    )
+
+
+def keeps_hidden(
+    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
+) -> bool:
+    """Whether keeping takes less time, and fits VMEM.
+
+    >>> from moe_kernels.backends.tpu.common.tiling import CHIPS
+    >>> layout = Layout(16384, 1, 1, 32, 17408, 544)
+    >>> [name for name, chip in CHIPS.items() if keeps_hidden(layout, 768, 3072, 2, 2, chip)]
+    ['TPU v4', 'TPU v5 lite', 'TPU v5', 'TPU7x']
+    """
+    sizes = (layout, width, expert_width, itemsize, weight_itemsize, chip)
+    cost = hidden_cost(*sizes)
+    fits = all(choose(*sizes, keep=True) is not None for choose in (mlp_forward_tiles, mlp_backward_tiles))
+    return fits and cost.kept < cost.again

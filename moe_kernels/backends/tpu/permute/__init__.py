@@ -1,0 +1,1 @@
+"""Dispatch and combine on TPUs; both directions, and both derivatives, are gathers."""

@@ -1,0 +1,1 @@
+"""Routing on TPUs, forward and backward."""

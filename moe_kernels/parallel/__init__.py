@@ -1,0 +1,1 @@
+"""The layer with its experts spread over a mesh."""
