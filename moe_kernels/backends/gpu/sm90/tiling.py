@@ -79,7 +79,7 @@ class GatherBlocks:
 
 @functools.cache
 def _table() -> dict[str, dict[str, object]]:
-    return json.loads(Path(__file__).with_name("chips.json").read_text(encoding="utf-8"))
+    return json.loads(Path(__file__).parents[1].joinpath("chips.json").read_text(encoding="utf-8"))
 
 
 def chip_of(kind: str) -> Chip | None:
