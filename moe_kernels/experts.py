@@ -96,6 +96,7 @@ def _matmul(
         expert_width=weights.weight.shape[2],
         layout=plan.layout,
         epilogue=epilogue_of(weights, activation),
+        weight_dtype=str(weights.weight.dtype),
     )
     span = backends.choose(problem, backend)
     return apply(span, MatmulStatic(plan.layout, activation), (rows, weights), (plan.runs,))
@@ -139,7 +140,14 @@ def expert_mlp_over_runs(
     """`expert_mlp` for rows of which there is no plan here, because other shards sent them."""
     num_experts, expert_width = layout.num_experts, weights.w1.shape[-1]
     check_mlp(weights, num_experts, rows.shape[1], activation)
-    problem = backends.problem_of("expert_mlp", rows, num_experts, expert_width=expert_width, layout=layout)
+    problem = backends.problem_of(
+        "expert_mlp",
+        rows,
+        num_experts,
+        expert_width=expert_width,
+        layout=layout,
+        weight_dtype=str(weights.w1.dtype),
+    )
     span = backends.choose(problem, backend)
     return apply(span, MlpStatic(layout, activation), (rows, weights), (runs,))
 

@@ -159,6 +159,7 @@ def _experts(
         plan.layout.num_experts,
         expert_width=weights.w1.shape[-1],
         layout=plan.layout,
+        weight_dtype=str(weights.w1.dtype),
     )
     if (span := backends.find(problem, backend)) is not None:
         check_mlp(weights, plan.layout.num_experts, tokens.shape[1], activation)

@@ -27,6 +27,7 @@ def problem_of(
     layout: Layout | None = None,
     epilogue: Epilogue = "none",
     route: RouteStatic | None = None,
+    weight_dtype: str = "",
 ) -> Problem:
     """Describe a call by its span and its main array, on the device that the call is traced for.
 
@@ -50,6 +51,7 @@ def problem_of(
         chip=chip,
         num_cores=num_cores,
         epilogue=epilogue,
+        weight_dtype=weight_dtype,
     )
 
 

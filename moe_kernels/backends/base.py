@@ -23,7 +23,7 @@ class Problem:
     of the rows, and `route` what is static about a routing call; `chip` is the device kind as JAX names it ("TPU v5
     lite"), empty if unknown, `num_cores` its TensorCores or multiprocessors, 0 if unknown; `named` says that the user
     asked for this back end by name, which is how a kernel runs interpreted on a CPU; `epilogue` is that of a grouped
-    matmul.
+    matmul; `weight_dtype` is that of the experts' weights, empty if unknown.
 
     >>> Problem("dispatch", "cpu", "float32", (4, 8), 2).span
     'dispatch'
@@ -41,6 +41,7 @@ class Problem:
     named: bool = False
     epilogue: Epilogue = "none"
     route: RouteStatic | None = None
+    weight_dtype: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
