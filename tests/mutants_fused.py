@@ -1,6 +1,6 @@
-"""How `mutate_tpu.py` breaks dispatch, experts and combine in one kernel."""
+"""How dispatch, experts and combine in one kernel are broken, and the tests that must notice it."""
 
-from mutate import Mutant, Mutation, tests
+from mutate import Mutant, tests
 
 FUSED_PIECES = tests("test_tpu_fused.py::test_values_and_gradients[pieces and chunks-float32-float32]")
 FUSED_GROUPS = tests("test_tpu_fused.py::test_values_and_gradients[groups-bfloat16-float32]")
@@ -8,114 +8,99 @@ FUSED_RACES = tests("test_tpu_fused.py::test_no_races_and_no_uninitialised_memor
 FUSED_POISON = tests("test_tpu_fused.py::test_what_is_not_finite_stays_where_it_belongs[inf]")
 FUSED_PARTS = tests("test_tpu_fused.py::test_the_backward_pass_in_its_parts_gives_the_same_bits[groups]")
 
-FUSED, FUSED_BACKWARD, IN_PLACE = "tpu/fused/forward.py", "tpu/fused/backward.py", "tpu/fused/in_place.py"
-LAYER = "tpu/fused/span.py"
-
-MUTATIONS = {
+MUTANTS = {
     "a token without a row keeps what was in its place": Mutant(
-        FUSED_GROUPS, Mutation(FUSED, "words = jnp.where(factor != 0, words, 0)", "pass")
+        FUSED_GROUPS, "words = jnp.where(factor != 0, words, 0)", "pass"
     ),
-    "results leave without gates": Mutant(
-        FUSED_GROUPS, Mutation(FUSED, "(value * factor, value)", "(value, value * factor)")
-    ),
+    "results leave without gates": Mutant(FUSED_GROUPS, "(value * factor, value)", "(value, value * factor)"),
     "a gate that is not finite is taken as it is": Mutant(
-        FUSED_POISON, Mutation(FUSED, "jnp.where(jnp.isfinite(gate), factor, jnp.float32(jnp.nan))", "factor")
+        FUSED_POISON, "jnp.where(jnp.isfinite(gate), factor, jnp.float32(jnp.nan))", "factor"
     ),
     "gates of the first block": Mutant(
         FUSED_PIECES,
-        Mutation(FUSED, "column(refs.factor, block * lanes + number, size)", "column(refs.factor, number, size)"),
+        "column(refs.factor, block * lanes + number, size)",
+        "column(refs.factor, number, size)",
     ),
     "results of unused rows go to the first token": Mutant(
         FUSED_GROUPS,
-        Mutation(
-            IN_PLACE,
-            "place = jnp.where(plan.source < layout.num_tokens, plan.source, spare)",
-            "place = (plan.source % layout.num_tokens)",
-        ),
+        "place = jnp.where(plan.source < layout.num_tokens, plan.source, spare)",
+        "place = (plan.source % layout.num_tokens)",
     ),
-    "rows of the first expert not picked": Mutant(
-        FUSED_GROUPS, Mutation(IN_PLACE, "pl.when(number == -1)", "pl.when(number == -2)")
-    ),
-    "results of the last expert not put": Mutant(
-        FUSED_GROUPS, Mutation(IN_PLACE, "pl.when(number == steps)", "pl.when(number == -1)")
-    ),
+    "rows of the first expert not picked": Mutant(FUSED_GROUPS, "pl.when(number == -1)", "pl.when(number == -2)"),
+    "results of the last expert not put": Mutant(FUSED_GROUPS, "pl.when(number == steps)", "pl.when(number == -1)"),
     "rows that had no piece beside them not moved": Mutant(
-        FUSED_PIECES, Mutation(FUSED, "alone(chunks * pieces * tiles.part, jnp.maximum(put, picked), moves)", "pass")
+        FUSED_PIECES, "alone(chunks * pieces * tiles.part, jnp.maximum(put, picked), moves)", "pass"
     ),
     "every piece moves the first rows": Mutant(
-        FUSED_PIECES, Mutation(FUSED, "(chunk * pieces + step) * tiles.part", "(chunk * 0 + step) * tiles.part")
+        FUSED_PIECES, "(chunk * pieces + step) * tiles.part", "(chunk * 0 + step) * tiles.part"
     ),
-    "last piece of an expert left out": Mutant(
-        FUSED_PIECES, Mutation(FUSED, "sizes[item] + (piece - 1)", "sizes[item]")
-    ),
+    "last piece of an expert left out": Mutant(FUSED_PIECES, "sizes[item] + (piece - 1)", "sizes[item]"),
     "shorter pieces for one row too many": Mutant(
         tests("test_tpu_fused.py::test_shorter_pieces_that_fill_the_mxu_hold_all_rows"),
-        Mutation(FUSED, "fit = sizes[item] <= pieces * short", "fit = sizes[item] <= pieces * short + 1"),
+        "fit = sizes[item] <= pieces * short",
+        "fit = sizes[item] <= pieces * short + 1",
     ),
     "sums of the last expert not reset": Mutant(
         FUSED_PIECES,
-        Mutation(FUSED, "refs.total[...] = jnp.broadcast_to(refs.b2[0], refs.total.shape)", "pass"),
+        "refs.total[...] = jnp.broadcast_to(refs.b2[0], refs.total.shape)",
+        "pass",
+        beside="refs.picked",
     ),
-    "gradient of a gate without influence": Mutant(
-        FUSED_POISON, Mutation(LAYER, "jnp.where(held, dgate, jnp.float32(0))", "dgate")
-    ),
+    "gradient of a gate without influence": Mutant(FUSED_POISON, "jnp.where(held, dgate, jnp.float32(0))", "dgate"),
     "rows kept for another expert": Mutant(
         FUSED_PARTS,
-        Mutation(
-            FUSED,
-            "BlockSpec(held, lambda step, expert, *_: (expert[step]",
-            "BlockSpec(held, lambda step, expert, *_: (0 * step",
-        ),
+        "BlockSpec(held, lambda step, expert, *_: (expert[step]",
+        "BlockSpec(held, lambda step, expert, *_: (0 * step",
     ),
     "rows kept from behind those of an expert": Mutant(
         FUSED_PARTS,
-        Mutation(FUSED, "rows[:, : plan.layout.rows_per_expert]", "rows[:, -plan.layout.rows_per_expert :]"),
+        "rows[:, : plan.layout.rows_per_expert]",
+        "rows[:, -plan.layout.rows_per_expert :]",
     ),
     "rows not kept": Mutant(
         tests("test_tpu_fused.py::test_a_backward_pass_in_parts_gets_the_rows_if_they_fit[True]"),
-        Mutation(LAYER, "keep=True, keep_rows=keep_rows)", "keep=True)"),
+        "keep=True, keep_rows=keep_rows)",
+        "keep=True)",
     ),
     "cotangents without gates, backward in parts": Mutant(
-        FUSED_PARTS, Mutation(LAYER, "(gate * dout.astype(jnp.float32)).astype(dout.dtype)", "dout")
+        FUSED_PARTS, "(gate * dout.astype(jnp.float32)).astype(dout.dtype)", "dout"
     ),
     "weights of the expert of the chunk's number": Mutant(
         FUSED_PIECES,
-        Mutation(IN_PLACE, "by_item = (schedule.fetched[:, None], fetched,", "by_item = (fetched, fetched,"),
+        "by_item = (schedule.fetched[:, None], fetched,",
+        "by_item = (fetched, fetched,",
     ),
     # The same, backward.
     "gradients of unused rows not masked": Mutant(
-        FUSED_RACES, Mutation(FUSED_BACKWARD, "words = jnp.where(used, source[own, :], 0)", "words = source[own, :]")
+        FUSED_RACES, "words = jnp.where(used, source[own, :], 0)", "words = source[own, :]"
     ),
     "gradient of a token without a row left as it was": Mutant(
         FUSED_GROUPS,
-        Mutation(FUSED_BACKWARD, "words = jnp.where(has_row, refs.data", "words = jnp.where(True, refs.data"),
+        "words = jnp.where(has_row, refs.data",
+        "words = jnp.where(True, refs.data",
     ),
-    "cotangents come without gates": Mutant(
-        FUSED_GROUPS, Mutation(FUSED_BACKWARD, "(value * factor).astype(dtype)", "value.astype(dtype)")
-    ),
-    "gates' gradients of weighed cotangents": Mutant(
-        FUSED_PIECES, Mutation(FUSED_BACKWARD, "product += value *", "product += value * factor *")
-    ),
+    "cotangents come without gates": Mutant(FUSED_GROUPS, "(value * factor).astype(dtype)", "value.astype(dtype)"),
+    "gates' gradients of weighed cotangents": Mutant(FUSED_PIECES, "product += value *", "product += value * factor *"),
     "rows that had no stretch beside them not moved": Mutant(
         FUSED_PIECES,
-        Mutation(FUSED_BACKWARD, "alone(chunks * stretches * tiles.part, jnp.maximum(put, picked), moves)", "pass"),
+        "alone(chunks * stretches * tiles.part, jnp.maximum(put, picked), moves)",
+        "pass",
     ),
     "every stretch moves the first rows": Mutant(
-        FUSED_PIECES, Mutation(FUSED_BACKWARD, "(first + n) * tiles.part", "(0 * first + n) * tiles.part")
+        FUSED_PIECES, "(first + n) * tiles.part", "(0 * first + n) * tiles.part"
     ),
     "an expert without rows leaves gradients of another": Mutant(
-        FUSED_GROUPS, Mutation(FUSED_BACKWARD, "pl.when(size == 0)(lambda: self._zero(chunk))", "pass")
+        FUSED_GROUPS, "pl.when(size == 0)(lambda: self._zero(chunk))", "pass"
     ),
     "sums of gradients not reset": Mutant(
         FUSED_PIECES,
-        Mutation(
-            FUSED_BACKWARD,
-            "total[...] = jnp.where(offset == 0, 0.0, total[...]) + part",
-            "total[...] += part",
-        ),
+        "total[...] = jnp.where(offset == 0, 0.0, total[...]) + part",
+        "total[...] += part",
     ),
     "shorter pieces of an expert left out": Mutant(
         FUSED_PIECES,
-        Mutation(FUSED_BACKWARD, "over_pieces(repeats, bits, rows, add)", "over_pieces(repeats, 0, rows, add)"),
+        "over_pieces(repeats, bits, rows, add)",
+        "over_pieces(repeats, 0, rows, add)",
+        beside="if not there",
     ),
 }

@@ -1,13 +1,16 @@
-"""What scripts that break kernels share: one mutation at a time, in a copy of the tree, in front of a check.
+"""Break the kernels one way at a time, in a copy of the tree, in front of a check that must notice it.
 
-A mutant is caught by a wrong value, a race, an error of the interpreter, or by never coming to an end.
+Each mutant replaces a piece of text, found by its content in whatever file of the back ends holds it. It is caught by a
+wrong value, a race, an error of the interpreter, or by never coming to an end. tests/test_mutants.py runs them.
 """
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,73 +18,78 @@ ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = Path("moe_kernels/backends")
 
 
-class Mutation(NamedTuple):
-    """Replace `old`, which is there once, by `new` in a file of the back ends."""
+class Tests(NamedTuple):
+    """The check that these tests pass, each given as in `test_x.py::test_y[case]`."""
 
-    file: str
-    old: str
-    new: str
+    ids: tuple[str, ...]
+
+
+def tests(*ids: str) -> Tests:
+    """The check that these tests pass."""
+    return Tests(ids)
 
 
 class Mutant(NamedTuple):
-    """A mutation and a program, run from the root of the copy, that it must make fail."""
+    """`new` in place of `old`, which one file of the back ends holds once; then tests or a function must fail.
 
-    check: str
-    mutation: Mutation
+    Where several files hold `old`, `beside` is text that only one of them has.
+    """
+
+    check: Tests | Callable[[], object]
+    old: str
+    new: str
+    beside: str = ""
 
 
-def tests(*names: str) -> str:
-    """A program that runs tests and fails where one of them does."""
-    arguments = ["-n0", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in names)]
-    return f"import sys, pytest; sys.exit(pytest.main({arguments!r}))"
+def place(mutant: Mutant, root: Path = ROOT) -> Path:
+    """The file that the mutant changes."""
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted((root / BACKENDS).rglob("*.py"))}
+    found = {path: text.count(mutant.old) for path, text in texts.items() if mutant.beside in text}
+    found = {path: count for path, count in found.items() if count}
+    if list(found.values()) != [1]:
+        places = {str(path.relative_to(root)): count for path, count in found.items()}
+        raise LookupError(
+            f"{mutant.old!r}"
+            + f" beside {mutant.beside!r}" * bool(mutant.beside)
+            + f" must be in one file of the back "
+            f"ends, once, but is in {places or 'none'}; change the text of the mutant as the code was changed"
+        )
+    return next(iter(found))
 
 
-def caught(check: str, mutation: Mutation | None, limit: int) -> bool:
-    """Run a check on a copy of the tree with the mutation applied; True if anything at all went wrong."""
+def mutated(mutant: Mutant, root: Path = ROOT) -> tuple[Path, str]:
+    """The file that the mutant changes, and its text afterwards."""
+    path = place(mutant, root)
+    return path, path.read_text(encoding="utf-8").replace(mutant.old, mutant.new)
+
+
+def caught(table: str, name: str, *, broken: bool, limit: int = 240) -> bool:
+    """Whether the check of a mutant fails within `limit` seconds, in a copy of the tree, broken by the mutant or not.
+
+    `table` is the module of tests/ whose MUTANTS has it.
+    """
+    mutant = importlib.import_module(table).MUTANTS[name]
+    if isinstance(mutant.check, Tests):
+        ids = [f"tests/{name}" for name in mutant.check.ids]
+        command = ["-m", "pytest", "-n0", "-x", "-q", "-p", "no:cacheprovider", *ids]
+    else:
+        imports = f"import conftest; conftest.compile_fast(); import {table}"
+        command = ["-c", f"{imports}; {table}.MUTANTS[{name!r}].check()"]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         shutil.copy(ROOT / "pyproject.toml", copy)
-        for package in ("moe_kernels", "limoe", "reference", "tests"):
+        for package in ("moe_kernels", "limoe", "reference", "benchmarks", "tests"):
             shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
-        if mutation is not None:
-            path = copy / BACKENDS / mutation.file
-            path.write_text(mutated(path.read_text(encoding="utf-8"), mutation), encoding="utf-8")
-        environment = os.environ | {"PYTHONPATH": str(copy), "JAX_PLATFORMS": "cpu"}
+        if broken:
+            path, text = mutated(mutant, copy)
+            path.write_text(text, encoding="utf-8")
+        environment = os.environ | {"PYTHONPATH": f"{copy}{os.pathsep}{copy / 'tests'}", "JAX_PLATFORMS": "cpu"}
         try:
             run = subprocess.run(
-                [sys.executable, "-c", check],
-                cwd=copy,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=limit,
-                check=False,
+                [sys.executable, *command], cwd=copy, env=environment, capture_output=True, text=True, timeout=limit
             )
         except subprocess.TimeoutExpired:
             return True
-        if mutation is None and run.returncode:
-            print(run.stdout[-2000:], run.stderr[-2000:])
-        return run.returncode != 0 or "RACE DETECTED" in run.stdout
-
-
-def mutated(text: str, mutation: Mutation) -> str:
-    """The text of a file with the mutation applied."""
-    found = text.count(mutation.old)
-    assert found == 1, f"{mutation.old!r} is {found} times in {mutation.file}"
-    return text.replace(mutation.old, mutation.new)
-
-
-def main(mutants: dict[str, Mutant], names: list[str], *, limit: int) -> int:
-    """Check that nothing is caught unbroken, then that every mutant is; `limit` is the seconds of a check."""
-    chosen = {name: mutants[name] for name in names} if names else mutants
-    for check in dict.fromkeys(mutant.check for mutant in chosen.values()):
-        if caught(check, None, limit):
-            print(f"fails unbroken: {check}")
-            return 1
-    survived = []
-    for name, (check, mutation) in chosen.items():
-        dead = caught(check, mutation, limit)
-        print(f"{'caught' if dead else 'SURVIVED'}: {name}", flush=True)
-        survived += [] if dead else [name]
-    print(f"{len(chosen) - len(survived)} of {len(chosen)} caught")
-    return len(survived)
+    if not broken and run.returncode:
+        print(run.stdout[-2000:], run.stderr[-2000:])
+    return run.returncode != 0 or "RACE DETECTED" in run.stdout

@@ -106,7 +106,9 @@ case "$*" in
   "-m venv "*) mkdir -p "$3/bin" && cp stage "$3/bin/pip" && cp stage "$3/bin/python" ;;
 esac
 """
-EVERYTHING = ["test", "development tools", "format", "lint", "types", "accelerators' compilers", "compatibility"]
+EVERYTHING = [
+    *("test", "development tools", "format", "lint", "types", "mutants", "accelerators' compilers", "compatibility"),
+]
 
 
 @pytest.fixture
@@ -149,6 +151,7 @@ def test_every_stage_runs_and_the_last_line_says_how_long(staged):
     [
         ("python -m pytest", "test"),
         ("ruff check", "lint"),
+        ("pytest -m mutants", "mutants"),
         ("pytest -m aot", "accelerators' compilers"),
         ("pytest -m compat", "compatibility"),
     ],
