@@ -5,19 +5,18 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
-import io
 import re
 import sys
-import tokenize
 import tomllib
 from pathlib import Path
 
+import measure
 import pytest
+from measure import OURS, in_package
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-OURS = ("moe_kernels", "limoe", "reference", "benchmarks", "tests")
 SHIPPED = OURS[:3]
 STANDARD = set(sys.stdlib_module_names)
 
@@ -44,44 +43,59 @@ LEVELS = (
 ROOMS = ("config", "data", "parallel", "model", "workdir", "evaluate", "report", "train", "plan", "cli")
 
 MAX_LINES_OF_CODE = 320
+MAX_LINES_OF_A_FUNCTION = 60
+MAX_PARAMETERS = 8
 
-
-def python_files() -> list[Path]:
-    return sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
-
-
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+# Functions that are longer, and parameter lists that are. These lists only shrink.
+LONG_FUNCTIONS = {
+    "benchmarks.oracle.expect",
+    "moe_kernels.backends.gpu.gather.gather_rows",
+    "moe_kernels.backends.gpu.gather.gather_rows.body",
+    "moe_kernels.backends.gpu.sm90.routing._route",
+    "moe_kernels.backends.gpu.sm90.routing._route.body",
+    "moe_kernels.backends.gpu.sm90.row_matmul.row_matmul",
+    "moe_kernels.backends.gpu.sm90.row_matmul.row_matmul.body",
+    "moe_kernels.backends.gpu.sm90.row_matmul.row_matmul.body.consume",
+    "moe_kernels.backends.gpu.sm90.weight_gradient.weight_gradient",
+    "moe_kernels.backends.gpu.sm90.weight_gradient.weight_gradient.body",
+    "moe_kernels.backends.tpu.fused.backward.run_fused_backward",
+    "moe_kernels.backends.tpu.fused.forward.run_fused",
+    "moe_kernels.backends.tpu.matmul.backward.run_backward",
+    "moe_kernels.backends.tpu.mlp.backward.run_backward",
+    "moe_kernels.backends.tpu.permute.forward.gather_rows",
+    "moe_kernels.backends.tpu.route.backward.run_backward",
+    "moe_kernels.parallel.mesh.moe_mlp",
+    "moe_kernels.parallel.mesh.moe_mlp_on_shard",
+    "moe_kernels.plan.make_plan",
+}
+LONG_PARAMETER_LISTS = {
+    "limoe.model.attention_kernel._backward",
+    "moe_kernels.backends.gpu.interpret._wgmma",
+    "moe_kernels.backends.gpu.sm90.row_matmul.row_matmul",
+    "moe_kernels.backends.tpu.common.launch.launch",
+    "moe_kernels.backends.tpu.fused.backward.run_fused_backward",
+    "moe_kernels.backends.tpu.fused.forward.run_fused",
+    "moe_kernels.layer._priority",
+    "moe_kernels.layer.decide",
+    "moe_kernels.layer.moe_mlp",
+    "moe_kernels.parallel.mesh.moe_mlp",
+    "moe_kernels.parallel.mesh.moe_mlp_on_shard",
+    "moe_kernels.routing._call",
+    "moe_kernels.routing.route",
+    "moe_kernels.routing.route_and_pass",
+}
 
 
 def where(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-FILES = {module_name(path): path for path in python_files()}
-
-
-def in_package(name: str, package: str) -> bool:
-    return name == package or name.startswith(package + ".")
+FILES = measure.python_files()
 
 
 @functools.cache
 def imports_of(module: str) -> frozenset[str]:
-    """Full names of all that a module imports, anywhere in it; `from a import b` is a.b if that is a module, else a."""
-    path = FILES[module]
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*parents, base] if base else parents)
-            found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in FILES else base for alias in node.names}
-    return frozenset(found)
+    return measure.imports_of(module, FILES)
 
 
 def level_of(module: str) -> tuple[int, str]:
@@ -209,33 +223,46 @@ def normal(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
-def lines_of_code(source: str) -> int:
-    """Lines that hold something other than white space, comments and docstrings."""
-    docstrings = {
-        line
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
-    }
-    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    code = set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in silent:
-            code |= set(range(token.start[0], token.end[0] + 1))
-    return len(code - docstrings)
-
-
 def test_lines_of_code_are_counted():
     source = (
         '"""One.\n\nTwo."""\n\n# three\nx = 1  # four\n\n\ndef f():\n    """Five."""\n    return (\n        x\n    )\n'
     )
-    assert lines_of_code(source) == 5
+    assert len(measure.code_of(source)) == 5
 
 
-@pytest.mark.parametrize("path", python_files(), ids=where)
+@pytest.mark.parametrize("path", FILES.values(), ids=where)
 def test_files_are_short(path):
-    count = lines_of_code(path.read_text(encoding="utf-8"))
+    count = len(measure.code_of(path.read_text(encoding="utf-8")))
     assert count < MAX_LINES_OF_CODE, f"{where(path)} has {count} lines of code; is it still one idea?"
+
+
+MEASURED = [
+    (f"{name}.{function.name}", function)
+    for name, path in FILES.items()
+    if name.split(".")[0] in ("moe_kernels", "limoe", "benchmarks")
+    for function in measure.functions(path.read_text(encoding="utf-8"))
+]
+
+
+def test_functions_are_short():
+    found = {name: function.lines for name, function in MEASURED if function.lines > MAX_LINES_OF_A_FUNCTION}
+    new, mended = sorted(found.keys() - LONG_FUNCTIONS), sorted(LONG_FUNCTIONS - found.keys())
+    assert not new, f"over {MAX_LINES_OF_A_FUNCTION} lines of code: {[(name, found[name]) for name in new]}"
+    assert not mended, f"these are short now, or gone: take them from LONG_FUNCTIONS: {mended}"
+
+
+def test_parameter_lists_are_short():
+    found = {name: function.parameters for name, function in MEASURED if function.parameters > MAX_PARAMETERS}
+    new, mended = sorted(found.keys() - LONG_PARAMETER_LISTS), sorted(LONG_PARAMETER_LISTS - found.keys())
+    assert not new, f"over {MAX_PARAMETERS} parameters; make a value of those that belong together: {new}"
+    assert not mended, f"these are short now, or gone: take them from LONG_PARAMETER_LISTS: {mended}"
+
+
+def test_functions_are_measured():
+    source = (
+        'class A:\n    def f(self, a, *b, c, **d):\n        """One."""\n\n        def g(): return 1\n        return g\n'
+    )
+    assert list(measure.functions(source)) == [("A.f", 3, 4), ("A.f.g", 1, 0)]
 
 
 # limoe is a command and has no list of public names. These are the functions that a program of one's own starts from.
