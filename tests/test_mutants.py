@@ -20,7 +20,7 @@ TABLES = {"mutants_tpu": mutants_tpu, "mutants_fused": mutants_fused, "mutants_g
 MUTANTS = [(table, name) for table, module in TABLES.items() for name in module.MUTANTS]
 SAMPLE = {
     *(("mutants_tpu", name) for name in ("mask one row too short", "last piece left out", "dx not reset")),
-    *(("mutants_fused", name) for name in ("results leave without gates", "gates of the first block")),
+    *(("mutants_fused", name) for name in ("every piece moves the first rows", "gates of the first block")),
     *(("mutants_gpu", name) for name in ("ties go to the higher expert", "every group is the first")),
 }
 
