@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import gpu_simulator
 import jax
 import nasty_cases as nasty
 import numpy as np
@@ -10,7 +11,11 @@ import pytest
 
 from moe_kernels.backends import choose, problem_of
 from moe_kernels.backends.base import MatmulStatic, MlpStatic, apply
+from moe_kernels.backends.gpu import install_simulator
 from moe_kernels.types import Epilogue, MatmulActivation
+
+# For every test that imports this: without it, a CPU runs no GPU kernels.
+install_simulator(gpu_simulator.simulate)
 
 
 def widened(rows: nasty.Rows, width: int = 128, hidden: int = 256) -> nasty.Rows:

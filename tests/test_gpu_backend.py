@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import gpu_cases  # noqa: F401 (installs the simulator)
+import gpu_simulator
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_kernels.backends import explain
+from moe_kernels.backends import choose, explain
 from moe_kernels.backends.base import Problem
-from moe_kernels.backends.gpu import GPU, why_not
+from moe_kernels.backends.gpu import GPU, install_simulator, why_not
 from moe_kernels.backends.gpu.common.schedule import max_tiles, row_tiles
 from moe_kernels.backends.gpu.sm90.tiling import (
     CONSUMER_REGISTERS,
@@ -59,8 +61,15 @@ def test_what_is_refused_says_why_and_goes_to_xla(change, reason):
     assert f"gpu: no, {why_not(problem)}" in lines and "xla: chosen" in lines
 
 
-def test_a_cpu_interprets_by_name():
-    assert why_not(dataclasses.replace(PROBLEM, platform="cpu", chip="cpu", named=True)) is None
+def test_a_cpu_runs_kernels_by_name_where_a_simulator_is_installed():
+    named = dataclasses.replace(PROBLEM, platform="cpu", chip="cpu", named=True)
+    assert why_not(named) is None
+    install_simulator(None)
+    try:
+        with pytest.raises(ValueError, match=r"cpu is not gpu; .* moe_kernels\.backends\.gpu\.install_simulator"):
+            choose(named, "gpu")
+    finally:
+        install_simulator(gpu_simulator.simulate)
 
 
 def test_equal_problems_get_the_same_span():

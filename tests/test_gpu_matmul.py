@@ -3,13 +3,12 @@
 import functools
 
 import gpu_cases as gpu
+import gpu_simulator
 import jax
 import jax.numpy as jnp
 import nasty_cases as nasty
 import numpy as np
 import pytest
-
-from moe_kernels.backends.gpu import interpret
 
 EVERYDAY = [("block", "bfloat16", "float32"), ("several runs", "float16", "float16")]
 ALL = [(name, *dtypes) for name in gpu.CASES for dtypes in gpu.DTYPES]
@@ -50,11 +49,12 @@ def test_values_and_gradients_of_all(name, dtype, weight_dtype):
 
 def test_the_interpreter_keeps_the_last_programs(monkeypatch):
     """And compiles again what it let go."""
-    monkeypatch.setattr(interpret, "KEPT", 2)
+    monkeypatch.setattr(gpu_simulator, "KEPT", 2)
     gpu.check_matmul("one row", "bfloat16", "bfloat16")
-    before = dict(interpret._compiled)
+    before = dict(gpu_simulator._compiled)
     gpu.check_matmul("one row", "float16", "float16")
-    assert len(interpret._compiled) == len(before) == 2 and not before.keys() & interpret._compiled.keys()
+    after = gpu_simulator._compiled
+    assert len(after) == len(before) == 2 and not before.keys() & after.keys()
     gpu.check_matmul("one row", "bfloat16", "bfloat16")
 
 

@@ -122,7 +122,7 @@ def test_hopper_and_blackwell_gather_in_every_float(span):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"platform": "cpu"}, "platform cpu is not gpu; named, it runs interpreted"),
+        ({"platform": "cpu"}, "platform cpu is not gpu; kernels run there only by name, in a simulator"),
         ({"chip": "NVIDIA A100-SXM4-80GB"}, "has not compute capability 9.0"),
         ({"shape": (16384, 192)}, "width 192 is not a multiple of 128"),
         ({"dtype": "int8"}, "dtype int8 is none of"),

@@ -120,7 +120,7 @@ def explain(problem: Problem) -> str:
 
     >>> print(explain(Problem("dispatch", "cpu", "float32", (4, 8), 2)))
     tpu: no, platform cpu is not tpu; named, it runs interpreted
-    gpu: no, platform cpu is not gpu; named, it runs interpreted
+    gpu: no, platform cpu is not gpu; kernels run there only by name, in a simulator that tests install with ...
     xla: chosen
     """
     lines, chosen = [], False

@@ -1,4 +1,4 @@
-"""The GPU back end: Pallas kernels for Mosaic GPU on Hopper; interpreted on a CPU when asked for by name."""
+"""The GPU back end: Pallas kernels for Mosaic GPU on Hopper; on a CPU only in a simulator."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from moe_kernels.backends.base import Backend, Problem, Span, rows_misfit
-from moe_kernels.backends.gpu.common.launch import INTERPRETED_SMS, Device
+from moe_kernels.backends.gpu.common.launch import Device, Simulator
 from moe_kernels.backends.gpu.permute import (
     combine_backward,
     combine_forward,
@@ -26,20 +26,31 @@ GATHER_DTYPES = (*DTYPES, "float32")
 GATHERS = ("dispatch", "combine")
 # Choices and modalities are written out one after the other in the router.
 MOST_UNROLLED = 16
-# The chip whose limits hold where kernels are interpreted.
-STAND_IN = "NVIDIA H200"
+# What a simulator stands for. Its multiprocessors run one after the other: two show that tiles are dealt out right.
+STAND_IN, SIMULATED_SMS = "NVIDIA H200", 2
+NEEDS_SIMULATOR = (
+    "platform cpu is not gpu; kernels run there only by name, in a simulator that tests install with "
+    "moe_kernels.backends.gpu.install_simulator"
+)
+_simulator: Simulator | None = None
+
+
+def install_simulator(simulator: Simulator | None) -> None:
+    """Have this process run GPU kernels on CPUs where they are asked for by name: for tests; None takes it away."""
+    global _simulator
+    _simulator = simulator
 
 
 def why_not(problem: Problem) -> str | None:
-    """Refuse other platforms (a CPU interprets by name), other GPUs, float32, and shapes that tiles do not divide.
+    """Refuse other platforms (but for a simulator, by name), other GPUs, float32, and shapes that tiles do not divide.
 
-    >>> why_not(Problem("expert_mlp", "cpu", "bfloat16", (16, 128), 2))
-    'platform cpu is not gpu; named, it runs interpreted'
+    >>> why_not(Problem("expert_mlp", "tpu", "bfloat16", (16, 128), 2))
+    'platform tpu is not gpu'
     >>> why_not(Problem("expert_mlp", "gpu", "bfloat16", (16, 128), 2, chip="NVIDIA A100-SXM4-80GB"))
     "chip 'NVIDIA A100-SXM4-80GB' has not compute capability 9.0 (H100, H200, H800, H20, GH200) or 10.0"
     """
-    if problem.platform == "cpu" and not problem.named:
-        return "platform cpu is not gpu; named, it runs interpreted"
+    if problem.platform == "cpu" and not (problem.named and _simulator):
+        return NEEDS_SIMULATOR
     if problem.platform not in ("cpu", "gpu"):
         return f"platform {problem.platform} is not gpu"
     chip = _chip(problem)
@@ -97,9 +108,9 @@ def _chip(problem: Problem) -> Chip | None:
 
 
 def _device(problem: Problem) -> Device:
-    interpreted, chip = problem.platform == "cpu", _chip(problem)
+    chip = _chip(problem)
     assert chip is not None, "refused by why_not"
-    return Device(chip, INTERPRETED_SMS if interpreted else problem.num_cores, interpreted)
+    return Device(chip, SIMULATED_SMS, _simulator) if problem.platform == "cpu" else Device(chip, problem.num_cores)
 
 
 @functools.lru_cache

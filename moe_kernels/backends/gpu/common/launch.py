@@ -22,27 +22,26 @@ from moe_kernels.backends.gpu.sm90.tiling import (
 )
 
 PRODUCER = NUM_CONSUMERS
-# Blocks of the persistent grid when interpreted: they run one after the other, so more would only cost time; two show
-# that tiles are dealt out right.
-INTERPRETED_SMS = 2
+# `simulator(in_bounds=...)` is what `plgpu.kernel` takes as `interpret`; with True no copy may leave its array.
+Simulator = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Where a kernel runs: the chip, its number of streaming multiprocessors, and whether a CPU interprets it."""
+    """Where a kernel runs: the chip, its number of streaming multiprocessors, and the simulator that stands for it."""
 
     chip: Chip
     num_sms: int
-    interpreted: bool = False
+    simulator: Simulator | None = None
 
     def read(self, ref: Any, index: tuple[Any, ...]) -> jax.Array:
         """Load from global memory, in whatever layout is asked for."""
         # The interpreter of JAX 0.10.2 knows plain loads only, and has no layouts.
-        return ref[index] if self.interpreted else plgpu.load(ref, index, optimized=False)
+        return ref[index] if self.simulator else plgpu.load(ref, index, optimized=False)
 
     def cast(self, value: jax.Array, layout: Any) -> jax.Array:
         """Say how values lie in registers."""
-        return value if self.interpreted else plgpu.layout_cast(value, layout)
+        return value if self.simulator else plgpu.layout_cast(value, layout)
 
 
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -64,14 +63,8 @@ def launch(
 ) -> Callable[..., Any]:
     """Build a persistent kernel of one block per multiprocessor: two consumer warpgroups and a producer.
 
-    `in_bounds` says that no copy reaches past the end of an array; the interpreter then holds it to that.
+    `in_bounds` says that no copy reaches past the end of an array; a simulator then holds it to that.
     """
-    interpret = None
-    if device.interpreted:
-        # Here, because it takes JAX's interpreter apart, which nobody else should depend on.
-        from moe_kernels.backends.gpu.interpret import interpret_params
-
-        interpret = interpret_params(in_bounds=in_bounds)
     return plgpu.kernel(
         body,
         out_type=out_type,
@@ -82,7 +75,7 @@ def launch(
         thread_name="wg",
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=interpret,
+        interpret=None if device.simulator is None else device.simulator(in_bounds=in_bounds),
     )
 
 

@@ -1,9 +1,9 @@
-"""Kernels on a CPU: JAX's Mosaic GPU interpreter, with race detection.
+"""GPU kernels on a CPU: JAX's Mosaic GPU interpreter, with race detection, for `install_simulator`.
 
 Copies read NaN past the end of an array, where a GPU would read 0, so that nothing can come to depend on either; those
-that promise to stay inside fail there. The
-warpgroups of a block are threads that wait for each other inside XLA's own threads, of which there must be enough:
-set the environment variable NPROC to 8 or more before JAX starts on a machine with fewer cores, else they can hang.
+that promise to stay inside fail there. The warpgroups of a block are threads that wait for each other inside XLA's own
+threads, of which there must be enough: set the environment variable NPROC to 8 or more before JAX starts on a machine
+with fewer cores, else they can hang.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COPY_CLOCKS = 31
 
 
 @functools.cache
-def interpret_params(*, in_bounds: bool) -> Any:
+def simulate(*, in_bounds: bool) -> Any:
     """Parameters of the interpreter, which is made faster, and on JAX 0.10.2 completed, when first asked for."""
     _complete()
     # Copies that share a clock seem ordered: with the default of one, a missing wait for a copy went unseen.
