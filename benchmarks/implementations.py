@@ -34,6 +34,7 @@ from moe_kernels.backends.base import Backend, Problem, RouteStatic
 from moe_kernels.backends.gpu.sm90.tiling import NUM_CONSUMERS, WARPGROUP_ROWS
 from moe_kernels.backends.tpu.common import tiling
 from moe_kernels.backends.xla.matmul import TILE_ROWS
+from moe_kernels.chips import find_tpu
 from moe_kernels.types import Layout, round_up
 
 
@@ -176,7 +177,8 @@ def _computed_rows(backend: Backend | None, case: Case, kept: np.ndarray, settin
     if backend is None:
         backend = next(one for one in BACKENDS if one.why_not(problem) is None)
     if backend.name == "tpu":
-        chip = tiling.CHIPS[setting.kind]
+        chip = find_tpu(setting.kind)
+        assert chip is not None, "refused by why_not"
         itemsize = jnp.dtype(setting.dtype).itemsize
         tiles = tiling.mlp_forward_tiles(layout, case.width, case.expert_width, itemsize, itemsize, chip)
         assert tiles is not None, "refused by why_not"

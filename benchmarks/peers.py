@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from benchmarks.cases import Case
 from benchmarks.implementations import Counts, Implementation, Setting
 from moe_kernels import MlpWeights
-from moe_kernels.backends.gpu.sm90.tiling import chip_of
+from moe_kernels.chips import find_generation
 
 # Rows of a tile of megablox and of Mosaic's ragged dot, and the tile of megablox over D and F.
 _TILE_ROWS, _MEGABLOX_TILE = 128, 512
@@ -334,7 +334,7 @@ def mosaic_matmul(rows: Array, weight: Array, sizes: Array) -> Array:
 
 
 def _mosaic_why_not(case: Case, dtype: str, platform: str) -> str | None:
-    chip = chip_of(jax.devices()[0].device_kind) if platform == "gpu" else None
+    chip = find_generation(jax.devices()[0].device_kind) if platform == "gpu" else None
     if chip is None or not chip.columns:
         return f"is for Hopper GPUs, not for {jax.devices()[0].device_kind if platform == 'gpu' else platform}"
     return None if dtype in ("bfloat16", "float16") else f"does not take {dtype}"

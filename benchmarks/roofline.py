@@ -7,7 +7,6 @@ have rows. So an implementation that computes padding, or moves data twice, is f
 import dataclasses
 import os
 import platform
-import re
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 
 from benchmarks.cases import Case
 from benchmarks.timing import Program, compile_program
+from moe_kernels.chips import find_rates
 
 # 17 GFLOP, and 256 MB read and written.
 _PROBE_WIDTH, _PROBE_ENTRIES = 2_048, 1 << 26
@@ -50,24 +50,6 @@ class Device:
     flops: dict[str, float]
     bandwidth: float
     source: str
-
-
-# By the whole name that JAX gives, the first pattern that fits: bfloat16 TFLOP/s, float32 TFLOP/s, GB/s; by the makers'
-# data sheets, dense. A JAX device of v4 and 7x is one of a chip's two cores, so half of the sheet. A float32 product on
-# a TPU takes six bfloat16 passes.
-_SHEETS = {
-    "TPU v4": (137.5, 137.5 / 6, 614),
-    "TPU (v5 lite|v5e)": (197, 197 / 6, 819),
-    "TPU v5p?": (459, 459 / 6, 2_765),
-    "TPU (v6 lite|v6e)": (918, 918 / 6, 1_640),
-    "TPU ?v?7x?": (1_155, 1_155 / 6, 3_690),
-    "NVIDIA A100.*40GB.*": (312, 19.5, 1_555),
-    "NVIDIA A100-SXM4-80GB.*": (312, 19.5, 2_039),
-    "NVIDIA H100.* HBM3.*": (989, 67, 3_350),
-    # The NVL cards of H100 and H200 are slower, and not listed.
-    "NVIDIA H200(?! NVL).*": (989, 67, 4_800),
-    "NVIDIA B200.*": (2_250, 75, 8_000),
-}
 
 
 # Products of all rows with the matrices of their experts, in the operations that have any.
@@ -140,10 +122,10 @@ def sheet(kind: str) -> Device | None:
     >>> sheet("NVIDIA H200 141GB HBM3e").bandwidth, sheet("TPU v5 lite").flops["bfloat16"], sheet("NVIDIA H200 NVL")
     (4800000000000.0, 197000000000000.0, None)
     """
-    for pattern, (half, single, bandwidth) in _SHEETS.items():
-        if re.fullmatch(pattern, kind):
-            return Device(kind, {"float32": single * 1e12, "bfloat16": half * 1e12}, bandwidth * 1e9, "data sheet")
-    return None
+    rates = find_rates(kind)
+    if rates is None:
+        return None
+    return Device(kind, {"float32": rates.float32, "bfloat16": rates.bfloat16}, rates.memory, "data sheet")
 
 
 def this_device() -> Device:

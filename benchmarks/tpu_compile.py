@@ -114,14 +114,14 @@ def _compile(request: Request, distributions: Sequence[str]) -> dict[str, Any]:
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     from benchmarks.cases import CASES
-    from benchmarks.tpu_chips import CHIPS
     from benchmarks.tpu_implementations import IMPLEMENTATIONS
     from benchmarks.tpu_operands import steering_operands
+    from moe_kernels.chips import TPUS
 
     if reason := IMPLEMENTATIONS[request.implementation].why_not(CASES[request.case], request.dtype, "tpu"):
         raise CompileError(reason)
     prepared = _prepare(request, distributions[0])
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[request.chip].topology)
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[request.chip].smallest_topology)
     mesh = Mesh(np.array(topology.devices[:1]), ("device",))
     everywhere = PartitionSpec()
     # Mosaic kernels are not partitioned automatically, on a single device either.

@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks.tpu_bundles import Program, parse
-from benchmarks.tpu_chips import GRANULE, Chip
 from benchmarks.tpu_compile import Compiled, Steering
 from benchmarks.tpu_schedule import Run, run
+from moe_kernels.chips import Tpu
 
 _TOP = "TLP"
+# Bytes that the compiler counts copies in.
+GRANULE = 32
 # A copy of up to this many bytes is taken for one that moves a row; blocks of a pipeline are larger.
 ROW_BYTES = 16 * 1024
 DESCRIPTOR_NANOSECONDS = (25, 50, 100)
@@ -68,7 +70,7 @@ def read_programs(compiled: Compiled) -> dict[str, Program]:
     return {name: parse(text) for name, text in compiled.texts.items()}
 
 
-def module_cost(programs: Mapping[str, Program], steering: Sequence[Steering], chip: Chip) -> Cost:
+def module_cost(programs: Mapping[str, Program], steering: Sequence[Steering], chip: Tpu) -> Cost:
     """Model the programs of a compiled module, with what steers its kernels."""
     delay = min(d for program in programs.values() if (d := program.branch_delay()) is not None)
     operands = _steering_by_instruction(programs, steering)
@@ -90,7 +92,7 @@ def module_cost(programs: Mapping[str, Program], steering: Sequence[Steering], c
     )
 
 
-def _runs(program: Program, delay: int, steering: Mapping[int, Sequence[int]] | None, chip: Chip) -> list[Run]:
+def _runs(program: Program, delay: int, steering: Mapping[int, Sequence[int]] | None, chip: Tpu) -> list[Run]:
     """What each core does; one run if they are not told apart, since then the work is not split."""
     cores = chip.num_cores if program.uses_core_id else 1
     runs = [run(program, delay, steering, core) for core in range(cores)]
@@ -98,12 +100,14 @@ def _runs(program: Program, delay: int, steering: Mapping[int, Sequence[int]] | 
     return runs if any((ran.places, ran.copies) != (first.places, first.copies) for ran in runs) else [first]
 
 
-def part_cost(name: str, trips: int, runs: Sequence[Run], chip: Chip) -> Part:
+def part_cost(name: str, trips: int, runs: Sequence[Run], chip: Tpu) -> Part:
     """Model one instruction from what each core does: the slowest core decides, copies and multiply-adds add up.
 
     >>> import numpy as np
     >>> from collections import Counter
-    >>> chip = Chip("x", "", "", 1.0, 1024, 32, 32.0)
+    >>> import dataclasses
+    >>> from moe_kernels.chips import TPUS
+    >>> chip = dataclasses.replace(TPUS["v5e"], gigahertz=1.0, macs_per_cycle=1024, depth=32, hbm_bandwidth=32e9)
     >>> ran = Run(np.array([10]), Counter({("hbm_to_vmem", 600): 1}), Counter(), 0, 8, 0)
     >>> part = part_cost("y", 2, [ran], chip)
     >>> part.macs, part.hbm_bytes, part.bound, f"{part.seconds:.2e}", part.row_copies
@@ -116,7 +120,7 @@ def part_cost(name: str, trips: int, runs: Sequence[Run], chip: Chip) -> Part:
         if "hbm" in kind
     ]
     copied = float(trips * sum(size * count for _, size, count in copies))
-    macs = [float(trips * ran.streamed_rows * chip.mxu_depth**2) for ran in runs]
+    macs = [float(trips * ran.streamed_rows * chip.depth**2) for ran in runs]
     bundles = trips * max(ran.bundles for ran in runs)
     return Part(
         name=name,
@@ -124,7 +128,7 @@ def part_cost(name: str, trips: int, runs: Sequence[Run], chip: Chip) -> Part:
         bundles=bundles,
         bundle_seconds=bundles / (1e9 * chip.gigahertz),
         mxu_seconds=max(macs) / chip.macs_per_cycle / (1e9 * chip.gigahertz),
-        hbm_seconds=copied / (1e9 * chip.hbm_gbytes_per_s),
+        hbm_seconds=copied / (chip.hbm_bandwidth),
         macs=sum(macs),
         hbm_bytes=copied,
         row_copies=trips * sum(count for kind, size, count in copies if 0 < size <= ROW_BYTES and "smem" not in kind),

@@ -24,8 +24,8 @@ hang on it), what two cores lose by sharing HBM and waiting for each other, work
 time; such instructions are named), clock changes under load, and the host. Branches on data that is no integer operand
 count as taken where that is slower; loops whose length is not known count once, copies whose guard is not known as
 made, and those of unknown size as empty; all of these are reported. Uneven routing can therefore show in kernels that
-are told the sizes of their groups, and nowhere else. The clocks are assumed (see tpu_chips.py), so shares of a floor
-and ratios say more than microseconds. XLA's own estimate is a column of its own; nothing uses it.
+are told the sizes of their groups, and nowhere else. The clocks are assumed (see moe_kernels/chips.py), so shares of
+a floor and ratios say more than microseconds. XLA's own estimate is a column of its own; nothing uses it.
 """
 
 import contextlib
@@ -42,14 +42,14 @@ from absl import app, flags, logging  # noqa: E402
 from benchmarks.cases import CASES, DISTRIBUTIONS, DTYPES  # noqa: E402
 from benchmarks.results import commit, versions  # noqa: E402
 from benchmarks.roofline import OPS, Pass  # noqa: E402
-from benchmarks.tpu_chips import CHIPS  # noqa: E402
 from benchmarks.tpu_compile import CompileError, Request, compile_for_tpu  # noqa: E402
 from benchmarks.tpu_cost import module_cost, read_programs  # noqa: E402
 from benchmarks.tpu_implementations import IMPLEMENTATIONS, OURS  # noqa: E402
 from benchmarks.tpu_report import HEADER, Modelled, against_peers, line, part_line, summarise  # noqa: E402
+from moe_kernels.chips import TPUS  # noqa: E402
 
 _PASSES: tuple[Pass, ...] = ("forward", "both")
-_CHIP = flags.DEFINE_multi_enum("chip", ["v6e"], list(CHIPS), "TPU; this and the next five may be given several times.")
+_CHIP = flags.DEFINE_multi_enum("chip", ["v6e"], list(TPUS), "TPU; this and the next five may be given several times.")
 _CASE = flags.DEFINE_multi_enum("case", ["b16"], list(CASES), "Size.")
 _OP = flags.DEFINE_multi_enum(
     "op", None, OPS, "Operation. Default: the layer of everybody, and the operations of ours."
@@ -88,7 +88,7 @@ def model(request: Request) -> dict[str, Modelled]:
     programs = read_programs(compiled)
     return {
         distribution: summarise(
-            request, distribution, module_cost(programs, compiled.steering[distribution], CHIPS[request.chip]), compiled
+            request, distribution, module_cost(programs, compiled.steering[distribution], TPUS[request.chip]), compiled
         )
         for distribution in _DISTRIBUTION.value
     }

@@ -11,10 +11,10 @@ from benchmarks.cases import CASES, Case, draw_experts
 from benchmarks.implementations import Counts, Setting
 from benchmarks.results import commit, versions
 from benchmarks.roofline import EXPERT_MATMULS, Load, Op, Pass, work
-from benchmarks.tpu_chips import CHIPS, Chip
 from benchmarks.tpu_compile import Compiled, Request
 from benchmarks.tpu_cost import DESCRIPTOR_NANOSECONDS, Cost
 from benchmarks.tpu_implementations import CHOSEN, IMPLEMENTATIONS
+from moe_kernels.chips import FLOAT32_PASSES, TPUS, Tpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +51,16 @@ class Modelled:
         return json.dumps(fields | {"versions": versions(), "commit": commit(), "date": date})
 
 
-def floor_seconds(op: Op, passes: Pass, case: Case, load: Load, chip: Chip, dtype: str) -> float:
+def floor_seconds(op: Op, passes: Pass, case: Case, load: Load, chip: Tpu, dtype: str) -> float:
     """The least time that the chip could need; the docstring of tpu_model.py has the formulas.
 
-    >>> chip, case = CHIPS["v6e"], CASES["b16"]
+    >>> chip, case = TPUS["v6e"], CASES["b16"]
     >>> load = Load(case.tokens, case.experts)
     >>> [round(1e6 * floor_seconds("layer", p, case, load, chip, "bfloat16")) for p in ("forward", "both")]
     [215, 506]
     """
     itemsize = 4 if dtype == "float32" else 2
-    peak, bandwidth = chip.device.flops[dtype], chip.device.bandwidth
+    peak, bandwidth = chip.clocked_flops / (FLOAT32_PASSES if dtype == "float32" else 1), chip.hbm_bandwidth
     if op != "layer":
         least = work(op, passes, case, load, itemsize)
         return max(least.flops / peak, least.bytes / bandwidth)
@@ -73,7 +73,7 @@ def floor_seconds(op: Op, passes: Pass, case: Case, load: Load, chip: Chip, dtyp
 
 def summarise(request: Request, distribution: str, cost: Cost, compiled: Compiled) -> Modelled:
     """Set a modelled program against its definition."""
-    case, chip = CASES[request.case], CHIPS[request.chip]
+    case, chip = CASES[request.case], TPUS[request.chip]
     implementation = IMPLEMENTATIONS[request.implementation]
     op: Op = request.op  # type: ignore[assignment]
     passes: Pass = request.passes  # type: ignore[assignment]

@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from limoe.plan.pods import CHIPS, Pod
+from limoe.plan.pods import Pod
+from moe_kernels.chips import TPUS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,5 +22,6 @@ def paper_pod(kind: str, *sides: int) -> Pod:
     grid = np.stack(np.meshgrid(*[np.arange(side) for side in sides], indexing="ij"), axis=-1).reshape(-1, len(sides))
     host = [tuple(reversed((place // [2, 2, 1][: len(sides)]).tolist())) for place in grid]
     order = sorted(range(len(grid)), key=lambda n: (host[n], tuple(reversed(grid[n].tolist()))))
+    chip = next(chip for chip in TPUS.values() if chip.topology == kind)
     devices = tuple(Device((*grid[n].tolist(), 0)[:3]) for n in order)
-    return Pod(f"{kind}:{'x'.join(map(str, sides))}", CHIPS[kind], sides, devices)
+    return Pod(f"{kind}:{'x'.join(map(str, sides))}", chip, sides, devices)

@@ -7,7 +7,6 @@ from moe_kernels.backends.gpu.gather import ROWS_AT_ONCE
 from moe_kernels.backends.gpu.sm90.tiling import (
     CONSUMER_REGISTERS,
     GATHER_ROWS,
-    chip_of,
     choose_blocks,
     gather_blocks,
     gather_shared_memory,
@@ -15,8 +14,9 @@ from moe_kernels.backends.gpu.sm90.tiling import (
     route_shared_memory,
     shared_memory,
 )
+from moe_kernels.chips import find_generation
 
-H200 = chip_of("NVIDIA H200")
+H200 = find_generation("NVIDIA H200")
 MATMULS = {
     # Without gradients the hidden layer is not kept.
     "forward": {"moe_rows_activate_alone", "moe_rows_store"},

@@ -16,11 +16,11 @@ from moe_kernels.backends.gpu.sm90.tiling import (
     CONSUMER_REGISTERS,
     NUM_CONSUMERS,
     PRODUCER_REGISTERS,
-    chip_of,
     choose_blocks,
     registers,
     shared_memory,
 )
+from moe_kernels.chips import find_generation
 from moe_kernels.types import Layout, Runs
 
 BLOCK = Layout(512, 1, 1, 4, 544, 136)
@@ -81,7 +81,7 @@ def test_equal_problems_get_the_same_span():
 @pytest.mark.parametrize("columns", [128, 384, 512, 768, 1024, 1280, 5120, 7168])
 @pytest.mark.parametrize("bias", [False, True])
 def test_blocks_fit_and_divide(kernel, columns, bias):
-    chip = chip_of("NVIDIA H200")
+    chip = find_generation("NVIDIA H200")
     blocks = choose_blocks(kernel, columns, chip, bias=bias)
     assert columns % blocks.columns == 0 and blocks.stages >= 2
     assert shared_memory(kernel, blocks, bias=bias) <= chip.shared_memory

@@ -13,7 +13,8 @@ from test_tpu_permute import both, compare, operands
 from moe_kernels.backends import choose, explain, problem_of
 from moe_kernels.backends.base import Problem
 from moe_kernels.backends.gpu.permute import combine_backward, dispatch_forward
-from moe_kernels.backends.gpu.sm90.tiling import WIDTH_ALIGNMENT, chip_of, gather_blocks, gather_shared_memory
+from moe_kernels.backends.gpu.sm90.tiling import WIDTH_ALIGNMENT, gather_blocks, gather_shared_memory
+from moe_kernels.chips import find_generation
 from moe_kernels.types import Layout
 
 # One row; dropped choices in several groups; two choices and rows in pieces (two of bfloat16, five of float32); packed
@@ -147,7 +148,7 @@ def test_a_named_back_end_leaves_odd_widths_to_others():
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("products", [False, True])
 def test_pieces_fit_and_divide(width, itemsize, products):
-    chip = chip_of("NVIDIA H200")
+    chip = find_generation("NVIDIA H200")
     blocks = gather_blocks(width, itemsize, chip, products=products)
     assert width % blocks.columns == 0 and blocks.columns % WIDTH_ALIGNMENT == 0 and blocks.stages >= 2
     assert gather_shared_memory(blocks, itemsize, weighed=True, products=products) <= chip.shared_memory

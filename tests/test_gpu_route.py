@@ -12,7 +12,8 @@ from test_tpu_route import Case, by_backend, check, draw
 from moe_kernels import route
 from moe_kernels.backends import choose, explain
 from moe_kernels.backends.base import Problem, RouteStatic
-from moe_kernels.backends.gpu.sm90.tiling import chip_of, route_blocks, route_shared_memory
+from moe_kernels.backends.gpu.sm90.tiling import route_blocks, route_shared_memory
+from moe_kernels.chips import find_generation
 
 # Groups of more than a tile and less, experts that 8 does not divide, all that one product takes; padding, modalities.
 CASES = {
@@ -131,6 +132,6 @@ def test_the_table_says_who_takes_what():
 
 @pytest.mark.parametrize("experts", [8, 16, 32, 64, 80])
 def test_stages_fit(experts):
-    blocks = route_blocks(3 * experts, chip_of("NVIDIA H200"))
+    blocks = route_blocks(3 * experts, find_generation("NVIDIA H200"))
     assert blocks.stages >= 4
-    assert route_shared_memory(3 * experts, blocks.stages) <= chip_of("NVIDIA H200").shared_memory
+    assert route_shared_memory(3 * experts, blocks.stages) <= find_generation("NVIDIA H200").shared_memory

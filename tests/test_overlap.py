@@ -14,6 +14,7 @@ from limoe.plan.hlo import HloError, Program
 from limoe.plan.hlo_work import Collective, collectives
 from limoe.plan.overlap import Cost, Times, schedule
 from limoe.plan.planner import _cost, _exchanges
+from moe_kernels.chips import TPUS
 
 # Of instructions by name: work of one second in the matrix unit, and with memory half of that time, or all of it.
 COSTS = {
@@ -155,7 +156,7 @@ def test_a_start_needs_its_done_and_a_done_its_start():
         times([SEND, SENT, SENT])
 
 
-CHIP = pods.CHIPS["v5p"]
+CHIP = TPUS["v5p"]
 POD = paper_pod("v5p", 2, 2, 1)
 
 

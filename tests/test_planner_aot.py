@@ -13,7 +13,8 @@ from limoe.config.settings import override
 from limoe.model.describe import describe
 from limoe.plan.planner import Memory, Plan, plan
 from limoe.plan.planner import _memory as memory_of
-from limoe.plan.pods import CHIPS, LATENCY
+from limoe.plan.pods import LATENCY
+from moe_kernels.chips import TPUS
 
 
 class Plans:
@@ -79,7 +80,7 @@ def test_a_real_plan(planned):
     assert needed <= found.memory_per_chip_bytes < needed + memory.parameters // 10
     # Of each shard an expert gets 2 places for each of four groups, in 16 rows.
     assert found.flops_per_step == small_flops(rows=4 * 16)
-    times, peak = found.times, CHIPS["v5p"].bf16_flops
+    times, peak = found.times, TPUS["v5p"].flops
     assert times is not None and found.modelled_step_seconds == times.step
     assert found.flops_per_step / peak <= times.compute <= times.busy <= times.compute + times.hbm
     assert (

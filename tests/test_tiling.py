@@ -11,8 +11,6 @@ from moe_kernels.backends import choose, explain
 from moe_kernels.backends.base import Problem
 from moe_kernels.backends.tpu.common.schedule import ADDS, PADDING, STARTS, make_schedule
 from moe_kernels.backends.tpu.common.tiling import (
-    CHIPS,
-    MIB,
     PIECE,
     computed_rows,
     covers,
@@ -24,6 +22,7 @@ from moe_kernels.backends.tpu.common.tiling import (
     one_item,
     pieces,
 )
+from moe_kernels.chips import MIB, TPUS
 from moe_kernels.types import Layout, Runs
 
 CHOICES = [mlp_forward_tiles, mlp_backward_tiles, matmul_forward_tiles, matmul_backward_tiles]
@@ -47,20 +46,20 @@ def test_pieces_cover_every_number_of_rows(shapes, largest, depth):
         assert covered or n == 0
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", TPUS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("choose_tiles", CHOICES)
 def test_blocks_cover_rows_and_columns_within_vmem(choose_tiles, layout, chip):
     for width in (1, 130, 512, 1280, 2880):
         for expert_width in (1, 257, 2880, 4 * width):
-            tiles = choose_tiles(layout, width, expert_width, 2, 4, CHIPS[chip])
-            assert tiles is not None and tiles.vmem <= CHIPS[chip].vmem
+            tiles = choose_tiles(layout, width, expert_width, 2, 4, TPUS[chip])
+            assert tiles is not None and tiles.vmem <= TPUS[chip].vmem
             assert tiles.num_chunks * tiles.chunk == tiles.padded >= expert_width
-            assert tiles.padded <= max(1.07 * expert_width, expert_width + CHIPS[chip].depth - 1)
+            assert tiles.padded <= max(1.07 * expert_width, expert_width + TPUS[chip].depth - 1)
             rows = tiles.rows
             assert rows.rows % PIECE == 0 and rows.copied % 8 == 0
             # Whatever an item's number of rows, its pieces end inside the place that it has in VMEM.
-            assert rows.rows >= max(computed_rows(n, rows, CHIPS[chip].depth) for n in range(1, rows.rows + 1, 5))
+            assert rows.rows >= max(computed_rows(n, rows, TPUS[chip].depth) for n in range(1, rows.rows + 1, 5))
             assert rows.copied <= layout.num_rows and rows.copied <= rows.rows
             if layout.rows_per_expert is not None and one_item(layout, rows):
                 assert rows.copied == layout.rows_per_expert
@@ -104,17 +103,17 @@ def test_items_cover_every_row_once(sizes, tile_rows, num_cores, packed):
 
 def useful_rows(sizes: np.ndarray, chip: str) -> float:
     """Useful rows among computed ones of the fused MLP."""
-    tiles = mlp_forward_tiles(LAYOUTS[1], 768, 3072, 2, 2, CHIPS[chip])
+    tiles = mlp_forward_tiles(LAYOUTS[1], 768, 3072, 2, 2, TPUS[chip])
     assert tiles is not None
     total = 0
     for size in sizes:
         whole, tail = divmod(int(size), tiles.rows.rows)
-        total += whole * computed_rows(tiles.rows.rows, tiles.rows, CHIPS[chip].depth)
-        total += computed_rows(tail, tiles.rows, CHIPS[chip].depth)
+        total += whole * computed_rows(tiles.rows.rows, tiles.rows, TPUS[chip].depth)
+        total += computed_rows(tail, tiles.rows, TPUS[chip].depth)
     return sizes.sum() / total
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", TPUS)
 def test_uneven_experts_without_a_limit_compute_few_rows_in_vain(chip):
     rng = np.random.default_rng(0)
     for share in (1 / np.arange(1, 33), np.ones(32), np.r_[31, np.ones(31)], np.r_[np.ones(8), np.zeros(24)]):
@@ -145,4 +144,4 @@ def test_the_table_says_who_takes_what():
 
 
 def test_vmem_is_a_whole_chip():
-    assert {chip.vmem for chip in CHIPS.values()} == {16 * MIB, 64 * MIB, 128 * MIB}
+    assert {chip.vmem for chip in TPUS.values()} == {16 * MIB, 64 * MIB, 128 * MIB}

@@ -17,11 +17,12 @@ from moe_kernels import MlpWeights, combine, dispatch, expert_mlp
 from moe_kernels.backends import explain
 from moe_kernels.backends.base import MlpStatic, Problem
 from moe_kernels.backends.tpu.common.launch import Target
-from moe_kernels.backends.tpu.common.tiling import CHIPS, RowTiles, Tiles
+from moe_kernels.backends.tpu.common.tiling import RowTiles, Tiles
 from moe_kernels.backends.tpu.fused import span as in_layer
 from moe_kernels.backends.tpu.fused.forward import run_fused
 from moe_kernels.backends.tpu.fused.span import LayerSaved, layer_backward, layer_forward, layer_value, run_backward
 from moe_kernels.backends.tpu.permute.tiles import FusedTiles, fused_backward_tiles, fused_tiles
+from moe_kernels.chips import TPUS
 from moe_kernels.types import Layout
 
 TARGET = Target("TPU v6 lite", interpret=True)
@@ -346,7 +347,7 @@ def test_what_explain_says_of_both_passes(chip, width, said):
 @pytest.mark.parametrize("rows", [8, 544, 2152])
 @pytest.mark.parametrize("width", [256, 768, 1280])
 def test_blocks_cover_tokens_rows_and_columns_within_vmem(width, rows, choose):
-    for chip, weight_itemsize in itertools.product(CHIPS.values(), (2, 4)):
+    for chip, weight_itemsize in itertools.product(TPUS.values(), (2, 4)):
         for expert_width in (128, 257, 2880, 4 * width):
             tiles = choose(Layout(4001, 1, 1, 4, 4 * rows, rows), width, expert_width, 2, weight_itemsize, chip)
             if tiles is None:

@@ -7,7 +7,6 @@ from tpu_aot import Chip, check_vmem, kernel_vmem
 from moe_kernels import MlpWeights
 from moe_kernels.backends import explain, find, problem_of
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.tpu.common.tiling import CHIPS
 from moe_kernels.backends.tpu.fused.span import LayerSaved
 from moe_kernels.backends.tpu.permute.tiles import fused_backward_tiles, fused_tiles, keeps_rows
 from moe_kernels.types import Layout, Plan
@@ -47,7 +46,7 @@ def check(chip, width, layout, weight_dtype, dtype=jnp.bfloat16):
     if not said.startswith("tpu: chosen"):
         return said
     itemsizes = jnp.dtype(dtype).itemsize, jnp.dtype(weight_dtype).itemsize
-    sizes = layout, width, f, *itemsizes, CHIPS[chosen[0].chip]
+    sizes = layout, width, f, *itemsizes, chosen[0].facts
     keep_rows = keeps_rows(*sizes)
     check_vmem(compiled, "dispatch_mlp_combine_forward", fused_tiles(*sizes, keep_rows=keep_rows).mlp.vmem)
     tiles = fused_tiles(*sizes)

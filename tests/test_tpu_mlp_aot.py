@@ -7,9 +7,10 @@ from tpu_aot import LAYOUTS, TOPOLOGIES, WIDTHS, Chip, check_vmem
 from moe_kernels import MlpWeights
 from moe_kernels.backends import choose, problem_of
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.tpu.common.tiling import CHIPS, mlp_backward_tiles, mlp_forward_tiles
+from moe_kernels.backends.tpu.common.tiling import mlp_backward_tiles, mlp_forward_tiles
 from moe_kernels.backends.tpu.mlp.forward import MlpSaved
 from moe_kernels.backends.tpu.mlp.hidden import keeps_hidden
+from moe_kernels.chips import TPUS
 
 pytestmark = pytest.mark.aot
 
@@ -23,7 +24,7 @@ def check(chip, width, layout, weight_dtype, dtype=jnp.bfloat16):
         array((e, width, f), weight_dtype), array((e, f), jnp.float32), array((e, f, width), weight_dtype),
         array((e, width), jnp.float32),
     )  # fmt: skip
-    static, facts = MlpStatic(layout, "gelu_tanh"), CHIPS[device.mesh.devices.flat[0].device_kind]
+    static, facts = MlpStatic(layout, "gelu_tanh"), TPUS[chip]
     sizes = (layout, width, f, jnp.dtype(dtype).itemsize, jnp.dtype(weight_dtype).itemsize, facts)
     keep = keeps_hidden(*sizes)
     tiles, back_tiles = mlp_forward_tiles(*sizes, keep=keep), mlp_backward_tiles(*sizes, keep=keep)

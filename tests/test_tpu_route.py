@@ -21,10 +21,10 @@ from moe_kernels import RoutingSums, route
 from moe_kernels.backends import choose, explain
 from moe_kernels.backends.base import Problem, RouteInputs, RouteStatic
 from moe_kernels.backends.tpu.common.launch import Target
-from moe_kernels.backends.tpu.common.tiling import CHIPS
 from moe_kernels.backends.tpu.route.backward import run_backward
 from moe_kernels.backends.tpu.route.forward import RouteSaved, run_forward
 from moe_kernels.backends.tpu.route.tiles import RouteTiles, backward_tiles, forward_tiles
+from moe_kernels.chips import TPUS
 from moe_kernels.routing import route_and_pass
 
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
@@ -311,11 +311,11 @@ def test_the_table_says_who_takes_what():
         assert f"tpu: no, {reason}" in explain(dataclasses.replace(on_tpu, **change))
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", TPUS)
 @pytest.mark.parametrize("size", [1, 127, 128, 129, 1696, 2048, 16384])
 def test_tiles_cover_a_group(chip, size):
     for tiles in (
-        f(RouteStatic(2, 3, 2, 0.1), 3 * size, 768, 32, 2, CHIPS[chip], 2) for f in (forward_tiles, backward_tiles)
+        f(RouteStatic(2, 3, 2, 0.1), 3 * size, 768, 32, 2, TPUS[chip], 2) for f in (forward_tiles, backward_tiles)
     ):
         assert tiles.tokens % 128 == 0 and tiles.tokens <= max(size, 128)
         blocks = {tiles.at(part, tile) for part in range(3 * tiles.parts) for tile in range(tiles.steps)}

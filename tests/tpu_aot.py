@@ -15,9 +15,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from moe_kernels.chips import TPUS
 from moe_kernels.types import Layout, Runs
 
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
+TOPOLOGIES = {tpu.name: tpu.smallest_topology for tpu in TPUS.values()}
 WIDTHS = [512, 768, 1024, 1280]
 LAYOUTS = {
     # 16,384 tokens with c 1.05; without a limit; 64k tokens and 4 local experts, a run from each of 8 shards.

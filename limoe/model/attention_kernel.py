@@ -22,6 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
+from moe_kernels.chips import find_tpu
+
 LANES, TILE_ROWS = 128, 16
 """Of a tile of bfloat16; one of float32 has half of the rows."""
 MOST_EXAMPLES, MOST_PERIODS = 8, 2
@@ -188,8 +190,9 @@ def _launch(
 
 
 def _array_side(kind: str) -> int:
-    """Of a matrix unit."""
-    return 256 if any(generation in kind for generation in ("v6", "7")) else 128
+    """Of a matrix unit; 128 where kernels are interpreted."""
+    tpu = find_tpu(kind)
+    return tpu.depth if tpu else 128
 
 
 def issued_flops(geometry: Geometry, products: int, side: int) -> int:

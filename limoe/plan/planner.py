@@ -148,7 +148,7 @@ def _account(
     volumes, counts = _exchanges(program, placement)
     memory = _memory(config, placement, training, compiled)
     model_flops = describe(config).flops_per_example * config.train.batch_size
-    peak = pod.chip.bf16_flops * len(pod.devices)
+    peak = pod.chip.flops * len(pod.devices)
     return Plan(
         **_facts(config, pod),
         fits=sum(memory) <= pod.chip.hbm_bytes,
@@ -225,11 +225,11 @@ def _cost(program: Program, run: Run, pod: Pod, placement: Placement) -> Cost:
     """Of one run of an instruction."""
     chip, here = pod.chip, (program, run.instruction, run.computation)
     products, in_kernels, exchanges = matmuls(*here), kernels(*here), collectives(*here)
-    spent = sum(product.on_array(chip.array_side) * product.passes for product in products)
+    spent = sum(product.on_array(chip.depth) * product.passes for product in products)
     spent += sum(kernel.flops * kernel.passes for kernel in in_kernels)
     alone = exchanges and run.instruction.opcode != "fusion"
     return Cost(
-        compute=spent / chip.bf16_flops,
+        compute=spent / chip.flops,
         hbm=0.0 if alone else program.traffic(run) / chip.hbm_bandwidth,
         exchange=math.fsum(
             exchange_seconds(one.kind, one.bytes, _groups(one, placement)[0], pod, placement.mesh) for one in exchanges

@@ -1,8 +1,4 @@
-"""TPU pods: which exist, what their chips can do, and models of how long exchanges between chips take.
-
-Figures are the makers' and those of the "How to Scale Your Model" book (links); nothing here was measured. A device is
-what JAX shows as one: half a chip of v4 (as compiled for) and 7x.
-"""
+"""TPU pods: which exist, and models of how long exchanges between their chips take."""
 
 from __future__ import annotations
 
@@ -16,37 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from limoe.config.schema import ConfigError
+from moe_kernels.chips import TPUS, Tpu
 
-
-class Chip(NamedTuple):
-    """One JAX device of a kind of TPU."""
-
-    name: str
-    bf16_flops: float
-    """Peak, FLOP/s."""
-    hbm_bandwidth: float
-    """Bytes/s."""
-    hbm_bytes: int
-    """What the compiler may use."""
-    array_side: int
-    """Rows and columns of a matrix unit."""
-    link_bandwidth: float
-    """Bytes/s of one link between chips in one direction, for the share of one device."""
-    dimensions: int
-    """Of the torus that chips form."""
-    largest: tuple[int, ...]
-    """Chips along each dimension of a whole pod."""
-    devices_per_chip: int = 1
-
-
-_GIB = 2**30
-CHIPS = {
-    "v4": Chip("v4", 137.5e12, 614e9, int(15.35 * _GIB), 128, 22.5e9, 3, (16, 16, 16), 2),
-    "v5e": Chip("v5e", 197e12, 819e9, int(15.75 * _GIB), 128, 45e9, 2, (16, 16)),
-    "v5p": Chip("v5p", 459e12, 2765e9, int(95.74 * _GIB), 128, 90e9, 3, (16, 16, 24)),
-    "v6e": Chip("v6e", 918e12, 1640e9, int(31.25 * _GIB), 256, 90e9, 2, (16, 16)),
-    "tpu7x": Chip("tpu7x", 1155e12, 3690e9, int(94.75 * _GIB), 256, 50e9, 3, (16, 24, 24), 2),
-}
+# By the names of libtpu's topologies.
+_KINDS = {tpu.topology: tpu for tpu in TPUS.values()}
 # Between slices, bytes/s of a chip's share of its host's network: 200 Gbit/s for four chips.
 DATACENTRE_BANDWIDTH = 6.25e9
 # A collective's own latency over a pod; it matters for scalars only.
@@ -61,7 +30,7 @@ def topologies(kind: str) -> list[str]:
     >>> topologies("v6e")[:3], topologies("v5p")[4:7]
     (['v6e:2x2', 'v6e:2x4', 'v6e:4x4'], ['v5p:4x4x4', 'v5p:4x4x8', 'v5p:4x4x12'])
     """
-    chip = CHIPS[kind]
+    chip = _KINDS[kind]
     if chip.dimensions == 2:
         shapes = list(_FLAT)
     else:
@@ -75,7 +44,7 @@ class Pod(NamedTuple):
     """The devices of a pod as the compiler knows them; none of them is here."""
 
     name: str
-    chip: Chip
+    chip: Tpu
     shape: tuple[int, ...]
     devices: tuple[Any, ...]
 
@@ -95,9 +64,9 @@ def find_pod(name: str, num_slices: int = 1) -> Pod:
     limoe.config.section.ConfigError: --topology=v5e:3x3 does not exist; v5e has v5e:2x2, v5e:2x4, ...
     """
     kind, _, dims = name.partition(":")
-    if kind not in CHIPS:
+    if kind not in _KINDS:
         raise ConfigError(
-            f"--topology={name} is no TPU pod; kinds are {', '.join(CHIPS)}, as in --topology={topologies('v5p')[5]}"
+            f"--topology={name} is no TPU pod; kinds are {', '.join(_KINDS)}, as in --topology={topologies('v5p')[5]}"
         )
     if name not in topologies(kind):
         raise ConfigError(f"--topology={name} does not exist; {kind} has {', '.join(topologies(kind))}")
@@ -112,7 +81,7 @@ def find_pod(name: str, num_slices: int = 1) -> Pod:
             f"the extra aot: pip install '.[aot]' ({error})"
         ) from error
     shape = tuple(int(size) for size in dims.split("x"))
-    return Pod(name, CHIPS[kind], shape, tuple(found.devices))
+    return Pod(name, _KINDS[kind], shape, tuple(found.devices))
 
 
 def _describe_to_libtpu() -> None:

@@ -17,7 +17,8 @@ from moe_kernels.backends.gpu.sm90.matmul import grouped_matmul_backward, groupe
 from moe_kernels.backends.gpu.sm90.mlp import expert_mlp_backward, expert_mlp_forward, expert_mlp_value
 from moe_kernels.backends.gpu.sm90.routing import PIECES, route_forward
 from moe_kernels.backends.gpu.sm90.routing_backward import route_backward
-from moe_kernels.backends.gpu.sm90.tiling import MOST_COLUMNS, WIDTH_ALIGNMENT, Chip, chip_of
+from moe_kernels.backends.gpu.sm90.tiling import MOST_COLUMNS, WIDTH_ALIGNMENT
+from moe_kernels.chips import Generation, find_generation
 from moe_kernels.types import round_up
 
 DTYPES = ("bfloat16", "float16")
@@ -103,8 +104,8 @@ def _route_misfit(problem: Problem) -> str | None:
     return "there are no tokens" if num_tokens == 0 else None
 
 
-def _chip(problem: Problem) -> Chip | None:
-    return chip_of(STAND_IN if problem.platform == "cpu" else problem.chip)
+def _chip(problem: Problem) -> Generation | None:
+    return find_generation(STAND_IN if problem.platform == "cpu" else problem.chip)
 
 
 def _device(problem: Problem) -> Device:

@@ -8,10 +8,7 @@ from typing import Any
 from moe_kernels.backends.base import Backend, Problem, Span, rows_misfit
 from moe_kernels.backends.tpu.common.launch import STAND_IN, Target
 from moe_kernels.backends.tpu.common.tiling import (
-    CHIPS,
-    MIB,
     MOST_ROWS,
-    Chip,
     matmul_backward_tiles,
     matmul_forward_tiles,
     mlp_backward_tiles,
@@ -33,6 +30,7 @@ from moe_kernels.backends.tpu.permute.tiles import fused_backward_tiles, fused_t
 from moe_kernels.backends.tpu.route.backward import route_backward
 from moe_kernels.backends.tpu.route.forward import route_forward
 from moe_kernels.backends.tpu.route.tiles import route_misfit
+from moe_kernels.chips import MIB, TPUS, Tpu, find_tpu
 from moe_kernels.types import Layout
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2}
@@ -58,8 +56,8 @@ def why_not(problem: Problem) -> str | None:
         return f"platform {problem.platform} is not tpu; named, it runs interpreted"
     if problem.dtype not in ITEMSIZES:
         return f"dtype {problem.dtype} is none of {tuple(ITEMSIZES)}"
-    if problem.platform == "tpu" and problem.chip not in CHIPS:
-        return f"chip {problem.chip!r} is none of {tuple(CHIPS)}"
+    if problem.platform == "tpu" and find_tpu(problem.chip) is None:
+        return f"chip {problem.chip!r} is none of {tuple(tpu.kind for tpu in TPUS.values())}"
     if problem.span in TILES:
         fused = _fused_misfit(problem) if problem.span == "dispatch_mlp_combine" else None
         return rows_misfit(problem.layout) or fused or _vmem_misfit(problem)
@@ -73,7 +71,7 @@ def why_not(problem: Problem) -> str | None:
 
 def _vmem_misfit(problem: Problem) -> str | None:
     assert problem.layout is not None
-    chip = CHIPS[_target(problem).chip]
+    chip = _target(problem).facts
     epilogue = {"epilogue": problem.epilogue} if problem.span == "grouped_matmul" else {}
     for choose in TILES[problem.span]:
         sizes = (problem.shape[-1], problem.expert_width, ITEMSIZES[problem.dtype], LARGEST_WEIGHT)
@@ -113,7 +111,7 @@ def _gather_misfit(problem: Problem) -> str | None:
     choices = layout.num_tokens * layout.num_choices
     if (needed := 4 * (2 * layout.num_rows + choices)) > SMEM:
         return f"{choices} choices need {needed} bytes of scalar memory; at most {SMEM} are used"
-    tokens, rows, chip = layout.num_tokens, layout.num_rows, CHIPS[_target(problem).chip]
+    tokens, rows, chip = layout.num_tokens, layout.num_rows, _target(problem).facts
     for length, count, terms in ((tokens, rows, 1), (rows, tokens, layout.num_choices)):
         if min(length, count) and gather_tiles(length, count, width, itemsize, terms, chip) is None:
             return f"{length} rows of width {width} do not fit {chip.vmem // MIB} MiB of VMEM"
@@ -160,7 +158,7 @@ def note(problem: Problem) -> str | None:
     return f"{begin} {'; '.join(ways)} (forward and backward by the roofline, modelled)"
 
 
-def _passes(sizes: tuple[Layout, int, int, int, int, Chip]) -> str:
+def _passes(sizes: tuple[Layout, int, int, int, int, Tpu]) -> str:
     """Which kernels both passes of a layer in one kernel are."""
     if fused_backward_tiles(*sizes) is not None:
         return "one kernel forward and one backward"

@@ -18,8 +18,8 @@ from moe_kernels.backends.gpu.sm90.tiling import (
     PRODUCER_REGISTERS,
     SWIZZLE_BYTES,
     WARPGROUP_ROWS,
-    Chip,
 )
+from moe_kernels.chips import Generation
 
 PRODUCER = NUM_CONSUMERS
 # `simulator(in_bounds=...)` is what `plgpu.kernel` takes as `interpret`; with True no copy may leave its array.
@@ -30,7 +30,7 @@ Simulator = Callable[..., Any]
 class Device:
     """Where a kernel runs: the chip, its number of streaming multiprocessors, and the simulator that stands for it."""
 
-    chip: Chip
+    chip: Generation
     num_sms: int
     simulator: Simulator | None = None
 

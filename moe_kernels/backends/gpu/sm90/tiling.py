@@ -1,14 +1,11 @@
-"""Block sizes by arithmetic over shared memory and registers, with what is known of chips as data; pure."""
+"""Block sizes by arithmetic over shared memory and registers; pure."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
-import re
-from pathlib import Path
 from typing import Literal
 
+from moe_kernels.chips import Generation
 from moe_kernels.types import round_up
 
 # wgmma multiplies 64 rows of a warpgroup; a swizzled row of shared memory holds 128 bytes, 64 elements of 16 bits.
@@ -52,15 +49,6 @@ LIVE_CHUNKS: dict[Kernel, int] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """What a kernel may use of a chip: bytes of shared memory a block, and the columns of wgmma, wider tiles first."""
-
-    shared_memory: int
-    columns: tuple[int, ...]
-    """Empty where there is no wgmma: rows are gathered there, not multiplied."""
-
-
-@dataclasses.dataclass(frozen=True)
 class Blocks:
     """Tile of a kernel: `rows x columns` of the result, worked 64 deep at a time over a ring of `stages`."""
 
@@ -75,25 +63,6 @@ class GatherBlocks:
 
     columns: int
     stages: int
-
-
-@functools.cache
-def _table() -> dict[str, dict[str, object]]:
-    return json.loads(Path(__file__).parents[1].joinpath("chips.json").read_text(encoding="utf-8"))
-
-
-def chip_of(kind: str) -> Chip | None:
-    """The chip that JAX calls `kind`, None if the kernels are not made for it.
-
-    >>> chip_of("NVIDIA H200 141GB HBM3e").shared_memory
-    232448
-    >>> chip_of("NVIDIA A100-SXM4-80GB") is None
-    True
-    """
-    for entry in _table().values():
-        if re.search(str(entry["kind"]), kind):
-            return Chip(int(str(entry["shared_memory"])), tuple(entry["columns"]))  # type: ignore[arg-type]
-    return None
 
 
 def registers(kernel: Kernel, columns: int) -> int:
@@ -130,12 +99,14 @@ def shared_memory(kernel: Kernel, blocks: Blocks, *, bias: bool = False) -> int:
     return total + barriers * BARRIER_BYTES
 
 
-def choose_blocks(kernel: Kernel, columns: int, chip: Chip, *, bias: bool = False) -> Blocks:
+def choose_blocks(kernel: Kernel, columns: int, chip: Generation, *, bias: bool = False) -> Blocks:
     """The widest tile that divides the columns and fits the registers, with as many stages as fit.
 
-    >>> choose_blocks("store", 768, chip_of("NVIDIA H200"))
+    >>> from moe_kernels.chips import find_generation
+    >>> choose_blocks("store", 768, find_generation("NVIDIA H200"))
     Blocks(rows=128, columns=256, stages=4)
-    >>> choose_blocks("activate_backward", 768, chip_of("NVIDIA H200")).columns
+    >>> from moe_kernels.chips import find_generation
+    >>> choose_blocks("activate_backward", 768, find_generation("NVIDIA H200")).columns
     128
     """
     assert columns % WIDTH_ALIGNMENT == 0
@@ -158,12 +129,14 @@ def gather_shared_memory(blocks: GatherBlocks, itemsize: int, *, weighed: bool, 
     return held + 2 * blocks.stages * BARRIER_BYTES + (REDUCTION_BYTES if products else 0)
 
 
-def gather_blocks(width: int, itemsize: int, chip: Chip, *, products: bool = False) -> GatherBlocks:
+def gather_blocks(width: int, itemsize: int, chip: Generation, *, products: bool = False) -> GatherBlocks:
     """The widest piece that divides a row, with as many stages as fit.
 
-    >>> gather_blocks(768, 2, chip_of("NVIDIA H200"))
+    >>> from moe_kernels.chips import find_generation
+    >>> gather_blocks(768, 2, find_generation("NVIDIA H200"))
     GatherBlocks(columns=768, stages=6)
-    >>> gather_blocks(7168, 4, chip_of("NVIDIA H200"), products=True)
+    >>> from moe_kernels.chips import find_generation
+    >>> gather_blocks(7168, 4, find_generation("NVIDIA H200"), products=True)
     GatherBlocks(columns=512, stages=3)
     """
     assert width % WIDTH_ALIGNMENT == 0
@@ -186,10 +159,11 @@ def route_shared_memory(columns: int, stages: int) -> int:
     return stages * stage + REDUCTION_BYTES + 2 * stages * BARRIER_BYTES
 
 
-def route_blocks(columns: int, chip: Chip) -> Blocks:
+def route_blocks(columns: int, chip: Generation) -> Blocks:
     """A tile of 128 tokens and all columns (experts, three times) with as many stages as fit.
 
-    >>> route_blocks(96, chip_of("NVIDIA H200"))
+    >>> from moe_kernels.chips import find_generation
+    >>> route_blocks(96, find_generation("NVIDIA H200"))
     Blocks(rows=128, columns=96, stages=6)
     """
     assert columns % 8 == 0 and columns <= MOST_COLUMNS

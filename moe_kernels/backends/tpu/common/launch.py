@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.tpu.common.rows import Scalars
 from moe_kernels.backends.tpu.common.schedule import Schedule, items_per_core, make_schedule
-from moe_kernels.backends.tpu.common.tiling import CHIPS, MIB, Chip, Tiles, covers
+from moe_kernels.backends.tpu.common.tiling import Tiles, covers
+from moe_kernels.chips import MIB, Tpu, find_tpu
 from moe_kernels.types import Layout, Runs
 
 # The chip whose block sizes are taken where kernels run interpreted on another platform.
@@ -30,9 +31,11 @@ class Target:
     interpret: bool = False
 
     @property
-    def facts(self) -> Chip:
+    def facts(self) -> Tpu:
         """What block sizes are chosen by."""
-        return CHIPS[self.chip]
+        found = find_tpu(self.chip)
+        assert found is not None, "refused by why_not"
+        return found
 
 
 def tiles_for(

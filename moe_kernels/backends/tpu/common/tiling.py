@@ -8,42 +8,18 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 
+from moe_kernels.chips import MIB, Tpu
+from moe_kernels.fitted import FITTED
 from moe_kernels.types import Epilogue, Layout, round_up
 
-MIB = 2**20
 # Rows of two bfloat16 in a register: pieces start at multiples of it.
 PIECE = 16
 # Rows of an item at most. An expert with more of them has its weights fetched again for each item, which hides under
 # the matmuls: 2304 rows are that many multiply-adds for each weight. Packed runs seldom have as many.
 MOST_ROWS, MOST_PACKED = 2304, 1152
-# What the compiler keeps in VMEM besides the arrays of a kernel, fitted to what libtpu 0.0.42 reports (modelled): a
-# share of it all for alignment and bookkeeping; the values between matmuls are counted kernel by kernel.
-MARGIN, SLACK = 1.03, MIB // 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Facts of one TensorCore: bytes of VMEM, and rows under which a matmul spends its time on loading weights."""
-
-    vmem: int
-    depth: int
-    matmul_rows: int
-    """Rows of one matmul in the loop; more shares a load of weights among more rows and takes longer to compile."""
-    spilled: int
-    """Bytes of VMEM that the compiler takes for each entry of a forward pass's hidden layer."""
-    tflops: float
-    """bfloat16, of the data sheet."""
-    gbytes_per_s: float
-    """Its share of the bandwidth of HBM, of the data sheet."""
-
-
-CHIPS = {
-    "TPU v4": Chip(vmem=16 * MIB, depth=128, matmul_rows=288, spilled=4, tflops=137.5, gbytes_per_s=614.0),
-    "TPU v5 lite": Chip(vmem=128 * MIB, depth=128, matmul_rows=288, spilled=4, tflops=197.0, gbytes_per_s=819.0),
-    "TPU v5": Chip(vmem=64 * MIB, depth=128, matmul_rows=288, spilled=4, tflops=229.5, gbytes_per_s=1382.5),
-    "TPU v6 lite": Chip(vmem=128 * MIB, depth=256, matmul_rows=576, spilled=6, tflops=918.0, gbytes_per_s=1640.0),
-    "TPU7x": Chip(vmem=64 * MIB, depth=256, matmul_rows=576, spilled=2, tflops=1155.0, gbytes_per_s=3690.0),
-}
+# Rows of one matmul in a loop over pieces, for each row of the matrix unit's depth, in quarters: more shares a load of
+# weights among more rows and takes longer to compile.
+MATMUL_QUARTERS = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +115,7 @@ def computed_rows(count: int, tiles: RowTiles, depth: int, *, shorter: bool = Fa
     return whole * tiles.pieces[0] + sum(size for n, size in enumerate(tiles.pieces) if bits >> n & 1)
 
 
-def row_tiles(layout: Layout, chip: Chip, *, contracted: bool = False) -> Iterator[RowTiles]:
+def row_tiles(layout: Layout, chip: Tpu, *, contracted: bool = False) -> Iterator[RowTiles]:
     """Ways to cut the rows, those that fetch weights least often first.
 
     Where matmuls contract over rows (weight gradients) the MXU takes them by its depth, so a piece of several is a
@@ -153,7 +129,7 @@ def row_tiles(layout: Layout, chip: Chip, *, contracted: bool = False) -> Iterat
         if rows == previous:
             continue
         previous = rows
-        steps = -(-rows // chip.matmul_rows)
+        steps = -(-rows // (chip.depth * MATMUL_QUARTERS // 4))
         piece = round_up(-(-rows // steps), PIECE)
         if contracted and steps > 1 and piece >= chip.depth:
             piece = piece // chip.depth * chip.depth
@@ -196,7 +172,7 @@ def chunks(expert_width: int, depth: int) -> Iterator[tuple[int, int]]:
 
 
 def _choose(
-    layout: Layout, expert_width: int, chip: Chip, need: Callable[[RowTiles, int], int], *, contracted: bool = False
+    layout: Layout, expert_width: int, chip: Tpu, need: Callable[[RowTiles, int], int], *, contracted: bool = False
 ) -> Tiles | None:
     """The first way to cut the rows for which a chunk of F fits, and the largest chunk; None if nothing fits."""
     options = functools.partial(row_tiles, layout, chip, contracted=contracted)
@@ -204,10 +180,15 @@ def _choose(
     others = ((rows, enough) for enough in (512, 256, 1) for rows in options())
     for rows, enough in itertools.chain([(next(options()), 256)], others):
         for chunk, padded in chunks(expert_width, chip.depth):
-            vmem = int(need(rows, chunk) * MARGIN) + SLACK
+            vmem = needed_vmem(need(rows, chunk))
             if vmem <= chip.vmem - MIB and chunk >= min(enough, expert_width):
                 return Tiles(rows, chunk, padded, vmem)
     return None
+
+
+def needed_vmem(arrays: int) -> int:
+    """Bytes of VMEM that a kernel needs for so many bytes of arrays and values."""
+    return int(FITTED.margin * arrays) + FITTED.slack_bytes
 
 
 def vmem_bytes(rows: int, columns: int, itemsize: int) -> int:
@@ -222,13 +203,14 @@ def mlp_forward_tiles(
     expert_width: int,
     itemsize: int,
     weight_itemsize: int,
-    chip: Chip,
+    chip: Tpu,
     *,
     keep: bool = False,
 ) -> Tiles | None:
     """Block sizes of the fused forward pass, or None where not even the smallest fit; `keep` writes the hidden layer.
 
-    >>> tiles = mlp_forward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, CHIPS["TPU v6 lite"])
+    >>> from moe_kernels.chips import TPUS
+    >>> tiles = mlp_forward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, TPUS["v6e"])
     >>> tiles.rows.rows, tiles.chunk
     (544, 1024)
     """
@@ -239,7 +221,7 @@ def mlp_forward_tiles(
         biases = 2 * 8 * 4 * (round_up(chunk, 128) + round_up(width, 128))
         held = 2 * vmem_bytes(rows.rows, width, itemsize) + vmem_bytes(rows.rows, width, 4)
         held += 2 * vmem_bytes(rows.rows, chunk, itemsize) if keep else 0
-        values = chip.spilled * rows.pieces[0] * round_up(chunk, 128) * itemsize // 2
+        values = FITTED.hidden_copies[chip.name] * rows.pieces[0] * round_up(chunk, 128) * itemsize
         return 2 * weights + (cast if itemsize != weight_itemsize else 0) + biases + held + values
 
     return _choose(layout, expert_width, chip, need)
@@ -252,13 +234,14 @@ def mlp_backward_tiles(
     expert_width: int,
     itemsize: int,
     weight_itemsize: int,
-    chip: Chip,
+    chip: Tpu,
     *,
     keep: bool = False,
 ) -> Tiles | None:
     """Block sizes of the fused backward pass, or None where not even the smallest fit; `keep` reads the hidden layer.
 
-    >>> tiles = mlp_backward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, CHIPS["TPU v6 lite"])
+    >>> from moe_kernels.chips import TPUS
+    >>> tiles = mlp_backward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, TPUS["v6e"])
     >>> tiles.rows.rows, tiles.chunk
     (544, 1024)
     """
@@ -291,13 +274,14 @@ def matmul_forward_tiles(
     expert_width: int,
     itemsize: int,
     weight_itemsize: int,
-    chip: Chip,
+    chip: Tpu,
     *,
     epilogue: Epilogue = "none",
 ) -> Tiles | None:
     """Block sizes of a grouped matmul, or None where not even the smallest fit.
 
-    >>> matmul_forward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, CHIPS["TPU v6 lite"]).chunk
+    >>> from moe_kernels.chips import TPUS
+    >>> matmul_forward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, TPUS["v6e"]).chunk
     1024
     """
 
@@ -322,13 +306,14 @@ def matmul_backward_tiles(
     expert_width: int,
     itemsize: int,
     weight_itemsize: int,
-    chip: Chip,
+    chip: Tpu,
     *,
     epilogue: Epilogue = "none",
 ) -> Tiles | None:
     """Block sizes of both gradients of a grouped matmul, or None where not even the smallest fit.
 
-    >>> matmul_backward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, CHIPS["TPU v6 lite"]).chunk
+    >>> from moe_kernels.chips import TPUS
+    >>> matmul_backward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, TPUS["v6e"]).chunk
     1024
     """
 
@@ -340,13 +325,15 @@ def matmul_backward_tiles(
         cast = vmem_bytes(width, chunk, itemsize) if itemsize != weight_itemsize else 0
         held = 2 * vmem_bytes(rows.rows, width, itemsize) + 2 * vmem_bytes(rows.rows, chunk, itemsize)
         each = 2 * (vmem_bytes(width, chunk, weight_itemsize) + vmem_bytes(width, chunk, out)) + cast + sums
-        # The products that are added to dx (7x, which spills least, keeps one of a pair); what is computed again: from
-        # rows as the MXU wants them, an activation's argument, value and slope.
-        values = (matrices if chip.spilled > 2 else 1) * vmem_bytes(rows.pieces[0], width, 4) * 9 // 8
+        # The products that are added to dx; what is computed again: from rows as the MXU wants them, an activation's
+        # argument, value and slope.
+        products = min(matrices, FITTED.products_of_a_pair[chip.name])
+        values = int(products * vmem_bytes(rows.pieces[0], width, 4) * FITTED.product_share)
         values += 0 if epilogue == "none" else vmem_bytes(rows.pieces[0], width, itemsize)
         values += {"none": 0, "pointwise": 1, "gated": 4}[epilogue] * vmem_bytes(rows.pieces[0], chunk, 4)
-        # However few the rows are: what is computed again stands beside a part of a product for the weights (fitted).
-        values = values if epilogue == "none" else max(values, vmem_bytes(min(width, 1152), chunk, 4))
+        # However few the rows are: what is computed again stands beside a part of a product for the weights.
+        part = vmem_bytes(min(width, FITTED.weight_product_rows), chunk, 4)
+        values = values if epilogue == "none" else max(values, part)
         return matrices * each + held + vmem_bytes(rows.rows, width, 4) + values
 
     return _choose(layout, expert_width, chip, need, contracted=True)

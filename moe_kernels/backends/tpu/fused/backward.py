@@ -25,11 +25,12 @@ from moe_kernels.backends.tpu.common.launch import Grid, Target, apart, grid_of
 from moe_kernels.backends.tpu.common.products import Products
 from moe_kernels.backends.tpu.common.rows import Scalar, over_pieces, pieces_of
 from moe_kernels.backends.tpu.common.schedule import make_schedule
-from moe_kernels.backends.tpu.common.tiling import MIB, PIECE, covers, straight, straight_pieces
+from moe_kernels.backends.tpu.common.tiling import PIECE, covers, straight, straight_pieces
 from moe_kernels.backends.tpu.fused.in_place import alone, column, from_lanes, in_lanes, places, run_phases, steps_of
 from moe_kernels.backends.tpu.mlp.forward import padded_weights
 from moe_kernels.backends.tpu.permute.tiles import FusedTiles
 from moe_kernels.backends.tpu.permute.words import LANES, SUBLANES, columns, move_row, pack, unpack
+from moe_kernels.chips import MIB
 from moe_kernels.types import MlpWeights, Plan
 
 # Arrays of scalars that the kernel prefetches.

@@ -26,11 +26,12 @@ from moe_kernels.backends.tpu.common.activation import activate
 from moe_kernels.backends.tpu.common.launch import Grid, Target, apart, grid_of
 from moe_kernels.backends.tpu.common.rows import Scalar, dot
 from moe_kernels.backends.tpu.common.schedule import make_schedule
-from moe_kernels.backends.tpu.common.tiling import MIB, PIECE
+from moe_kernels.backends.tpu.common.tiling import PIECE
 from moe_kernels.backends.tpu.fused.in_place import alone, column, in_lanes, places, run_phases, steps_of
 from moe_kernels.backends.tpu.mlp.forward import padded_weights
 from moe_kernels.backends.tpu.permute.tiles import FusedTiles
 from moe_kernels.backends.tpu.permute.words import LANES, SUBLANES, columns, move_row, pack, unpack
+from moe_kernels.chips import MIB
 from moe_kernels.types import MlpWeights, Plan
 
 

@@ -15,13 +15,13 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.common.launch import Target
-from moe_kernels.backends.tpu.common.tiling import Chip
 from moe_kernels.backends.tpu.fused.backward import run_fused_backward
 from moe_kernels.backends.tpu.fused.forward import run_fused
 from moe_kernels.backends.tpu.mlp.backward import expert_mlp_backward
 from moe_kernels.backends.tpu.mlp.forward import MlpSaved
 from moe_kernels.backends.tpu.permute.forward import dispatch_backward, dispatch_forward, gather_rows
 from moe_kernels.backends.tpu.permute.tiles import FusedTiles, fused_backward_tiles, fused_tiles, keeps_rows
+from moe_kernels.chips import Tpu
 from moe_kernels.types import Layout, MlpWeights, Plan
 
 
@@ -106,7 +106,7 @@ def _in_parts(
 
 def _sizes(
     target: Target, static: MlpStatic, tokens: Float[Array, "T D"], weights: MlpWeights
-) -> tuple[Layout, int, int, int, int, Chip]:
+) -> tuple[Layout, int, int, int, int, Tpu]:
     """What block sizes are chosen by."""
     itemsizes = tokens.dtype.itemsize, weights.w1.dtype.itemsize
     return static.layout, tokens.shape[1], weights.w1.shape[2], *itemsizes, target.facts

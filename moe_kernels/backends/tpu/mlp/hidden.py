@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from moe_kernels.backends.tpu.common.tiling import Chip, mlp_backward_tiles, mlp_forward_tiles
+from moe_kernels.backends.tpu.common.tiling import mlp_backward_tiles, mlp_forward_tiles
+from moe_kernels.chips import FLOAT32_PASSES, Tpu
 from moe_kernels.types import Layout
-
-# A float32 product on a matrix unit that multiplies bfloat16.
-_FLOAT32_PASSES = 6
 
 
 class HiddenCost(NamedTuple):
@@ -24,24 +22,24 @@ class HiddenCost(NamedTuple):
 
 
 def hidden_cost(
-    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
+    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Tpu
 ) -> HiddenCost:
     """Price both ways for all planned rows of a layout, on one core; several share rows and bandwidth alike.
 
-    >>> from moe_kernels.backends.tpu.common.tiling import CHIPS
+    >>> from moe_kernels.chips import TPUS
     >>> layout = Layout(16384, 1, 1, 32, 17408, 544)
-    >>> again, kept = hidden_cost(layout, 768, 3072, 2, 2, CHIPS["TPU v6 lite"])
+    >>> again, kept = hidden_cost(layout, 768, 3072, 2, 2, TPUS["v6e"])
     >>> f"{again:.2e} {kept:.2e}"
     '6.64e-04 7.64e-04'
     """
     rows, entries = layout.num_rows, width * expert_width
-    rate = 1e12 * chip.tflops / (_FLOAT32_PASSES if itemsize == 4 else 1)
+    rate = chip.flops / chip.num_cores / (FLOAT32_PASSES if itemsize == 4 else 1)
     product = 2 * rows * entries / rate
     weights = 2 * layout.num_experts * entries * weight_itemsize
     row, hidden = rows * width * itemsize, rows * expert_width * itemsize
 
     def seconds(products: int, moved: int) -> float:
-        return max(products * product, moved / (1e9 * chip.gbytes_per_s))
+        return max(products * product, moved * chip.num_cores / chip.hbm_bandwidth)
 
     # Forward: weights, x and y. Backward: weights, their gradients, x, dy and dx.
     there, back = weights + 2 * row, 2 * weights + 3 * row
@@ -50,15 +48,13 @@ def hidden_cost(
     )
 
 
-def keeps_hidden(
-    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
-) -> bool:
+def keeps_hidden(layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Tpu) -> bool:
     """Whether keeping takes less time, and fits VMEM.
 
-    >>> from moe_kernels.backends.tpu.common.tiling import CHIPS
+    >>> from moe_kernels.chips import TPUS
     >>> layout = Layout(16384, 1, 1, 32, 17408, 544)
-    >>> [name for name, chip in CHIPS.items() if keeps_hidden(layout, 768, 3072, 2, 2, chip)]
-    ['TPU v4', 'TPU v5 lite', 'TPU v5', 'TPU7x']
+    >>> [name for name, chip in TPUS.items() if keeps_hidden(layout, 768, 3072, 2, 2, chip)]
+    ['v4', 'v5e', 'v5p', '7x']
     """
     sizes = (layout, width, expert_width, itemsize, weight_itemsize, chip)
     cost = hidden_cost(*sizes)

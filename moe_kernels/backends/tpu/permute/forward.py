@@ -20,9 +20,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from moe_kernels.backends.tpu.common.launch import Target
-from moe_kernels.backends.tpu.common.tiling import MIB
 from moe_kernels.backends.tpu.permute.tiles import GatherTiles, gather_tiles
 from moe_kernels.backends.tpu.permute.words import LANES, SUBLANES, columns, move_row, pack, unpack
+from moe_kernels.chips import MIB
 from moe_kernels.types import Plan
 
 

@@ -7,18 +7,17 @@ import functools
 import itertools
 
 from moe_kernels.backends.tpu.common.tiling import (
-    MARGIN,
-    MIB,
     PIECE,
-    SLACK,
-    Chip,
     Tiles,
     chunks,
     mlp_backward_bytes,
+    needed_vmem,
     one_item,
     row_tiles,
     vmem_bytes,
 )
+from moe_kernels.chips import MIB, Tpu
+from moe_kernels.fitted import FITTED
 from moe_kernels.types import Layout, round_up
 
 # Weights of each matmul in a stretch of code at most, where rows are moved beside them: compiling takes as long.
@@ -53,11 +52,11 @@ class GatherTiles:
 
 
 @functools.lru_cache
-def gather_tiles(length: int, count: int, width: int, itemsize: int, terms: int, chip: Chip) -> GatherTiles | None:
+def gather_tiles(length: int, count: int, width: int, itemsize: int, terms: int, chip: Tpu) -> GatherTiles | None:
     """Block sizes of `count` sums of `terms` rows each out of `length` rows; None where those do not fit VMEM.
 
-    >>> from moe_kernels.backends.tpu.common.tiling import CHIPS
-    >>> tiles = gather_tiles(16384, 17408, 768, 2, 1, CHIPS["TPU v6 lite"])
+    >>> from moe_kernels.chips import TPUS
+    >>> tiles = gather_tiles(16384, 17408, 768, 2, 1, TPUS["v6e"])
     >>> tiles.planes, tiles.stride, tiles.out
     (3, 16392, 512)
     """
@@ -66,7 +65,7 @@ def gather_tiles(length: int, count: int, width: int, itemsize: int, terms: int,
     held = planes * 512 * (inputs * load + 8 + terms * (out + 8)) + 512 * terms * out
     # Blocks come and go while others are worked on; a tile of float32 values lies in between.
     moving = 2 * width * itemsize * (load + out) + 2 * 512 * max(load, out)
-    vmem = int(MARGIN * (held + moving)) + SLACK
+    vmem = needed_vmem(held + moving)
     tiles = GatherTiles(load, inputs, out, outputs, planes, min(16, out), vmem)
     return tiles if vmem <= chip.vmem else None
 
@@ -112,7 +111,7 @@ def fused_tiles(
     expert_width: int,
     itemsize: int,
     weight_itemsize: int,
-    chip: Chip,
+    chip: Tpu,
     *,
     keep_rows: bool = False,
 ) -> FusedTiles | None:
@@ -120,8 +119,8 @@ def fused_tiles(
 
     With `keep_rows` there is place for the rows of two experts, which are written.
 
-    >>> from moe_kernels.backends.tpu.common.tiling import CHIPS
-    >>> tiles = fused_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, CHIPS["TPU v6 lite"])
+    >>> from moe_kernels.chips import TPUS
+    >>> tiles = fused_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, TPUS["v6e"])
     >>> tiles.mlp.chunk, tiles.part
     (3072, 544)
     """
@@ -150,19 +149,19 @@ def fused_tiles(
         words = 512 * planes * (inputs * load + 8 + 2 * (part * steps + 8))
         moving = 6 * vmem_bytes(load, width, itemsize) + 2 * vmem_bytes(inputs * -(-load // 128), 128, 4)
         held = (1 + keep_rows) * vmem_bytes(rows.rows, width, itemsize) + vmem_bytes(rows.rows, width, 4)
-        values = chip.spilled * rows.pieces[0] * round_up(chunk, 128) * itemsize // 2
-        vmem = int(MARGIN * (2 * weights + cast + biases + words + moving + held + values)) + SLACK
+        values = FITTED.hidden_copies[chip.name] * rows.pieces[0] * round_up(chunk, 128) * itemsize
+        vmem = needed_vmem(2 * weights + cast + biases + words + moving + held + values)
         if vmem <= chip.vmem - MIB and chunk >= min(512, expert_width):
             return FusedTiles(Tiles(rows, chunk, padded, vmem), load, inputs, planes, part)
     return None
 
 
-def keeps_rows(layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip) -> bool:
+def keeps_rows(layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Tpu) -> bool:
     """Whether the forward pass in one kernel writes the experts' rows: for a backward pass in parts, if they fit.
 
-    >>> from moe_kernels.backends.tpu.common.tiling import CHIPS
+    >>> from moe_kernels.chips import TPUS
     >>> layout = Layout(16384, 1, 1, 32, 17408, 544)
-    >>> [keeps_rows(layout, 768, 3072, 2, 2, CHIPS[name]) for name in ("TPU v6 lite", "TPU7x")]
+    >>> [keeps_rows(layout, 768, 3072, 2, 2, TPUS[name]) for name in ("v6e", "7x")]
     [False, True]
     """
     sizes = (layout, width, expert_width, itemsize, weight_itemsize, chip)
@@ -171,12 +170,12 @@ def keeps_rows(layout: Layout, width: int, expert_width: int, itemsize: int, wei
 
 @functools.lru_cache
 def fused_backward_tiles(
-    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Chip
+    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Tpu
 ) -> FusedTiles | None:
     """Block sizes of the backward pass in one kernel; None where all tokens, their cotangents and a chunk do not fit.
 
-    >>> from moe_kernels.backends.tpu.common.tiling import CHIPS
-    >>> tiles = fused_backward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, CHIPS["TPU v6 lite"])
+    >>> from moe_kernels.chips import TPUS
+    >>> tiles = fused_backward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, TPUS["v6e"])
     >>> tiles.mlp.chunk, tiles.part
     (1024, 192)
     """
@@ -193,7 +192,7 @@ def fused_backward_tiles(
         moving = 8 * vmem_bytes(load, width, itemsize) + 4 * vmem_bytes(inputs * -(-load // 128), 128, 4)
         held = 2 * vmem_bytes(rows.rows, width, itemsize)
         matmuls = mlp_backward_bytes(layout, rows, width, chunk, itemsize, weight_itemsize)
-        vmem = int(MARGIN * (words + moving + held + matmuls)) + SLACK
+        vmem = needed_vmem(words + moving + held + matmuls)
         if vmem <= chip.vmem - MIB and chunk >= min(256, expert_width):
             return FusedTiles(Tiles(rows, chunk, padded, vmem), load, inputs, planes, part)
     return None

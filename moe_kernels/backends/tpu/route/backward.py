@@ -24,7 +24,6 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_kernels.backends.base import RouteStatic
 from moe_kernels.backends.tpu.common.launch import Target, apart
 from moe_kernels.backends.tpu.common.rows import dot
-from moe_kernels.backends.tpu.common.tiling import MIB
 from moe_kernels.backends.tpu.route.forward import RouteSaved
 from moe_kernels.backends.tpu.route.parts import (
     NEVER,
@@ -40,6 +39,7 @@ from moe_kernels.backends.tpu.route.parts import (
     turned_router,
 )
 from moe_kernels.backends.tpu.route.tiles import LANES, RouteTiles, backward_tiles
+from moe_kernels.chips import MIB
 from moe_kernels.types import Routing, RoutingSums
 
 

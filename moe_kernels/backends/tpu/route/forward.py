@@ -21,7 +21,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_kernels.backends.base import RouteInputs, RouteStatic
 from moe_kernels.backends.tpu.common.launch import Target, apart
-from moe_kernels.backends.tpu.common.tiling import MIB
 from moe_kernels.backends.tpu.route.parts import (
     FAR,
     NEVER,
@@ -36,6 +35,7 @@ from moe_kernels.backends.tpu.route.parts import (
     over_experts,
 )
 from moe_kernels.backends.tpu.route.tiles import LANES, RouteTiles, forward_tiles
+from moe_kernels.chips import MIB
 from moe_kernels.types import Routing, RoutingSums
 
 

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from moe_kernels.backends.base import Problem, RouteStatic
-from moe_kernels.backends.tpu.common.tiling import MARGIN, MIB, SLACK, Chip
+from moe_kernels.backends.tpu.common.tiling import needed_vmem
+from moe_kernels.chips import MIB, Tpu
+from moe_kernels.fitted import FITTED
 from moe_kernels.types import round_up
 
 LANES = 128
@@ -18,9 +20,6 @@ LANES = 128
 MOST_TOKENS, MOST_VALUES = 1024, 32 * 1024
 # Choices and modalities are written out one after the other in the kernels.
 MOST_CHOICES, MOST_MODALITIES = 16, 16
-# Twice the bytes that the compiler keeps for each entry of a tile, by its itemsize, forward and backward; fitted to
-# what libtpu 0.0.42 reports (modelled), where v4 needs most. Float32 products work on copies in bfloat16 pieces.
-_SPILLED = {2: (0, 5), 4: (12, 40)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +54,7 @@ def _tiles(
     static: RouteStatic,
     num_tokens: int,
     num_experts: int,
-    chip: Chip,
+    chip: Tpu,
     num_cores: int,
     need: Callable[[int, int], int],
 ) -> RouteTiles | None:
@@ -66,7 +65,7 @@ def _tiles(
         return num_cores if static.num_groups % num_cores and -(-size // tokens) % num_cores == 0 else 1
 
     for tokens in sorted(_lengths(size, experts), key=parts, reverse=True):
-        vmem = int(need(tokens, experts) * MARGIN) + SLACK
+        vmem = needed_vmem(need(tokens, experts))
         if vmem <= chip.vmem - MIB:
             return RouteTiles(tokens, parts(tokens), -(-size // tokens) // parts(tokens), experts, vmem)
     return None
@@ -84,12 +83,12 @@ def _lengths(size: int, experts: int) -> Iterator[int]:
 
 @functools.lru_cache
 def forward_tiles(
-    static: RouteStatic, num_tokens: int, width: int, num_experts: int, itemsize: int, chip: Chip, num_cores: int
+    static: RouteStatic, num_tokens: int, width: int, num_experts: int, itemsize: int, chip: Tpu, num_cores: int
 ) -> RouteTiles | None:
     """Block sizes of the forward pass, or None where not even the smallest fit.
 
-    >>> from moe_kernels.backends.tpu.common.tiling import CHIPS
-    >>> tiles = forward_tiles(RouteStatic(1, 8, 1, 0.1), 16384, 768, 32, 2, CHIPS["TPU v5 lite"], 1)
+    >>> from moe_kernels.chips import TPUS
+    >>> tiles = forward_tiles(RouteStatic(1, 8, 1, 0.1), 16384, 768, 32, 2, TPUS["v5e"], 1)
     >>> tiles.tokens, tiles.steps
     (1024, 2)
     """
@@ -97,7 +96,7 @@ def forward_tiles(
     def need(tokens: int, experts: int) -> int:
         held = 2 * tokens * width * itemsize + 2 * _factor(experts, width, itemsize)
         held += _rows(static, tokens, experts) + 2 * static.num_modalities * (3 * experts + 8) * LANES * 4
-        return held + tokens * width * _SPILLED[itemsize][0] // 2
+        return held + _kept(tokens, width, itemsize, "forward")
 
     return _tiles(static, num_tokens, num_experts, chip, num_cores, need)
 
@@ -109,15 +108,15 @@ def backward_tiles(
     width: int,
     num_experts: int,
     itemsize: int,
-    chip: Chip,
+    chip: Tpu,
     num_cores: int,
     *,
     passes: bool = False,
 ) -> RouteTiles | None:
     """Block sizes of the backward pass, or None where not even the smallest fit; `passes` adds another cotangent.
 
-    >>> from moe_kernels.backends.tpu.common.tiling import CHIPS
-    >>> tiles = backward_tiles(RouteStatic(1, 8, 1, 0.1), 16384, 768, 32, 2, CHIPS["TPU v5 lite"], 1)
+    >>> from moe_kernels.chips import TPUS
+    >>> tiles = backward_tiles(RouteStatic(1, 8, 1, 0.1), 16384, 768, 32, 2, TPUS["v5e"], 1)
     >>> tiles.tokens, tiles.steps
     (1024, 2)
     """
@@ -129,7 +128,7 @@ def backward_tiles(
             + 2 * experts * width * 4
         )
         held += _rows(static, tokens, experts) + 2 * static.num_modalities * (2 * experts + 8) * LANES * 4
-        return held + tokens * width * _SPILLED[itemsize][1] // 2
+        return held + _kept(tokens, width, itemsize, "backward")
 
     return _tiles(static, num_tokens, num_experts, chip, num_cores, need)
 
@@ -139,12 +138,17 @@ def _rows(static: RouteStatic, tokens: int, experts: int) -> int:
     return tokens * 4 * (2 * (experts + 2 * static.num_choices + 1) + 3 * (experts + 48))
 
 
+def _kept(tokens: int, width: int, itemsize: int, direction: str) -> int:
+    """Bytes that the compiler keeps for the entries of a tile."""
+    return int(tokens * width * FITTED.route_entry_bytes["bfloat16" if itemsize == 2 else "float32"][direction])
+
+
 def _factor(experts: int, width: int, itemsize: int) -> int:
     """Bytes of the router: as three bfloat16 pieces, or in float32."""
     return round_up(3 * experts, 16) * round_up(width, LANES) * 2 if itemsize == 2 else experts * width * 4
 
 
-def route_misfit(problem: Problem, itemsize: int, chip: Chip, num_cores: int) -> str | None:
+def route_misfit(problem: Problem, itemsize: int, chip: Tpu, num_cores: int) -> str | None:
     """Why the kernels cannot take a routing problem, or None."""
     static = problem.route
     if static is None:

@@ -1,0 +1,224 @@
+"""One table of accelerators, for kernels, planner and benchmarks: all that is known of a chip stands in its entry.
+
+Figures are those of the makers' data sheets and of the "How to Scale Your Model" book; nothing here was measured. The
+entry of a TPU is one device as JAX shows it: half a chip of v4 (as compiled for) and 7x, both cores of a chip of v5p.
+What depends on the compiler's version stands in `fitted.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import NamedTuple
+
+MIB, GIB = 2**20, 2**30
+# A float32 product on a matrix unit that multiplies bfloat16.
+FLOAT32_PASSES = 6
+
+
+class Rates(NamedTuple):
+    """Peaks of a device: FLOP/s by dtype (float32: exact products), and bytes/s of its memory."""
+
+    bfloat16: float
+    float32: float
+    memory: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+    """One JAX device of a kind of TPU. Rates are of all its cores together."""
+
+    name: str
+    kind: str
+    """As JAX names it."""
+    spellings: str
+    """Pattern of all names that JAX's versions give it."""
+    topology: str
+    """As libtpu names its pods."""
+    vmem: int
+    """Bytes, of each core."""
+    depth: int
+    """Rows and columns of a matrix unit: loading its weights takes as long as a matmul of so many rows."""
+    flops: float
+    """Peak in bfloat16, FLOP/s, of the data sheet."""
+    gigahertz: float
+    """Assumed: clocks have no API; those of v5p and 7x are uncertain by 15% (libtpu's own model has 1.5 and 1.9)."""
+    macs_per_cycle: int
+    """Multiply-adds in bfloat16, of each core."""
+    hbm_bytes: int
+    """What the compiler may use."""
+    hbm_bandwidth: float
+    """Bytes/s."""
+    link_bandwidth: float
+    """Bytes/s of one link between chips in one direction, for the share of one device."""
+    largest: tuple[int, ...]
+    """Chips along each dimension of the torus of a whole pod."""
+    num_cores: int = 1
+    devices_per_chip: int = 1
+
+    @property
+    def dimensions(self) -> int:
+        """Of the torus that chips form."""
+        return len(self.largest)
+
+    @property
+    def clocked_flops(self) -> float:
+        """Peak in bfloat16 by the assumed clock; it differs from the data sheet's `flops` by less than 1%."""
+        return 2e9 * self.gigahertz * self.macs_per_cycle * self.num_cores
+
+    @property
+    def smallest_topology(self) -> str:
+        """The smallest one that libtpu describes."""
+        return f"{self.topology}:{'2x2' if self.dimensions == 2 else '2x2x1'}"
+
+    @property
+    def rates(self) -> Rates:
+        """Of the data sheet."""
+        return Rates(self.flops, self.flops / FLOAT32_PASSES, self.hbm_bandwidth)
+
+
+TPUS = {
+    tpu.name: tpu
+    for tpu in (
+        Tpu(
+            *("v4", "TPU v4", "TPU v4", "v4"),
+            vmem=16 * MIB,
+            depth=128,
+            flops=137.5e12,
+            gigahertz=1.05,
+            macs_per_cycle=65_536,
+            hbm_bytes=int(15.35 * GIB),
+            hbm_bandwidth=614e9,
+            link_bandwidth=22.5e9,
+            largest=(16, 16, 16),
+            devices_per_chip=2,
+        ),
+        Tpu(
+            *("v5e", "TPU v5 lite", "TPU (v5 lite|v5e)", "v5e"),
+            vmem=128 * MIB,
+            depth=128,
+            flops=197e12,
+            gigahertz=1.5,
+            macs_per_cycle=65_536,
+            hbm_bytes=int(15.75 * GIB),
+            hbm_bandwidth=819e9,
+            link_bandwidth=45e9,
+            largest=(16, 16),
+        ),
+        Tpu(
+            *("v5p", "TPU v5", "TPU v5p?", "v5p"),
+            vmem=64 * MIB,
+            depth=128,
+            flops=459e12,
+            gigahertz=1.75,
+            macs_per_cycle=65_536,
+            hbm_bytes=int(95.74 * GIB),
+            hbm_bandwidth=2765e9,
+            link_bandwidth=90e9,
+            largest=(16, 16, 24),
+            num_cores=2,
+        ),
+        Tpu(
+            *("v6e", "TPU v6 lite", "TPU (v6 lite|v6e)", "v6e"),
+            vmem=128 * MIB,
+            depth=256,
+            flops=918e12,
+            gigahertz=1.75,
+            macs_per_cycle=262_144,
+            hbm_bytes=int(31.25 * GIB),
+            hbm_bandwidth=1640e9,
+            link_bandwidth=90e9,
+            largest=(16, 16),
+        ),
+        Tpu(
+            *("7x", "TPU7x", "TPU ?v?7x?", "tpu7x"),
+            vmem=64 * MIB,
+            depth=256,
+            flops=1155e12,
+            gigahertz=2.2,
+            macs_per_cycle=262_144,
+            hbm_bytes=int(94.75 * GIB),
+            hbm_bandwidth=3690e9,
+            link_bandwidth=50e9,
+            largest=(16, 24, 24),
+            devices_per_chip=2,
+        ),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What kernels may use of a generation of GPUs: bytes of shared memory a block, and the columns of wgmma, wider
+    tiles first."""
+
+    shared_memory: int
+    columns: tuple[int, ...]
+    """Empty where there is no wgmma: rows are gathered there, not multiplied."""
+
+
+_HOPPER = Generation(shared_memory=232_448, columns=(256, 128))
+_BLACKWELL = Generation(shared_memory=232_448, columns=())
+
+
+class Gpu(NamedTuple):
+    """A card, or all cards of a generation: a pattern of the whole name that JAX gives, and what is known of it."""
+
+    spellings: str
+    rates: Rates | None
+    """Of the data sheet, dense."""
+    generation: Generation | None
+    """None where no kernels are made for it."""
+
+
+# The first pattern that fits counts.
+GPUS = (
+    Gpu("NVIDIA A100.*40GB.*", Rates(312e12, 19.5e12, 1555e9), None),
+    Gpu("NVIDIA A100-SXM4-80GB.*", Rates(312e12, 19.5e12, 2039e9), None),
+    Gpu("NVIDIA H100.* HBM3.*", Rates(989e12, 67e12, 3350e9), _HOPPER),
+    # The NVL cards of H100 and H200 are slower, and not listed.
+    Gpu("NVIDIA H200(?! NVL).*", Rates(989e12, 67e12, 4800e9), _HOPPER),
+    Gpu("NVIDIA B200.*", Rates(2250e12, 75e12, 8000e9), _BLACKWELL),
+    Gpu(r".*\bG?H(20|100|200|800)\b.*", None, _HOPPER),
+    Gpu(r".*\bG?B(100|200)\b.*", None, _BLACKWELL),
+)
+
+
+def find_tpu(kind: str) -> Tpu | None:
+    """The TPU that JAX calls `kind`, None if it is not in the table.
+
+    >>> find_tpu("TPU v5 lite").name, find_tpu("TPU v3")
+    ('v5e', None)
+    """
+    return next((tpu for tpu in TPUS.values() if re.fullmatch(tpu.spellings, kind)), None)
+
+
+def find_gpu(kind: str) -> Gpu | None:
+    """The GPU that JAX calls `kind`, None if it is not in the table.
+
+    >>> find_gpu("NVIDIA H200 141GB HBM3e").rates.memory, find_gpu("NVIDIA H200 NVL").rates
+    (4800000000000.0, None)
+    """
+    return next((gpu for gpu in GPUS if re.fullmatch(gpu.spellings, kind)), None)
+
+
+def find_generation(kind: str) -> Generation | None:
+    """The generation of the GPU that JAX calls `kind`, None if no kernels are made for it.
+
+    >>> find_generation("NVIDIA H200 141GB HBM3e").shared_memory
+    232448
+    >>> find_generation("NVIDIA A100-SXM4-80GB") is None
+    True
+    """
+    gpu = find_gpu(kind)
+    return gpu and gpu.generation
+
+
+def find_rates(kind: str) -> Rates | None:
+    """The peaks of the device that JAX calls `kind`, None if its data sheet is not in the table.
+
+    >>> find_rates("TPU v5 lite").bfloat16, find_rates("NVIDIA H200 NVL")
+    (197000000000000.0, None)
+    """
+    chip = find_tpu(kind) or find_gpu(kind)
+    return chip and chip.rates
