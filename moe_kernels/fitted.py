@@ -26,7 +26,7 @@ class Fitted:
     """Bytes of a product that is added to a result in float32, for each byte of the result (matmul, backward)."""
     weight_product_rows: int
     """Rows, at most, of the part of a product for weights beside which an activation is computed again."""
-    route_entry_bytes: dict[str, dict[str, float]]
+    route_entry_bytes: dict[str, dict[str, int | float]]
     """Bytes kept for each entry of a tile of tokens, by dtype and pass of the router: those of v4, which needs most.
     Products of float32 work on copies in bfloat16 pieces."""
     hidden_copies: dict[str, int]
