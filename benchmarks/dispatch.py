@@ -25,6 +25,7 @@ to dense mean what it would in training. Both are measured with it.
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import signal
 import sys
@@ -38,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 import jax  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 
-from benchmarks import estimate, plot, selection, summary, timing  # noqa: E402
+from benchmarks import estimate, selection, summary, timing  # noqa: E402
 from benchmarks.cases import CASES, DISTRIBUTIONS, DTYPES  # noqa: E402
 from benchmarks.implementations import OURS  # noqa: E402
 from benchmarks.markdown import write_section  # noqa: E402
@@ -190,6 +191,8 @@ def check_files() -> None:
                 raise app.UsageError(f"--{flag.name}={file} cannot be written")
     if _PLOT.value and Path(_PLOT.value).suffix != ".png":
         raise app.UsageError(f"--plot={_PLOT.value} must end in .png")
+    if _PLOT.value and importlib.util.find_spec("matplotlib") is None:
+        raise app.UsageError("--plot needs matplotlib, which is not installed; pip install '.[train]' does that")
 
 
 def main(argv: list[str]) -> int:
@@ -228,7 +231,9 @@ def main(argv: list[str]) -> int:
         if _SWEEP.value is not None and problems:
             say_exponents(problems, _SWEEP.value, report)
     if _PLOT.value and report.results:
-        plot.save_plot(report.results, _PLOT.value)
+        from benchmarks.plot import save_plot  # with matplotlib, which the layer does without
+
+        save_plot(report.results, _PLOT.value)
     # Part of a run must not take the place of a whole one.
     if _MARKDOWN.value and not status:
         # Where somebody's files lie is no business of a document.

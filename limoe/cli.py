@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import os
 import signal
@@ -14,11 +15,9 @@ from pathlib import Path
 from absl import flags
 
 from limoe.config.presets import PRESETS, preset
-from limoe.config.schema import Config, ConfigError
+from limoe.config.schema import Config
 from limoe.config.settings import override, settings_help
-from limoe.data.files import DataError
-from limoe.workdir.checkpoint import CheckpointError
-from limoe.workdir.folder import WorkdirError
+from limoe.errors import LimoeError
 
 FLAGS = flags.FLAGS
 _PRESET = flags.DEFINE_string("preset", "tiny", f"named configuration: {', '.join(PRESETS)}")
@@ -60,9 +59,8 @@ USAGE = """limoe: train and evaluate a language-image mixture of experts.
       All of this, the flags and the settings.
 """
 
-# What a person can mend gets a message; anything else is a bug and keeps its traceback.
-_EXPECTED = (ConfigError, WorkdirError, CheckpointError, DataError, OSError)
-
+# What the extra `train` installs, by the names that are imported.
+TRAINER = ("einops", "flax", "grain", "matplotlib", "optax", "orbax", "PIL", "sentencepiece", "tqdm")
 
 _HELP = ("help", "-h", "-help", "--help")
 
@@ -73,8 +71,10 @@ class UsageError(Exception):
 
 def main(words: Sequence[str]) -> int:
     """Run a command line, given without the program's name; the exit status, 1 for a failure, 2 for wrong usage."""
-    from limoe.train.loop import TrainingError
-
+    if missing := [name for name in TRAINER if importlib.util.find_spec(name) is None]:
+        packages = "pip install 'limoe-jax[train]', or in a checkout pip install '.[train]'"
+        print(f"limoe: {', '.join(missing)} not installed; the trainer needs its extra: {packages}", file=sys.stderr)
+        return 2
     help_wanted = any(word in _HELP for word in words)
     try:
         rest = _parse([word for word in words if word not in _HELP])
@@ -84,7 +84,7 @@ def main(words: Sequence[str]) -> int:
         return 2
     except BrokenPipeError:
         raise  # whoever read our output has gone; see `run`
-    except (*_EXPECTED, TrainingError) as error:
+    except (LimoeError, OSError) as error:
         print(f"limoe: {error}", file=sys.stderr)
         return 1
 

@@ -16,6 +16,7 @@ from measure import OURS, in_package
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 
 SHIPPED = OURS[:3]
 STANDARD = set(sys.stdlib_module_names)
@@ -40,7 +41,7 @@ LEVELS = (
 )
 
 # The rooms of limoe in order of imports: a module imports modules of its own room and of earlier ones.
-ROOMS = ("config", "data", "parallel", "model", "workdir", "evaluate", "report", "train", "plan", "cli")
+ROOMS = ("errors", "config", "data", "parallel", "model", "workdir", "evaluate", "report", "train", "plan", "cli")
 
 MAX_LINES_OF_CODE = 320
 MAX_LINES_OF_A_FUNCTION = 60
@@ -70,7 +71,6 @@ LONG_FUNCTIONS = {
 }
 LONG_PARAMETER_LISTS = {
     "limoe.model.attention_kernel._backward",
-    "moe_kernels.backends.gpu.interpret._wgmma",
     "moe_kernels.backends.gpu.sm90.row_matmul.row_matmul",
     "moe_kernels.backends.tpu.common.launch.launch",
     "moe_kernels.backends.tpu.fused.backward.run_fused_backward",
@@ -212,16 +212,27 @@ def test_cycles_are_found():
 
 
 def test_third_party_imports_are_declared():
-    declared = {normal(re.match(r"[\w.-]+", item)[0]) for item in PYPROJECT["project"]["dependencies"]}
+    layer, trainer = declared(PYPROJECT["project"]["dependencies"]), declared(EXTRAS["train"])
     providers = importlib.metadata.packages_distributions()
-    used = {name.split(".")[0] for module in FILES if in_shipped(module) for name in imports_of(module)}
-    for name in sorted(used - STANDARD - set(OURS)):
-        distributions = {normal(distribution) for distribution in providers.get(name, [name])}
-        assert distributions & declared, f"{name} (of {sorted(distributions)}) is imported but not in pyproject.toml"
+    for package, allowed in {"moe_kernels": layer, "reference": layer, "limoe": layer | trainer}.items():
+        used = {name.split(".")[0] for module in FILES if in_package(module, package) for name in imports_of(module)}
+        for name in sorted(used - STANDARD - set(OURS)):
+            distributions = {normal(distribution) for distribution in providers.get(name, [name])}
+            assert distributions & allowed, (
+                f"{package} imports {name} (of {sorted(distributions)}), not declared for it"
+            )
 
 
-def in_shipped(module: str) -> bool:
-    return module.split(".")[0] in SHIPPED
+def test_the_command_knows_what_the_extra_train_installs():
+    from limoe.cli import TRAINER
+
+    providers = importlib.metadata.packages_distributions()
+    assert {normal(distribution) for name in TRAINER for distribution in providers[name]} >= declared(EXTRAS["train"])
+    assert len(TRAINER) == len(EXTRAS["train"])
+
+
+def declared(requirements: list[str]) -> set[str]:
+    return {normal(re.match(r"[\w.-]+", item)[0]) for item in requirements}
 
 
 def normal(distribution: str) -> str:
@@ -307,12 +318,10 @@ def test_public_names_have_an_example():
     assert {f"limoe.{entry}" for entry in ENTRIES} <= set(seen)
 
 
-def test_the_packages_listed_are_the_packages_there():
-    there = sorted(module for module, path in FILES.items() if path.name == "__init__.py" and in_shipped(module))
-    assert PYPROJECT["tool"]["setuptools"]["packages"] == there
+def test_every_folder_of_the_packages_is_packaged():
     for module, path in FILES.items():
-        if in_shipped(module) and path.name != "__init__.py":
-            assert module.rpartition(".")[0] in there, f"{where(path)} is in a folder without __init__.py"
+        if module.split(".")[0] in SHIPPED:
+            assert path.with_name("__init__.py") in FILES.values(), f"{where(path)} is in a folder without __init__.py"
 
 
 def test_the_command_exists():

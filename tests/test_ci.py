@@ -107,7 +107,17 @@ case "$*" in
 esac
 """
 EVERYTHING = [
-    *("test", "development tools", "format", "lint", "types", "mutants", "accelerators' compilers", "compatibility"),
+    *(
+        "test",
+        "development tools",
+        "package",
+        "format",
+        "lint",
+        "types",
+        "mutants",
+        "accelerators' compilers",
+        "compatibility",
+    ),
 ]
 
 
@@ -150,6 +160,8 @@ def test_every_stage_runs_and_the_last_line_says_how_long(staged):
     ("failing", "stage"),
     [
         ("python -m pytest", "test"),
+        ("python -m build", "package"),
+        ("python tests/installed.py", "package"),
         ("ruff check", "lint"),
         ("pytest -m mutants", "mutants"),
         ("pytest -m aot", "accelerators' compilers"),

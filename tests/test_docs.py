@@ -26,7 +26,7 @@ QUICK = "--case=tiny --op=dispatch --check"
 
 # Commands that take minutes, and what makes their last part short; everything else of them is kept.
 LONG = {
-    "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/limoe train": f"--set {SMALL_WORLD}",
+    "python3 -m venv .venv && .venv/bin/pip install '.[train]' && .venv/bin/limoe train": f"--set {SMALL_WORLD}",
     ".venv/bin/limoe train --workdir=runs/short --set train.steps=100 warmup_steps=20 cooldown_steps=50": (
         "train.batch_size=16 model.depth=2 model.moe_layers=1 model.width=32 model.mlp_width=64 model.num_heads=2 "
         "data.world_pairs=256 data.cache_dir=cache"

@@ -49,7 +49,7 @@ def test_the_full_run_fills_the_pod_of_the_plan():
 def test_the_extras_exist():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extra in ("aot", "tpu"):
-        assert f"pip install '.[{extra}]'" in COMMANDS and extra in extras
+        assert f"pip install '.[train,{extra}]'" in COMMANDS and extra in extras
 
 
 def test_settings_named_in_prose_exist():

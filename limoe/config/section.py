@@ -4,8 +4,10 @@ import math
 from dataclasses import field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from limoe.errors import LimoeError
 
-class ConfigError(ValueError):
+
+class ConfigError(LimoeError, ValueError):
     """A setting is unknown, ill-typed or does not fit the others; the message says which one and what to do."""
 
 

@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
+from limoe.errors import LimoeError
+
 Path = str | os.PathLike[str]
 
 _STARTED = time.time()
@@ -28,7 +30,7 @@ _ADVICE = {
 }
 
 
-class DataError(Exception):
+class DataError(LimoeError):
     """The data cannot be used as asked; the message says what, where, and what to do."""
 
 

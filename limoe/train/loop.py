@@ -24,6 +24,7 @@ from limoe.data import inputs
 from limoe.data.batches import BadExamples, Batch
 from limoe.data.source import Bad
 from limoe.data.tokenizer import Tokenizer
+from limoe.errors import LimoeError
 from limoe.evaluate import scores
 from limoe.evaluate.encode import Encoder
 from limoe.model.build import Parameters
@@ -44,7 +45,7 @@ from limoe.workdir.metrics import MetricsLog, read_metrics, write_json
 BAD_SHOWN = 5
 
 
-class TrainingError(RuntimeError):
+class TrainingError(LimoeError, RuntimeError):
     """Training cannot go on; the message says why, since when, and what to do."""
 
 

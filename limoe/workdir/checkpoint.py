@@ -33,6 +33,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
+from limoe.errors import LimoeError
 from limoe.parallel.processes import from_first, is_first, wait_for_all
 
 _STATE = "state"
@@ -44,7 +45,7 @@ _NONE = -1
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(LimoeError, RuntimeError):
     """A checkpoint could not be written, or none that can be trusted could be read."""
 
 

@@ -20,6 +20,7 @@ from types import TracebackType
 from limoe.config.schema import Config, ConfigError
 from limoe.config.settings import both_values, differences, from_json, to_json
 from limoe.data import files
+from limoe.errors import LimoeError
 
 _CONFIG = "config.json"
 _METRICS = "metrics.jsonl"
@@ -31,7 +32,7 @@ _LOCK = ".lock"
 _LEFTOVERS = tuple(f".{name}.*.tmp" for name in (_CONFIG, _METRICS, _SUMMARY, _TOKENIZER))
 
 
-class WorkdirError(RuntimeError):
+class WorkdirError(LimoeError, RuntimeError):
     """The work folder cannot be used as asked; the message says why, and what to do."""
 
 
