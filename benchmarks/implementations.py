@@ -18,7 +18,9 @@ from benchmarks.cases import Case
 from benchmarks.roofline import Op
 from moe_kernels import (
     MlpWeights,
+    MoeSpec,
     Plan,
+    RouteInputs,
     Routing,
     RoutingSums,
     combine,
@@ -80,6 +82,9 @@ def from_backend(backend: Backend | None) -> Implementation:
     """The operations of moe_kernels, all by one back end; None for each by the first that takes it, as users get it."""
     name = None if backend is None else backend.name
 
+    def spec(case: Case) -> MoeSpec:
+        return MoeSpec(num_choices=case.choices, num_groups=case.groups, backend=name)
+
     def layer(
         case: Case, tokens: Array, router: Array, weights: MlpWeights, noise: Float[Array, "T E"]
     ) -> Float[Array, "T D"]:
@@ -87,15 +92,12 @@ def from_backend(backend: Backend | None) -> Implementation:
             tokens,
             router,
             weights,
-            num_choices=case.choices,
-            capacity_factor=case.capacity_factor,
-            num_groups=case.groups,
-            noise=noise,
-            backend=name,
+            dataclasses.replace(spec(case), capacity_factor=case.capacity_factor),
+            RouteInputs(noise=noise),
         ).tokens
 
     def routing(case: Case, tokens: Array, router: Array, noise: Array) -> Routing:
-        return route(tokens, router, num_choices=case.choices, num_groups=case.groups, noise=noise, backend=name)
+        return route(tokens, router, spec(case), RouteInputs(noise=noise))
 
     return Implementation(
         name="moe_kernels" if name is None else f"moe_kernels/{name}",

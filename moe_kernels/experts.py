@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import NamedTuple
 
 from jaxtyping import Array, Float
 
 from moe_kernels import backends
+from moe_kernels.activations import function_of
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights, MlpStatic, apply, epilogue_of
 from moe_kernels.permute import check_rows
-from moe_kernels.types import Activation, Layout, MatmulActivation, MlpWeights, Plan, Runs
+from moe_kernels.spec import MoeSpec
+from moe_kernels.types import Activation, GluWeights, MlpWeights, Plan
 
 
 def grouped_matmul(
@@ -18,7 +20,7 @@ def grouped_matmul(
     plan: Plan,
     *,
     bias: Float[Array, "E F"] | None = None,
-    activation: MatmulActivation | None = None,
+    activation: Activation | None = None,
     backend: str | None = None,
 ) -> Float[Array, "R F"]:
     """Multiply the rows of every expert by its own matrix, `act(x W_e + b_e)`, result in the dtype of the rows.
@@ -46,7 +48,7 @@ def grouped_matmul(
     if bias is not None:
         _check_weight("bias", bias, (plan.layout.num_experts, weight.shape[2]))
     if activation is not None:
-        _check_activation(activation, MatmulActivation)
+        function_of(activation)
     return _matmul(rows, MatmulWeights(weight, bias), plan, activation, backend)
 
 
@@ -56,7 +58,7 @@ def grouped_glu(
     up_weight: Float[Array, "E D F"],
     plan: Plan,
     *,
-    activation: MatmulActivation = "silu",
+    activation: Activation = "silu",
     backend: str | None = None,
 ) -> Float[Array, "R F"]:
     """Both first matmuls of gated expert MLPs in one, `act(x G_e) * (x U_e)`, so that rows are read once.
@@ -78,7 +80,7 @@ def grouped_glu(
     _check_weight("up_weight", up_weight, gate_weight.shape)
     if up_weight.dtype != gate_weight.dtype:
         raise ValueError(f"up_weight has dtype {up_weight.dtype}; give it that of gate_weight, {gate_weight.dtype}")
-    _check_activation(activation, MatmulActivation)
+    function_of(activation)
     return _matmul(rows, MatmulWeights(gate_weight, up=up_weight), plan, activation, backend)
 
 
@@ -86,7 +88,7 @@ def _matmul(
     rows: Float[Array, "R D"],
     weights: MatmulWeights,
     plan: Plan,
-    activation: MatmulActivation | None,
+    activation: Activation | None,
     backend: str | None,
 ) -> Float[Array, "R F"]:
     problem = backends.problem_of(
@@ -97,6 +99,7 @@ def _matmul(
         layout=plan.layout,
         epilogue=epilogue_of(weights, activation),
         weight_dtype=str(weights.weight.dtype),
+        activation=activation or "",
     )
     span = backends.choose(problem, backend)
     return apply(span, MatmulStatic(plan.layout, activation), (rows, weights), (plan.runs,))
@@ -125,36 +128,61 @@ def expert_mlp(
     (16, 2)
     """
     check_rows("rows", rows, plan.layout.num_rows)
-    return expert_mlp_over_runs(rows, weights, plan.runs, plan.layout, activation=activation, backend=backend)
-
-
-def expert_mlp_over_runs(
-    rows: Float[Array, "R D"],
-    weights: MlpWeights,
-    runs: Runs,
-    layout: Layout,
-    *,
-    activation: Activation,
-    backend: str | None,
-) -> Float[Array, "R D"]:
-    """`expert_mlp` for rows of which there is no plan here, because other shards sent them."""
-    num_experts, expert_width = layout.num_experts, weights.w1.shape[-1]
-    check_mlp(weights, num_experts, rows.shape[1], activation)
+    function_of(activation)
+    check_experts(weights, plan.layout.num_experts, rows.shape[1])
     problem = backends.problem_of(
         "expert_mlp",
         rows,
-        num_experts,
-        expert_width=expert_width,
-        layout=layout,
+        plan.layout.num_experts,
+        expert_width=weights.w1.shape[-1],
+        layout=plan.layout,
         weight_dtype=str(weights.w1.dtype),
+        activation=activation,
     )
     span = backends.choose(problem, backend)
-    return apply(span, MlpStatic(layout, activation), (rows, weights), (runs,))
+    return apply(span, MlpStatic(plan.layout, activation), (rows, weights), (plan.runs,))
 
 
-def check_mlp(weights: MlpWeights, num_experts: int, width: int, activation: Activation) -> None:
-    """Refuse weights that do not fit together or the rows, and an activation that does not exist."""
-    _check_activation(activation, Activation)
+class ExpertSizes(NamedTuple):
+    """F and the dtype of experts' weights."""
+
+    expert_width: int
+    dtype: str
+
+
+def expert_sizes(weights: MlpWeights | GluWeights) -> ExpertSizes:
+    """F and the dtype, of plain or gated experts.
+
+    >>> import jax.numpy as jnp
+    >>> expert_sizes(MlpWeights(jnp.ones((2, 4, 8)), None, jnp.ones((2, 8, 4)), None)).expert_width
+    8
+    """
+    first = weights.w1 if isinstance(weights, MlpWeights) else weights.gate
+    return ExpertSizes(first.shape[-1], str(first.dtype))
+
+
+def activation_of(weights: MlpWeights | GluWeights, spec: MoeSpec) -> str:
+    """The activation of a layer's experts. Raises ValueError for a name that does not exist.
+
+    >>> import jax.numpy as jnp
+    >>> activation_of(MlpWeights(jnp.ones((2, 4, 8)), None, jnp.ones((2, 8, 4)), None), MoeSpec())
+    'gelu_tanh'
+    """
+    activation = spec.activation or ("silu" if isinstance(weights, GluWeights) else "gelu_tanh")
+    function_of(activation)
+    return activation
+
+
+def check_experts(weights: MlpWeights | GluWeights, num_experts: int, width: int) -> None:
+    """Refuse weights that do not fit together or the rows."""
+    if isinstance(weights, GluWeights):
+        expert_width = weights.gate.shape[-1]
+        _check_weight("weights.gate", weights.gate, (num_experts, width, None))
+        _check_weight("weights.up", weights.up, (num_experts, width, expert_width))
+        _check_weight("weights.down", weights.down, (num_experts, expert_width, width))
+        return
+    if not isinstance(weights, MlpWeights):
+        raise TypeError(f"weights are a {type(weights).__name__}; give MlpWeights, GluWeights or WithShared")
     expert_width = weights.w1.shape[-1]
     _check_weight("weights.w1", weights.w1, (num_experts, width, None))
     _check_weight("weights.w2", weights.w2, (num_experts, expert_width, width))
@@ -162,11 +190,6 @@ def check_mlp(weights: MlpWeights, num_experts: int, width: int, activation: Act
         _check_weight("weights.b1", weights.b1, (num_experts, expert_width))
     if weights.b2 is not None:
         _check_weight("weights.b2", weights.b2, (num_experts, width))
-
-
-def _check_activation(activation: str, those: Any) -> None:
-    if activation not in get_args(those):
-        raise ValueError(f"activation={activation!r} is not one of {', '.join(get_args(those))}")
 
 
 def _check_weight(name: str, array: Float[Array, "..."], expected: tuple[int | None, ...]) -> None:

@@ -1,198 +1,144 @@
-"""The whole mixture-of-experts layer on one shard: route, plan, dispatch, experts, combine."""
+"""The whole mixture-of-experts layer, on one device or with its experts spread over a mesh."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, get_args
+import dataclasses
+import math
+from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int, Key
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Array, Float
 
-from moe_kernels import backends
-from moe_kernels.backends.base import MlpStatic, apply
-from moe_kernels.experts import check_mlp, expert_mlp
-from moe_kernels.permute import combine, dispatch
-from moe_kernels.plan import bpr_priority, expert_capacity, make_plan, modality_priority, random_priority
-from moe_kernels.routing import route_and_pass
-from moe_kernels.types import Activation, CapacityFactor, MlpWeights, MoeOutput, Plan, Priority, Routing
+from moe_kernels import local
+from moe_kernels.experts import check_experts
+from moe_kernels.parallel.shard import check_exchange, moe_mlp_on_shard
+from moe_kernels.routing import check_route, router_weights
+from moe_kernels.spec import ExchangeSpec, MoeSpec, RouteInputs
+from moe_kernels.types import ExpertWeights, MoeOutput, RouterWeights, Routing, WithShared
 
-# Names of values that every remat policy should save: routing is decided once, since a near tie could flip if
-# recomputed.
-SAVED_NAMES = ("moe_routing", "moe_plan")
+_NOW_IN = {
+    **dict.fromkeys((field.name for field in dataclasses.fields(MoeSpec)), "MoeSpec"),
+    **dict.fromkeys(RouteInputs._fields, "RouteInputs"),
+    **dict.fromkeys((field.name for field in dataclasses.fields(ExchangeSpec)), "MoeSpec(exchange=ExchangeSpec"),
+}
 
 
 def moe_mlp(
     tokens: Float[Array, "T D"],
-    router: Float[Array, "D E"],
-    weights: MlpWeights,
+    router: Float[Array, "D E"] | RouterWeights | Routing,
+    weights: ExpertWeights,
+    spec: MoeSpec = MoeSpec(),  # noqa: B008 (frozen)
+    inputs: RouteInputs = RouteInputs(),  # noqa: B008 (a tuple)
     *,
-    num_choices: int = 1,
-    capacity_factor: CapacityFactor | None = None,
-    num_groups: int = 1,
-    priority: Priority = "bpr",
-    noise: Float[Array, "T E"] | None = None,
-    noise_std: float | None = None,
-    mask: Bool[Array, " T"] | None = None,
-    modality: Int[Array, " T"] | None = None,
-    num_modalities: int = 1,
-    first_modality: int = 0,
-    key: Key[Array, ""] | None = None,
-    first_group: int | Int[Array, ""] = 0,
-    activation: Activation = "gelu_tanh",
-    backend: str | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
+    **renamed: Any,
 ) -> MoeOutput:
     """Send every token through its `num_choices` best experts: `y = sum of gate_e MLP_e(x)` (paper, section 2).
 
-    `tokens [T, D]` lie group after group; each group is planned by itself with `ceil(S K c / E)` places an expert for
-    `capacity_factor=c`, or without a limit for None. Who gets a place: by `priority`, "bpr" (largest gate first),
-    "arrival", "random" (needs `key`; group g of this call draws from `first_group + g`) or "modality" (`first_modality`
-    first). A token without a place is 0 in the output; so is padding (`mask` False). Returns the tokens with the
-    router's sums and what was kept. Differentiable once in tokens, router and weights. Raises ValueError for arguments
-    that do not fit.
+    `router` is a matrix, `RouterWeights` with biases, or a `Routing` that the caller made (`make_routing`). `weights`
+    are those of plain or gated experts, or of both with a shared one. A token without a place is 0 in the output but
+    for the shared expert; so is padding. Returns the tokens with the router's sums and what was kept. Differentiable
+    once in tokens, router and weights.
+
+    With a `mesh` it is the same function of global arrays, called outside of `shard_map`: tokens and inputs are split
+    by whole groups over `spec.exchange.token_axes`, experts over `expert_axis`, router and shared expert are
+    everywhere. Rows are exchanged among the devices that differ in `expert_axis` alone, twice forward and twice
+    backward. Without a capacity limit, what finds no room in a receiver's buffer (`buffer_factor`) is dropped, evenly
+    from the longest runs of one expert's rows from one device, the last groups of each first, and shows as the
+    difference between `sums.wanted` and `kept`; what overflows depends on the mesh, nothing else does. Take gradients
+    of this function, not of something inside its `shard_map`. Raises ValueError for arguments that do not fit.
 
     >>> import jax, jax.numpy as jnp
+    >>> from moe_kernels import MlpWeights, MoeSpec
     >>> keys = jax.random.split(jax.random.key(0), 4)
     >>> x = jax.random.normal(keys[0], (8, 4))
     >>> weights = MlpWeights(jax.random.normal(keys[1], (2, 4, 16)), None, jax.random.normal(keys[2], (2, 16, 4)), None)
-    >>> output = moe_mlp(x, jax.random.normal(keys[3], (4, 2)), weights, capacity_factor=1.0)
+    >>> output = moe_mlp(x, jax.random.normal(keys[3], (4, 2)), weights, MoeSpec(capacity_factor=1.0))
     >>> output.tokens.shape, bool((output.kept <= 4).all())
     ((8, 4), True)
+    >>> mesh = jax.make_mesh((1,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    >>> moe_mlp(jnp.ones((6, 4)), jnp.eye(4, 2), weights, MoeSpec(capacity_factor=1.0), mesh=mesh).kept.tolist()
+    [[[3.0, 0.0]]]
     """
-    routing, plan, tokens = decide(
-        tokens,
-        router,
-        num_choices=num_choices,
-        capacity_factor=capacity_factor,
-        num_groups=num_groups,
-        priority=priority,
-        noise=noise,
-        noise_std=noise_std,
-        mask=mask,
-        modality=modality,
-        num_modalities=num_modalities,
-        first_modality=first_modality,
-        key=key,
-        first_group=first_group,
-        backend=backend,
-    )
-    return MoeOutput(_experts(tokens, routing.gate, weights, plan, activation, backend), routing.sums, plan.kept)
+    _refuse_renamed(renamed)
+    tokens, weights = jax.tree.map(jnp.asarray, (tokens, weights))
+    router = router if isinstance(router, Routing) else router_weights(router)
+    if mesh is not None:
+        return _on_mesh(tokens, router, weights, spec, inputs, mesh)
+    routed, shared = local.split_shared(weights)
+    output = local.moe_mlp_here(tokens, router, routed, spec, inputs)
+    if shared is None:
+        return output
+    return output._replace(tokens=output.tokens + local.shared_expert(tokens, shared, spec))
 
 
-class Decision(NamedTuple):
-    """Where every token goes: what the router chose, and who found room; the tokens, passed on by the router."""
+def _refuse_renamed(renamed: dict[str, Any]) -> None:
+    for name in renamed:
+        if name not in _NOW_IN:
+            raise TypeError(f"moe_mlp() got an unexpected keyword argument {name!r}")
+        home = _NOW_IN[name]
+        where = "inputs" if home == "RouteInputs" else "spec"
+        call = f"{home}({name}=...)" + ")" * home.count("(")
+        raise TypeError(f"moe_mlp takes {name} in {where}: moe_mlp(tokens, router, weights, {where}={call})")
 
-    routing: Routing
-    plan: Plan
-    tokens: Float[Array, "T D"]
 
-
-def decide(
+def _on_mesh(
     tokens: Float[Array, "T D"],
-    router: Float[Array, "D E"],
-    *,
-    num_choices: int,
-    capacity_factor: CapacityFactor | None,
-    num_groups: int,
-    priority: Priority,
-    noise: Float[Array, "T E"] | None,
-    noise_std: float | None,
-    mask: Bool[Array, " T"] | None,
-    modality: Int[Array, " T"] | None,
-    num_modalities: int,
-    first_modality: int,
-    key: Key[Array, ""] | None,
-    first_group: int | Int[Array, ""],
-    backend: str | None,
-    round_rows: Callable[[int], int] | None = None,
-) -> Decision:
-    """Route and plan a layer, with the arguments of `moe_mlp`.
+    router: RouterWeights | Routing,
+    weights: ExpertWeights,
+    spec: MoeSpec,
+    inputs: RouteInputs,
+    mesh: Mesh | AbstractMesh,
+) -> MoeOutput:
+    axes = _token_axes(mesh, spec.exchange)
+    shards, expert_axis = math.prod(mesh.shape[axis] for axis in axes), spec.exchange.expert_axis
+    if isinstance(router, Routing):
+        local.check_given(tokens, router, spec)
+    else:
+        check_route(tokens, router, spec, inputs)
+    check_experts(local.split_shared(weights)[0], local.num_experts_of(router), tokens.shape[1])
+    check_exchange(spec, local.num_experts_of(router), mesh.shape[expert_axis])
+    if spec.num_groups % shards:
+        raise ValueError(
+            f"num_groups={spec.num_groups} cannot be split over the {shards} shards of mesh axes {axes}; "
+            f"use a multiple of {shards}"
+        )
+    groups_here = spec.num_groups // shards
+    here = dataclasses.replace(spec, num_groups=groups_here)
+    stride = groups_here if spec.exchange.group_stride is None else spec.exchange.group_stride
 
-    Where `round_rows` is given and capacity limited, rows are an `[E, rows]` block with the rows that it makes of the
-    most an expert can get.
-    """
-    if priority not in get_args(Priority):
-        raise ValueError(f"priority={priority!r} is not one of {', '.join(get_args(Priority))}")
-    routing, tokens = route_and_pass(
-        tokens,
-        router,
-        num_choices=num_choices,
-        num_groups=num_groups,
-        noise=noise,
-        noise_std=noise_std,
-        modality=modality,
-        num_modalities=num_modalities,
-        mask=mask,
-        backend=backend,
-    )
-    group_size, num_experts = tokens.shape[0] // num_groups, router.shape[1]
-    capacity = (
-        None if capacity_factor is None else expert_capacity(group_size, num_choices, num_experts, capacity_factor)
-    )
-    plan = make_plan(
-        routing,
-        num_experts=num_experts,
-        num_groups=num_groups,
-        capacity=capacity,
-        priority=_priority(
-            priority, routing, num_groups, group_size, modality, num_modalities, first_modality, key, first_group
+    def on_shard(tokens: Array, router: Any, weights: Any, inputs: RouteInputs) -> MoeOutput:
+        first = inputs.first_group + stride * jax.lax.axis_index(axes)
+        return moe_mlp_on_shard(tokens, router, weights, here, inputs._replace(first_group=first))
+
+    by_token, whole = PartitionSpec(axes), PartitionSpec()
+    routed, shared = PartitionSpec(expert_axis), local.split_shared(weights)[1]
+    sharded = jax.shard_map(
+        on_shard,
+        mesh=mesh,
+        in_specs=(
+            by_token,
+            by_token if isinstance(router, Routing) else whole,
+            routed if shared is None else WithShared._make((routed, whole, whole)),
+            RouteInputs._make((by_token, by_token, by_token, by_token, whole, whole)),
         ),
-        modality=modality,
-        num_modalities=num_modalities,
-        rows_per_expert=None if capacity is None or round_rows is None else round_rows(num_groups * capacity),
+        out_specs=by_token,
+        # Interpreted kernels do not trace with it; gradients are right without it as long as they are taken outside.
+        check_vma=False,
     )
-    return Decision(routing, jax.tree.map(lambda leaf: checkpoint_name(leaf, "moe_plan"), plan), tokens)
+    first_group = jnp.asarray(inputs.first_group, jnp.int32)
+    return sharded(tokens, router, weights, inputs._replace(first_group=first_group))
 
 
-def _experts(
-    tokens: Float[Array, "T D"],
-    gate: Float[Array, "T K"],
-    weights: MlpWeights,
-    plan: Plan,
-    activation: Activation,
-    backend: str | None,
-) -> Float[Array, "T D"]:
-    """Dispatch, experts and combine: in one span where a back end has it, else one after the other."""
-    problem = backends.problem_of(
-        "dispatch_mlp_combine",
-        tokens,
-        plan.layout.num_experts,
-        expert_width=weights.w1.shape[-1],
-        layout=plan.layout,
-        weight_dtype=str(weights.w1.dtype),
-    )
-    if (span := backends.find(problem, backend)) is not None:
-        check_mlp(weights, plan.layout.num_experts, tokens.shape[1], activation)
-        return apply(span, MlpStatic(plan.layout, activation), (tokens, gate, weights), (plan,))
-    rows = dispatch(tokens, plan, backend=backend)
-    rows = expert_mlp(rows, weights, plan, activation=activation, backend=backend)
-    return combine(rows, gate, plan, backend=backend)
-
-
-def _priority(
-    name: Priority,
-    routing: Routing,
-    num_groups: int,
-    group_size: int,
-    modality: Int[Array, " T"] | None,
-    num_modalities: int,
-    first_modality: int,
-    key: Key[Array, ""] | None,
-    first_group: int | Int[Array, ""],
-) -> Float[Array, " T"] | None:
-    if name == "bpr":
-        return bpr_priority(routing)
-    if name == "random":
-        if key is None:
-            raise ValueError("priority='random' needs a key; pass key=jax.random.key(...)")
-        return random_priority(key, num_groups=num_groups, group_size=group_size, first_group=first_group)
-    if name == "modality":
-        if modality is None:
-            raise ValueError("priority='modality' needs modality ids; pass modality=[T] integers")
-        if not 0 <= first_modality < num_modalities:
-            raise ValueError(
-                f"first_modality={first_modality} is not one of num_modalities={num_modalities}; "
-                f"choose from 0 to {num_modalities - 1}"
-            )
-        return modality_priority(modality, first_modality)
-    return None
+def _token_axes(mesh: Mesh | AbstractMesh, exchange: ExchangeSpec) -> tuple[str, ...]:
+    names, expert_axis = tuple(mesh.axis_names), exchange.expert_axis
+    if expert_axis not in names:
+        raise ValueError(f"expert_axis={expert_axis!r} is not an axis of the mesh; choose one of {names}")
+    axes = names if exchange.token_axes is None else tuple(exchange.token_axes)
+    if expert_axis not in axes or not set(axes) <= set(names) or len(set(axes)) != len(axes):
+        raise ValueError(
+            f"token_axes={axes} must be axes of the mesh {names}, each once, and {expert_axis!r} one of them"
+        )
+    return axes

@@ -1,89 +1,20 @@
-"""Who sits where: priorities, capacity, and the places of all choices from one stable sort."""
+"""Who sits where: the places of all choices, from one stable sort."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
+from moe_kernels.capacity import most_rows, plan_layout
 from moe_kernels.packed_sort import Field, descending, sort_fields
-from moe_kernels.types import ROW_ALIGNMENT, CapacityFactor, Layout, Plan, Routing, Runs, round_up
+from moe_kernels.types import ROW_ALIGNMENT, Layout, Plan, Routing, Runs, round_up
 
 SUBLANES = 8
-# An [E, rows] block is planned while it holds at most this many times the rows that choices can fill; above it (a large
-# capacity factor), empty places would cost more than the tile loop of a packed layout.
-BLOCK_LIMIT = 1.25
-
-
-def as_fraction(name: str, factor: CapacityFactor) -> Fraction:
-    """The exact value of a factor that must be positive. Raises ValueError, with the argument's name.
-
-    >>> as_fraction("capacity_factor", 1.05)
-    Fraction(21, 20)
-    """
-    try:
-        exact = Fraction(str(factor))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{name}={factor!r} is not a finite number; use one like 1.05") from None
-    if exact <= 0:
-        raise ValueError(f"{name}={factor} must be positive; use None for no limit")
-    return exact
-
-
-def expert_capacity(group_size: int, num_choices: int, num_experts: int, capacity_factor: CapacityFactor) -> int:
-    """Places of an expert in a group, `C = ceil(S K c / E)` in exact arithmetic (paper, section 2).
-
-    A float stands for the decimal literal that prints as it (1.1 is 11/10, not the double just above it), and no
-    capacity exceeds S. Raises ValueError unless c > 0.
-
-    >>> expert_capacity(4096, 1, 32, 1.05)
-    135
-    >>> expert_capacity(100, 1, 10, 1.1)
-    11
-    """
-    factor = as_fraction("capacity_factor", capacity_factor)
-    return min(math.ceil(group_size * num_choices * factor / num_experts), group_size)
-
-
-def bpr_priority(routing: Routing) -> Float[Array, " T"]:
-    """Batch Priority Routing: tokens claim places in order of their largest gate (V-MoE; paper, section 2).
-
-    >>> from moe_kernels import route
-    >>> import jax.numpy as jnp
-    >>> bool((bpr_priority(route(jnp.eye(2), jnp.eye(2))) > 0.5).all())
-    True
-    """
-    return jax.lax.stop_gradient(routing.gate[:, 0])
-
-
-def random_priority(
-    key: Key[Array, ""], *, num_groups: int, group_size: int, first_group: int | Int[Array, ""] = 0
-) -> Float[Array, " T"]:
-    """A random order in every group, drawn from `fold_in(key, first_group + g)`.
-
-    >>> import jax
-    >>> random_priority(jax.random.key(0), num_groups=2, group_size=3).shape
-    (6,)
-    """
-    groups = first_group + jnp.arange(num_groups, dtype=jnp.int32)
-    draw = jax.vmap(lambda g: jax.random.uniform(jax.random.fold_in(key, g), (group_size,), jnp.float32))
-    return draw(groups).reshape(num_groups * group_size)
-
-
-def modality_priority(modality: Int[Array, " T"], first_modality: int) -> Float[Array, " T"]:
-    """All tokens of one modality before all others, each in order of arrival.
-
-    >>> import jax.numpy as jnp
-    >>> modality_priority(jnp.array([0, 1, 1]), 1).tolist()
-    [0.0, 1.0, 1.0]
-    """
-    return (modality == first_modality).astype(jnp.float32)
 
 
 class _Sorted(NamedTuple):
@@ -116,7 +47,7 @@ def make_plan(
     `[E, rows_per_expert]` block if that is given (to be exchanged, say), else as costs least. Not differentiable.
     Raises ValueError for shapes that do not fit.
 
-    >>> from moe_kernels import route
+    >>> from moe_kernels import bpr_priority, route
     >>> import jax.numpy as jnp
     >>> gates = jnp.array([[0.4, 0.0], [0.9, 0.0], [0.0, 0.35], [0.0, 0.8]])
     >>> routing = route(gates, jnp.eye(2))
@@ -138,18 +69,38 @@ def make_plan(
     if num_modalities > 1 and modality is None:
         raise ValueError(f"num_modalities={num_modalities} needs modality ids; pass modality=[T] integers")
 
-    group_size = num_tokens // num_groups
-    most = num_groups * min(group_size, group_size if capacity is None else capacity)
+    if num_experts != (expected := routing.sums.wanted.shape[-1]):
+        raise ValueError(f"num_experts={num_experts} is not the {expected} experts that the routing is for")
+
+    most = most_rows(num_tokens, num_groups, capacity)
     if rows_per_expert is not None and (rows_per_expert < most or rows_per_expert % ROW_ALIGNMENT):
         raise ValueError(
             f"rows_per_expert={rows_per_expert} must hold the {most} rows that an expert can get and be a multiple of "
             f"{ROW_ALIGNMENT}; use None to leave it open"
         )
-    layout = _layout(num_tokens, num_choices, num_groups, num_experts, most, rows_per_expert)
+    layout = plan_layout(num_tokens, num_choices, num_groups, num_experts, capacity, rows_per_expert)
     routing, priority = jax.lax.stop_gradient((routing, priority))
     ranked = _sort(routing, priority, num_groups, num_experts)
-    room = group_size if capacity is None else capacity
-    kept = jnp.minimum(ranked.wanted, room)
+    kept = jnp.minimum(ranked.wanted, most // num_groups)
+    row, source, runs = _places(ranked, kept, layout)
+    if modality is None:
+        by_modality = kept[:, None].astype(jnp.float32)
+    else:
+        by_modality = kept_by_modality(routing, row.reshape(num_groups, -1), modality, num_modalities, layout)
+    return Plan(row.reshape(num_tokens, num_choices), source, runs, by_modality, layout)
+
+
+class _Places(NamedTuple):
+    """Row of every choice, choice of every row, and where each expert's rows lie."""
+
+    row: Int[Array, " TK"]
+    source: Int[Array, " R"]
+    runs: Runs
+
+
+def _places(ranked: _Sorted, kept: Int[Array, "G E"], layout: Layout) -> _Places:
+    """Rows of an expert group after group, in claim order, for the `kept` first choices of each group."""
+    num_experts = layout.num_experts
     size = jnp.sum(kept, axis=0, dtype=jnp.int32)
     if layout.rows_per_expert is not None:
         first = jnp.arange(num_experts, dtype=jnp.int32) * layout.rows_per_expert
@@ -166,42 +117,14 @@ def make_plan(
         tpu=functools.partial(_both_ways_by_sort, layout=layout),
         default=functools.partial(_both_ways_by_scatter, layout=layout),
     )
-    if modality is None:
-        by_modality = kept[:, None].astype(jnp.float32)
-    else:
-        by_modality = kept_by_modality(routing, row.reshape(num_groups, -1), modality, num_modalities, layout)
-    return Plan(
-        row=row.reshape(num_tokens, num_choices),
-        source=source,
-        runs=Runs(jnp.arange(num_experts, dtype=jnp.int32), first, size),
-        kept=by_modality,
-        layout=layout,
-    )
-
-
-def _layout(
-    num_tokens: int, num_choices: int, num_groups: int, num_experts: int, most: int, rows_per_expert: int | None
-) -> Layout:
-    """An `[E, rows]` block where that is asked for, or where at most `most` rows an expert keep it near the number of
-    choices; else runs packed one after the other."""
-    per_expert = round_up(most, ROW_ALIGNMENT) if rows_per_expert is None else rows_per_expert
-    # An expert gets at most one choice of each token.
-    packed = round_up(num_tokens * num_choices, ROW_ALIGNMENT) + num_experts * (ROW_ALIGNMENT - 1)
-    block = rows_per_expert is not None or per_expert * num_experts <= BLOCK_LIMIT * max(packed, 1)
-    return Layout(
-        num_tokens=num_tokens,
-        num_choices=num_choices,
-        num_groups=num_groups,
-        num_experts=num_experts,
-        num_rows=per_expert * num_experts if block else round_up(packed, ROW_ALIGNMENT),
-        rows_per_expert=per_expert if block else None,
-    )
+    return _Places(row, source, Runs(jnp.arange(num_experts, dtype=jnp.int32), first, size))
 
 
 def _sort(routing: Routing, priority: Float[Array, " T"] | None, num_groups: int, num_experts: int) -> _Sorted:
     num_choices = routing.expert.shape[1]
     # Gates of padding are 0; a token with logits that are not finite has NaN gates: neither may enter a comparison.
-    claims = (routing.gate[:, :1] > 0) & jnp.all(jnp.isfinite(routing.gate), axis=1, keepdims=True)
+    gate = routing.gate
+    claims = jnp.any(gate != 0, axis=1, keepdims=True) & jnp.all(jnp.isfinite(gate), axis=1, keepdims=True)
     column = jnp.arange(num_choices, dtype=jnp.int32)
     nobody = jnp.int32(num_experts * num_choices)
     key = jnp.where(claims, routing.expert * num_choices + column, nobody).reshape(num_groups, -1)

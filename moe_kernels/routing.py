@@ -7,88 +7,202 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_kernels import backends
-from moe_kernels.backends.base import RouteInputs, RouteStatic, Span, apply
-from moe_kernels.types import Routing
+from moe_kernels.backends.base import RouteStatic, Span, apply
+from moe_kernels.routers import family_of
+from moe_kernels.spec import MoeSpec, RouteInputs, RouterSpec
+from moe_kernels.sums import counts, members_of, total
+from moe_kernels.types import RouterWeights, Routing, RoutingSums
 
 
 def route(
     tokens: Float[Array, "T D"],
-    router: Float[Array, "D E"],
-    *,
-    num_choices: int = 1,
-    num_groups: int = 1,
-    noise: Float[Array, "T E"] | None = None,
-    noise_std: float | None = None,
-    modality: Int[Array, " T"] | None = None,
-    num_modalities: int = 1,
-    mask: Bool[Array, " T"] | None = None,
-    backend: str | None = None,
+    router: Float[Array, "D E"] | RouterWeights,
+    spec: MoeSpec = MoeSpec(),  # noqa: B008 (frozen)
+    inputs: RouteInputs = RouteInputs(),  # noqa: B008 (a tuple)
 ) -> Routing:
-    """Choose the `num_choices` best experts of every token (paper, section 2), in float32.
+    """Choose the `spec.num_choices` best experts of every token (paper, section 2), in float32.
 
-    `tokens [T, D]` lie group after group, `T / num_groups` in each. `noise [T, E]` is added to the logits for the
-    decision and the gates; `noise_std` is its standard deviation (default 1/E), which the smooth load needs. `modality
-    [T]` holds ids from 0 to `num_modalities - 1`; `mask [T]` is False for padding, which gets gate 0 and is in no sum.
-    Ties go to the lower expert index. Gates are probabilities, not renormalised. Differentiable in tokens and router,
-    once. Raises ValueError for shapes that do not fit.
+    `tokens [T, D]` lie group after group, `T / num_groups` in each. Noise is added to the logits for the decision and
+    the gates. Ties go to the lower expert index. Gates are what `spec.router` makes of the logits: by default
+    probabilities, not renormalised; 0 for padding. Differentiable in tokens and router, once. Raises ValueError for
+    shapes that do not fit.
 
     >>> import jax.numpy as jnp
     >>> routing = route(jnp.eye(3), jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]))
     >>> routing.expert[:, 0].tolist()
     [0, 1, 1]
     """
-    call = _call(tokens, router, num_choices, num_groups, noise, noise_std, modality, num_modalities, mask, backend)
-    return apply(call.span, call.static, (tokens, router), (call.inputs,))
+    weights = router_weights(router)
+    check_route(tokens, weights, spec, inputs)
+    static = route_static(spec, weights.kernel.shape[1], inputs, biased=is_biased(weights))
+    problem = backends.problem_of("route", tokens, weights.kernel.shape[1], route=static)
+    return apply(backends.choose(problem, spec.backend), static, (tokens, weights), (_arrays(inputs),))
 
 
-def route_and_pass(
-    tokens: Float[Array, "T D"],
-    router: Float[Array, "D E"],
-    *,
-    num_choices: int,
-    num_groups: int,
-    noise: Float[Array, "T E"] | None,
-    noise_std: float | None,
-    modality: Int[Array, " T"] | None,
-    num_modalities: int,
-    mask: Bool[Array, " T"] | None,
-    backend: str | None,
-) -> tuple[Routing, Float[Array, "T D"]]:
-    """As `route`, with the tokens: who uses these has their cotangent added to that of the router where that is made,
-    in float32 (on GPUs to the rounded product, by XLA), and not by a pass of its own over both."""
-    call = _call(tokens, router, num_choices, num_groups, noise, noise_std, modality, num_modalities, mask, backend)
-    return apply(_passing(call.span), call.static, (tokens, router), (call.inputs,))
+class Routed(NamedTuple):
+    """A routing, and the tokens as the router passes them on.
+
+    Who uses these has their cotangent added to the router's own where that is made, in float32 (on GPUs to the rounded
+    product, by XLA), and not by a pass of its own over both.
+    """
+
+    routing: Routing
+    tokens: Float[Array, "T D"]
 
 
-class _Call(NamedTuple):
-    span: Span
-    static: RouteStatic
-    inputs: RouteInputs
+def routed(
+    span: Span, static: RouteStatic, tokens: Float[Array, "T D"], router: RouterWeights, inputs: RouteInputs
+) -> Routed:
+    """Route by a span that was chosen."""
+    return apply(_passing(span), static, (tokens, router), (_arrays(inputs),))
 
 
-def _call(tokens, router, num_choices, num_groups, noise, noise_std, modality, num_modalities, mask, backend) -> _Call:  # noqa: ANN001
-    check_route(tokens, router, num_choices, num_groups, noise, modality, num_modalities, mask)
-    num_experts = router.shape[1]
-    static = RouteStatic(num_choices, num_groups, num_modalities, 1.0 / num_experts if noise_std is None else noise_std)
-    span = backends.choose(backends.problem_of("route", tokens, num_experts, route=static), backend)
-    return _Call(span, static, RouteInputs(noise, modality, mask))
+def _arrays(inputs: RouteInputs) -> RouteInputs:
+    """What a router reads of the inputs."""
+    return inputs._replace(key=None, first_group=0)
 
 
 @functools.lru_cache
 def _passing(span: Span) -> Span:
     """A routing span that also gives its tokens on; one for each, so that JAX finds what it has traced before."""
 
-    def forward(static: RouteStatic, tokens: Array, router: Array, inputs: RouteInputs) -> tuple[Any, Any]:
+    def forward(static: RouteStatic, tokens: Array, router: Any, inputs: RouteInputs) -> tuple[Routed, Any]:
         routing, saved = span.forward(static, tokens, router, inputs)
-        return (routing, tokens), saved
+        return Routed(routing, tokens), saved
 
-    def backward(static: RouteStatic, saved: Any, cotangent: tuple[Routing, Array]) -> Any:
+    def backward(static: RouteStatic, saved: Any, cotangent: Routed) -> Any:
         return span.backward(static, saved, *cotangent)
 
     return Span(forward, backward)
+
+
+def router_weights(router: Float[Array, "D E"] | RouterWeights) -> RouterWeights:
+    """The router as `RouterWeights`, whatever the user gave.
+
+    >>> router_weights(jnp.eye(2)).bias is None
+    True
+    """
+    return router if isinstance(router, RouterWeights) else RouterWeights(jnp.asarray(router))
+
+
+def is_biased(router: RouterWeights) -> bool:
+    """Whether the router has a bias of either kind.
+
+    >>> is_biased(RouterWeights(jnp.eye(2)))
+    False
+    """
+    return router.bias is not None or router.choice_bias is not None
+
+
+def route_static(spec: MoeSpec, num_experts: int, inputs: RouteInputs, *, biased: bool) -> RouteStatic:
+    """What back ends need to know of a routing call.
+
+    >>> route_static(MoeSpec(), 2, RouteInputs(), biased=False).noise_std
+    0.5
+    """
+    return RouteStatic(
+        num_choices=spec.num_choices,
+        num_groups=spec.num_groups,
+        num_modalities=spec.num_modalities,
+        noise_std=1.0 / num_experts if spec.noise_std is None else spec.noise_std,
+        router=spec.router,
+        biased=biased,
+        chosen=inputs.expert is not None,
+    )
+
+
+def make_routing(
+    expert: Int[Array, "T K"],
+    gate: Float[Array, "T K"],
+    *,
+    num_experts: int,
+    probability: Float[Array, "T E"] | None = None,
+    spec: MoeSpec = MoeSpec(),  # noqa: B008 (frozen)
+    inputs: RouteInputs = RouteInputs(),  # noqa: B008 (a tuple)
+) -> Routing:
+    """The `Routing` of a router of one's own: each token's experts and gates, with true sums over the tokens.
+
+    `probability` is the distribution over experts that losses see; without it, its sums are 0. Groups and modalities
+    are those of `spec` and `inputs`; padding (`mask`) gets gate 0. Gates are differentiated by JAX. Raises ValueError
+    for shapes that do not fit, and for experts out of range or twice in a token where their values are known; under
+    `jit`, where they are not, such a token takes no place and is NaN.
+
+    >>> import jax.numpy as jnp
+    >>> routing = make_routing(jnp.array([[1], [0]]), jnp.array([[0.5], [-2.0]]), num_experts=2)
+    >>> routing.sums.wanted.tolist()
+    [[[1.0, 1.0]]]
+    """
+    expert, gate = jnp.asarray(expert), jnp.asarray(gate, jnp.float32)
+    _check_choice(expert, gate, num_experts, probability)
+    num_tokens, num_choices = expert.shape
+    spec = MoeSpec(num_choices=num_choices, num_groups=spec.num_groups, num_modalities=spec.num_modalities)
+    _check_groups(num_tokens, spec)
+    _check_inputs(num_tokens, num_experts, spec, inputs._replace(expert=None))
+    valid = _is_choice(expert, num_experts)
+    gate = jnp.where(valid[:, None], gate, jnp.float32(jnp.nan))
+    if inputs.mask is not None:
+        gate = jnp.where(inputs.mask[:, None], gate, jnp.float32(0))
+    members = members_of(num_tokens, spec.num_modalities, inputs.modality, inputs.mask)
+    chance = jnp.zeros((num_tokens, num_experts), jnp.float32) if probability is None else probability
+    positive = jnp.where(chance > 0, chance, jnp.float32(1))
+
+    def summed(values: Array) -> Array:
+        return total(values, members, spec.num_groups)
+
+    nothing = jnp.zeros(num_tokens, jnp.float32)
+    sums = RoutingSums(
+        tokens=summed(jnp.ones(num_tokens, jnp.int32)),
+        wanted=summed(counts(expert, valid, num_experts)),
+        probability=summed(chance.astype(jnp.float32)),
+        entropy=summed(-jnp.sum(chance * jnp.log(positive), axis=1)),
+        logsumexp_squared=summed(nothing),
+        load=summed(jnp.zeros((num_tokens, num_experts), jnp.float32)),
+        largest_gate=summed(jnp.max(gate, axis=1, initial=-jnp.inf)),
+    )
+    return Routing(expert.astype(jnp.int32), gate, sums)
+
+
+def _is_choice(expert: Int[Array, "T K"], num_experts: int) -> Bool[Array, " T"]:
+    """Whether a token's experts are there, each once."""
+    inside = jnp.all((expert >= 0) & (expert < num_experts), axis=1)
+    ordered = jnp.sort(expert, axis=1)
+    return inside & jnp.all(ordered[:, 1:] != ordered[:, :-1], axis=1)
+
+
+def _check_choice(expert: Array, gate: Array, num_experts: int, probability: Array | None) -> None:
+    if expert.ndim != 2 or gate.shape != expert.shape or not jnp.issubdtype(expert.dtype, jnp.integer):
+        raise ValueError(
+            f"expert {expert.dtype}{expert.shape} and gate {gate.shape} must be integers and numbers of one [T, K]"
+        )
+    if probability is not None and probability.shape != (len(expert), num_experts):
+        raise ValueError(f"probability has shape {probability.shape}; it must be [T, E] = {(len(expert), num_experts)}")
+    if isinstance(expert, Tracer):
+        return
+    wrong = np.flatnonzero(~np.asarray(_is_choice(expert, num_experts)))
+    if len(wrong):
+        raise ValueError(
+            f"token {wrong[0]} has experts {np.asarray(expert[wrong[0]]).tolist()}; they must be different ones from 0 "
+            f"to {num_experts - 1} (leave padding out with inputs.mask)"
+        )
+
+
+def balance_bias(bias: Float[Array, " E"], wanted: Float[Array, "... E"], rate: float) -> Float[Array, " E"]:
+    """The next `RouterWeights.choice_bias`: up by `rate` for experts that were wanted less than the mean, else down.
+
+    Balancing without an auxiliary loss (Wang et al. 2024; DeepSeek-V3, section 2.1.2). `wanted` are the choices by
+    expert, `routing.sums.wanted` of the whole step; leading axes are added up.
+
+    >>> import jax.numpy as jnp
+    >>> balance_bias(jnp.zeros(3), jnp.array([[4.0, 1.0, 1.0]]), 0.5).tolist()
+    [-0.5, 0.5, 0.5]
+    """
+    load = wanted.reshape(-1, wanted.shape[-1]).sum(axis=0)
+    return bias + rate * jnp.sign(load.mean() - load).astype(bias.dtype)
 
 
 def router_noise(
@@ -110,36 +224,71 @@ def router_noise(
     return draw(groups).reshape(num_groups * group_size, num_experts) / num_experts
 
 
-def check_route(tokens, router, num_choices, num_groups, noise, modality, num_modalities, mask) -> None:  # noqa: ANN001
+def check_route(tokens: Array, router: RouterWeights, spec: MoeSpec, inputs: RouteInputs) -> None:
     """Refuse arguments that do not fit together, naming the argument, its value and what to do."""
-    if tokens.ndim != 2 or router.ndim != 2:
+    kernel = router.kernel
+    if tokens.ndim != 2 or kernel.ndim != 2:
         raise ValueError(
-            f"tokens and router must be [T, D] and [D, E], not {tokens.shape} and {router.shape}; "
+            f"tokens and router must be [T, D] and [D, E], not {tokens.shape} and {kernel.shape}; "
             "reshape leading axes away"
         )
-    num_tokens, num_experts = tokens.shape[0], router.shape[1]
-    if router.shape[0] != tokens.shape[1]:
+    num_tokens, num_experts = tokens.shape[0], kernel.shape[1]
+    if kernel.shape[0] != tokens.shape[1]:
         raise ValueError(
-            f"router of shape {router.shape} does not take tokens of width {tokens.shape[1]}; make it [D, E]"
+            f"router of shape {kernel.shape} does not take tokens of width {tokens.shape[1]}; make it [D, E]"
         )
     if num_experts < 1:
-        raise ValueError(f"router of shape {router.shape} has no expert; make it [D, E] with E >= 1")
-    if not 1 <= num_choices <= num_experts:
-        raise ValueError(f"num_choices={num_choices} is not between 1 and the {num_experts} experts; choose at most E")
-    if num_groups < 1 or num_tokens % num_groups:
+        raise ValueError(f"router of shape {kernel.shape} has no expert; make it [D, E] with E >= 1")
+    for name, bias in (("bias", router.bias), ("choice_bias", router.choice_bias)):
+        if bias is not None and bias.shape != (num_experts,):
+            raise ValueError(f"router.{name} has shape {bias.shape}; it must be [E] = {(num_experts,)}")
+    if spec.num_choices > num_experts:
         raise ValueError(
-            f"{num_tokens} tokens cannot be split into num_groups={num_groups}; use a divisor of {num_tokens}"
+            f"num_choices={spec.num_choices} is not between 1 and the {num_experts} experts; choose at most E"
         )
-    if num_modalities < 1:
-        raise ValueError(f"num_modalities={num_modalities} must be at least 1")
-    if noise is not None and noise.shape != (num_tokens, num_experts):
-        raise ValueError(f"noise has shape {noise.shape}; it must be [T, E] = {(num_tokens, num_experts)}")
-    for name, value in (("modality", modality), ("mask", mask)):
-        if value is not None and value.shape != (num_tokens,):
-            raise ValueError(f"{name} has shape {value.shape}; it must be [T] = {(num_tokens,)}")
+    _check_router(spec.router, spec.num_choices, num_experts)
+    _check_groups(num_tokens, spec)
+    _check_inputs(num_tokens, num_experts, spec, inputs)
+
+
+def _check_router(router: RouterSpec, num_choices: int, num_experts: int) -> None:
+    family_of(router.family)
+    groups, chosen = router.expert_groups, router.groups_chosen
+    if groups == 1:
+        return
+    if groups < 1 or num_experts % groups or not 1 <= chosen <= groups:
+        raise ValueError(
+            f"expert_groups={groups} with groups_chosen={chosen} do not divide {num_experts} experts; use a divisor, "
+            "and choose at least one group and at most all"
+        )
+    if num_choices > chosen * (num_experts // groups):
+        raise ValueError(
+            f"num_choices={num_choices} is more than the {chosen * (num_experts // groups)} experts of "
+            f"groups_chosen={chosen} groups; choose more groups"
+        )
+
+
+def _check_groups(num_tokens: int, spec: MoeSpec) -> None:
+    if num_tokens % spec.num_groups:
+        raise ValueError(
+            f"{num_tokens} tokens cannot be split into num_groups={spec.num_groups}; use a divisor of {num_tokens}"
+        )
+
+
+def _check_inputs(num_tokens: int, num_experts: int, spec: MoeSpec, inputs: RouteInputs) -> None:
+    """Refuse arrays of the wrong shape or dtype."""
+    modality, mask = inputs.modality, inputs.mask
+    for name, value, shape, axes in (
+        ("noise", inputs.noise, (num_tokens, num_experts), "[T, E]"),
+        ("modality", modality, (num_tokens,), "[T]"),
+        ("mask", mask, (num_tokens,), "[T]"),
+        ("expert", inputs.expert, (num_tokens, spec.num_choices), "[T, K]"),
+    ):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} has shape {value.shape}; it must be {axes} = {shape}")
     if modality is not None and not jnp.issubdtype(modality.dtype, jnp.integer):
-        raise ValueError(f"modality has dtype {modality.dtype}; pass integer ids from 0 to {num_modalities - 1}")
+        raise ValueError(f"modality has dtype {modality.dtype}; pass integer ids from 0 to {spec.num_modalities - 1}")
     if mask is not None and mask.dtype != jnp.bool_:
         raise ValueError(f"mask has dtype {mask.dtype}; pass booleans, False for padding")
-    if modality is None and num_modalities > 1:
-        raise ValueError(f"num_modalities={num_modalities} needs modality ids; pass modality=[T] integers")
+    if modality is None and spec.num_modalities > 1:
+        raise ValueError(f"num_modalities={spec.num_modalities} needs modality ids; pass modality=[T] integers")

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int
 ROW_ALIGNMENT = 8
 Number = TypeVar("Number", int, Array, np.ndarray)
 
-Activation = Literal["gelu_tanh", "gelu_erf"]
-MatmulActivation = Literal["gelu_tanh", "gelu_erf", "silu"]
+Activation = MatmulActivation = str
+"""A name in `moe_kernels.ACTIVATIONS`."""
 Epilogue = Literal["none", "pointwise", "gated"]
 """What a grouped matmul does before it rounds its result: nothing, bias and activation, a product of two matmuls."""
 Priority = Literal["bpr", "arrival", "random", "modality"]
@@ -147,6 +147,21 @@ class Plan(NamedTuple):
     layout: Layout
 
 
+class RouterWeights(NamedTuple):
+    """Weights of a router: `logits = x kernel + bias`; `choice_bias` is added to the scores for the choice alone.
+
+    The gates do not see `choice_bias`, and it gets no gradient (balancing without an auxiliary loss: Wang et al. 2024).
+
+    >>> import jax.numpy as jnp
+    >>> RouterWeights(jnp.ones((4, 2))).bias is None
+    True
+    """
+
+    kernel: Float[Array, "D E"]
+    bias: Float[Array, " E"] | None = None
+    choice_bias: Float[Array, " E"] | None = None
+
+
 class MlpWeights(NamedTuple):
     """Weights of all experts: `y = activation(x w1 + b1) w2 + b2`; a bias may be None.
 
@@ -159,6 +174,38 @@ class MlpWeights(NamedTuple):
     b1: Float[Array, "E F"] | None
     w2: Float[Array, "E F D"]
     b2: Float[Array, "E D"] | None
+
+
+class GluWeights(NamedTuple):
+    """Weights of all gated experts: `y = (activation(x gate) * (x up)) down` (Shazeer 2020).
+
+    >>> import jax.numpy as jnp
+    >>> GluWeights(gate=jnp.ones((2, 4, 8)), up=jnp.ones((2, 4, 8)), down=jnp.ones((2, 8, 4))).down.shape
+    (2, 8, 4)
+    """
+
+    gate: Float[Array, "E D F"]
+    up: Float[Array, "E D F"]
+    down: Float[Array, "E F D"]
+
+
+class WithShared(NamedTuple):
+    """Routed experts and one that every token goes through: `y = routed(x) + s(x) shared(x)`.
+
+    `shared` has the shapes of one expert, without the axis E. `s(x) = sigmoid(x gate)`, or 1 without a `gate`.
+
+    >>> import jax.numpy as jnp
+    >>> one = GluWeights(jnp.ones((4, 8)), jnp.ones((4, 8)), jnp.ones((8, 4)))
+    >>> WithShared(routed=jax.tree.map(lambda w: jnp.stack([w, w]), one), shared=one).gate is None
+    True
+    """
+
+    routed: MlpWeights | GluWeights
+    shared: MlpWeights | GluWeights
+    gate: Float[Array, " D"] | None = None
+
+
+ExpertWeights = MlpWeights | GluWeights | WithShared
 
 
 class MoeOutput(NamedTuple):

@@ -110,7 +110,7 @@ def main(chip: str, widths: list[int]) -> None:
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
     from jaxlib import xla_client
 
-    from moe_kernels import combine, dispatch, route
+    from moe_kernels import MoeSpec, RouteInputs, combine, dispatch, route
     from moe_kernels.backends import choose, problem_of
     from moe_kernels.backends.base import MatmulStatic, MatmulWeights, MlpStatic, apply, epilogue_of
     from moe_kernels.types import Layout, MlpWeights, Plan, Runs
@@ -170,9 +170,8 @@ def main(chip: str, widths: list[int]) -> None:
         """Routing of two choices in four groups, with noise and modalities, and its gradients."""
 
         def run(tokens, router):
-            return route(
-                tokens, router, num_choices=2, num_groups=4, noise=noise, modality=modality, num_modalities=2
-            )  # fmt: skip
+            spec = MoeSpec(num_choices=2, num_groups=4, num_modalities=2)
+            return route(tokens, router, spec, RouteInputs(noise=noise, modality=modality))
 
         found, back = jax.vjp(run, tokens, router)
         ones = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0) if a.dtype == jnp.int32 else a, found)

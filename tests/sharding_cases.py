@@ -10,9 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from spec_cases import spec_and_inputs
 
 from moe_kernels import MlpWeights, MoeOutput, RoutingSums, moe_mlp
-from moe_kernels.parallel import mesh as expert_parallel
 
 MODALITIES = 2
 # (data, expert): every way to arrange 1, 2, 4 and 8 devices.
@@ -95,19 +95,9 @@ def run(layer, a: Arguments, **options) -> Result:
     """A layer (sharded or not) and all its gradients; random order draws from the key of 7, groups counted from 3."""
 
     def forward(tokens, router, weights):
-        output = layer(
-            tokens,
-            router,
-            weights,
-            noise=a.noise,
-            modality=a.modality,
-            mask=a.mask,
-            num_modalities=MODALITIES,
-            first_modality=1,
-            key=jax.random.key(7),
-            first_group=3,
-            **options,
-        )
+        inputs = {"noise": a.noise, "modality": a.modality, "mask": a.mask, "key": jax.random.key(7), "first_group": 3}
+        spec = {"num_modalities": MODALITIES, "first_modality": 1}
+        output = layer(tokens, router, weights, *spec_and_inputs(**inputs, **spec, **options))
         return (output.tokens, output.sums), output
 
     _, pull, output = jax.vjp(forward, a.tokens, a.router, a.weights, has_aux=True)
@@ -118,10 +108,8 @@ def unsharded(**options):
     return functools.partial(run, moe_mlp, **options)
 
 
-def sharded(mesh: jax.sharding.Mesh, *, num_chunks: int = 1, **options):
-    return functools.partial(
-        run, functools.partial(expert_parallel.moe_mlp, mesh=mesh, num_chunks=num_chunks), **options
-    )
+def sharded(mesh: jax.sharding.Mesh, **options):
+    return functools.partial(run, functools.partial(moe_mlp, mesh=mesh), **options)
 
 
 class Collective(NamedTuple):

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from moe_cases import assert_close
+from spec_cases import spec_and_inputs
 
 import reference
 from moe_kernels import (
     MlpWeights,
+    MoeSpec,
     Routing,
     RoutingSums,
     combine,
@@ -62,20 +64,13 @@ def layer_and_gradients(inputs, *, tokens, weights, mask, dy, capacity_factor, n
     options |= {"num_choices": CHOICES, "num_groups": num_groups}
 
     def run(tokens, router, weights):
-        output = moe_mlp(
-            tokens,
-            router,
-            weights,
-            capacity_factor=capacity_factor,
-            priority=priority,
-            key=jax.random.key(3),
-            first_modality=1,
-            **options,
-        )
+        more = {"capacity_factor": capacity_factor, "priority": priority, "first_modality": 1}
+        more |= {"key": jax.random.key(3)}
+        output = moe_mlp(tokens, router, weights, *spec_and_inputs(**options, **more))
         return (output.tokens, output.sums), output
 
     _, pull, output = jax.vjp(run, tokens, inputs["router"], weights, has_aux=True)
-    return route(tokens, inputs["router"], **options), output, pull((dy, inputs["dsums"]))
+    return route(tokens, inputs["router"], *spec_and_inputs(**options)), output, pull((dy, inputs["dsums"]))
 
 
 STATIC = ("capacity_factor", "num_groups", "priority")
@@ -100,7 +95,7 @@ def test_the_layouts_are_what_their_names_say():
 
     def layout(factor):
         def plan():
-            routing = route(inputs.tokens, inputs.router, num_choices=CHOICES, num_groups=GROUPS)
+            routing = route(inputs.tokens, inputs.router, MoeSpec(num_choices=CHOICES, num_groups=GROUPS))
             capacity = None if factor is None else expert_capacity(TOKENS // GROUPS, CHOICES, EXPERTS, factor)
             return make_plan(routing, num_experts=EXPERTS, num_groups=GROUPS, capacity=capacity)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import pytest
+from spec_cases import spec_and_inputs
 
 from moe_kernels import (
     MlpWeights,
@@ -14,14 +15,13 @@ from moe_kernels import (
     dispatch,
     expert_capacity,
     expert_mlp,
-    explain,
     grouped_glu,
     grouped_matmul,
     make_plan,
     moe_mlp,
     route,
 )
-from moe_kernels.backends import choose
+from moe_kernels.backends import choose, explain
 
 pytestmark = pytest.mark.compat
 
@@ -44,17 +44,17 @@ def _as_users_run_it():
 
 
 def layer(tokens=X, router=ROUTER, weights=WEIGHTS, **options):
-    return moe_mlp(tokens, router, weights, **options)
+    return moe_mlp(tokens, router, weights, *spec_and_inputs(**options))
 
 
 LAYER_MISTAKES = [
     ({"tokens": X[0]}, "tokens and router must be [T, D] and [D, E], not (4,) and (4, 3); reshape"),
     ({"router": jnp.ones((5, 3))}, "router of shape (5, 3) does not take tokens of width 4; make it [D, E]"),
     ({"router": jnp.ones((4, 0))}, "router of shape (4, 0) has no expert"),
-    ({"num_choices": 0}, "num_choices=0 is not between 1 and the 3 experts"),
+    ({"num_choices": 0}, "num_choices=0 must be at least 1"),
     ({"num_choices": 4}, "num_choices=4 is not between 1 and the 3 experts"),
     ({"num_groups": 4}, "6 tokens cannot be split into num_groups=4; use a divisor of 6"),
-    ({"num_groups": 0}, "6 tokens cannot be split into num_groups=0"),
+    ({"num_groups": 0}, "num_groups=0 must be at least 1"),
     ({"num_modalities": 0}, "num_modalities=0 must be at least 1"),
     ({"num_modalities": 2}, "num_modalities=2 needs modality ids; pass modality=[T] integers"),
     ({"noise": jnp.ones((6, 2))}, "noise has shape (6, 2); it must be [T, E] = (6, 3)"),
@@ -63,8 +63,8 @@ LAYER_MISTAKES = [
     ({"modality": jnp.zeros(5, int)}, "modality has shape (5,); it must be [T] = (6,)"),
     ({"modality": jnp.zeros(6)}, "modality has dtype float32; pass integer ids from 0 to 0"),
     ({"priority": "bprr"}, "priority='bprr' is not one of bpr, arrival, random, modality"),
-    ({"priority": "random"}, "priority='random' needs a key; pass key=jax.random.key(...)"),
-    ({"priority": "modality"}, "priority='modality' needs modality ids; pass modality=[T] integers"),
+    ({"priority": "random"}, "priority='random' needs a key; pass RouteInputs(key=jax.random.key(...))"),
+    ({"priority": "modality"}, "priority='modality' needs modality ids; pass RouteInputs(modality=[T] integers)"),
     (
         {"priority": "modality", "modality": jnp.zeros(6, int), "num_modalities": 2, "first_modality": 2},
         "first_modality=2 is not one of num_modalities=2; choose from 0 to 1",
@@ -72,7 +72,7 @@ LAYER_MISTAKES = [
     ({"capacity_factor": 0}, "capacity_factor=0 must be positive; use None for no limit"),
     ({"capacity_factor": float("nan")}, "capacity_factor=nan is not a finite number; use one like 1.05"),
     ({"capacity_factor": "a lot"}, "capacity_factor='a lot' is not a finite number"),
-    ({"activation": "relu"}, "activation='relu' is not one of gelu_tanh, gelu_erf"),
+    ({"activation": "rleu"}, "activation='rleu' is not one of gelu_tanh, gelu_erf, silu, relu, relu_squared"),
     ({"weights": WEIGHTS._replace(w1=WEIGHTS.w2)}, "weights.w1 has shape (3, 8, 4); it must be [3, 4, any]"),
     ({"weights": WEIGHTS._replace(w2=WEIGHTS.w1)}, "weights.w2 has shape (3, 4, 8); it must be [3, 8, 4]"),
     ({"weights": WEIGHTS._replace(b1=WEIGHTS.b2)}, "weights.b1 has shape (3, 4); it must be [3, 8]"),
@@ -108,8 +108,8 @@ OPERATION_MISTAKES = [
         "bias has shape (3, 4); it must be [3, 8]",
     ),
     (
-        lambda: grouped_matmul(ROWS, WEIGHTS.w1, plan(), activation="relu"),
-        "activation='relu' is not one of gelu_tanh, gelu_erf, silu",
+        lambda: grouped_matmul(ROWS, WEIGHTS.w1, plan(), activation="rleu"),
+        "activation='rleu' is not one of gelu_tanh, gelu_erf, silu",
     ),
     (
         lambda: grouped_glu(ROWS, WEIGHTS.w1, WEIGHTS.w1, plan(), activation=None),

@@ -12,7 +12,7 @@ from jax.extend import core
 from jax.sharding import AxisType, PartitionSpec
 from moe_cases import assert_close
 
-from moe_kernels import SAVED_NAMES, MlpWeights, moe_mlp, route
+from moe_kernels import SAVED_NAMES, MlpWeights, MoeSpec, moe_mlp, route
 
 pytestmark = pytest.mark.compat
 
@@ -29,7 +29,7 @@ def arguments(seed=0, *, tokens=TOKENS, width=WIDTH, hidden=HIDDEN, experts=EXPE
 
 
 def layer(factor, tokens, router, weights):
-    return moe_mlp(tokens, router, weights, num_choices=CHOICES, num_groups=GROUPS, capacity_factor=factor)
+    return moe_mlp(tokens, router, weights, MoeSpec(num_choices=CHOICES, num_groups=GROUPS, capacity_factor=factor))
 
 
 def loss(function, tokens, router, weights):

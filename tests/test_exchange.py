@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from sharding_cases import Arguments, arguments, collectives, mesh_of
+from spec_cases import spec_and_inputs
 
 from limoe.config.presets import preset
-from moe_kernels import EXCHANGE_NAMES, SAVED_NAMES, MoeOutput, expert_capacity, make_plan, route, router_noise
-from moe_kernels.parallel import mesh as expert_parallel
+from moe_kernels import EXCHANGE_NAMES, SAVED_NAMES, MoeOutput, expert_capacity, make_plan, moe_mlp, route, router_noise
 from moe_kernels.parallel.exchange import block_rows, in_chunks
 
 pytestmark = pytest.mark.devices(8)
@@ -37,7 +37,7 @@ def layer_of(mesh, **options):
         noise = router_noise(
             jax.random.key(0), num_groups=GROUPS, group_size=tokens.shape[0] // GROUPS, num_experts=EXPERTS
         )
-        return expert_parallel.moe_mlp(tokens, router, weights, mesh=mesh, noise=noise, **OPTIONS | options)
+        return moe_mlp(tokens, router, weights, *spec_and_inputs(noise=noise, **OPTIONS | options), mesh=mesh)
 
     return layer
 

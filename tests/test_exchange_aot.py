@@ -16,9 +16,9 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sharding_cases import collectives
+from spec_cases import spec_and_inputs
 
-from moe_kernels import MlpWeights
-from moe_kernels.parallel import mesh as expert_parallel
+from moe_kernels import MlpWeights, moe_mlp
 
 pytestmark = pytest.mark.aot
 
@@ -37,7 +37,7 @@ def compiled_text(*, asynchronous: bool, **options) -> str:
     weights = MlpWeights(*(array(s, jnp.float32, "expert") for s in ((e, d, f), (e, f), (e, f, d), (e, d))))
 
     def loss(tokens, router, weights):
-        output = expert_parallel.moe_mlp(tokens, router, weights, mesh=mesh, num_groups=GROUPS, **options)
+        output = moe_mlp(tokens, router, weights, *spec_and_inputs(num_groups=GROUPS, **options), mesh=mesh)
         return jnp.sum(jnp.sin(output.tokens.astype(jnp.float32)))
 
     arguments = array((GROUPS * GROUP, d), jnp.bfloat16, ("data", "expert")), array((d, e), jnp.float32), weights

@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from moe_cases import assert_close
 from sharding_cases import MESHES, Result, arguments, mesh_of, sharded, unsharded
+from spec_cases import spec_and_inputs
 
-from moe_kernels import MlpWeights, RoutingSums
-from moe_kernels.parallel import mesh as expert_parallel
+from moe_kernels import MlpWeights, RoutingSums, moe_mlp
 from moe_kernels.parallel import ragged as ragged_exchange
 from moe_kernels.parallel.ragged import received_rows
 
@@ -269,7 +269,7 @@ def test_what_does_not_fit_the_mesh_is_refused(changes, message):
     a = arguments(0, tokens=TOKENS, groups=GROUPS, experts=experts)
     mesh = mesh_of(2, 4)
     with pytest.raises(ValueError, match=message):
-        expert_parallel.moe_mlp(a.tokens, a.router, a.weights, mesh=mesh, **OPTIONS | changes)
+        moe_mlp(a.tokens, a.router, a.weights, *spec_and_inputs(**OPTIONS | changes), mesh=mesh)
 
 
 @pytest.mark.full

@@ -9,7 +9,7 @@ from gpu_cases import require_gpu
 from nasty_cases import POISONS
 from test_tpu_route import Case, by_backend, check, draw
 
-from moe_kernels import route
+from moe_kernels import MoeSpec, route
 from moe_kernels.backends import choose, explain
 from moe_kernels.backends.base import Problem, RouteStatic
 from moe_kernels.backends.gpu.sm90.tiling import route_blocks, route_shared_memory
@@ -105,7 +105,7 @@ def test_near_ties_and_zeros_of_both_signs_are_decided_as_in_float32():
     zeros = np.zeros((128, 3), np.float32)
     zeros[:, [0, 2]] = -0.0
     for weights, expected in ((router, [1, 0, 2]), (zeros, [0, 1, 2])):
-        routing = route(jnp.ones((1, 128), jnp.bfloat16), jnp.asarray(weights), num_choices=3, backend="gpu")
+        routing = route(jnp.ones((1, 128), jnp.bfloat16), jnp.asarray(weights), MoeSpec(num_choices=3, backend="gpu"))
         assert routing.expert.tolist() == [expected]
 
 

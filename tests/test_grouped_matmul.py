@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from moe_cases import PATTERNS, SHAPES, Shape, assert_close, gates, plan_of
 
 import reference
-from moe_kernels import MlpWeights, Problem, expert_mlp, explain, grouped_glu, grouped_matmul
+from moe_kernels import MlpWeights, Problem, expert_mlp, grouped_glu, grouped_matmul
+from moe_kernels.backends import explain
 from moe_kernels.backends.base import MatmulWeights
 from moe_kernels.types import Layout
 

@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_cases import PATTERNS, SHAPES, Shape, assert_close, gates, magnitudes, plan_of, weights
+from spec_cases import spec_and_inputs
 
 import reference
 from moe_kernels import (
     MlpWeights,
+    MoeSpec,
+    RouteInputs,
     RoutingSums,
     combine,
     dispatch,
@@ -100,19 +103,12 @@ def layer_arguments(shape: Shape, seed: int):
 def layer_and_gradients(shape: Shape, priority, noisy, tokens, router, w, noise, modality, mask, dy, dsums):
     options = {"num_choices": shape.choices, "num_groups": shape.groups, "modality": modality}
     options |= {"num_modalities": MODALITIES, "mask": mask, "noise": noise if noisy else None}
-    routing = route(tokens, router, **options)
+    routing = route(tokens, router, *spec_and_inputs(**options))
 
     def layer(tokens, router, w):
-        output = moe_mlp(
-            tokens,
-            router,
-            w,
-            capacity_factor=shape.capacity_factor,
-            priority=priority,
-            first_modality=1,
-            key=jax.random.key(7),
-            **options,
-        )
+        more = {"capacity_factor": shape.capacity_factor, "priority": priority, "first_modality": 1}
+        more |= {"key": jax.random.key(7)}
+        output = moe_mlp(tokens, router, w, *spec_and_inputs(**options, **more))
         return (output.tokens, output.sums), output
 
     (_y, _sums), pull, output = jax.vjp(layer, tokens, router, w, has_aux=True)
@@ -199,7 +195,7 @@ def test_experts_are_the_reference_s_where_logits_are_exact(shape, seed):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(-2, 3, (shape.tokens, shape.width)).astype(np.float32)
     router = rng.integers(-1, 2, (shape.width, shape.experts)).astype(np.float32)
-    mine = route(jnp.asarray(tokens), jnp.asarray(router), num_choices=shape.choices, num_groups=shape.groups)
+    mine = route(jnp.asarray(tokens), jnp.asarray(router), MoeSpec(num_choices=shape.choices, num_groups=shape.groups))
     twin = reference.route(tokens, router, num_choices=shape.choices, num_groups=shape.groups)
     np.testing.assert_array_equal(mine.expert, twin.expert)
     assert_close(mine.gate, twin.gate, length=shape.experts, name="gate")
@@ -207,7 +203,7 @@ def test_experts_are_the_reference_s_where_logits_are_exact(shape, seed):
 
 def test_zeros_of_both_signs_are_a_tie():
     logits = jnp.array([[-0.0, 0.0, 1.0, -1.0], [0.0, -0.0, -1.0, -0.0]])
-    assert route(logits, jnp.eye(4), num_choices=2).expert.tolist() == [[2, 0], [0, 1]]
+    assert route(logits, jnp.eye(4), MoeSpec(num_choices=2)).expert.tolist() == [[2, 0], [0, 1]]
     # The product is -0.0 in the first column, +0.0 in the second.
     tokens, router = -jnp.ones((1, 3)), jnp.array([[0.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     assert route(tokens, router).expert.tolist() == [[0]]
@@ -220,12 +216,8 @@ def test_figures_are_what_they_say():
         tokens,
         router,
         w,
-        capacity_factor=0.5,
-        num_groups=shape.groups,
-        noise=noise,
-        mask=mask,
-        modality=modality,
-        num_modalities=2,
+        MoeSpec(capacity_factor=0.5, num_groups=shape.groups, num_modalities=2),
+        RouteInputs(noise=noise, mask=mask, modality=modality),
     )
     twin = reference.route(
         tokens, router, num_choices=1, num_groups=1, noise=noise, modality=modality, num_modalities=2, mask=mask

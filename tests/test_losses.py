@@ -23,7 +23,7 @@ from limoe.train.losses import (
     softmax_contrastive,
     total_loss,
 )
-from moe_kernels import route
+from moe_kernels import MoeSpec, RouteInputs, route
 from reference import losses
 
 pytestmark = pytest.mark.compat
@@ -49,13 +49,8 @@ def sums_of(logits, noise, modality, mask, *, num_choices=1, num_groups=GROUPS, 
         return route(
             logits,
             identity,
-            num_choices=num_choices,
-            num_groups=num_groups,
-            noise=noise,
-            noise_std=sigma,
-            modality=modality,
-            num_modalities=2,
-            mask=mask,
+            MoeSpec(num_choices=num_choices, num_groups=num_groups, num_modalities=2, noise_std=sigma),
+            RouteInputs(noise, modality, mask),
         ).sums
 
     layers = [of_layer(logits[n], None if noise is None else noise[n]) for n in range(len(logits))]

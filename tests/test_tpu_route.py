@@ -14,18 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from moe_cases import SAME_BITS, assert_close
+from spec_cases import spec_and_inputs
 from test_layer import logits_magnitude
 
 import reference
-from moe_kernels import RoutingSums, route
-from moe_kernels.backends import choose, explain
+from moe_kernels import MoeSpec, RouterWeights, RoutingSums, route
+from moe_kernels.backends import choose, explain, problem_of
 from moe_kernels.backends.base import Problem, RouteInputs, RouteStatic
 from moe_kernels.backends.tpu.common.launch import Target
 from moe_kernels.backends.tpu.route.backward import run_backward
 from moe_kernels.backends.tpu.route.forward import RouteSaved, run_forward
 from moe_kernels.backends.tpu.route.tiles import RouteTiles, backward_tiles, forward_tiles
 from moe_kernels.chips import TPUS
-from moe_kernels.routing import route_and_pass
+from moe_kernels.routing import Routed, route_static, routed
 
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
 
@@ -103,6 +104,14 @@ def kernels(case: Case, target: Target, tokens, router, inputs, dgate, dsums):
     return routing, run_backward(backward, target, case.static, saved, dgate, dsums)
 
 
+def route_and_pass(tokens, router, **options) -> Routed:
+    spec, inputs = spec_and_inputs(**options)
+    weights = RouterWeights(router)
+    static = route_static(spec, router.shape[1], inputs, biased=False)
+    span = choose(problem_of("route", tokens, router.shape[1], route=static), spec.backend)
+    return routed(span, static, tokens, weights, inputs)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def by_backend(case: Case, backend: str, tokens, router, inputs, dgate, dsums, dpassed=None):
     """The same through the public operation; or with tokens passed on, whose cotangent comes back."""
@@ -113,9 +122,9 @@ def by_backend(case: Case, backend: str, tokens, router, inputs, dgate, dsums, d
             noise=inputs.noise, modality=inputs.modality, mask=inputs.mask, backend=backend,
         )  # fmt: skip
         if dpassed is None:
-            routing, passed = route(tokens, router, **options), None
+            routing, passed = route(tokens, router, *spec_and_inputs(**options)), None
         else:
-            routing, passed = route_and_pass(tokens, router, noise_std=None, **options)
+            routing, passed = route_and_pass(tokens, router, **options)
         return (routing.gate, routing.sums, passed), routing
 
     _, pull, routing = jax.vjp(run, tokens, router, has_aux=True)
@@ -237,14 +246,14 @@ def test_a_token_that_is_not_finite_spoils_its_own_sums_only(name, bad):
 
 def test_zeros_of_both_signs_are_a_tie():
     for zeros in ([-0.0, 0.0, -0.0], [0.0, -0.0, 0.0]):
-        routing = route(jnp.ones((1, 1)), jnp.array([zeros]), num_choices=3, backend="tpu")
+        routing = route(jnp.ones((1, 1)), jnp.array([zeros]), MoeSpec(num_choices=3, backend="tpu"))
         assert routing.expert.tolist() == [[0, 1, 2]]
 
 
 def test_near_ties_are_decided_as_in_float32():
     # Logits that differ in the last digits of a float32 router, seen by bfloat16 tokens.
     router = np.array([[1 + 2**-20, 1 + 2**-19, 1.0], [0.0, 0.0, 2**-22]], np.float32)
-    routing = route(jnp.ones((1, 2), jnp.bfloat16), jnp.asarray(router), num_choices=3, backend="tpu")
+    routing = route(jnp.ones((1, 2), jnp.bfloat16), jnp.asarray(router), MoeSpec(num_choices=3, backend="tpu"))
     assert routing.expert.tolist() == [[1, 0, 2]]
 
 
@@ -252,8 +261,7 @@ def test_remat_that_saves_the_decision_never_runs_the_forward_kernel_again():
     tokens, router, *_ = draw(CASES["exact tiles"], 0, "uneven")
 
     def loss(tokens, router):
-        options = dict.fromkeys(("noise", "noise_std", "modality", "mask")) | {"num_choices": 1, "num_groups": 1}
-        routing, passed = route_and_pass(jnp.sin(tokens), router, num_modalities=1, backend="tpu", **options)
+        routing, passed = route_and_pass(jnp.sin(tokens), router, backend="tpu")
         return jnp.sum(routing.gate) + jnp.sum(routing.sums.entropy) + jnp.sum(jnp.square(passed))
 
     def runs_again(function) -> bool:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import pytest
 from tpu_aot import LAYOUTS, Chip
 
-from moe_kernels import MlpWeights, moe_mlp
-from moe_kernels.experts import expert_mlp_over_runs
+from moe_kernels import MlpWeights, MoeSpec, moe_mlp
+from moe_kernels.backends import choose, problem_of
+from moe_kernels.backends.base import MlpStatic, apply
 from moe_kernels.types import Runs
 
 LAYERS, WIDTH, EXPERT_WIDTH = 2, 768, 3072
@@ -21,7 +22,7 @@ def layer(chip: Chip):
 
     def block(tokens, weights):
         router, experts = weights
-        return tokens + moe_mlp(tokens, router, experts, num_choices=1, capacity_factor=1.05).tokens
+        return tokens + moe_mlp(tokens, router, experts, MoeSpec(capacity_factor=1.05)).tokens
 
     weights = chip.array((LAYERS, WIDTH, 32), jnp.float32), mlp_weights(chip, 32)
     return block, (16384, WIDTH), weights
@@ -33,7 +34,8 @@ def experts(chip: Chip):
 
     def block(rows, weights):
         runs, experts = weights
-        return rows + expert_mlp_over_runs(rows, experts, runs, layout, activation="gelu_tanh", backend=None)
+        problem = problem_of("expert_mlp", rows, layout.num_experts, expert_width=EXPERT_WIDTH, layout=layout)
+        return rows + apply(choose(problem), MlpStatic(layout, "gelu_tanh"), (rows, experts), (runs,))
 
     runs = Runs(*[chip.array((LAYERS, layout.num_experts * layout.runs_per_expert), jnp.int32)] * 3)
     return block, (layout.num_rows, WIDTH), (runs, mlp_weights(chip, layout.num_experts))

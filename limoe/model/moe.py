@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,11 @@ from limoe.parallel.mesh import EXPERT, Placement, by_rows
 from moe_kernels import (
     EXCHANGE_NAMES,
     SAVED_NAMES,
+    ExchangeSpec,
     MlpWeights,
-    MoeOutput,
+    MoeSpec,
     Priority,
+    RouteInputs,
     RoutingFigures,
     RoutingSums,
     entropy_of_mean,
@@ -26,7 +29,6 @@ from moe_kernels import (
     router_noise,
     routing_figures,
 )
-from moe_kernels.parallel import mesh as expert_parallel
 
 __all__ = [
     "IMAGE",
@@ -115,56 +117,56 @@ class MoeLayer(nnx.Module):
     ) -> tuple[Float[Array, "T D"], LayerRouting]:
         """Route the examples in groups of `group_examples`; noise and random order are functions of (key, layer,
         group)."""
-        config = self.config
-        length = config.tokens_per_example
-        batch = tokens.shape[0] // length
+        mesh = None if self.placement is None else self.placement.mesh
+        batch = tokens.shape[0] // self.config.tokens_per_example
+        inputs = RouteInputs(modality=self._modality(batch), mask=None if present is None else present.reshape(-1))
         if context is None:
             # Nothing is dropped, so it does not matter which groups there are.
-            options: dict[str, Any] = {"num_groups": 1 if self.placement is None else self.placement.size}
+            spec = self._spec(num_groups=1 if self.placement is None else self.placement.size)
         else:
-            options = self._training(context, layer, batch, length)
-        result = (moe_mlp if self.placement is None else self._spread)(
-            tokens,
-            self.router[...],
-            MlpWeights(self.w1[...], self.b1[...], self.w2[...], self.b2[...]),
-            num_choices=config.num_choices,
-            mask=None if present is None else present.reshape(-1),
-            modality=self._modality(batch),
-            num_modalities=NUM_MODALITIES,
-            activation=config.activation,
-            **options,
-        )
+            spec = self._training_spec(batch, context)
+            inputs = self._training_inputs(inputs, spec, batch, context, layer)
+        weights = MlpWeights(self.w1[...], self.b1[...], self.w2[...], self.b2[...])
+        result = moe_mlp(tokens, self.router[...], weights, spec, inputs, mesh=mesh)
         return result.tokens, LayerRouting(result.sums, result.kept)
 
-    def _spread(self, *args: Any, **options: Any) -> MoeOutput:
-        """`moe_mlp` on the mesh."""
-        assert self.placement is not None
-        # Without a capacity limit, as in evaluation, rows are exchanged in one piece.
-        chunks = self.placement.config.exchange_chunks if "capacity_factor" in options else 1
-        return expert_parallel.moe_mlp(
-            *args, mesh=self.placement.mesh, expert_axis=EXPERT, num_chunks=chunks, **options
+    def _spec(self, num_groups: int) -> MoeSpec:
+        """The layer without a capacity limit, as in evaluation: rows are exchanged in one piece."""
+        return MoeSpec(
+            num_choices=self.config.num_choices,
+            num_groups=num_groups,
+            num_modalities=NUM_MODALITIES,
+            activation=self.config.activation,
+            exchange=ExchangeSpec(expert_axis=EXPERT),
         )
 
-    def _training(self, context: RoutingContext, layer: Int[Array, ""], batch: int, length: int) -> dict[str, Any]:
-        """Capacity, noise and order of the training step."""
+    def _training_spec(self, batch: int, context: RoutingContext) -> MoeSpec:
+        """The layer with the capacity, noise and order of the training step."""
         config = self.config
-        groups = batch // (config.group_examples or batch)
+        priority, first_modality = _PRIORITIES[config.priority]
+        exchange = ExchangeSpec(expert_axis=EXPERT)
+        if self.placement is not None:
+            chunks = self.placement.config.exchange_chunks
+            exchange = ExchangeSpec(expert_axis=EXPERT, num_chunks=chunks, group_stride=context.group_stride)
+        return dataclasses.replace(
+            self._spec(num_groups=batch // (config.group_examples or batch)),
+            capacity_factor=config.capacity_factor,
+            priority=priority,
+            first_modality=first_modality,
+            noise_std=config.router_noise / config.num_experts if config.router_noise > 0 else None,
+            exchange=exchange,
+        )
+
+    def _training_inputs(
+        self, inputs: RouteInputs, spec: MoeSpec, batch: int, context: RoutingContext, layer: Int[Array, ""]
+    ) -> RouteInputs:
+        """The noise, and the key of a random order, which are functions of (key, layer, group)."""
         noise_key, order_key = jax.random.split(jax.random.fold_in(context.key, layer))
         noise = None
-        if config.router_noise > 0:
-            noise = config.router_noise * self._noise(noise_key, groups, batch * length // groups, context)
-        priority, first_modality = _PRIORITIES[config.priority]
-        options = {
-            "capacity_factor": config.capacity_factor,
-            "num_groups": groups,
-            "priority": priority,
-            "noise": noise,
-            "noise_std": config.router_noise / config.num_experts if noise is not None else None,
-            "first_modality": first_modality,
-            "key": order_key,
-            "first_group": context.first_group,
-        }
-        return options if self.placement is None else {**options, "group_stride": context.group_stride}
+        if self.config.router_noise > 0:
+            group_size = batch * self.config.tokens_per_example // spec.num_groups
+            noise = self.config.router_noise * self._noise(noise_key, spec.num_groups, group_size, context)
+        return inputs._replace(noise=noise, key=order_key, first_group=context.first_group)
 
     def _noise(self, key: Key[Array, ""], groups: int, group_size: int, context: RoutingContext) -> Float[Array, "T E"]:
         """Noise of the groups of this call, drawn where they lie."""
@@ -185,7 +187,7 @@ class MoeLayer(nnx.Module):
         """Best expert and its gate of every token, without noise; gate 0 for padding."""
         examples = (-1, self.config.tokens_per_example)
         mask = None if present is None else present.reshape(-1)
-        routing = route(tokens, self.router[...], mask=mask)
+        routing = route(tokens, self.router[...], inputs=RouteInputs(mask=mask))
         return routing.expert[:, 0].reshape(examples), routing.gate[:, 0].reshape(examples)
 
     def _modality(self, batch: int) -> Int[Array, " T"]:

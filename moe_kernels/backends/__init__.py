@@ -4,124 +4,151 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from typing import Any, NamedTuple
 
 import jax
 
-from moe_kernels.backends.base import Backend, Problem, RouteStatic, Span, SpanName
+from moe_kernels.backends.base import Backend, Problem, Span, SpanName
 from moe_kernels.backends.gpu import GPU
 from moe_kernels.backends.tpu import TPU
 from moe_kernels.backends.xla import XLA
-from moe_kernels.types import Epilogue, Layout
 
-BACKENDS: tuple[Backend, ...] = (TPU, GPU, XLA)
+BACKENDS: list[Backend] = [TPU, GPU, XLA]
+"""The first that takes a problem gets it. A program may insert its own."""
 
-__all__ = ["BACKENDS", "choose", "explain", "find", "problem_of"]
+__all__ = ["BACKENDS", "Choice", "Traced", "choice_of", "choose", "explain", "find", "problem_of", "traced_for"]
 
 
-def problem_of(
-    span: SpanName,
-    array: jax.Array | jax.ShapeDtypeStruct,
-    num_experts: int,
-    *,
-    expert_width: int = 0,
-    layout: Layout | None = None,
-    epilogue: Epilogue = "none",
-    route: RouteStatic | None = None,
-    weight_dtype: str = "",
-) -> Problem:
-    """Describe a call by its span and its main array, on the device that the call is traced for.
+class Traced(NamedTuple):
+    """The device that a program is traced for: its platform, kind and cores (0 if unknown)."""
 
-    That is the device of the mesh inside `shard_map` or under `jax.set_mesh` (also when a program is compiled for a
-    chip that this machine does not have), else JAX's default device.
+    platform: str
+    chip: str
+    num_cores: int
 
-    >>> import jax.numpy as jnp
-    >>> problem_of("dispatch", jnp.zeros((4, 8)), 2).shape
-    (4, 8)
+
+def traced_for() -> Traced:
+    """The device of the mesh inside `shard_map` or under `jax.set_mesh`, else JAX's default device.
+
+    The former also when a program is compiled for a chip that this machine does not have. Cores are TensorCores or
+    multiprocessors.
+
+    >>> traced_for().platform
+    'cpu'
     """
-    platform, chip, num_cores = _device()
-    return Problem(
-        span,
-        platform,
-        str(array.dtype),
-        tuple(array.shape),
-        num_experts,
-        expert_width=expert_width,
-        layout=layout,
-        route=route,
-        chip=chip,
-        num_cores=num_cores,
-        epilogue=epilogue,
-        weight_dtype=weight_dtype,
-    )
-
-
-def _device() -> tuple[str, str, int]:
-    """Platform, device kind and cores (TensorCores, multiprocessors; 0 if unknown) of the device that is traced for."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
-        return device.platform, device.device_kind, device.num_cores or 0
+        return Traced(device.platform, device.device_kind, device.num_cores or 0)
     chosen = getattr(jax.config, "jax_default_device")  # noqa: B009 (set by jax.default_device; not in JAX's stubs)
     if isinstance(chosen, str):
         chosen = jax.devices(chosen)[0]
     chosen = chosen or jax.devices()[0]
     # A GPU counts its multiprocessors as `core_count`, which its abstract device calls `num_cores`.
     cores = getattr(chosen, "num_cores", None) or getattr(chosen, "core_count", None) or 0
-    return chosen.platform, chosen.device_kind, cores
+    return Traced(chosen.platform, chosen.device_kind, cores)
+
+
+def problem_of(
+    span: SpanName, array: jax.Array | jax.ShapeDtypeStruct, num_experts: int, *, on: Traced | None = None, **facts: Any
+) -> Problem:
+    """Describe a call by its span, its main array and further `facts` of `Problem`, on the device `on`.
+
+    By default that is the device that the call is traced for.
+
+    >>> import jax.numpy as jnp
+    >>> problem_of("dispatch", jnp.zeros((4, 8)), 2).shape
+    (4, 8)
+    """
+    platform, chip, num_cores = on or traced_for()
+    return Problem(
+        span, platform, str(array.dtype), tuple(array.shape), num_experts, chip=chip, num_cores=num_cores, **facts
+    )
+
+
+class Choice(NamedTuple):
+    """Who works a problem, and why the others do not; `backend` and `span` are None where nobody does."""
+
+    backend: str | None
+    span: Span | None
+    how: str
+    """How the back end works it."""
+    refused: dict[str, str]
+    """The reason of each back end that does not take it."""
+
+
+def choice_of(problem: Problem, name: str | None = None) -> Choice:
+    """The first back end that takes the problem, or the named one.
+
+    A span that the named back end does not have goes to the first that takes it, so that a whole layer can be asked for
+    by the name of kernels that are only part of it. A span of several verbs is a back end's own: nobody stands in.
+    Raises ValueError for a name that does not exist.
+
+    >>> choice_of(Problem("dispatch", "cpu", "float32", (4, 8), 2)).backend
+    'xla'
+    """
+    if name is not None:
+        backend = _named(name)
+        named = dataclasses.replace(problem, named=True)
+        alone = problem.span in backend.spans and (problem.span not in backend.optional or _takes(backend, named))
+        if alone or problem.span == "dispatch_mlp_combine":
+            return _first(named, [backend])
+    return _first(problem, BACKENDS)
+
+
+def _named(name: str) -> Backend:
+    known = {backend.name: backend for backend in BACKENDS}
+    if name not in known:
+        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"backend {name!r} does not exist{hint} (back ends: {', '.join(known)})")
+    return known[name]
+
+
+def _takes(backend: Backend, problem: Problem) -> bool:
+    return backend.why_not(problem) is None
+
+
+def _first(problem: Problem, backends: list[Backend]) -> Choice:
+    reasons = {backend.name: _why_not(backend, problem) for backend in backends}
+    refused = {name: reason for name, reason in reasons.items() if reason is not None}
+    for backend in backends:
+        if backend.name not in refused:
+            how = backend.note(problem) or backend.work
+            return Choice(backend.name, backend.spans[problem.span](problem), how, refused)
+    return Choice(None, None, "", refused)
 
 
 def choose(problem: Problem, name: str | None = None) -> Span:
-    """Give the span of the first back end that takes the problem, or of the named one.
+    """The span of the back end that `choice_of` finds.
 
-    An operation that the named back end does not have goes to the first that takes it, so that a whole layer can be
-    asked for by the name of kernels that are only part of it. Raises ValueError for a name that does not exist and for
-    a named back end that has the operation and refuses the problem, with its reason.
+    Raises ValueError where nobody takes the problem, with everybody's reason.
 
     >>> choose(Problem("dispatch", "cpu", "float32", (4, 8), 2), "xla").forward.__name__
     'dispatch_forward'
     """
-    if name is not None:
-        known = [backend.name for backend in BACKENDS]
-        if name not in known:
-            near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.3)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"backend {name!r} does not exist{hint} (back ends: {', '.join(known)})")
-        named = dataclasses.replace(problem, named=True)
-        backend = next(backend for backend in BACKENDS if backend.name == name)
-        if problem.span in backend.spans and (problem.span not in backend.optional or backend.why_not(named) is None):
-            problem = named
-        else:
-            name = None
-    reasons = []
-    for backend in BACKENDS:
-        if name is not None and backend.name != name:
-            continue
-        reason = _why_not(backend, problem)
-        if reason is None:
-            return backend.spans[problem.span](problem)
-        reasons.append(f"{backend.name}: {reason}")
-    raise ValueError(f"no back end takes {problem}: {'; '.join(reasons)}")
+    choice = choice_of(problem, name)
+    if choice.span is None:
+        reasons = "; ".join(f"{backend}: {reason}" for backend, reason in choice.refused.items())
+        raise ValueError(f"no back end takes {problem}: {reasons}")
+    return choice.span
 
 
 def find(problem: Problem, name: str | None = None) -> Span | None:
-    """Give the span of a longer piece of the layer where the back end that takes its parts fills it, else None.
+    """The span of a longer piece of the layer where a back end fills it, else None.
 
     >>> find(Problem("dispatch_mlp_combine", "cpu", "float32", (4, 8), 2)) is None
     True
     """
-    problem = dataclasses.replace(problem, named=name is not None)
-    for backend in BACKENDS:
-        if name in (None, backend.name) and _why_not(backend, problem) is None:
-            return backend.spans[problem.span](problem)
-    return None
+    return choice_of(problem, name).span
 
 
 def explain(problem: Problem) -> str:
     """Say line by line which back end a problem gets, and why the others do not take it.
 
-    >>> print(explain(Problem("dispatch", "cpu", "float32", (4, 8), 2)))
-    tpu: no, platform cpu is not tpu; named, it runs interpreted
-    gpu: no, platform cpu is not gpu; kernels run there only by name, in a simulator that tests install with ...
-    xla: chosen
+    >>> print(explain(Problem("dispatch", "tpu", "int8", (4, 8), 2)))
+    tpu: no, dtype int8 is none of ('float32', 'bfloat16')
+    gpu: no, platform tpu is not gpu
+    xla: no, dtype int8 is none of ('float32', 'bfloat16', 'float16')
     """
     lines, chosen = [], False
     for backend in BACKENDS:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from moe_kernels.types import ROW_ALIGNMENT, Activation, Epilogue, Layout, MatmulActivation
+from moe_kernels.spec import RouteInputs, RouterSpec
+from moe_kernels.types import ROW_ALIGNMENT, Epilogue, Layout, RouterWeights
 
 SpanName = Literal["route", "dispatch", "grouped_matmul", "expert_mlp", "combine", "dispatch_mlp_combine"]
 
@@ -23,7 +24,8 @@ class Problem:
     of the rows, and `route` what is static about a routing call; `chip` is the device kind as JAX names it ("TPU v5
     lite"), empty if unknown, `num_cores` its TensorCores or multiprocessors, 0 if unknown; `named` says that the user
     asked for this back end by name, which is how a kernel runs interpreted on a CPU; `epilogue` is that of a grouped
-    matmul; `weight_dtype` is that of the experts' weights, empty if unknown.
+    matmul; `weight_dtype` is that of the experts' weights and `activation` what follows their first
+    matmul, both empty if unknown or not there.
 
     >>> Problem("dispatch", "cpu", "float32", (4, 8), 2).span
     'dispatch'
@@ -42,24 +44,36 @@ class Problem:
     epilogue: Epilogue = "none"
     route: RouteStatic | None = None
     weight_dtype: str = ""
+    activation: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class RouteStatic:
-    """Static facts of a routing call; `noise_std` is the standard deviation that the smooth load assumes."""
+    """Static facts of a routing call; `noise_std` is the standard deviation that the smooth load assumes.
+
+    `biased` says that the router has a bias of either kind, `chosen` that the choice is an input.
+    """
 
     num_choices: int
     num_groups: int
     num_modalities: int
     noise_std: float
+    router: RouterSpec = RouterSpec()  # noqa: RUF009 (frozen)
+    biased: bool = False
+    chosen: bool = False
 
+    @property
+    def beyond_kernels(self) -> str | None:
+        """Why kernels, which take the K largest of a softmax, cannot work it.
 
-class RouteInputs(NamedTuple):
-    """Arrays of a routing call that are not differentiated; None where not given."""
-
-    noise: Float[Array, "T E"] | None
-    modality: Int[Array, " T"] | None
-    mask: Bool[Array, " T"] | None
+        >>> RouteStatic(1, 1, 1, 0.5, RouterSpec("sigmoid")).beyond_kernels
+        'the router is not a softmax of which the largest are taken as they are'
+        """
+        if self.router != RouterSpec():
+            return "the router is not a softmax of which the largest are taken as they are"
+        if self.biased:
+            return "the router has a bias"
+        return "the choice is already made" if self.chosen else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +81,7 @@ class MlpStatic:
     """Static facts of an expert MLP."""
 
     layout: Layout
-    activation: Activation
+    activation: str
 
 
 class MatmulWeights(NamedTuple):
@@ -83,10 +97,10 @@ class MatmulStatic:
     """Static facts of a grouped matmul; with an `up` there is an activation."""
 
     layout: Layout
-    activation: MatmulActivation | None = None
+    activation: str | None = None
 
 
-def epilogue_of(weights: MatmulWeights, activation: MatmulActivation | None) -> Epilogue:
+def epilogue_of(weights: MatmulWeights, activation: str | None) -> Epilogue:
     """What follows the matmul.
 
     >>> import jax.numpy as jnp
@@ -119,7 +133,7 @@ class Backend:
     `spans` gives for each operation the function from a problem that is taken to its span; equal problems should get
     the same span, so that JAX finds what it has traced before. Those in `optional` go to the first back end that takes
     them where this one was named and refuses: a whole layer can be asked for by the name of its matmuls. `note` says
-    how a problem that is taken is worked, where there is a choice.
+    how a problem that is taken is worked, where there is a choice, and `work` what all its work is made of.
     """
 
     name: str
@@ -127,6 +141,35 @@ class Backend:
     spans: dict[SpanName, Callable[[Problem], Span]] = dataclasses.field(hash=False)
     optional: frozenset[SpanName] = frozenset()
     note: Callable[[Problem], str | None] = lambda problem: None
+    work: str = "Pallas kernel"
+
+
+@functools.lru_cache
+def by_kernel_alone(span: Span) -> Span:
+    """A routing span whose router is a plain `[D, E]` matrix, for `RouterWeights` without biases."""
+
+    def forward(static: RouteStatic, tokens: Array, router: RouterWeights, inputs: RouteInputs) -> tuple[Any, Any]:
+        return span.forward(static, tokens, router.kernel, inputs)
+
+    def backward(static: RouteStatic, saved: Any, cotangent: Any, *passed: Array) -> tuple[Array, RouterWeights]:
+        tokens, kernel = span.backward(static, saved, cotangent, *passed)
+        return tokens, RouterWeights(kernel)
+
+    return Span(forward, backward)
+
+
+KERNEL_ACTIVATIONS = ("gelu_tanh", "gelu_erf", "silu")
+
+
+def activation_misfit(problem: Problem) -> str | None:
+    """Why kernels, which have slopes of their own, cannot work an activation.
+
+    >>> activation_misfit(Problem("expert_mlp", "tpu", "float32", (16, 8), 2, activation="relu"))
+    "activation 'relu' is none of gelu_tanh, gelu_erf, silu"
+    """
+    if problem.activation in ("", *KERNEL_ACTIVATIONS):
+        return None
+    return f"activation {problem.activation!r} is none of {', '.join(KERNEL_ACTIVATIONS)}"
 
 
 def rows_misfit(layout: Layout | None) -> str | None:
@@ -143,12 +186,16 @@ def rows_misfit(layout: Layout | None) -> str | None:
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def apply(span: Span, static: Any, differentiable: tuple[Any, ...], constants: tuple[Any, ...]) -> Any:
     """Run a span with its own derivative; constants get none.
 
     Reverse mode works once. Forward mode and second derivatives raise TypeError.
     """
+    return _apply(span, static, differentiable, constants)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _apply(span: Span, static: Any, differentiable: tuple[Any, ...], constants: tuple[Any, ...]) -> Any:
     if span.value is not None:
         return span.value(static, *differentiable, *constants)
     return span.forward(static, *differentiable, *constants)[0]
@@ -162,7 +209,7 @@ def _apply_backward(span: Span, static: Any, saved: Any, cotangent: Any) -> tupl
     return jax.tree.map(_first_order_only, span.backward(static, saved, cotangent)), None
 
 
-apply.defvjp(_apply_forward, _apply_backward)
+_apply.defvjp(_apply_forward, _apply_backward)
 
 
 @jax.custom_jvp

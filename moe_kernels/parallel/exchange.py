@@ -80,15 +80,15 @@ def _chunk_sizes(size: Int[Array, "..."], num_chunks: int) -> Int[Array, "N ..."
     return (size + (num_chunks - 1) - chunk) // num_chunks
 
 
-def received_chunks(plan: Plan, axis: str, num_chunks: int) -> list[Received]:
-    """What this shard's experts get in each chunk, by one exchange of counts, `[shards, experts here]` int32."""
-    layout, shards = plan.layout, jax.lax.axis_size(axis)
+def received_layout(layout: Layout, shards: int, num_chunks: int) -> Layout:
+    """How the rows of a chunk lie where they arrive: those of a shard's experts, from all shards.
+
+    >>> received_layout(Layout(64, 1, 1, 8, 128, 16), shards=4, num_chunks=1).num_rows
+    128
+    """
     assert layout.rows_per_expert is not None
     local, size = layout.num_experts // shards, layout.rows_per_expert // num_chunks
-    counts = jax.lax.all_to_all(plan.runs.size.reshape(shards, local), axis, 0, 0, tiled=True)
-    # Saved with the plan, so that no remat policy that saves plans exchanges counts again.
-    counts = checkpoint_name(counts.T.reshape(-1), "moe_plan")
-    arrived = Layout(
+    return Layout(
         num_tokens=shards * layout.num_tokens,
         num_choices=layout.num_choices,
         num_groups=shards * layout.num_groups,
@@ -97,9 +97,20 @@ def received_chunks(plan: Plan, axis: str, num_chunks: int) -> list[Received]:
         rows_per_expert=shards * size,
         runs_per_expert=shards,
     )
+
+
+def received_chunks(plan: Plan, axis: str, num_chunks: int) -> list[Received]:
+    """What this shard's experts get in each chunk, by one exchange of counts, `[shards, experts here]` int32."""
+    shards = jax.lax.axis_size(axis)
+    arrived = received_layout(plan.layout, shards, num_chunks)
+    local = arrived.num_experts
+    counts = jax.lax.all_to_all(plan.runs.size.reshape(shards, local), axis, 0, 0, tiled=True)
+    # Saved with the plan, so that no remat policy that saves plans exchanges counts again.
+    counts = checkpoint_name(counts.T.reshape(-1), "moe_plan")
     run = jnp.arange(local * shards, dtype=jnp.int32)
+    first = run * (arrived.num_rows // len(run))
     return [
-        Received(Runs(expert=run // shards, first=run * size, size=counts_of_chunk), arrived)
+        Received(Runs(expert=run // shards, first=first, size=counts_of_chunk), arrived)
         for counts_of_chunk in _chunk_sizes(counts, num_chunks)
     ]
 

@@ -20,8 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from moe_kernels import backends
 from moe_kernels.backends.base import Span, apply
+from moe_kernels.capacity import as_fraction
 from moe_kernels.parallel.exchange import Received
-from moe_kernels.plan import as_fraction, kept_by_modality
+from moe_kernels.plan import kept_by_modality
 from moe_kernels.types import ROW_ALIGNMENT, CapacityFactor, Layout, Plan, Routing, Runs, round_up
 
 PLATFORMS_WITH_RAGGED = ("tpu", "gpu")
@@ -75,6 +76,24 @@ def received_rows(num_tokens: int, num_choices: int, shards: int, local: int, fa
     return round_up(most, ROW_ALIGNMENT) + shards * local * (ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
 
 
+def received_layout(layout: Layout, shards: int, factor: CapacityFactor | None) -> Layout:
+    """How the rows lie where they arrive: as many from each shard as there are.
+
+    >>> received_layout(Layout(64, 2, 1, 8, 200, None), 4, None).num_rows
+    568
+    """
+    local = layout.num_experts // shards
+    return Layout(
+        num_tokens=shards * layout.num_tokens,
+        num_choices=layout.num_choices,
+        num_groups=shards * layout.num_groups,
+        num_experts=local,
+        num_rows=received_rows(layout.num_tokens, layout.num_choices, shards, local, factor),
+        rows_per_expert=None,
+        runs_per_expert=shards,
+    )
+
+
 def plan_exchange(
     routing: Routing,
     plan: Plan,
@@ -86,8 +105,8 @@ def plan_exchange(
 ) -> RaggedExchange:
     """Work out who sends what; choices that do not fit in a receiver's buffer lose their place in the plan."""
     layout, shards, here = plan.layout, jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-    local = layout.num_experts // shards
-    num_rows = received_rows(layout.num_tokens, layout.num_choices, shards, local, buffer_factor)
+    arrived = received_layout(layout, shards, buffer_factor)
+    local, num_rows = arrived.num_experts, arrived.num_rows
     # [sender, receiver, expert there] and, of what arrives, [receiver, expert there, sender]
     everybody = jax.lax.all_gather(jnp.stack([plan.runs.first, plan.runs.size]), axis)
     everybody = checkpoint_name(everybody, "moe_plan").reshape(shards, 2, shards, local)
@@ -109,18 +128,8 @@ def plan_exchange(
         received_from=first[:, here].reshape(-1),
     )
     run = jnp.arange(local * shards, dtype=jnp.int32)
-    received = Received(
-        Runs(expert=run // shards, first=start[here].reshape(-1), size=size[here].reshape(-1)),
-        Layout(
-            num_tokens=shards * layout.num_tokens,
-            num_choices=layout.num_choices,
-            num_groups=shards * layout.num_groups,
-            num_experts=local,
-            num_rows=num_rows,
-            rows_per_expert=None,
-            runs_per_expert=shards,
-        ),
-    )
+    runs = Runs(expert=run // shards, first=start[here].reshape(-1), size=size[here].reshape(-1))
+    received = Received(runs, arrived)
     if buffer_factor is not None:
         plan = _cut(routing, plan, sent_size, modality, num_modalities)
     return RaggedExchange(plan, slices, received)
@@ -178,12 +187,11 @@ def send_back(rows: Float[Array, "Q D"], exchange: RaggedExchange, axis: str) ->
 
 
 def _shipment(rows: Float[Array, "_ D"], exchange: RaggedExchange, axis: str) -> _Shipment:
-    platform = backends.problem_of("dispatch", rows, exchange.plan.layout.num_experts).platform
     return _Shipment(
         axis=axis,
         num_sent=exchange.plan.layout.num_rows,
         num_received=exchange.received.layout.num_rows,
-        ragged=platform in PLATFORMS_WITH_RAGGED,
+        ragged=backends.traced_for().platform in PLATFORMS_WITH_RAGGED,
     )
 
 

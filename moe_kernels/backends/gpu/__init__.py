@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from moe_kernels.backends.base import Backend, Problem, Span, rows_misfit
+from moe_kernels.backends.base import Backend, Problem, Span, activation_misfit, by_kernel_alone, rows_misfit
 from moe_kernels.backends.gpu.common.launch import Device, Simulator
 from moe_kernels.backends.gpu.permute import (
     combine_backward,
@@ -73,7 +73,7 @@ def why_not(problem: Problem) -> str | None:
     layout = problem.layout
     if layout is not None and (layout.num_rows == 0 or layout.num_experts == 0):
         return "there are no rows"
-    return rows_misfit(layout)
+    return activation_misfit(problem) or rows_misfit(layout)
 
 
 def _gather_misfit(problem: Problem) -> str | None:
@@ -99,6 +99,8 @@ def _route_misfit(problem: Problem) -> str | None:
         return f"{problem.num_experts} experts are more than the {MOST_COLUMNS // PIECES // 8 * 8} of one product"
     if problem.route is None:
         return "what is static about the routing is not known"
+    if reason := problem.route.beyond_kernels:
+        return reason
     if max(problem.route.num_choices, problem.route.num_modalities) > MOST_UNROLLED:
         return f"more than {MOST_UNROLLED} choices or modalities"
     return "there are no tokens" if num_tokens == 0 else None
@@ -125,7 +127,7 @@ GPU = Backend(
     name="gpu",
     why_not=why_not,
     spans={
-        "route": lambda problem: _span(route_forward, route_backward, _device(problem)),
+        "route": lambda problem: by_kernel_alone(_span(route_forward, route_backward, _device(problem))),
         "grouped_matmul": lambda problem: _span(
             grouped_matmul_forward, grouped_matmul_backward, _device(problem), grouped_matmul_value
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from moe_kernels.backends.base import Backend, Problem, Span, rows_misfit
+from moe_kernels.backends.base import Backend, Problem, Span, activation_misfit, by_kernel_alone, rows_misfit
 from moe_kernels.backends.tpu.common.launch import STAND_IN, Target
 from moe_kernels.backends.tpu.common.tiling import (
     MOST_ROWS,
@@ -60,9 +60,11 @@ def why_not(problem: Problem) -> str | None:
         return f"chip {problem.chip!r} is none of {tuple(tpu.kind for tpu in TPUS.values())}"
     if problem.span in TILES:
         fused = _fused_misfit(problem) if problem.span == "dispatch_mlp_combine" else None
-        return rows_misfit(problem.layout) or fused or _vmem_misfit(problem)
+        return activation_misfit(problem) or rows_misfit(problem.layout) or fused or _vmem_misfit(problem)
     if problem.span == "route":
         target = _target(problem)
+        if problem.route is not None and (reason := problem.route.beyond_kernels):
+            return reason
         return route_misfit(problem, ITEMSIZES[problem.dtype], target.facts, target.num_cores)
     if problem.span in GATHERS:
         return _gather_misfit(problem)
@@ -172,7 +174,7 @@ TPU = Backend(
     name="tpu",
     why_not=why_not,
     spans={
-        "route": lambda problem: _span(route_forward, route_backward, _target(problem)),
+        "route": lambda problem: by_kernel_alone(_span(route_forward, route_backward, _target(problem))),
         "grouped_matmul": lambda problem: _span(grouped_matmul_forward, grouped_matmul_backward, _target(problem)),
         "dispatch": lambda problem: _span(dispatch_forward, dispatch_backward, _target(problem)),
         "combine": lambda problem: _span(combine_forward, combine_backward, _target(problem)),

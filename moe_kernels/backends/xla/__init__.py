@@ -45,6 +45,7 @@ def _way(problem: Problem) -> OverExperts:
 
 XLA = Backend(
     name="xla",
+    work="plain JAX",
     why_not=why_not,
     spans={
         "route": lambda _: _ROUTE,

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_kernels.activations import function_of
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights
-from moe_kernels.backends.xla.activation import activate_and_slope, function_of
+from moe_kernels.backends.xla.activation import activate_and_slope
 from moe_kernels.backends.xla.block import OverExperts
 from moe_kernels.types import Layout, MatmulActivation, Runs
 

@@ -25,7 +25,7 @@ from moe_kernels.backends.gpu.common.activation import normal
 from moe_kernels.backends.gpu.common.launch import Device, Ring, launch, over_steps, ring_barriers, specialise, swizzled
 from moe_kernels.backends.gpu.sm90.tiling import DEPTH, NUM_CONSUMERS, WARPGROUP_ROWS, route_blocks
 from moe_kernels.backends.xla.routing import RouteSaved
-from moe_kernels.types import Routing, RoutingSums, round_up
+from moe_kernels.types import RouterWeights, Routing, RoutingSums, round_up
 
 PIECES = 3
 TILE_TOKENS = NUM_CONSUMERS * WARPGROUP_ROWS
@@ -82,7 +82,7 @@ def route_forward(
         largest_gate=total(largest),
     )
     logits = by_token(found.logits)[:, :num_experts]
-    return Routing(expert, gate, sums), RouteSaved(tokens, router, logits, expert, inputs)
+    return Routing(expert, gate, sums), RouteSaved(tokens, RouterWeights(router), logits, expert, inputs)
 
 
 def _members(num_tokens: int, static: RouteStatic, inputs: RouteInputs) -> Int[Array, " T"]:

@@ -36,8 +36,8 @@ def route_backward(
     dlogits, tokens, mask = logits_gradient(static, saved, cotangent), saved.tokens, saved.inputs.mask
     if mask is not None:
         tokens = jnp.where(mask[:, None], tokens, jnp.zeros((), tokens.dtype))
-    drouter = _drouter(tokens, dlogits, device).astype(saved.router.dtype)
-    dtokens = _dtokens(dlogits, saved.router, device)
+    drouter = _drouter(tokens, dlogits, device).astype(saved.router.kernel.dtype)
+    dtokens = _dtokens(dlogits, saved.router.kernel, device)
     if passed is not None:
         dtokens = dtokens.astype(jnp.float32) + passed.astype(jnp.float32)
     return dtokens.astype(tokens.dtype), drouter

@@ -1,0 +1,90 @@
+"""Who works a layer on a chip, and why the others do not: for a person and as JSON."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from moe_kernels import local
+from moe_kernels.backends import Choice, Traced, traced_for
+from moe_kernels.chips import TPUS
+from moe_kernels.choice import LayerChoice
+from moe_kernels.parallel.shard import check_exchange, choose_exchanged
+from moe_kernels.spec import MoeSpec, RouteInputs
+from moe_kernels.types import RouterWeights, Routing
+
+
+class Explanation(NamedTuple):
+    """The choice of each verb of a layer; prints as text, `as_json` for programs.
+
+    >>> Explanation._fields
+    ('choice', 'on')
+    """
+
+    choice: LayerChoice
+    on: Traced
+
+    def as_json(self) -> dict[str, dict[str, Any]]:
+        """For each verb and for the whole layer `{"backend": name, "how": text, "refused": {name: reason}}`."""
+        return {name: _as_json(choice) for name, choice in self._verbs().items()}
+
+    def _verbs(self) -> dict[str, Choice]:
+        choice = self.choice
+        experts = choice.experts
+        if choice.down is not None:
+            both = f"gate, up and activation by {experts.backend}, down by {choice.down.backend}"
+            experts = experts._replace(how="; ".join(filter(None, (experts.how, both))))
+        return {
+            "route": choice.route,
+            "dispatch": choice.dispatch,
+            "experts": experts,
+            "combine": choice.combine,
+            "layer": choice.layer,
+        }
+
+    def __str__(self) -> str:
+        device = f"{self.on.chip or self.on.platform}, {self.on.platform}"
+        return "\n".join([device, *(_as_text(name, choice) for name, choice in self._verbs().items())])
+
+
+def _as_json(choice: Choice) -> dict[str, Any]:
+    return {"backend": choice.backend, "how": choice.how, "refused": choice.refused}
+
+
+def _as_text(name: str, choice: Choice) -> str:
+    nobody = "verb by verb" if name == "layer" else "nobody"
+    how = f" ({choice.how})" if choice.how else ""
+    refused = [f"    not {backend}: {reason}" for backend, reason in choice.refused.items()]
+    return "\n".join([f"  {name}: {choice.backend or nobody}{how}", *refused])
+
+
+def explain(
+    tokens: Any,
+    router: Any,
+    weights: Any,
+    spec: MoeSpec = MoeSpec(),  # noqa: B008 (frozen)
+    *,
+    chip: str | None = None,
+    shards: int = 1,
+) -> Explanation:
+    """Say which back end works each part of a layer, how, and why the others do not.
+
+    Arguments are those of `moe_mlp`, as arrays or `jax.ShapeDtypeStruct`s; `tokens` are those of one device. `chip` is
+    one of v4, v5e, v5p, v6e and 7x (None: the device that is here). With `shards` above 1 that many devices share the
+    experts. Raises ValueError for another chip and for experts that cannot be split.
+
+    >>> import jax.numpy as jnp
+    >>> from moe_kernels import MlpWeights
+    >>> weights = MlpWeights(jnp.ones((2, 4, 8)), None, jnp.ones((2, 8, 4)), None)
+    >>> print(explain(jnp.ones((6, 4)), jnp.ones((4, 2)), weights).as_json()["route"]["backend"])
+    xla
+    """
+    if chip is not None and chip not in TPUS:
+        raise ValueError(f"chip {chip!r} is not one of {', '.join(TPUS)}")
+    if not isinstance(router, RouterWeights | Routing):
+        router = RouterWeights(router)
+    on = traced_for() if chip is None else Traced("tpu", TPUS[chip].kind, TPUS[chip].num_cores)
+    shapes = local.shapes_of(tokens, router, local.split_shared(weights)[0], spec)
+    if shards == 1:
+        return Explanation(local.choose_here(router, shapes, spec, RouteInputs(), on=on), on)
+    check_exchange(spec, shapes.num_experts, shards)
+    return Explanation(choose_exchanged(shapes, router, spec, RouteInputs(), shards, on=on), on)

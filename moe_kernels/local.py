@@ -1,0 +1,222 @@
+"""The layer on one device: route, plan, dispatch, experts, combine, by spans that were chosen once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from moe_kernels.activations import function_of
+from moe_kernels.backends import Choice, Traced
+from moe_kernels.backends.base import MatmulStatic, MatmulWeights, MlpStatic, RouteStatic, Span, apply
+from moe_kernels.capacity import capacity_of, plan_layout
+from moe_kernels.choice import LayerChoice, LayerShapes, choose_layer
+from moe_kernels.experts import activation_of, check_experts, expert_sizes
+from moe_kernels.plan import make_plan
+from moe_kernels.priority import priority_of
+from moe_kernels.routing import check_route, is_biased, route_static, routed
+from moe_kernels.spec import MoeSpec, RouteInputs
+from moe_kernels.types import (
+    ExpertWeights,
+    GluWeights,
+    Layout,
+    MlpWeights,
+    MoeOutput,
+    Plan,
+    RouterWeights,
+    Routing,
+    Runs,
+    WithShared,
+)
+
+# Names of values that every remat policy should save: routing is decided once, since a near tie could flip if
+# recomputed.
+SAVED_NAMES = ("moe_routing", "moe_plan")
+
+
+class Decision(NamedTuple):
+    """Where every token goes: what the router chose, and who found room; the tokens, passed on by the router."""
+
+    routing: Routing
+    plan: Plan
+    tokens: Float[Array, "T D"]
+
+
+def shapes_of(
+    tokens: Float[Array, "T D"], router: RouterWeights | Routing, weights: MlpWeights | GluWeights, spec: MoeSpec
+) -> LayerShapes:
+    """Sizes and dtypes of a layer's arguments, which need to be no more than shapes.
+
+    >>> weights = MlpWeights(jnp.ones((2, 4, 8)), None, jnp.ones((2, 8, 4)), None)
+    >>> shapes_of(jnp.ones((6, 4)), RouterWeights(jnp.ones((4, 2))), weights, MoeSpec()).expert_width
+    8
+    """
+    sizes = expert_sizes(weights)
+    return LayerShapes(
+        num_tokens=tokens.shape[0],
+        width=tokens.shape[1],
+        expert_width=sizes.expert_width,
+        num_experts=num_experts_of(router),
+        dtype=str(tokens.dtype),
+        weight_dtype=sizes.dtype,
+        activation=activation_of(weights, spec),
+        gated=isinstance(weights, GluWeights),
+    )
+
+
+def num_experts_of(router: RouterWeights | Routing) -> int:
+    """E, of a router or of a routing.
+
+    >>> num_experts_of(RouterWeights(jnp.ones((4, 2))))
+    2
+    """
+    return router.kernel.shape[1] if isinstance(router, RouterWeights) else router.sums.wanted.shape[-1]
+
+
+def layout_of(spec: MoeSpec, shapes: LayerShapes, rows_per_expert: int | None = None) -> Layout:
+    """How the rows of a layer lie.
+
+    >>> layout_of(MoeSpec(), LayerShapes(8, 4, 16, 2, "float32", "float32", "silu")).num_rows
+    16
+    """
+    capacity = capacity_of(spec, shapes.num_tokens, shapes.num_experts)
+    return plan_layout(
+        shapes.num_tokens, spec.num_choices, spec.num_groups, shapes.num_experts, capacity, rows_per_expert
+    )
+
+
+def moe_mlp_here(
+    tokens: Float[Array, "T D"],
+    router: RouterWeights | Routing,
+    weights: MlpWeights | GluWeights,
+    spec: MoeSpec,
+    inputs: RouteInputs,
+) -> MoeOutput:
+    """`moe_mlp` on one device, for routed experts."""
+    shapes = shapes_of(tokens, router, weights, spec)
+    check_experts(weights, shapes.num_experts, shapes.width)
+    choice = choose_here(router, shapes, spec, inputs)
+    routing, plan, tokens = decide(tokens, router, spec, inputs, choice)
+    if choice.layer.span is not None and isinstance(weights, MlpWeights):
+        static = MlpStatic(plan.layout, shapes.activation)
+        out = apply(choice.layer.span, static, (tokens, routing.gate, weights), (plan,))
+    else:
+        rows = apply(span_of(choice.dispatch), None, (tokens,), (plan,))
+        rows = run_experts(rows, weights, plan.runs, plan.layout, choice, shapes.activation)
+        out = apply(span_of(choice.combine), None, (rows, routing.gate), (plan,))
+    return MoeOutput(out, routing.sums, plan.kept)
+
+
+def choose_here(
+    router: RouterWeights | Routing,
+    shapes: LayerShapes,
+    spec: MoeSpec,
+    inputs: RouteInputs,
+    on: Traced | None = None,
+) -> LayerChoice:
+    """The spans of a layer on one device."""
+    return choose_layer(shapes, static_of(router, spec, inputs), layout_of(spec, shapes), backend=spec.backend, on=on)
+
+
+def static_of(router: RouterWeights | Routing, spec: MoeSpec, inputs: RouteInputs) -> RouteStatic:
+    """What is static about the routing, also of one that was given."""
+    biased = isinstance(router, RouterWeights) and is_biased(router)
+    return route_static(spec, num_experts_of(router), inputs, biased=biased)
+
+
+def span_of(choice: Choice) -> Span:
+    """The span of a verb that was chosen. Raises ValueError where no back end takes it, with everybody's reason."""
+    if choice.span is None:
+        reasons = "; ".join(f"{backend}: {reason}" for backend, reason in choice.refused.items())
+        raise ValueError(f"no back end takes this layer: {reasons}")
+    return choice.span
+
+
+def decide(
+    tokens: Float[Array, "T D"],
+    router: RouterWeights | Routing,
+    spec: MoeSpec,
+    inputs: RouteInputs,
+    choice: LayerChoice,
+    rows_per_expert: int | None = None,
+) -> Decision:
+    """Route, unless a `Routing` is given, and plan; rows are an `[E, rows_per_expert]` block if that is given."""
+    num_experts = num_experts_of(router)
+    if isinstance(router, RouterWeights):
+        check_route(tokens, router, spec, inputs)
+        routing, tokens = routed(span_of(choice.route), static_of(router, spec, inputs), tokens, router, inputs)
+    else:
+        check_given(tokens, router, spec)
+        routing = router
+    plan = make_plan(
+        routing,
+        num_experts=num_experts,
+        num_groups=spec.num_groups,
+        capacity=capacity_of(spec, tokens.shape[0], num_experts),
+        priority=priority_of(spec, routing, inputs),
+        modality=inputs.modality,
+        num_modalities=spec.num_modalities,
+        rows_per_expert=rows_per_expert,
+    )
+    return Decision(routing, jax.tree.map(lambda leaf: checkpoint_name(leaf, "moe_plan"), plan), tokens)
+
+
+def check_given(tokens: Float[Array, "T D"], routing: Routing, spec: MoeSpec) -> None:
+    """Refuse a routing of the user's that is not for these tokens and this spec."""
+    wanted = (tokens.shape[0], spec.num_choices)
+    if routing.expert.shape != wanted or routing.gate.shape != wanted:
+        raise ValueError(
+            f"the routing has experts {routing.expert.shape} and gates {routing.gate.shape}; the layer is for "
+            f"[T, K] = {wanted}"
+        )
+    groups = (spec.num_groups, spec.num_modalities)
+    if routing.sums.tokens.shape != groups:
+        raise ValueError(
+            f"the routing's sums are of {routing.sums.tokens.shape} groups and modalities, the layer has {groups}; "
+            "give make_routing the layer's spec"
+        )
+
+
+def run_experts(
+    rows: Float[Array, "R D"],
+    weights: MlpWeights | GluWeights,
+    runs: Runs,
+    layout: Layout,
+    choice: LayerChoice,
+    activation: str,
+) -> Float[Array, "R D"]:
+    """Every expert's MLP on its rows: one span, or for gated experts two matmuls."""
+    first = span_of(choice.experts)
+    if isinstance(weights, MlpWeights):
+        return apply(first, MlpStatic(layout, activation), (rows, weights), (runs,))
+    assert choice.down is not None
+    hidden = apply(first, MatmulStatic(layout, activation), (rows, MatmulWeights(weights.gate, up=weights.up)), (runs,))
+    return apply(span_of(choice.down), MatmulStatic(layout), (hidden, MatmulWeights(weights.down)), (runs,))
+
+
+def split_shared(weights: ExpertWeights) -> tuple[MlpWeights | GluWeights, WithShared | None]:
+    """The routed experts, and all with the shared one if there is one."""
+    return (weights.routed, weights) if isinstance(weights, WithShared) else (weights, None)
+
+
+def shared_expert(tokens: Float[Array, "T D"], weights: WithShared, spec: MoeSpec) -> Float[Array, "T D"]:
+    """What the shared expert adds, `s(x) shared(x)`; matmuls accumulate in float32, the hidden layer is rounded."""
+    one, dtype = weights.shared, tokens.dtype
+    activate = function_of(activation_of(one, spec))
+
+    def product(x: Array, weight: Array) -> Array:
+        return jnp.dot(x, weight.astype(dtype), preferred_element_type=jnp.float32)
+
+    if isinstance(one, GluWeights):
+        hidden = activate(product(tokens, one.gate)) * product(tokens, one.up)
+        out = product(hidden.astype(dtype), one.down)
+    else:
+        before = product(tokens, one.w1) + (0.0 if one.b1 is None else one.b1[None].astype(jnp.float32))
+        out = product(activate(before).astype(dtype), one.w2)
+        out += 0.0 if one.b2 is None else one.b2[None].astype(jnp.float32)
+    if weights.gate is not None:
+        out *= jax.nn.sigmoid(product(tokens, weights.gate))[:, None]
+    return out.astype(dtype)

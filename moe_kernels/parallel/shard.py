@@ -1,0 +1,186 @@
+"""The layer inside `shard_map`: what one shard does, with the exchange of rows between dispatch and experts.
+
+    tokens ─route, plan, dispatch─▶ rows ═exchange═▶ rows ─experts─▶ rows ═exchange═▶ rows ─combine─▶ tokens
+
+Tokens are routed and planned where they are, so the result, drops included, does not depend on the mesh.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from moe_kernels import local
+from moe_kernels.backends import Traced
+from moe_kernels.backends.base import apply
+from moe_kernels.capacity import as_fraction, capacity_of
+from moe_kernels.choice import LayerChoice, LayerShapes, choose_layer
+from moe_kernels.experts import check_experts
+from moe_kernels.parallel import exchange, ragged
+from moe_kernels.routing import router_weights
+from moe_kernels.spec import MoeSpec, RouteInputs
+from moe_kernels.types import ExpertWeights, GluWeights, MlpWeights, MoeOutput, RouterWeights, Routing
+
+# Names of the exchanged rows. A remat policy that saves them beside SAVED_NAMES exchanges twice in the backward pass of
+# a layer and keeps two more [R, D] of it; one that does not exchanges four times.
+EXCHANGE_NAMES = ("moe_received", "moe_returned")
+
+
+def moe_mlp_on_shard(
+    tokens: Float[Array, "T D"],
+    router: Float[Array, "D E"] | RouterWeights | Routing,
+    weights: ExpertWeights,
+    spec: MoeSpec = MoeSpec(),  # noqa: B008 (frozen)
+    inputs: RouteInputs = RouteInputs(),  # noqa: B008 (a tuple)
+) -> MoeOutput:
+    """What one shard does in `moe_mlp`, for a program that has `shard_map` around more than the layer.
+
+    Everything is this shard's own: its tokens and groups (`inputs.first_group` is the number of its first one in the
+    whole batch, `spec.num_groups` are its groups), the whole router, and the weights of its E / shards experts; so are
+    the result's tokens and sums. Rows are exchanged over `spec.exchange.expert_axis`. Raises ValueError for a number of
+    experts that cannot be split over the axis.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jax.sharding import PartitionSpec
+    >>> from moe_kernels import MlpWeights, MoeSpec
+    >>> mesh = jax.make_mesh((1,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    >>> weights = MlpWeights(jnp.ones((2, 4, 8)), None, jnp.ones((2, 8, 4)), None)
+    >>> def kept(tokens, router, weights):
+    ...     return moe_mlp_on_shard(tokens, router, weights, MoeSpec(capacity_factor=1.0)).kept
+    >>> split, whole = PartitionSpec("expert"), PartitionSpec()
+    >>> here = jax.shard_map(kept, mesh=mesh, in_specs=(split, whole, split), out_specs=split, check_vma=False)
+    >>> jax.jit(here)(jnp.ones((6, 4)), jnp.eye(4, 2), weights).tolist()
+    [[[3.0, 0.0]]]
+    """
+    router = router if isinstance(router, Routing) else router_weights(router)
+    shards = jax.lax.axis_size(spec.exchange.expert_axis)
+    check_exchange(spec, local.num_experts_of(router), shards)
+    routed, shared = local.split_shared(weights)
+    if shards == 1:
+        output = local.moe_mlp_here(tokens, router, routed, spec, inputs)
+    else:
+        output = _exchanged(tokens, router, routed, spec, inputs)
+    if shared is None:
+        return output
+    return output._replace(tokens=output.tokens + local.shared_expert(tokens, shared, spec))
+
+
+def _exchanged(
+    tokens: Float[Array, "T D"],
+    router: RouterWeights | Routing,
+    weights: MlpWeights | GluWeights,
+    spec: MoeSpec,
+    inputs: RouteInputs,
+) -> MoeOutput:
+    shapes = local.shapes_of(tokens, router, weights, spec)
+    shards = jax.lax.axis_size(spec.exchange.expert_axis)
+    check_experts(weights, shapes.num_experts // shards, shapes.width)
+    choice = choose_exchanged(shapes, router, spec, inputs, shards)
+    rows_per_expert = block_rows(spec, shapes)
+    decided = local.decide(tokens, router, spec, inputs, choice, rows_per_expert)
+    run = _in_one_piece if rows_per_expert is None else _in_chunks
+    return run(decided, weights, spec, inputs, choice, shapes.activation)
+
+
+def block_rows(spec: MoeSpec, shapes: LayerShapes) -> int | None:
+    """Rows of the block that an expert's rows are sent in; None without a capacity limit, where blocks are ragged."""
+    capacity = capacity_of(spec, shapes.num_tokens, shapes.num_experts)
+    if capacity is None:
+        return None
+    return exchange.block_rows(spec.num_groups * capacity, spec.exchange.num_chunks)
+
+
+def choose_exchanged(
+    shapes: LayerShapes,
+    router: RouterWeights | Routing,
+    spec: MoeSpec,
+    inputs: RouteInputs,
+    shards: int,
+    on: Traced | None = None,
+) -> LayerChoice:
+    """The spans of a layer whose experts get their rows from all shards."""
+    layout = local.layout_of(spec, shapes, block_rows(spec, shapes))
+    if spec.capacity_factor is None:
+        received = ragged.received_layout(layout, shards, spec.exchange.buffer_factor)
+    else:
+        received = exchange.received_layout(layout, shards, spec.exchange.num_chunks)
+    static = local.static_of(router, spec, inputs)
+    return choose_layer(shapes, static, layout, received, backend=spec.backend, on=on)
+
+
+def _in_one_piece(
+    decided: local.Decision,
+    weights: MlpWeights | GluWeights,
+    spec: MoeSpec,
+    inputs: RouteInputs,
+    choice: LayerChoice,
+    activation: str,
+) -> MoeOutput:
+    """As many rows as there are travel at once."""
+    axis, (routing, plan, tokens) = spec.exchange.expert_axis, decided
+    shipped = ragged.plan_exchange(
+        routing,
+        plan,
+        inputs.modality,
+        spec.num_modalities,
+        axis=axis,
+        buffer_factor=spec.exchange.buffer_factor,
+    )
+    plan = shipped.plan
+    rows = ragged.send(apply(local.span_of(choice.dispatch), None, (tokens,), (plan,)), shipped, axis)
+    rows = local.run_experts(rows, weights, *shipped.received, choice, activation)
+    back = ragged.send_back(rows, shipped, axis)
+    out = apply(local.span_of(choice.combine), None, (back, routing.gate), (plan,))
+    return MoeOutput(out, routing.sums, plan.kept)
+
+
+def _in_chunks(
+    decided: local.Decision,
+    weights: MlpWeights | GluWeights,
+    spec: MoeSpec,
+    inputs: RouteInputs,
+    choice: LayerChoice,
+    activation: str,
+) -> MoeOutput:
+    """Blocks of equal size travel in pieces that may overlap with the experts of other pieces."""
+    axis, num_chunks = spec.exchange.expert_axis, spec.exchange.num_chunks
+    routing, plan, tokens = decided
+    received = exchange.received_chunks(plan, axis, num_chunks)
+    plan = exchange.in_chunks(plan, num_chunks)
+    sent = apply(local.span_of(choice.dispatch), None, (tokens,), (plan,))
+    returned = []
+    for chunk, rows in zip(received, jnp.split(sent, num_chunks), strict=True):
+        arrived = exchange.send(rows, chunk, axis)
+        returned.append(
+            exchange.send_back(local.run_experts(arrived, weights, *chunk, choice, activation), chunk, axis)
+        )
+    back = checkpoint_name(jnp.concatenate(returned), "moe_returned")
+    out = apply(local.span_of(choice.combine), None, (back, routing.gate), (plan,))
+    return MoeOutput(out, routing.sums, plan.kept)
+
+
+def check_exchange(spec: MoeSpec, num_experts: int, shards: int) -> None:
+    """Refuse what the exchange cannot do."""
+    options = spec.exchange
+    if num_experts % shards:
+        divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
+        raise ValueError(
+            f"{num_experts} experts cannot be split over {shards} shards of mesh axis {options.expert_axis!r}; "
+            f"use a mesh with one of {divisors} there"
+        )
+    if options.num_chunks < 1:
+        raise ValueError(f"num_chunks={options.num_chunks} must be at least 1; use 1 for one exchange of everything")
+    if options.buffer_factor is not None and spec.capacity_factor is not None:
+        raise ValueError(
+            f"buffer_factor={options.buffer_factor} is for a layer without a capacity limit; leave it out, or use "
+            f"capacity_factor=None instead of {spec.capacity_factor}"
+        )
+    if options.buffer_factor is not None:
+        as_fraction("buffer_factor", options.buffer_factor)
+    if options.num_chunks > 1 and spec.capacity_factor is None:
+        raise ValueError(
+            f"num_chunks={options.num_chunks} needs a capacity limit; without one the exchange is one piece: use "
+            "num_chunks=1"
+        )
