@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from moe_kernels import local
 from moe_kernels.experts import check_experts
 from moe_kernels.parallel.shard import check_exchange, moe_mlp_on_shard
-from moe_kernels.routing import check_route, router_weights
+from moe_kernels.routing import router_weights
 from moe_kernels.spec import ExchangeSpec, MoeSpec, RouteInputs
 from moe_kernels.types import ExpertWeights, MoeOutput, RouterWeights, Routing, WithShared
 
@@ -94,10 +94,7 @@ def _on_mesh(
 ) -> MoeOutput:
     axes = _token_axes(mesh, spec.exchange)
     shards, expert_axis = math.prod(mesh.shape[axis] for axis in axes), spec.exchange.expert_axis
-    if isinstance(router, Routing):
-        local.check_given(tokens, router, spec)
-    else:
-        check_route(tokens, router, spec, inputs)
+    local.check_router(tokens, router, spec, inputs)
     check_experts(local.split_shared(weights)[0], local.num_experts_of(router), tokens.shape[1])
     check_exchange(spec, local.num_experts_of(router), mesh.shape[expert_axis])
     if spec.num_groups % shards:

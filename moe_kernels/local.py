@@ -96,8 +96,9 @@ def moe_mlp_here(
     inputs: RouteInputs,
 ) -> MoeOutput:
     """`moe_mlp` on one device, for routed experts."""
+    check_router(tokens, router, spec, inputs)
+    check_experts(weights, num_experts_of(router), tokens.shape[1])
     shapes = shapes_of(tokens, router, weights, spec)
-    check_experts(weights, shapes.num_experts, shapes.width)
     choice = choose_here(router, shapes, spec, inputs)
     routing, plan, tokens = decide(tokens, router, spec, inputs, choice)
     if choice.layer.span is not None and isinstance(weights, MlpWeights):
@@ -146,10 +147,8 @@ def decide(
     """Route, unless a `Routing` is given, and plan; rows are an `[E, rows_per_expert]` block if that is given."""
     num_experts = num_experts_of(router)
     if isinstance(router, RouterWeights):
-        check_route(tokens, router, spec, inputs)
         routing, tokens = routed(span_of(choice.route), static_of(router, spec, inputs), tokens, router, inputs)
     else:
-        check_given(tokens, router, spec)
         routing = router
     plan = make_plan(
         routing,
@@ -164,8 +163,14 @@ def decide(
     return Decision(routing, jax.tree.map(lambda leaf: checkpoint_name(leaf, "moe_plan"), plan), tokens)
 
 
-def check_given(tokens: Float[Array, "T D"], routing: Routing, spec: MoeSpec) -> None:
-    """Refuse a routing of the user's that is not for these tokens and this spec."""
+def check_router(
+    tokens: Float[Array, "T D"], router: RouterWeights | Routing, spec: MoeSpec, inputs: RouteInputs
+) -> None:
+    """Refuse a router, or a routing of the user's, that is not for these tokens and this spec."""
+    if isinstance(router, RouterWeights):
+        check_route(tokens, router, spec, inputs)
+        return
+    routing = router
     wanted = (tokens.shape[0], spec.num_choices)
     if routing.expert.shape != wanted or routing.gate.shape != wanted:
         raise ValueError(

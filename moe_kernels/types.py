@@ -45,8 +45,8 @@ class RoutingSums(NamedTuple):
     step was cut. They are of the *clean* router (no noise) unless stated; natural logarithms; all float32.
 
     >>> import jax.numpy as jnp
-    >>> from moe_kernels import route
-    >>> sums = route(jnp.eye(4), jnp.zeros((4, 2)), num_groups=2).sums
+    >>> from moe_kernels import MoeSpec, route
+    >>> sums = route(jnp.eye(4), jnp.zeros((4, 2)), MoeSpec(num_groups=2)).sums
     >>> sums.tokens.tolist(), sums.wanted.tolist()  # two groups of two tokens; ties go to expert 0
     ([[2.0], [2.0]], [[[2.0, 0.0]], [[2.0, 0.0]]])
     """
@@ -71,8 +71,8 @@ class Routing(NamedTuple):
     """What the router decided: experts and gates of every token, best first, and the sums of the step.
 
     >>> import jax.numpy as jnp
-    >>> from moe_kernels import route
-    >>> routing = route(jnp.array([[0.0, 1.0]]), jnp.eye(2), num_choices=2)
+    >>> from moe_kernels import MoeSpec, route
+    >>> routing = route(jnp.array([[0.0, 1.0]]), jnp.eye(2), MoeSpec(num_choices=2))
     >>> routing.expert.tolist(), [round(gate, 4) for gate in routing.gate[0].tolist()]
     ([[1, 0]], [0.7311, 0.2689])
     """

@@ -119,6 +119,9 @@ class Span(NamedTuple):
     returns a tuple with one cotangent for each differentiable argument; that of `route` also takes the cotangent of
     tokens that were passed on, to be added to theirs. `static` is hashable. Neither is ever differentiated by JAX.
     `value` is the result alone, where that costs less than `forward`.
+
+    >>> Span(lambda static, x: (2 * x, None), lambda static, saved, dx: (2 * dx,)).value is None
+    True
     """
 
     forward: Callable[..., tuple[Any, Any]]
@@ -134,6 +137,9 @@ class Backend:
     the same span, so that JAX finds what it has traced before. Those in `optional` go to the first back end that takes
     them where this one was named and refuses: a whole layer can be asked for by the name of its matmuls. `note` says
     how a problem that is taken is worked, where there is a choice, and `work` what all its work is made of.
+
+    >>> Backend("mine", lambda problem: "not today", spans={}).why_not(Problem("dispatch", "cpu", "float32", (4, 8), 2))
+    'not today'
     """
 
     name: str

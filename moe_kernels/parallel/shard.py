@@ -74,9 +74,10 @@ def _exchanged(
     spec: MoeSpec,
     inputs: RouteInputs,
 ) -> MoeOutput:
-    shapes = local.shapes_of(tokens, router, weights, spec)
     shards = jax.lax.axis_size(spec.exchange.expert_axis)
-    check_experts(weights, shapes.num_experts // shards, shapes.width)
+    local.check_router(tokens, router, spec, inputs)
+    check_experts(weights, local.num_experts_of(router) // shards, tokens.shape[1])
+    shapes = local.shapes_of(tokens, router, weights, spec)
     choice = choose_exchanged(shapes, router, spec, inputs, shards)
     rows_per_expert = block_rows(spec, shapes)
     decided = local.decide(tokens, router, spec, inputs, choice, rows_per_expert)
