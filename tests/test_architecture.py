@@ -308,6 +308,7 @@ def test_public_names_have_an_example():
         if inspect.isroutine(inspect.unwrap(value)) or inspect.isclass(value):
             seen.append(name)
             assert ">>> " in (inspect.getdoc(value) or ""), f"{name} has no docstring with an example that runs"
+    assert {"moe_kernels.moe_mlp", "moe_kernels.Plan", "moe_kernels.moe_mlp_on_shard"} <= set(seen)
     assert {f"limoe.{entry}" for entry in ENTRIES} <= set(seen)
 
 
