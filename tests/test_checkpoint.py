@@ -1,5 +1,7 @@
 """Checkpoints: every bit comes back as it was, in the right order, and what would not is refused."""
 
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -56,6 +58,51 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
+def test_a_checkpoint_of_the_first_release_is_restored(tmp_path: Path) -> None:
+    """As 0.1.0 wrote it: arrays of NumPy through Orbax's Checkpointer, digests of all files in one go."""
+    state = small_state(7)
+    folder = tmp_path / "step_00000007"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder / "state", ocp.args.PyTreeSave(jax.tree.map(np.array, state)))
+    arrays = {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in state.items()}
+    (folder / "contents.json").write_text(json.dumps({"step": 7, "arrays": arrays}, indent=1))
+    digests = {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / "digests.json").write_text(json.dumps(digests, indent=1))
+    restored = Checkpoints(tmp_path).restore(SMALL)
+    assert restored is not None and (restored.step, restored.skipped) == (7, ())
+    assert_same_bits(restored.state, state)
+
+
+def test_a_part_is_restored_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"parameters": {"kernel": jnp.ones((4, 3)), "none": jnp.zeros((0,))}, "optimizer": [jnp.ones((4, 3))]}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state)
+    read: list[dict[str, Any]] = []
+    restore = ocp.Checkpointer.restore
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        read.append(restore(*args, **kwargs))
+        return read[-1]
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", watched)
+    wanted = {"parameters": state["parameters"]}
+    restored = checkpoints.restore(abstract(wanted), part=True)
+    assert restored is not None
+    assert_same_bits(restored.state, wanted)
+    assert set(read[0]) == {"parameters/kernel"}
+    with pytest.raises(CheckpointError, match=r"optimizer/0: float32\[4, 3\] in the checkpoint, absent in the model"):
+        checkpoints.restore(abstract(wanted))
+    with pytest.raises(CheckpointError, match=r"bias: absent in the checkpoint"):
+        checkpoints.restore({"bias": jax.ShapeDtypeStruct((2,), jnp.float32)}, part=True)
+
+
 def test_restored_arrays_lie_as_asked(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[-1])
@@ -80,13 +127,13 @@ def test_arrays_may_be_donated_at_once(tmp_path: Path) -> None:
 
 def test_save_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk_is_ready = threading.Event()
-    save = ocp.Checkpointer.save
+    finalize = ocp.PyTreeCheckpointHandler.finalize
 
-    def slow_save(*args: Any, **kwargs: Any) -> None:
+    def slow_finalize(*args: Any) -> None:
         assert disk_is_ready.wait(60)
-        save(*args, **kwargs)
+        finalize(*args)
 
-    monkeypatch.setattr(ocp.Checkpointer, "save", slow_save)
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", slow_finalize)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, small_state(1))
     assert checkpoints.steps() == ()
@@ -210,7 +257,7 @@ def test_the_end_of_a_block_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, small_state(1))
     assert checkpoints.steps() == (1,)
-    monkeypatch.setattr(ocp.Checkpointer, "save", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", lambda *_: 1 / 0)
     with pytest.raises(CheckpointError, match="division"), Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(2, small_state(2))
     with pytest.raises(KeyError) as error, Checkpoints(tmp_path) as checkpoints:
@@ -224,7 +271,7 @@ def test_a_run_says_nothing_of_orbax(tmp_path: Path) -> None:
 import sys
 from absl import app, logging
 import jax.numpy as jnp
-from limoe.checkpoint import Checkpoints
+from limoe.workdir.checkpoint import Checkpoints
 
 def main(arguments):
     checkpoints = Checkpoints(arguments[1])

@@ -112,12 +112,12 @@ def test_a_failed_write_is_told_and_harms_nothing(
     checkpoints = saved(tmp_path, 1, 2)
     before = {path: path.read_bytes() for path in files_of(tmp_path)}
 
-    def full(self: Any, directory: Path, *args: Any, **kwargs: Any) -> None:
+    def full(self: Any, directory: Path) -> None:
         (Path(directory).parent / "half").write_text("written")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ocp.Checkpointer, "save", full)
+        patch.setattr(ocp.PyTreeCheckpointHandler, "finalize", full)
         checkpoints.save(3, small_state(3))
         with pytest.raises(
             CheckpointError, match=r"step_00000003: .*No space left.*step 2 .*intact.*free space"
@@ -129,6 +129,32 @@ def test_a_failed_write_is_told_and_harms_nothing(
             }[surfaces_in]()
     assert isinstance(error.value.__cause__, OSError)
     assert {path: path.read_bytes() for path in files_of(tmp_path)} == before
+    checkpoints.save(3, small_state(3))
+    checkpoints.wait()
+    assert checkpoints.steps() == (2, 3)
+
+
+def test_a_write_that_fails_before_it_goes_on_in_the_background_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = saved(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.AsyncCheckpointer, "save", lambda *_: 1 / 0)
+        with pytest.raises(CheckpointError, match=r"step_00000002: division .*step 1 .*intact"):
+            checkpoints.save(2, small_state(2))
+    assert os.listdir(tmp_path) == ["step_00000001"]
+    checkpoints.save(2, small_state(2))
+    checkpoints.wait()
+    assert checkpoints.steps() == (1, 2)
+
+
+def test_a_stray_file_is_no_damage(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1)
+    for folder in ("", "step_00000001", "step_00000001/state"):
+        (tmp_path / folder / ".DS_Store").write_bytes(b"left by a file manager")
+    restored = checkpoints.restore(SMALL)
+    assert restored is not None and (restored.step, restored.skipped) == (1, ())
+    checkpoints.save(2, small_state(2))
     checkpoints.save(3, small_state(3))
     checkpoints.wait()
     assert checkpoints.steps() == (2, 3)
@@ -157,7 +183,7 @@ import hashlib, shutil
 from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
-from limoe.checkpoint import Checkpoints
+from limoe.workdir.checkpoint import Checkpoints
 
 def die_in_call(owner, name, number):
     original, calls = getattr(owner, name), itertools.count(1)

@@ -100,10 +100,11 @@ def test_two_processes_stop_together_lose_one_and_still_end_like_one(tmp_path, m
     assert "Stopped" not in ended[1].said  # one process speaks for all
     assert_written_by_both(folder, saved)
 
-    # One step after a checkpoint, which is committed before the next step begins, and three before the next one.
+    # One step after a checkpoint, when that is committed, and before the next one.
     lost = -(-saved // CHECKPOINT_EVERY) * CHECKPOINT_EVERY + 1
     with Team(folder, *CROSSING) as team:
         team.wait_for_step(lost)
+        team.wait_until(lambda: committed(folder)[-1] == lost - 1)
         team.send(1, signal.SIGKILL)
         left = team.end(0)
     assert left.status not in (0, 1) and left.seconds < SECONDS_TO_LEAVE

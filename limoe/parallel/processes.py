@@ -35,6 +35,8 @@ _POLL_SECONDS = 1.0
 _SECONDS_TO_SEE_OFF = 15.0
 # What is wrong is mostly wrong everywhere; without the first process the others are aborted before they can say it.
 _SECONDS_FOR_THE_SAME_ERROR = 3.0
+# As long as Orbax waits for all to have written: what is told beside a step is that a large write is done.
+_SECONDS_TO_TELL = 1200.0
 _BLOCK = 1024  # bytes
 # What jax.distributed says where it finds no cluster, and where it is too late for one.
 _NO_CLUSTER = "coordinator_address should be defined."
@@ -160,6 +162,27 @@ def texts_of_all(text: str) -> list[str]:
     padded[: own.size] = own
     rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
     return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def told_to_all(name: str, number: int, text: str) -> list[str]:
+    """The text that each process has, in their order, without the devices: also for threads beside a step.
+
+    All must call it with the same name and number; numbers of a name count up, and a call ends when all have called.
+
+    >>> told_to_all("greeting", 0, "alone")
+    ['alone']
+    """
+    if jax.process_count() == 1:
+        return [text]
+    client = distributed.global_state.client
+    assert client is not None
+    of = lambda number, process: f"limoe/{name}/{number}/{process}"  # noqa: E731
+    client.key_value_set(of(number, jax.process_index()), text)
+    patience = int(_SECONDS_TO_TELL * 1000)
+    told = [client.blocking_key_value_get(of(number, process), patience) for process in range(jax.process_count())]
+    if number:  # all have read what was told before
+        client.key_value_delete(of(number - 1, jax.process_index()))
+    return told
 
 
 def wait_for_all(name: str) -> None:

@@ -7,46 +7,44 @@ A committed checkpoint is a folder `step_00001234` that holds
     digests.json     size and SHA-256 of every other file
 
 It is written under another name (`.partial-...`), every file and folder in it is synced to the disk, and then it is
-renamed: a folder with the final name is complete, whenever the process or the machine stopped. The digests are there
-because Orbax restores a flipped bit without a word; they are compared before Orbax reads anything.
+renamed: a folder with the final name is complete, whenever the process or the machine stopped.
 
-With several processes (one folder that all of them reach) every one writes and reads its own parts of the arrays, all
-at once and before `save` returns; names, seal, commit and fall-back are the business of the first one. An array is
-stored whole, so it can be read into any other split over devices.
+Orbax's AsyncCheckpointer copies the arrays to the host and writes them, each process its own parts, while training goes
+on. Its CheckpointManager is not used: it gives a checkpoint its final name in one process and has no place before that
+where every process could digest what it wrote; it also deletes what it takes for broken, where a damaged checkpoint
+here is skipped and kept. An array is stored whole, so it can be read into any other split over devices.
 """
 
-import hashlib
+from __future__ import annotations
+
+import itertools
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
-from limoe.errors import LimoeError
-from limoe.parallel.processes import from_first, is_first, wait_for_all
+from limoe.parallel.processes import from_first, is_first, told_to_all, wait_for_all
+from limoe.workdir import seal
+from limoe.workdir.seal import CheckpointError
 
 _STATE = "state"
-_CONTENTS = "contents.json"
-_DIGESTS = "digests.json"
 _PARTIAL = ".partial-"
 _DAMAGED = ".damaged"
 _NONE = -1
 _STEP_NAME = re.compile(r"step_(\d{8,})")
-
-
-class CheckpointError(LimoeError, RuntimeError):
-    """A checkpoint could not be written, or none that can be trusted could be read."""
+_numbers_of_saves = itertools.count()  # the same in every process
 
 
 class Restored(NamedTuple):
@@ -55,11 +53,6 @@ class Restored(NamedTuple):
     step: int
     state: Any
     skipped: tuple[str, ...]
-
-
-class _LeafFacts(NamedTuple):
-    shape: tuple[int, ...]
-    dtype: str
 
 
 def _is_not_orbax_chatter(record: logging.LogRecord) -> bool:
@@ -150,13 +143,17 @@ class Checkpoints:
                 f"{self.folder} already holds step {present[-1]}, so step {step} cannot be saved in it; "
                 "restore that checkpoint first, or use another folder"
             )
-        if jax.process_count() > 1:
-            self._write_together(step, leaves)
-            return
-        # Copies, because on a CPU `device_get` returns views, and an array that is viewed cannot be donated.
-        host = {name: np.array(leaf) for name, leaf in jax.device_get(leaves).items()}
+        partial = self._partial_path(step)
+        try:
+            if is_first():
+                partial.mkdir()
+            wait_for_all(f"{partial.name} is there")
+            writing = _start_to_write(partial, leaves)
+        except Exception as error:
+            raise self._failed_write(step, leaves, error) from error
+        shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
         # Not a daemon, because stopped inside native code it could crash the end of the program.
-        self._writer = threading.Thread(target=self._write_in_background, args=(step, host, present))
+        self._writer = threading.Thread(target=self._finish_in_background, args=(step, shapes, writing))
         self._writer.start()
 
     def wait(self) -> None:
@@ -174,7 +171,7 @@ class Checkpoints:
             failure, self._failure = self._failure, None
             raise failure
 
-    def restore(self, abstract_state: Any) -> Restored | None:
+    def restore(self, abstract_state: Any, *, part: bool = False) -> Restored | None:
         """Reads the newest sound checkpoint, or returns None if there has never been one.
 
         A checkpoint with a missing, cut or changed file is skipped and, once an older one has been read, renamed to
@@ -182,17 +179,19 @@ class Checkpoints:
 
         Args:
           abstract_state: the tree to restore into, of `jax.ShapeDtypeStruct` (or arrays); its shardings are used.
+          part: the checkpoint may hold more arrays, which are not read; else that is refused.
 
         Raises:
           CheckpointError: there are checkpoints but all are damaged, or the sound one has other arrays.
         """
         self.wait()
         skipped: list[tuple[Path, str]] = []
-        sound = self._newest_sound(skipped) if is_first() else None
-        step = from_first(_NONE if sound is None else sound)
-        if step != _NONE:
-            state = _read(self._path(step), step, abstract_state)
-            if not self._read_only:
+        for step in self._steps_from_newest():
+            if damage := seal.damage_of(self._path(step)):
+                skipped.append((self._path(step), damage))
+                continue
+            state = _read(self._path(step), step, abstract_state, part=part)
+            if is_first() and not self._read_only:
                 _set_aside([path for path, _ in skipped])
             self._newest = step
             return Restored(step, state, tuple(f"skipped checkpoint {path}: {why}" for path, why in skipped))
@@ -206,16 +205,13 @@ class Checkpoints:
             )
         return None
 
-    def _newest_sound(self, skipped: list[tuple[Path, str]]) -> int | None:
-        """The newest checkpoint whose files are as they were written; newer ones are added to `skipped`."""
-        for step in reversed(self.steps()):
-            damage = _damage(self._path(step))
-            if damage is None:
-                return step
-            skipped.append((self._path(step), damage))
-        return None
+    def _steps_from_newest(self) -> Iterator[int]:
+        """The committed steps that the first process sees, for all."""
+        steps = list(self.steps())
+        while (step := from_first(steps.pop() if steps else _NONE)) != _NONE:
+            yield step
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(
@@ -231,75 +227,70 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
-    def _write_in_background(self, step: int, host: Mapping[str, np.ndarray], before: tuple[int, ...]) -> None:
-        try:
-            self._write(step, host)
-            self._newest = step
-        except Exception as error:
-            # Whatever went wrong (Orbax has many types for a full disk) must reach the caller of save or wait.
-            shutil.rmtree(self._partial_path(step), ignore_errors=True)
-            intact = f"step {before[-1]} before it is intact" if before else "there is none before it"
-            self._failure = CheckpointError(
-                f"could not write checkpoint {self._path(step)}: {error}; {intact}. It needs "
-                f"{sum(array.nbytes for array in host.values()) / 1e6:.1f} MB: free space on that disk, "
-                "check the folder's permissions, and start the run again"
-            )
-            self._failure.__cause__ = error
-            return
-        try:
-            self._remove_old()
-        except OSError as error:
-            self._failure = CheckpointError(
-                f"checkpoint {self._path(step)} is written, but an older one in {self.folder} could not be removed: "
-                f"{error}; check the folder's permissions"
-            )
-            self._failure.__cause__ = error
-
-    def _write_together(self, step: int, leaves: Mapping[str, jax.Array]) -> None:
-        """Save in step with the other processes: each writes its parts, the first one seals and commits."""
-        partial = self._partial_path(step)
-        if is_first():
-            partial.mkdir()
-        wait_for_all(f"{partial.name} is there")
-        _save_arrays(partial, leaves)
-        wait_for_all(f"{partial.name} is written")
-        if is_first():
-            self._commit(step, {name: _LeafFacts(leaf.shape, str(leaf.dtype)) for name, leaf in leaves.items()})
-            self._remove_old()
-        self._newest = step
-        wait_for_all(f"{partial.name} is committed")
-
     def _partial_path(self, step: int) -> Path:
         return self.folder / f"{_PARTIAL}{self._path(step).name}"
 
+    def _finish_in_background(self, step: int, shapes: dict[str, Any], writing: ocp.AsyncCheckpointer) -> None:
+        """Wait for Orbax, seal, commit, and remove what is too old; a failure is for the caller of save or wait."""
+        try:
+            self._commit(step, shapes, writing)
+            self._newest = step
+            if is_first():
+                self._remove_old()
+        except CheckpointError as error:
+            self._failure = error
+        except Exception as error:
+            # Whatever went wrong: Orbax has many types for a full disk.
+            self._failure = self._failed_write(step, shapes, error)
+            self._failure.__cause__ = error
+
+    def _commit(self, step: int, shapes: dict[str, Any], writing: ocp.AsyncCheckpointer) -> None:
+        partial = self._partial_path(step)
+        writing.close()
+        if is_first():
+            arrays = {name: {"shape": leaf.shape, "dtype": str(leaf.dtype)} for name, leaf in shapes.items()}
+            (partial / seal.CONTENTS).write_text(json.dumps({"step": step, "arrays": arrays}, indent=1))
+        own = seal.digests_of_own_files(partial)
+        told = told_to_all("digests", next(_numbers_of_saves), json.dumps(own))
+        if is_first():
+            seal.write_seal(partial, {name: digest for text in told for name, digest in json.loads(text).items()})
+            partial.rename(self._path(step))
+            seal.sync(self.folder)
+
+    def _failed_write(self, step: int, leaves: dict[str, Any], error: Exception) -> CheckpointError:
+        """What to say of it; what is half written goes."""
+        if is_first():
+            shutil.rmtree(self._partial_path(step), ignore_errors=True)
+        before = self.steps()
+        intact = f"step {before[-1]} before it is intact" if before else "there is none before it"
+        size = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves.values())
+        return CheckpointError(
+            f"could not write checkpoint {self._path(step)}: {error}; {intact}. It needs {size / 1e6:.1f} MB: free "
+            "space on that disk, check the folder's permissions, and start the run again"
+        )
+
     def _remove_old(self) -> None:
-        for old in self.steps()[: -self._keep]:
-            # Renamed first: killed in the middle of a removal, it would look like a damaged checkpoint.
-            self._path(old).rename(self._partial_path(old))
-            shutil.rmtree(self._partial_path(old))
-
-    def _write(self, step: int, host: Mapping[str, np.ndarray]) -> None:
-        partial = self._partial_path(step)
-        partial.mkdir()
-        _save_arrays(partial, host)
-        self._commit(step, {name: _LeafFacts(array.shape, str(array.dtype)) for name, array in host.items()})
-
-    def _commit(self, step: int, facts: Mapping[str, _LeafFacts]) -> None:
-        """Seal what was written and give it its name."""
-        partial = self._partial_path(step)
-        arrays = {name: leaf._asdict() for name, leaf in facts.items()}
-        (partial / _CONTENTS).write_text(json.dumps({"step": step, "arrays": arrays}, indent=1))
-        (partial / _DIGESTS).write_text(json.dumps(_digests(partial), indent=1))
-        for path in (partial, *partial.rglob("*")):
-            _sync(path)
-        partial.rename(self._path(step))
-        _sync(self.folder)
+        try:
+            for old in self.steps()[: -self._keep]:
+                # Renamed first: killed in the middle of a removal, it would look like a damaged checkpoint.
+                self._path(old).rename(self._partial_path(old))
+                shutil.rmtree(self._partial_path(old))
+        except OSError as error:
+            raise CheckpointError(
+                f"a new checkpoint is written, but an older one in {self.folder} could not be removed: {error}; "
+                "check the folder's permissions"
+            ) from error
 
 
-def _save_arrays(partial: Path, arrays: Mapping[str, Any]) -> None:
-    some = {name: array for name, array in arrays.items() if array.size}  # Orbax refuses arrays without elements
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(partial / _STATE, ocp.args.PyTreeSave(some))
+def _start_to_write(partial: Path, leaves: dict[str, jax.Array]) -> ocp.AsyncCheckpointer:
+    """Copy the arrays to the host and begin to write them; it is done when what is returned is closed."""
+    some = {name: leaf for name, leaf in leaves.items() if leaf.size}  # Orbax refuses arrays without elements
+    if jax.default_backend() == "cpu":
+        # There the host's copy is a view, and an array that is viewed cannot be donated.
+        some = jax.tree.map(jnp.copy, some)
+    writing = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+    writing.save(partial / _STATE, ocp.args.PyTreeSave(some))
+    return writing
 
 
 def _named_leaves(tree: object) -> dict[str, Any]:
@@ -329,60 +320,29 @@ def _check_leaf(name: str, leaf: object) -> None:
         )
 
 
-def _digests(folder: Path) -> dict[str, dict[str, int | str]]:
-    """Size in bytes and SHA-256 of every file under the folder but the one that holds the digests."""
-    digests: dict[str, dict[str, int | str]] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != _DIGESTS:
-            with path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            digests[name] = {"bytes": path.stat().st_size, "sha256": sha256}
-    return digests
-
-
-def _damage(folder: Path) -> str | None:
-    """Why a committed checkpoint cannot be trusted, or None if every file in it is what was written."""
-    try:
-        recorded = (folder / _DIGESTS).read_bytes()
-        found = _digests(folder)
-    except PermissionError as error:
-        raise CheckpointError(f"cannot read checkpoint {folder}: {error}; check its permissions") from error
-    except FileNotFoundError:
-        return f"{_DIGESTS} is missing"
-    except OSError as error:
-        return f"it cannot be read ({error})"
-    # Byte for byte, so that a flipped bit in the file of digests itself is seen as well.
-    if recorded == json.dumps(found, indent=1).encode():
-        return None
-    try:
-        wanted = dict(json.loads(recorded))
-    except (ValueError, TypeError):
-        return f"{_DIGESTS} is damaged"
-    differing = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
-    if not differing:
-        return f"{_DIGESTS} is damaged"
-    name = differing[0]
-    state = "is missing" if name not in found else "was not written by us" if name not in wanted else "has changed"
-    others = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
-    return f"{name} {state}{others}"
-
-
-def _read(folder: Path, step: int, abstract_state: Any) -> Any:
-    """The state in a checkpoint whose digests are right."""
-    contents = json.loads((folder / _CONTENTS).read_text())
+def _read(folder: Path, step: int, abstract_state: Any, *, part: bool) -> Any:
+    """The state in a checkpoint whose digests are right, each array where its sharding has it."""
+    contents = json.loads((folder / seal.CONTENTS).read_text())
     if contents["step"] != step:
         raise CheckpointError(f"{folder} holds step {contents['step']}; give the folder its own name again")
-    stored = {name: _LeafFacts(tuple(facts["shape"]), facts["dtype"]) for name, facts in contents["arrays"].items()}
+    stored = {name: f"{facts['dtype']}{facts['shape']}" for name, facts in contents["arrays"].items()}
     abstract = _named_leaves(abstract_state)
-    wanted = {name: _LeafFacts(tuple(leaf.shape), str(leaf.dtype)) for name, leaf in abstract.items()}
+    wanted = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in abstract.items()}
+    if part:
+        stored = {name: array for name, array in stored.items() if name in wanted}
     if stored != wanted:
         _refuse_other_arrays(folder, stored, wanted)
-    restore_args = {name: _how_to_read(leaf) for name, leaf in abstract.items() if leaf.size}
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    restore_args = {
+        name: ocp.ArrayRestoreArgs(sharding=leaf.sharding or here, global_shape=leaf.shape, dtype=leaf.dtype)
+        for name, leaf in abstract.items()
+        if leaf.size
+    }
+    item = dict.fromkeys(restore_args, 0)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
             arrays = checkpointer.restore(
-                folder / _STATE, ocp.args.PyTreeRestore(item=dict.fromkeys(restore_args, 0), restore_args=restore_args)
+                folder / _STATE, ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=part)
             )
         except Exception as error:
             raise CheckpointError(
@@ -391,28 +351,16 @@ def _read(folder: Path, step: int, abstract_state: Any) -> Any:
             ) from error
     leaves = []
     for name, leaf in abstract.items():
-        if name in arrays and isinstance(arrays[name], jax.Array):
-            leaves.append(arrays[name])
-            continue
-        array = arrays[name] if leaf.size else np.zeros(leaf.shape, leaf.dtype)
+        array = arrays[name] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
         assert (array.shape, array.dtype) == (leaf.shape, leaf.dtype), name
-        leaves.append(jax.device_put(array, leaf.sharding, may_alias=False))
+        leaves.append(array)
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
 
 
-def _how_to_read(leaf: Any) -> ocp.RestoreArgs:
-    """Whole into memory; with several processes each its own parts."""
-    if jax.process_count() == 1:
-        return ocp.RestoreArgs(restore_type=np.ndarray)
-    return ocp.ArrayRestoreArgs(
-        restore_type=jax.Array, sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
-    )
-
-
-def _refuse_other_arrays(folder: Path, stored: Mapping[str, _LeafFacts], wanted: Mapping[str, _LeafFacts]) -> NoReturn:
+def _refuse_other_arrays(folder: Path, stored: dict[str, str], wanted: dict[str, str]) -> NoReturn:
     differing = [name for name in {**wanted, **stored} if stored.get(name) != wanted.get(name)]
     listed = "; ".join(
-        f"{name}: {_described(stored.get(name))} in the checkpoint, {_described(wanted.get(name))} in the model"
+        f"{name}: {stored.get(name, 'absent')} in the checkpoint, {wanted.get(name, 'absent')} in the model"
         for name in differing[:5]
     )
     others = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
@@ -420,10 +368,6 @@ def _refuse_other_arrays(folder: Path, stored: Mapping[str, _LeafFacts], wanted:
         f"checkpoint {folder} was written by another model or optimiser ({listed}{others}); "
         "use the settings it was written with, or another work folder"
     )
-
-
-def _described(facts: _LeafFacts | None) -> str:
-    return f"{facts.dtype}{list(facts.shape)}" if facts else "absent"
 
 
 def _set_aside(damaged: list[Path]) -> None:
@@ -437,12 +381,3 @@ def _set_aside(damaged: list[Path]) -> None:
             path.rename(target)
         except OSError as error:
             raise CheckpointError(f"cannot rename the damaged checkpoint {path}: {error}; move it away") from error
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

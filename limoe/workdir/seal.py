@@ -1,0 +1,117 @@
+"""The seal of a checkpoint: size and SHA-256 of every file in it, and what they say when it is read again.
+
+Orbax restores a flipped bit without a word, so the digests are compared before it reads anything. They are computed in
+threads, and with several processes by each of them: of its own files when they are written, of an equal share of all
+files when they are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from limoe.errors import LimoeError
+from limoe.parallel.processes import texts_of_all
+
+CONTENTS = "contents.json"
+_DIGESTS = "digests.json"
+# What Orbax lets process p write, as in `ocdbt.process_3/d/0123` and `array_metadatas/process_3`.
+_OF_PROCESS = re.compile(r"state/(?:.*[./])?process_(\d+)(?:/.*)?")
+
+
+Digests = dict[str, dict[str, Any]]
+"""The size ("bytes") and "sha256" of each file of a checkpoint, by its path in it."""
+
+
+class CheckpointError(LimoeError, RuntimeError):
+    """A checkpoint could not be written, or none that can be trusted could be read."""
+
+
+def digests_of_own_files(folder: Path) -> Digests:
+    """The digests of the files that this process wrote and then synced; the first process has the common ones."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    matches = {name: _OF_PROCESS.fullmatch(name) for name in names}
+    owner = {name: int(match[1]) if match else 0 for name, match in matches.items()}
+    own = [name for name in names if owner[name] == jax.process_index()]
+    digests = _digests(folder, own)
+    for name in own:
+        sync(folder / name)
+    return digests
+
+
+def write_seal(folder: Path, digests: Digests) -> None:
+    """Write down the digests of all files, and wait until they and all folders are on the disk."""
+    (folder / _DIGESTS).write_bytes(_as_bytes(dict(sorted(digests.items()))))
+    sync(folder / _DIGESTS)
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            sync(path)
+
+
+def damage_of(folder: Path) -> str:
+    """Why a committed checkpoint cannot be trusted, "" if every file in it is what was written; all processes call it.
+
+    Files that the seal does not name are nobody's business. Raises CheckpointError for a missing permission.
+    """
+    try:
+        own = _damage_of_own_share(folder)
+    except PermissionError as error:
+        raise CheckpointError(f"cannot read checkpoint {folder}: {error}; check its permissions") from error
+    except OSError as error:
+        own = f"it cannot be read ({error})"
+    return next((damage for damage in texts_of_all(own) if damage), "")
+
+
+def _damage_of_own_share(folder: Path) -> str:
+    if not (folder / _DIGESTS).exists():
+        return f"{_DIGESTS} is missing"
+    wanted = _parsed((folder / _DIGESTS).read_bytes())
+    if wanted is None:
+        return f"{_DIGESTS} is damaged"
+    names = sorted(wanted)[jax.process_index() :: jax.process_count()]
+    found = _digests(folder, [name for name in names if (folder / name).is_file()])
+    differing = [name for name in names if found.get(name) != wanted[name]]
+    if not differing:
+        return ""
+    others = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+    return f"{differing[0]} {'has changed' if differing[0] in found else 'is missing'}{others}"
+
+
+def _parsed(recorded: bytes) -> Digests | None:
+    """The digests in the bytes of a seal, None if those are not what was written, byte for byte."""
+    try:
+        digests = dict(json.loads(recorded))
+    except (ValueError, TypeError):
+        return None
+    return digests if CONTENTS in digests and _as_bytes(digests) == recorded else None
+
+
+def _as_bytes(digests: Digests) -> bytes:
+    return json.dumps(digests, indent=1).encode()
+
+
+def _digests(folder: Path, names: Iterable[str]) -> Digests:
+    def digest(name: str) -> tuple[str, dict[str, Any]]:
+        with (folder / name).open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return name, {"bytes": (folder / name).stat().st_size, "sha256": sha256}
+
+    with ThreadPoolExecutor() as threads:
+        return dict(threads.map(digest, names))
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
