@@ -36,6 +36,12 @@ def slurm_task(number: int, job: int) -> dict[str, str]:
     }
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 class Ended(NamedTuple):
     """How a process ended, after how long, and what it said on either channel."""
 
@@ -52,9 +58,7 @@ class Team:
     """
 
     def __init__(self, folder: Path, *more: str, of_second: tuple[str, ...] = (), slurm: bool = False):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.folder = folder
         self.processes = []
         job = random.randrange(2**20)

@@ -1,7 +1,9 @@
 """Training on a mesh: the same losses, drops and state as on one device, whatever the shape of the mesh."""
 
 import functools
+import types
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from model_cases import LID, neighbour, small_batch, small_config
 
 from limoe.config.schema import Config, ConfigError, MeshConfig
 from limoe.config.settings import override
-from limoe.parallel.mesh import DATA, EXPERT, Placement, is_expert, joined, parameter_spec, place
+from limoe.parallel.mesh import DATA, EXPERT, Placement, _arranged, is_expert, joined, own_rows, parameter_spec, place
 from limoe.parallel.parameters import parameter_path
 from limoe.train.step import StepReport, TrainState, compile_step, new_state, prepare
 from limoe.workdir.checkpoint import Checkpoints
@@ -184,6 +186,33 @@ def test_training_goes_on_from_mesh_to_mesh(tmp_path):
         with Checkpoints(tmp_path) as checkpoints:
             checkpoints.save(number + 1, run.state)
     assert_same_training(Trained(run.config, jax.device_get(run.state), reports))
+
+
+def placed(*devices: Any) -> Placement:
+    """As many devices as given along `data`, of which only the process matters."""
+    mesh = mock.Mock(spec=jax.sharding.Mesh, devices=np.array(devices, object).reshape(1, -1, 1), size=len(devices))
+    return Placement(mesh, MeshConfig(data=len(devices)))
+
+
+def test_rows_of_a_process_are_those_of_its_devices(monkeypatch):
+    """Two processes whose devices lie in turn along the mesh, as on a torus."""
+    placement = placed(*(types.SimpleNamespace(process_index=index) for index in (0, 1, 0, 1)))
+    own = []
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        own.append(own_rows(8, placement))
+    assert own == [[0, 1, 4, 5], [2, 3, 6, 7]]
+
+
+@pytest.mark.parametrize(("slices", "expected"), [((0, 1, 0, 1), [[0, 2], [1, 3]]), ((0, 1, 2, 3), [[0, 1], [2, 3]])])
+def test_slices_of_a_mesh_are_slices_of_devices_where_there_are_as_many(slices, expected):
+    """Where not, the devices stay in their order: nothing is refused that could be run."""
+    facts = [
+        types.SimpleNamespace(id=number, slice_index=index, process_index=0, platform="gpu", device_kind="NVIDIA")
+        for number, index in enumerate(slices)
+    ]
+    arranged = _arranged(sorted(facts, key=lambda device: device.slice_index), 4, (2, 1, 2))
+    assert [[device.id for device in row.flat] for row in arranged] == expected
 
 
 @eight_devices

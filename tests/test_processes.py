@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from model_cases import LID, neighbour
-from process_cases import CHECKPOINT_EVERY, CROSSING, MESH, Team, slurm_task
+from process_cases import CHECKPOINT_EVERY, CROSSING, MESH, Team, free_port, slurm_task
 from run_cases import environment, metrics, ran, summary
 
 import limoe.train.loop as trainer
@@ -230,3 +230,35 @@ def test_a_process_that_is_gone_after_the_end_is_not_missed(monkeypatch, answer)
     look(over=True)
     with pytest.raises(Left, match=r"does not reach the first process|no sign of life of process 1"):
         look(over=False)
+
+
+# A mesh on which the devices of two processes lie in turn: each process gives the rows that its devices hold.
+IN_TURN = """
+import sys
+import numpy as np
+from limoe.parallel.processes import join
+join(sys.argv[1], 2, int(sys.argv[2]))
+import jax
+from jax.sharding import Mesh
+from limoe.config.schema import MeshConfig
+from limoe.parallel.mesh import AXES, Placement, joined, own_rows
+devices = np.array(jax.devices()).reshape(2, 2).T.reshape(1, 4, 1)
+assert [device.process_index for device in devices.flat] == [0, 1, 0, 1]
+placement = Placement(Mesh(devices, AXES), MeshConfig(data=4))
+batch = np.arange(24).reshape(8, 3)
+rows = own_rows(8, placement)
+assert rows == [[0, 1, 4, 5], [2, 3, 6, 7]][int(sys.argv[2])], rows
+whole = jax.jit(lambda x: x + 0, out_shardings=placement.everywhere)(joined(batch[rows], placement))
+np.testing.assert_array_equal(whole, batch)
+"""
+
+
+@pytest.mark.slow
+def test_rows_of_devices_in_turn_make_the_batch():
+    variables = {**environment(), "JAX_NUM_CPU_DEVICES": "2"}
+    words = [sys.executable, "-c", IN_TURN, f"localhost:{free_port()}"]
+    started = [
+        subprocess.Popen([*words, str(number)], env=variables, stderr=subprocess.PIPE, text=True) for number in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said

@@ -76,15 +76,15 @@ class Batches:
         *,
         batch_size: int,
         seed: int,
-        rows: range | None = None,
+        rows: Sequence[int] | None = None,
         threads: int = 2,
         max_bad_share: float = 0.05,
     ) -> None:
         rows = range(batch_size) if rows is None else rows
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be at least 1")
-        if not len(rows) or rows.step != 1 or rows.start < 0 or rows.stop > batch_size:
-            raise ValueError(f"rows {rows} must be a part of range(0, {batch_size}) with at least one row and step 1")
+        if not len(rows) or list(rows) != sorted(set(rows)) or rows[0] < 0 or rows[-1] >= batch_size:
+            raise ValueError(f"rows {rows} must be at least one row of range(0, {batch_size}), each once and in order")
         if seed < 0 or threads < 0 or not 0 <= max_bad_share <= 1:
             raise ValueError(
                 f"seed {seed} and threads {threads} must not be negative, max_bad_share {max_bad_share} in 0..1"
@@ -124,7 +124,7 @@ class Batches:
                 self._check_share(total)
                 yield batch
 
-    def _read_rows(self, step: int, rows: range) -> _Chunk:
+    def _read_rows(self, step: int, rows: Sequence[int]) -> _Chunk:
         read = [self._read_row(step * self._batch_size + row) for row in rows]
         return _Chunk(read, self._encode([row.example.caption for row in read]))
 
@@ -162,7 +162,7 @@ class Batches:
 class _ChunkReader:
     """What Grain reads: chunk c of step s has the number s * (chunks of a step) + c."""
 
-    def __init__(self, read_rows: Callable[[int, range], _Chunk], chunks: list[range]) -> None:
+    def __init__(self, read_rows: Callable[[int, Sequence[int]], _Chunk], chunks: list[Sequence[int]]) -> None:
         self._read_rows = read_rows
         self._chunks = chunks
 

@@ -1,8 +1,9 @@
 """The mesh of devices, and where on it each parameter, its optimiser state and the rows of a batch lie.
 
 Three axes: `slice` (pod slices), `data` and `expert`. A batch is split over all three; experts and their optimiser
-state over `expert`; everything else is the same on every device or, when asked, split over `data` as well. Process p
-of P holds rows p*B/P to (p+1)*B/P of a batch, because devices are taken process after process.
+state over `expert`; everything else is the same on every device or, when asked, split over `data` as well. The device
+at place p of P in the mesh holds rows p*B/P to (p+1)*B/P of a batch. Devices are placed so that neighbours on a torus
+are neighbours along `expert`, which exchanges rows; so the rows of a process may be several ranges.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
@@ -43,6 +45,12 @@ class Placement:
         return self.mesh.size
 
     @property
+    def own_places(self) -> list[int]:
+        """Places in the mesh of this process's devices, in order."""
+        here = jax.process_index()
+        return [place for place, device in enumerate(self.mesh.devices.flat) if device.process_index == here]
+
+    @property
     def rows(self) -> NamedSharding:
         """Rows of a batch, split over all devices."""
         return NamedSharding(self.mesh, P(AXES))
@@ -56,9 +64,8 @@ class Placement:
 def place(config: MeshConfig, devices: Sequence[Any] | None = None) -> Placement | None:
     """The mesh of a configuration over these devices (default: all that JAX sees); None where one device does it all.
 
-    Neighbours along `expert` are neighbours in JAX's order of devices, which on TPUs is a compact block of the torus.
-    One process may leave devices unused; several must use all of theirs. Raises ConfigError for a mesh that does not
-    fit the devices.
+    TPUs are placed by `jax.experimental.mesh_utils`, others in the order of slices and processes. One process may leave
+    devices unused; several must use all of theirs. Raises ConfigError for a mesh that does not fit the devices.
 
     >>> place(MeshConfig()) is None
     True
@@ -76,7 +83,24 @@ def place(config: MeshConfig, devices: Sequence[Any] | None = None) -> Placement
     if needed == 1:
         return None
     ordered = sorted(here, key=lambda device: (getattr(device, "slice_index", 0), device.process_index))[:needed]
-    return Placement(Mesh(np.array(ordered).reshape(config.slice, config.data, config.expert), AXES), config)
+    return Placement(Mesh(_arranged(ordered, len(here), (config.slice, config.data, config.expert)), AXES), config)
+
+
+def _arranged(devices: Sequence[Any], num_there: int, shape: tuple[int, int, int]) -> np.ndarray:
+    """The devices in the shape of a mesh, those that exchange most close together on a TPU's torus.
+
+    In plain order where mesh_utils does not serve: a part of the devices need not be a block of the torus, it does not
+    know chips of v4 with two devices, and the slices may be others than those of the configuration.
+    """
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    halves_of_v4 = any(device.device_kind == "TPU v4" and device.core_on_chip for device in devices)
+    if len(devices) < num_there or halves_of_v4 or num_slices not in (1, shape[0]):
+        return np.array(devices).reshape(shape)
+    if num_slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        (1, *shape[1:]), (num_slices, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def is_expert(path: str) -> bool:
@@ -157,10 +181,32 @@ def spread(rows: np.ndarray, placement: Placement | None) -> np.ndarray | Array:
     return jax.make_array_from_callback(rows.shape, placement.rows, lambda index: rows[index])
 
 
+def own_rows(batch_size: int, placement: Placement | None) -> list[int]:
+    """The rows of a batch that this process's devices hold, in order.
+
+    >>> own_rows(4, None)
+    [0, 1, 2, 3]
+    """
+    if placement is None:
+        return list(range(batch_size))
+    share = batch_size // placement.size
+    return [row for place in placement.own_places for row in range(place * share, (place + 1) * share)]
+
+
 def joined(rows: np.ndarray, placement: Placement | None) -> np.ndarray | Array:
-    """The rows of each process, in order of processes, as one array split over all devices; without a mesh as they
-    are."""
-    return rows if placement is None else jax.make_array_from_process_local_data(placement.rows, rows)
+    """The `own_rows` of every process as one array split over all devices; without a mesh as they are."""
+    if placement is None:
+        return rows
+    places = placement.own_places
+    share = len(rows) // len(places)
+    offsets = {place * share: number * share for number, place in enumerate(places)}
+
+    def of_device(index: Any) -> np.ndarray:
+        first = offsets[index[0].start or 0]
+        return rows[first : first + share]
+
+    shape = (share * placement.size, *rows.shape[1:])
+    return jax.make_array_from_callback(shape, placement.rows, of_device)
 
 
 def by_rows(x: Array, placement: Placement | None) -> Array:
