@@ -1,15 +1,37 @@
 """Evaluation against loops that compare one score with another, and the rules for ties and equal captions."""
 
+import io
 import json
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from limoe.config.presets import preset
+from limoe.config.settings import override
 from limoe.data.files import DataError
-from limoe.evaluate import metrics as evaluate
-from limoe.evaluate.metrics import Classes, class_embeddings, prompts, read_classes, retrieval, ridge_probe, zero_shot
+from limoe.data.inputs import DataFolders
+from limoe.data.shards import Example, write_shard
+from limoe.evaluate import Evaluator, evaluate, evaluator, register
+from limoe.evaluate import embeddings as tables
+from limoe.evaluate.command import evaluation_text
+from limoe.evaluate.data import (
+    Classes,
+    EvaluationData,
+    Pairs,
+    equal_captions_are_right,
+    match,
+    read_classes,
+    read_evaluation_data,
+)
+from limoe.evaluate.encode import Encoder
+from limoe.evaluate.probe import ridge_probe
+from limoe.evaluate.retrieval import retrieval
+from limoe.evaluate.zero_shot import class_embeddings, prompts, zero_shot
 
 
 def embeddings(seed, rows, width=3, levels=3):
@@ -25,7 +47,7 @@ def rank_ref(scores, right):
 
 @pytest.fixture(params=[1, 7, 4_000_000])
 def block(request, monkeypatch):
-    monkeypatch.setattr(evaluate, "_SCORES_PER_BLOCK", request.param)
+    monkeypatch.setattr(tables, "_SCORES_PER_BLOCK", request.param)
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 9])
@@ -84,7 +106,7 @@ def test_retrieval_does_not_depend_on_the_blocks(monkeypatch):
     image, text = embeddings(3, 50, 4), embeddings(4, 50, 4)
     ids = np.arange(50)
     whole = retrieval(image, text, ids // 2, ids // 5)
-    monkeypatch.setattr(evaluate, "_SCORES_PER_BLOCK", 1)
+    monkeypatch.setattr(tables, "_SCORES_PER_BLOCK", 1)
     assert retrieval(image, text, ids // 2, ids // 5) == whole
     assert 0 < whole.image_to_text_r1 < whole.image_to_text_r10 < 1
 
@@ -211,3 +233,143 @@ EYE, IDS = np.eye(3), np.arange(3)
 def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# Pictures of one colour each, as PNG, so that they decode to what they were.
+NUM_IMAGES, NUM_CAPTIONS = 20, 5
+
+
+def colour_of(image):
+    return (7 * image, 255 - 11 * image, 80)
+
+
+def shard_of_images(path, identified):
+    """Twenty images with five captions each, as img2dataset writes COCO: a member of each for every pair."""
+
+    def example(image, number):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8), colour_of(image)).save(file, "PNG")
+        metadata = {"image_id": 1000 - image} if identified else None
+        return Example(f"{image:03d}{number}", file.getvalue(), f"caption {number} of {image}", metadata, "png")
+
+    write_shard(path, [example(image, number) for number in range(NUM_CAPTIONS) for image in range(NUM_IMAGES)])
+
+
+class PerfectEncoder(Encoder):
+    """An image and its captions have one direction; all others are at right angles to it."""
+
+    def __init__(self):
+        pass
+
+    def images(self, images):
+        found = [tuple(image[0, 0].tolist()) for image in images]
+        return np.eye(NUM_IMAGES)[[[colour_of(n) for n in range(NUM_IMAGES)].index(colour) for colour in found]]
+
+    def texts(self, texts):
+        return np.eye(NUM_IMAGES)[[int(text.rpartition(" ")[2]) for text in texts]]
+
+
+@pytest.mark.parametrize(("identified", "rule"), [(True, "image_id"), (False, "equal pictures")])
+def test_several_captions_an_image(tmp_path, identified, rule):
+    shard_of_images(tmp_path / "0.tar", identified)
+    small = override(preset("tiny"), ["model.image_size=8", "model.patch_size=8"])
+    data = read_evaluation_data(small, DataFolders("", "", str(tmp_path)))
+    figures = evaluate(PerfectEncoder(), data)
+    assert figures["retrieval_rule"] == f"images by {rule}; captions of the image are right"
+    assert (figures["retrieval_pairs"], figures["retrieval_images"]) == (100, 20)
+    for way in ("image_to_text", "text_to_image"):
+        assert [figures[f"{way}_r{k}"] for k in (1, 5, 10)] == [1, 1, 1], way
+
+
+def pairs_of(captions, image_ids, images=None):
+    pictures = np.arange(len(captions), dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(3, axis=3)
+    return Pairs(pictures if images is None else images, captions, np.full(len(captions), -1), image_ids, 0, "")
+
+
+def test_who_is_the_same_image():
+    # A number is not the text of it; without either, equal pictures count, wherever they stand.
+    pictures = np.array([1, 2, 3, 9, 9, 1], np.uint8).reshape(-1, 1, 1, 1).repeat(3, axis=3)
+    matched = match(pairs_of(tuple("abcdea"), (5, "5", 5, None, None, None), pictures), equal_captions_are_right=True)
+    assert matched.image_id.tolist() == [0, 1, 0, 2, 2, 3]
+    assert matched.caption_id.tolist() == [0, 1, 2, 3, 4, 0]
+    assert matched.rule == "images by image_id, else equal pictures; captions equal to one of the image are right"
+
+
+def test_an_image_id_of_another_kind_is_none(tmp_path):
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    given = [{"image_id": True}, {"image_id": None}, {"image_id": 1.5}, {}, {"image_id": "a"}]
+    examples = [Example(str(n), picture.getvalue(), "a", facts, "png") for n, facts in enumerate(given)]
+    write_shard(tmp_path / "0.tar", examples)
+    small = override(preset("tiny"), ["model.image_size=8", "model.patch_size=8"])
+    data = read_evaluation_data(small, DataFolders("", "", str(tmp_path)))
+    assert data.retrieval is not None
+    assert data.retrieval.pairs.image_ids == (None, None, None, None, "a")
+
+
+def test_equal_captions_of_other_images_are_right_only_where_the_data_say_so(tmp_path):
+    pairs = pairs_of(("a dog", "a dog"), (0, 1))
+    data = lambda right: EvaluationData(None, match(pairs, equal_captions_are_right=right), None, 0)  # noqa: E731
+
+    class OneText(Encoder):
+        def __init__(self):
+            pass
+
+        def images(self, images):
+            return np.eye(2)
+
+        def texts(self, texts):
+            return np.ones((2, 2))
+
+    assert evaluate(OneText(), data(True))["image_to_text_r1"] == 1
+    assert evaluate(OneText(), data(False))["image_to_text_r1"] == 0
+    for content, expected in ((None, False), ("true", True), ("false", False)):
+        if content:
+            (tmp_path / "retrieval.json").write_text(f'{{"equal_captions_are_right": {content}}}')
+        assert equal_captions_are_right(tmp_path) is expected
+    for content in ("[]", "{}", '{"equal_captions_are_right": 1}', "{"):
+        (tmp_path / "retrieval.json").write_text(content)
+        with pytest.raises(DataError, match=r"retrieval\.json"):
+            equal_captions_are_right(tmp_path)
+
+
+class Lengths(NamedTuple):
+    mean_caption_length: float | None = None
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr(evaluator, "_EVALUATORS", dict(evaluator._EVALUATORS))
+
+
+def test_an_evaluator_from_outside(registry):
+    def measure(encoder, data):
+        return Lengths(float(np.mean([len(caption) for caption in data.retrieval.pairs.captions])))
+
+    lengths = Evaluator(
+        name="lengths",
+        needs=("retrieval",),
+        measure=measure,
+        nothing=Lengths(),
+        text=lambda found: f"captions have {found.mean_caption_length} letters",
+    )
+    register(lengths)
+    nothing = evaluate(PerfectEncoder(), EvaluationData(None, None, None, 0))
+    assert nothing["mean_caption_length"] is None and nothing["retrieval_pairs"] == 0
+    matched = match(pairs_of(("caption 1 of 0", "of 1"), (0, 1)), equal_captions_are_right=False)
+    figures = evaluate(PerfectEncoder(), EvaluationData(None, matched._replace(pairs=with_colours(matched)), None, 3))
+    assert figures["mean_caption_length"] == 9 and figures["evaluation_bad_examples"] == 3
+    assert set(figures) == set(nothing)
+    assert "captions have 9.0 letters" in evaluation_text({"preset": "tiny", "step": 1, **figures})
+    for wrong, message in (
+        (lengths, "there is an evaluator 'lengths' already"),
+        (replace(lengths, name="other"), "other figures are called mean_caption_length already"),
+        (replace(lengths, name="other", needs=("video",)), "needs video; data are zero_shot, retrieval"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            register(wrong)
+
+
+def with_colours(matched):
+    colours = np.array([colour_of(n) for n in range(len(matched.image_id))], np.uint8).reshape(-1, 1, 1, 3)
+    return matched.pairs._replace(images=colours)

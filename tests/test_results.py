@@ -5,24 +5,29 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
-from data_cases import classes_json, colour_examples, picture, write_raw
+from data_cases import caption, classes_json, colour_examples, picture, write_raw
 from run_cases import config, ran, summary
 
 from limoe.config.presets import PRESETS, preset
+from limoe.config.schema import MeshConfig
 from limoe.config.settings import override
 from limoe.data.files import DataError
 from limoe.data.inputs import DataFolders, evaluation_folders
 from limoe.data.shards import write_shard
 from limoe.data.tokenizer import train_tokenizer
-from limoe.evaluate import scores
+from limoe.evaluate import command, probe, retrieval, zero_shot
 from limoe.evaluate.command import evaluate_run, evaluation_text
+from limoe.evaluate.data import read_evaluation_data
 from limoe.evaluate.encode import Encoder
 from limoe.model.build import create_model
 from limoe.model.describe import as_text, describe
 from limoe.report import results
-from limoe.workdir.checkpoint import CheckpointError
+from limoe.train.step import new_state, prepare
+from limoe.workdir.checkpoint import CheckpointError, Checkpoints
 from limoe.workdir.folder import Workdir, WorkdirError
 
 
@@ -39,15 +44,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_on_its_own_data_scores_as_in_its_summary(run: Path) -> None:
     result = evaluate_run(str(run), "", say=silent)
     content = summary(run)
-    probe = {"probe_top1", "probe_chance", "probe_shots"}
-    assert set(scores.Scores._fields) | {"preset", "step", "data"} | probe == set(result)
-    assert {result[name] for name in probe} == {None}
-    assert {name: result[name] for name in scores.Scores._fields} == {
-        name: content[name] for name in scores.Scores._fields
-    }
+    fields = {*zero_shot.Figures._fields, *retrieval.Figures._fields, *probe.Figures._fields, "evaluation_bad_examples"}
+    assert fields | {"preset", "step", "data"} == set(result)
+    assert {result[name] for name in probe.Figures._fields} == {None}
+    assert {name: result[name] for name in fields} == {name: content[name] for name in fields}
     assert (result["preset"], result["step"], result["zero_shot_images"], result["retrieval_pairs"]) == (
         *("tiny", 4, 480, 512),
     )
+    rule = "images by equal pictures; captions equal to one of the image are right"
+    assert (result["retrieval_images"], result["retrieval_rule"]) == (512, rule)
     text = evaluation_text(result)
     assert "zero-shot, 480 images" in text and "text to image, 512 pairs: R@1" in text
 
@@ -57,8 +62,11 @@ def test_given_shards_without_classes_give_retrieval_alone(run: Path, tmp_path: 
     write_shard(tmp_path / "0.tar", colour_examples(12))
     result = evaluate_run(str(run), str(tmp_path), say=silent)
     assert result["zero_shot_top1"] is None and result["zero_shot_images"] == 0
-    # Only three captions: of 12 candidates, 10 cannot all be wrong.
+    # Only three pictures, each with four of the captions: of 12 candidates, 10 cannot all be wrong.
     assert result["retrieval_pairs"] == 12 and result["image_to_text_r10"] == 1
+    assert (result["retrieval_images"], result["retrieval_rule"]) == (
+        *(3, "images by equal pictures; captions of the image are right"),
+    )
     assert json.loads(json.dumps(result)) == result
 
 
@@ -97,6 +105,59 @@ def test_a_linear_probe_learns_from_labelled_shards(run: Path, tmp_path: Path) -
         DataError, match=r"a probe needs evaluation data with classes\.json; give its folder with --data"
     ):
         evaluate_run(str(run), labelled("no classes", 9), test, say=silent)
+
+
+@pytest.mark.devices(8)
+def test_parameters_are_read_alone_onto_the_devices_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same scores on one device and on eight that are too small for all parameters, without the optimiser."""
+    small = config("model.width=128", "model.mlp_width=128")
+    training = prepare(small)
+    with Workdir.open(tmp_path / "run", small) as workdir, Checkpoints(workdir.checkpoints) as checkpoints:
+        checkpoints.save(3, new_state(small, training))
+        train_tokenizer([caption(n) for n in range(3)], vocab_size=40, length=8).save(workdir.tokenizer)
+    write_shard(tmp_path / "0.tar", colour_examples(12))
+    read: list[Any] = []
+    restore = ocp.Checkpointer.restore
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        read.append(restore(*args, **kwargs))
+        return read[-1]
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", watched)
+    one = command.evaluate_run(str(tmp_path / "run"), str(tmp_path), say=silent)
+    monkeypatch.setattr(command, "_memory_of", lambda device: 2**19)
+    assert command.evaluate_run(str(tmp_path / "run"), str(tmp_path), say=silent) == one
+    bytes_of = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
+    assert [bytes_of(arrays) for arrays in read] == 2 * [bytes_of(training.abstract.parameters)]
+    assert bytes_of(training.abstract.parameters) < bytes_of(training.abstract) / 2.9  # AdamW keeps two numbers each
+    on_one, on_eight = (
+        max(
+            sum(part.data.nbytes for leaf in arrays.values() for part in leaf.addressable_shards if part.device == here)
+            for here in jax.devices()
+        )
+        for arrays in read
+    )
+    assert on_one == bytes_of(training.abstract.parameters) and on_eight < on_one / 2
+
+
+MEMORY_OF_V5E = int(15.75 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("name", "memories", "expected"),
+    [
+        ("tiny", [MEMORY_OF_V5E] * 8, MeshConfig()),
+        ("h14", [None] * 8, MeshConfig()),
+        ("h14", [MEMORY_OF_V5E] * 8, MeshConfig(expert=8)),
+        ("h14", [MEMORY_OF_V5E] * 64, MeshConfig(data=2, expert=32)),
+        ("h14", [2**32] * 12, MeshConfig(data=3, expert=4, fully_sharded=True)),
+        ("h14-dense", [2**32] * 2, MeshConfig(data=2, fully_sharded=True)),
+    ],
+)
+def test_the_mesh_on_which_a_model_is_read(name: str, memories: list[int | None], expected: MeshConfig) -> None:
+    assert command.mesh_to_read_on(preset(name), memories) == expected
 
 
 def test_image_features_are_what_is_projected() -> None:
@@ -139,13 +200,13 @@ def test_a_label_that_is_no_class(tmp_path: Path, label: Any, message: str) -> N
     )
     classes_json(tmp_path)
     with pytest.raises(DataError, match=message):
-        scores.read_evaluation_data(config(), evaluation_folders(config(), str(tmp_path)))
+        read_evaluation_data(config(), evaluation_folders(config(), str(tmp_path)))
 
 
 def test_evaluation_shards_without_a_usable_example(tmp_path: Path) -> None:
     write_raw(tmp_path / "0.tar", [("a", b"nothing", b"one", None)])
     with pytest.raises(DataError, match=r"none of the 1 examples in .* is usable, a: the image does not decode"):
-        scores.read_evaluation_data(config(), DataFolders("", "", str(tmp_path)))
+        read_evaluation_data(config(), DataFolders("", "", str(tmp_path)))
 
 
 def test_last_steps_are_the_mean_over_layers_and_the_last_hundred() -> None:

@@ -25,7 +25,7 @@ from run_cases import (
 )
 
 import limoe.train.loop as trainer
-import limoe.workdir.checkpoint
+import limoe.workdir.seal
 from limoe.config.schema import ConfigError
 from limoe.data.files import DataError
 from limoe.data.tokenizer import train_tokenizer
@@ -145,7 +145,7 @@ def test_a_signal_saves_and_the_restart_is_exact(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["read_evaluation_data", "score"])
+@pytest.mark.parametrize("where", ["read_evaluation_data", "evaluate"])
 def test_a_signal_outside_the_loop_ends_the_run_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, Any], where: str
 ) -> None:
@@ -154,7 +154,7 @@ def test_a_signal_outside_the_loop_ends_the_run_at_once(
         time.sleep(60)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.results, where, interrupted)
+        patch.setattr(trainer, where, interrupted)
         said = ran(tmp_path / "run").said
     if where == "read_evaluation_data":
         assert "Stopped by SIGTERM before the first step; the work folder is free for any settings" in said
@@ -214,10 +214,10 @@ def test_what_a_kill_leaves_at_any_moment_is_enough(
         snapshots.before(patch, trainer, "prepare", "tokenizer written")
         snapshots.before(patch, MetricsLog, "append", "before the first checkpoint", call=3)
         snapshots.before(patch, MetricsLog, "append", "half a line", call=7)
-        snapshots.before(patch, limoe.workdir.checkpoint, "_sync", "first checkpoint being written", call=3)
-        snapshots.before(patch, limoe.workdir.checkpoint, "_sync", "checkpoint being written", call=30)
-        snapshots.before(patch, trainer.results, "score", "before the evaluation")
-        snapshots.before(patch, trainer.results.report, "draw_gallery", "while drawing")
+        snapshots.before(patch, limoe.workdir.seal, "sync", "first checkpoint being written", call=3)
+        snapshots.before(patch, limoe.workdir.seal, "sync", "checkpoint being written", call=30)
+        snapshots.before(patch, trainer, "evaluate", "before the evaluation")
+        snapshots.before(patch, trainer.results.pictures, "draw_gallery", "while drawing")
         snapshots.before(patch, trainer, "write_json", "before the summary")
         ran(tmp_path / "whole" / "run")
     assert result(tmp_path / "whole" / "run") == expected

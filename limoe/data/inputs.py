@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,8 @@ from limoe.data.world import World, write_world
 TOKENIZER_CAPTIONS = 200_000
 # Decoded images are kept in memory as far as this goes: the embedded world whole, of large data nothing that matters.
 CACHE_BYTES = 2 * 2**30
+# Beside evaluation shards: the classes of zero-shot classification, and which captions are right in retrieval.
+CLASSES_FILE, RETRIEVAL_FILE = "classes.json", "retrieval.json"
 
 Progress = Callable[[int, int], None]
 
@@ -47,7 +49,7 @@ def data_folders(config: Config, progress: Progress | None = None) -> DataFolder
 
 
 def _evaluation(folder: str) -> tuple[str, str]:
-    has_classes = bool(folder) and files.is_folder(folder) and files.exists(Path(folder) / "classes.json")
+    has_classes = bool(folder) and files.is_folder(folder) and files.exists(Path(folder) / CLASSES_FILE)
     return folder if has_classes else "", folder
 
 
@@ -98,7 +100,9 @@ def training_source(config: Config, folders: DataFolders) -> ShardSource:
     return ShardSource(folders.train, image_size=config.model.image_size, cache_dir=config.data.cache_dir)
 
 
-def training_batches(config: Config, source: ShardSource, tokenizer: Tokenizer, rows: range | None = None) -> Batches:
+def training_batches(
+    config: Config, source: ShardSource, tokenizer: Tokenizer, rows: Sequence[int] | None = None
+) -> Batches:
     """The global batches of a run, or some rows of them, decoded in threads, decoded images kept in memory where they
     fit."""
     return Batches(

@@ -19,7 +19,7 @@ MAX_TEXT_BYTES = 2**20
 
 
 class Decoded(NamedTuple):
-    """An example ready for use: `image` uint8 [H, W, 3]; `metadata` from its .json, None if not asked for."""
+    """An example ready for use: `image` uint8 [H, W, 3]; `metadata` from its .json, None if that is not read."""
 
     image: UInt8[np.ndarray, "H W 3"]
     caption: str
@@ -50,12 +50,19 @@ class _BadExample(Exception):
 class ShardSource:
     """The examples of all shards that `find_shards(spec)` names, shard after shard; their number includes the bad ones.
 
-    `metadata` asks for the content of key.json too; then an example whose .json is damaged is bad. Indexes are kept as
+    `metadata` asks for the content of key.json too; then an example whose .json is damaged is bad, and, unless
+    `needs_metadata` is false, one that has none. Indexes are kept as
     `load_index` says. Raises `DataError` if no shards or no examples are found, and what `files.open_binary` raises.
     """
 
     def __init__(
-        self, spec: files.Path, *, image_size: int, metadata: bool = False, cache_dir: files.Path = ""
+        self,
+        spec: files.Path,
+        *,
+        image_size: int,
+        metadata: bool = False,
+        needs_metadata: bool = True,
+        cache_dir: files.Path = "",
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size {image_size} must be at least 1 pixel")
@@ -63,7 +70,7 @@ class ShardSource:
         self._indexes = [shards.load_index(path, cache_dir=cache_dir) for path in self._paths]
         self._ends = list(itertools.accumulate(len(index.keys) for index in self._indexes))
         self._image_size = image_size
-        self._metadata = metadata
+        self._metadata, self._needs_metadata = metadata, needs_metadata
         if not self._ends[-1]:
             raise DataError(
                 f"the {len(self._paths)} shards of {spec} hold no examples; they need key.jpg and key.txt members"
@@ -79,7 +86,8 @@ class ShardSource:
             caption = _caption(path, index, row)
             content = _member(path, index, index.image[row], "image", MAX_IMAGE_BYTES)
             image = images.decode(content, size=self._image_size)
-            return Decoded(image, caption, key, _metadata(path, index, row) if self._metadata else None)
+            read = self._metadata and (self._needs_metadata or index.metadata[row][0] >= 0)
+            return Decoded(image, caption, key, _metadata(path, index, row) if read else None)
         except (_BadExample, images.ImageError) as error:
             return Bad(key, str(error))
 

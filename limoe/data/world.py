@@ -293,6 +293,8 @@ def write_world(
         classes = {"templates": TEMPLATES, "classes": [triple.name for triple in HELD_OUT]}
         for path, text in (
             (os.path.join(folders.heldout, "classes.json"), json.dumps(classes, indent=1)),
+            # Captions there name all that a scene shows: of scenes with equal captions each shows what both say.
+            (os.path.join(folders.retrieval, "retrieval.json"), json.dumps({"equal_captions_are_right": True})),
             (os.path.join(root, "world.json"), world.description()),
         ):
             files.write_bytes(path, f"{text}\n".encode())

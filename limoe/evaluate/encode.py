@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,45 +10,11 @@ import numpy as np
 from flax import nnx
 
 from limoe.config.schema import Config
-from limoe.data.source import Bad, Decoded, Source
 from limoe.data.tokenizer import Tokenizer
 from limoe.model.build import Parameters
 from limoe.model.moe import Assignment
 from limoe.model.tower import Embeddings, scale_images
 from limoe.parallel.mesh import Placement, spread
-
-
-class Pairs(NamedTuple):
-    """Decoded examples: uint8 images [N, H, W, 3], captions, and class labels [N] (-1 where an example has none)."""
-
-    images: np.ndarray
-    captions: tuple[str, ...]
-    labels: np.ndarray
-    num_bad: int
-    first_bad: str
-    """Key and reason of the first bad example, "" if there is none."""
-
-
-def read_pairs(source: Source) -> Pairs:
-    """Read all good examples of a source into memory; bad ones are left out and counted."""
-    good: list[Decoded] = []
-    bad: list[Bad] = []
-    for number in range(len(source)):
-        example = source[number]
-        if isinstance(example, Bad):
-            bad.append(example)
-        else:
-            good.append(example)
-    labels = [label_of(example) for example in good]
-    images = np.stack([example.image for example in good]) if good else np.zeros((0, 1, 1, 3), np.uint8)
-    first_bad = f"{bad[0].key}: {bad[0].reason}" if bad else ""
-    return Pairs(images, tuple(example.caption for example in good), np.array(labels, np.int64), len(bad), first_bad)
-
-
-def label_of(example: Decoded) -> int:
-    """The class index in an example's metadata, -1 if it has none."""
-    label = (example.metadata or {}).get("class", -1)
-    return label if type(label) is int else -1  # true and false are no class, although Python counts them as integers
 
 
 class Encoder:

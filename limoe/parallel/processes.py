@@ -115,16 +115,6 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def rows_of_this_process(batch_size: int) -> range:
-    """Rows p*B/P to (p+1)*B/P of a batch of B, for process p of P.
-
-    >>> rows_of_this_process(8)
-    range(0, 8)
-    """
-    share = batch_size // jax.process_count()
-    return range(jax.process_index() * share, (jax.process_index() + 1) * share)
-
-
 def added_up(*numbers: int) -> tuple[int, ...]:
     """Each number added up over all processes; all must call it.
 

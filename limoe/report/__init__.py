@@ -1,1 +1,1 @@
-"""What a finished run shows: figures of routing, pictures, the summary."""
+"""What a person looks at of a finished run: figures of routing, pictures, the summary; numbers: `limoe.evaluate`."""

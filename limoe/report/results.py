@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +10,9 @@ import numpy as np
 
 from limoe.config.schema import Config
 from limoe.data.tokenizer import Tokenizer
-from limoe.evaluate.encode import Encoder, Pairs
-from limoe.evaluate.scores import EvaluationData, Scores, zero_shot_probability
+from limoe.evaluate import zero_shot
+from limoe.evaluate.data import EvaluationData, Pairs
+from limoe.evaluate.encode import Encoder
 from limoe.model.describe import describe
 from limoe.model.moe import IMAGE, TEXT
 from limoe.report import pictures
@@ -35,12 +36,13 @@ def bound(config: Config) -> float | None:
     return success_rate_bound(model.num_experts, group, model.num_choices, model.capacity_factor)
 
 
-def training_history(config: Config, metrics: Sequence[dict[str, Any]], scores: Scores | None) -> History:
+def training_history(config: Config, metrics: Sequence[dict[str, Any]], figures: Mapping[str, Any] | None) -> History:
     """Curves of a run from the lines of its log; the final zero-shot result closes its curve."""
     sparse = bool(config.model.moe_layers)
     shots = [(line["step"], line["zero_shot_top1"]) for line in metrics if line["zero_shot_top1"] is not None]
-    if scores is not None and scores.zero_shot_top1 is not None and (not shots or shots[-1][0] != metrics[-1]["step"]):
-        shots.append((metrics[-1]["step"], scores.zero_shot_top1))
+    final, chance = (figures or {}).get("zero_shot_top1"), (figures or {}).get("zero_shot_chance")
+    if final is not None and (not shots or shots[-1][0] != metrics[-1]["step"]):
+        shots.append((metrics[-1]["step"], final))
 
     def column(name: str) -> np.ndarray:
         return np.array([line[name] for line in metrics], float)
@@ -55,7 +57,7 @@ def training_history(config: Config, metrics: Sequence[dict[str, Any]], scores: 
         success_rate_bound=bound(config) or 1.0,
         zero_shot_step=np.array([step for step, _ in shots], float),
         zero_shot_top1=np.array([top1 for _, top1 in shots], float),
-        zero_shot_chance=(scores.zero_shot_chance or 0.0) if scores else 0.0,
+        zero_shot_chance=chance or 0.0,
     )
 
 
@@ -96,7 +98,7 @@ def draw(
     if data.zero_shot:
         chosen = np.linspace(0, len(data.zero_shot.pairs.images) - 1, EXAMPLES_SHOWN).astype(int)
         images = data.zero_shot.pairs.images[chosen]
-        probability = zero_shot_probability(encoder, data.zero_shot, images)
+        probability = zero_shot.probability(encoder, data.zero_shot, images)
         names, labels = data.zero_shot.classes.names, data.zero_shot.pairs.labels[chosen]
         pictures.draw_examples(folder / "examples.png", images, probability, labels, names)
     if last.wanted is None or last.kept is None:
@@ -109,7 +111,7 @@ def draw(
         moe_layers=model.moe_layers,
         capacity_factor=_factor_of_present_tokens(config, last.wanted),
     )
-    pairs = data.retrieval or (data.zero_shot.pairs if data.zero_shot else None)
+    pairs = data.pairs
     if pairs is None:
         return
     views = layer_views(config, last, encoder, pairs, tokenizer)
@@ -165,14 +167,16 @@ class Times(NamedTuple):
     """The steps alone, waiting for data and compilation included; steps that were done twice count once."""
 
 
-def summary(config: Config, scores: Scores, last: LastSteps, times: Times, *, num_bad: int) -> dict[str, Any]:
+def summary(
+    config: Config, figures: Mapping[str, Any], last: LastSteps, times: Times, *, num_bad: int
+) -> dict[str, Any]:
     """The content of summary.json; `num_bad` counts the training examples that were replaced."""
     described = describe(config)
     content: dict[str, Any] = {
         "preset": config.preset,
         "steps": config.train.steps,
         **times._asdict(),
-        **scores._asdict(),
+        **figures,
         "success_rate_image": last.success_rate_image,
         "success_rate_text": last.success_rate_text,
         "success_rate_bound": bound(config),

@@ -25,11 +25,12 @@ from limoe.data.batches import BadExamples, Batch
 from limoe.data.source import Bad
 from limoe.data.tokenizer import Tokenizer
 from limoe.errors import LimoeError
-from limoe.evaluate import scores
+from limoe.evaluate import evaluate, zero_shot
+from limoe.evaluate.data import EvaluationData, read_evaluation_data
 from limoe.evaluate.encode import Encoder
 from limoe.model.build import Parameters
 from limoe.parallel import processes
-from limoe.parallel.mesh import joined, place
+from limoe.parallel.mesh import joined, own_rows, place
 from limoe.report import pictures, results
 from limoe.train.losses import by_name
 from limoe.train.optim import make_schedule
@@ -116,13 +117,13 @@ def _train(
         for damage in source.damages:
             say(f"damaged shard: {damage}")
         tokenizer = inputs.tokenizer_for(config, workdir.tokenizer, source)
-    rows = processes.rows_of_this_process(config.train.batch_size)
+    placement = place(config.mesh)
+    rows = own_rows(config.train.batch_size, placement)
     batches = inputs.training_batches(config, source, tokenizer, rows)
-    evaluation = scores.read_evaluation_data(config, folders)
+    evaluation = read_evaluation_data(config, folders)
     if evaluation.num_bad:
         say(f"{evaluation.num_bad} bad examples of the evaluation data are left out")
 
-    placement = place(config.mesh)
     training = prepare(config, placement)
     log = MetricsLog(workdir.metrics) if processes.is_first() else None
     began -= _seconds_before(log)
@@ -150,7 +151,7 @@ class _Run:
         log: MetricsLog | None,
         checkpoints: Checkpoints,
         encoder: Encoder,
-        evaluation: scores.EvaluationData,
+        evaluation: EvaluationData,
         began: float,
         say: Callable[[str], None],
     ) -> None:
@@ -222,7 +223,7 @@ class _Run:
         every = self.config.train.evaluate_every
         if not every or step % every or self.evaluation.zero_shot is None:
             return None
-        return scores.zero_shot(self.encoder.use(parameters), self.evaluation.zero_shot).top1
+        return zero_shot.of_images(self.encoder.use(parameters), self.evaluation.zero_shot).top1
 
     def _check_report(self, step: int, step_report: StepReport) -> None:
         """Stop on a loss or gradient that is not finite, before anything of this step is written or saved."""
@@ -303,7 +304,7 @@ class _Run:
         """
         self.say("evaluating (dropless) and drawing figures")
         metrics = read_metrics(self.workdir.metrics)
-        reached = scores.score(self.encoder, self.evaluation)
+        reached = evaluate(self.encoder, self.evaluation)
         last = results.last_steps(self.config, metrics)
         history = results.training_history(self.config, metrics, reached)
         with contextlib.ExitStack() as stack:
@@ -327,7 +328,7 @@ class _Run:
 
 
 def _bad_of_all(own: BadExamples, num_examined: int, num_bad: int) -> BadExamples:
-    """The bad examples of all processes, given how many there are; the first few of them in the order of rows."""
+    """The bad examples of all processes, given how many there are; the first few of them process by process."""
     first: list[Bad] = []
     if num_bad:
         for text in processes.texts_of_all(json.dumps(own.first)):

@@ -1,0 +1,257 @@
+"""What a run is evaluated on: pairs in memory, what their shards say of them, and the files beside the shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Hashable
+from dataclasses import dataclass
+from os import PathLike
+from os.path import join
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from limoe.config.schema import Config
+from limoe.data import files
+from limoe.data.files import DataError
+from limoe.data.inputs import CLASSES_FILE, RETRIEVAL_FILE, DataFolders
+from limoe.data.source import Bad, Decoded, ShardSource, Source
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Names of the candidate classes and the templates that make a sentence of a name."""
+
+    templates: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+class Pairs(NamedTuple):
+    """Decoded examples: uint8 images [N, H, W, 3], captions, and class labels [N] (-1 where an example has none)."""
+
+    images: np.ndarray
+    captions: tuple[str, ...]
+    labels: np.ndarray
+    image_ids: tuple[int | str | None, ...]
+    """The `image_id` of the metadata, None where there is none."""
+    num_bad: int
+    first_bad: str
+    """Key and reason of the first bad example, "" if there is none."""
+
+
+class Labelled(NamedTuple):
+    """Images with labels, the classes among which to choose, and where they come from."""
+
+    pairs: Pairs
+    classes: Classes
+    folder: str
+
+
+class Matched(NamedTuple):
+    """Pairs, and which of them hold the same image [N] or captions that are right for the same images [N]."""
+
+    pairs: Pairs
+    image_id: np.ndarray
+    caption_id: np.ndarray
+    rule: str
+    """How that was decided, in words."""
+
+
+class EvaluationData(NamedTuple):
+    """What is evaluated; None where there is no such data."""
+
+    zero_shot: Labelled | None
+    retrieval: Matched | None
+    probe: Labelled | None
+    """What a linear probe learns from; it is tested on the zero-shot images."""
+    num_bad: int
+    """Examples that could not be read and are left out; those to learn from do not count."""
+
+    @property
+    def pairs(self) -> Pairs | None:
+        """Some images with captions, if there are any: for what needs no more than that."""
+        if self.retrieval is not None:
+            return self.retrieval.pairs
+        return None if self.zero_shot is None else self.zero_shot.pairs
+
+
+def read_evaluation_data(config: Config, folders: DataFolders, probe_folder: str = "") -> EvaluationData:
+    """Read the evaluation shards into memory; bad examples are left out and counted.
+
+    Raises DataError if a folder has no usable example, if one in a folder with classes.json has no valid class, or if
+    there is a folder for a probe but none with classes.json.
+    """
+    zero_shot = probe = None
+    if folders.zero_shot:
+        classes = read_classes(folders.zero_shot)
+        zero_shot = _labelled(config, folders.zero_shot, classes)
+    if probe_folder:
+        if zero_shot is None:
+            raise DataError("a probe needs evaluation data with classes.json; give its folder with --data")
+        probe = _labelled(config, probe_folder, zero_shot.classes)
+    both = zero_shot is not None and folders.retrieval == folders.zero_shot
+    num_bad = 0 if zero_shot is None else zero_shot.pairs.num_bad
+    matched = None
+    if folders.retrieval:
+        pairs = zero_shot.pairs if zero_shot and both else _read(config, folders.retrieval, needs_metadata=False)
+        num_bad += 0 if both else pairs.num_bad
+        matched = match(pairs, equal_captions_are_right=equal_captions_are_right(folders.retrieval))
+    return EvaluationData(zero_shot, matched, probe, num_bad)
+
+
+def match(pairs: Pairs, *, equal_captions_are_right: bool) -> Matched:
+    """Decide which pairs hold one image, and which captions are right for it.
+
+    Pairs with the same `image_id` hold one image; of those without, pairs with equal pictures do. The right captions
+    of an image are its own, and with `equal_captions_are_right` all that are equal to one of them.
+
+    >>> image = np.zeros((3, 1, 1, 3), np.uint8)
+    >>> pairs = Pairs(image, ("a dog", "one dog", "a dog"), np.full(3, -1), (7, 7, 8), 0, "")
+    >>> matched = match(pairs, equal_captions_are_right=False)
+    >>> matched.image_id.tolist(), matched.caption_id.tolist(), matched.rule
+    ([0, 0, 1], [0, 1, 2], 'images by image_id; captions of the image are right')
+    """
+    images = [
+        hashlib.sha256(image.tobytes()).digest() if given is None else (type(given), given)
+        for image, given in zip(pairs.images, pairs.image_ids, strict=True)
+    ]
+    ways = {False: "equal pictures", True: "image_id"}
+    given = sorted({image_id is not None for image_id in pairs.image_ids}, reverse=True)
+    rule = f"images by {', else '.join(ways[one] for one in given)}; "
+    if equal_captions_are_right:
+        captions, rule = _numbered(pairs.captions), rule + "captions equal to one of the image are right"
+    else:
+        captions, rule = np.arange(len(images)), rule + "captions of the image are right"
+    return Matched(pairs, _numbered(images), captions, rule)
+
+
+def _numbered(values: Any) -> np.ndarray:
+    """The number of each value, in the order in which they first appear."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(value, len(numbers)) for value in values])
+
+
+def equal_captions_are_right(folder: str | PathLike[str]) -> bool:
+    """What `retrieval.json` in an evaluation folder says of captions that are equal to one of another image.
+
+    Its content is `{"equal_captions_are_right": true}`, for data whose captions describe all there is to see, so that
+    equal ones are right for either image. Without the file they are wrong. Raises DataError for another content.
+    """
+    path = join(folder, RETRIEVAL_FILE)
+    if not files.is_folder(folder) or not files.exists(path):
+        return False
+    content = _json(path)
+    if not isinstance(content, dict) or type(content.get("equal_captions_are_right")) is not bool:
+        raise DataError(f'{path} must hold {{"equal_captions_are_right": true}} or false, not {_kind(content)}')
+    return content["equal_captions_are_right"]
+
+
+def read_classes(folder: str | PathLike[str]) -> Classes:
+    """Reads `classes.json` of an evaluation folder: `{"templates": ["a photo of a {}"], "classes": ["red square"]}`.
+
+    Raises DataError, with the file and what to change, where the folder holds no such file, it is not JSON, a list is
+    absent or empty, a template has not exactly one `{}`, or two names are equal in lower case. Other keys are left
+    alone.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     files.write_bytes(join(folder, "classes.json"), b'{"templates": ["a {}"], "classes": ["cat", "dog"]}')
+    ...     read_classes(folder)
+    Classes(templates=('a {}',), names=('cat', 'dog'))
+    """
+    path = join(folder, CLASSES_FILE)
+    if not files.exists(path):
+        raise DataError(
+            f"{path} does not exist; zero-shot evaluation needs it: "
+            '{"templates": ["a photo of a {}"], "classes": ["cat", "dog"]}'
+        )
+    content = _json(path)
+    if not isinstance(content, dict):
+        raise DataError(f'{path} must hold an object with the lists "templates" and "classes", not {_kind(content)}')
+    templates = _strings(content, "templates", path)
+    names = _strings(content, "classes", path)
+    for template in templates:
+        if template.count("{}") != 1:
+            raise DataError(f"template {template!r} in {path} must hold {{}} exactly once, where the class name goes")
+    seen: dict[str, int] = {}
+    for index, name in enumerate(names):
+        first = seen.setdefault(name.lower(), index)
+        if first != index:
+            raise DataError(
+                f"classes {first} and {index} in {path} have the same name {name!r}; make every name unique"
+            )
+    return Classes(templates, names)
+
+
+def _labelled(config: Config, folder: str, classes: Classes) -> Labelled:
+    found = _read(config, folder, needs_metadata=True)
+    num_classes = len(classes.names)
+    wrong = np.flatnonzero((found.labels < 0) | (found.labels >= num_classes))
+    if len(wrong):
+        raise DataError(
+            f"{len(wrong)} examples in {folder} have no class between 0 and {num_classes - 1}; "
+            'give each a .json with {"class": index}, or evaluate without classes.json'
+        )
+    return Labelled(found, classes, folder)
+
+
+def _read(config: Config, folder: str, *, needs_metadata: bool) -> Pairs:
+    size, cache = config.model.image_size, config.data.cache_dir
+    source = ShardSource(folder, image_size=size, metadata=True, needs_metadata=needs_metadata, cache_dir=cache)
+    found = read_pairs(source)
+    if not found.captions:
+        raise DataError(f"none of the {found.num_bad} examples in {folder} is usable, {found.first_bad}; repair them")
+    return found
+
+
+def read_pairs(source: Source) -> Pairs:
+    """Read all good examples of a source into memory; bad ones are left out and counted."""
+    good: list[Decoded] = []
+    bad: list[Bad] = []
+    for number in range(len(source)):
+        example = source[number]
+        if isinstance(example, Bad):
+            bad.append(example)
+        else:
+            good.append(example)
+    images = np.stack([example.image for example in good]) if good else np.zeros((0, 1, 1, 3), np.uint8)
+    first_bad = f"{bad[0].key}: {bad[0].reason}" if bad else ""
+    metadata = [example.metadata or {} for example in good]
+    return Pairs(
+        images=images,
+        captions=tuple(example.caption for example in good),
+        labels=np.array([-1 if _is_not(int, facts, "class") else facts["class"] for facts in metadata], np.int64),
+        image_ids=tuple(None if _is_not(int | str, facts, "image_id") else facts["image_id"] for facts in metadata),
+        num_bad=len(bad),
+        first_bad=first_bad,
+    )
+
+
+def _is_not(kind: Any, metadata: dict[str, Any], name: str) -> bool:
+    """Whether the metadata lacks such a value; true and false are no numbers, although Python counts them as such."""
+    value = metadata.get(name)
+    return not isinstance(value, kind) or isinstance(value, bool)
+
+
+def _json(path: str) -> object:
+    try:
+        return json.loads(files.read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({error}); write it again") from error
+
+
+def _strings(content: dict[str, object], key: str, path: str) -> tuple[str, ...]:
+    if key not in content:
+        raise DataError(f'{path} has no "{key}"; add a list of strings of that name')
+    value = content[key]
+    if not isinstance(value, list) or not value:
+        raise DataError(f'"{key}" in {path} must be a list of at least one string, not {_kind(value)}')
+    for index, item in enumerate(value):
+        if not isinstance(item, str) or not item.strip():
+            raise DataError(f'entry {index} of "{key}" in {path} must be a string that is not empty, not {item!r:.60}')
+    return tuple(value)
+
+
+def _kind(value: object) -> str:
+    return "an empty list" if value == [] else f"{type(value).__name__} {value!r:.60}"

@@ -1,0 +1,125 @@
+"""Zero-shot classification: an image is of the class whose prompts are nearest to it (paper section 7)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from limoe.evaluate.data import Classes, EvaluationData, Labelled
+from limoe.evaluate.embeddings import blocks, check_width, checked, checked_labels, scores_of
+from limoe.evaluate.encode import Encoder
+from limoe.evaluate.evaluator import Evaluator
+
+
+class ZeroShot(NamedTuple):
+    """Zero-shot classification: shares of the images, and who was taken for whom."""
+
+    top1: float
+    top5: float
+    chance: float
+    confusion: np.ndarray  # [Q, Q] int64: images of the row's class that were taken for the column's class
+
+
+class Figures(NamedTuple):
+    """What zero-shot classification adds to a summary; None without data."""
+
+    zero_shot_top1: float | None = None
+    zero_shot_top5: float | None = None
+    zero_shot_chance: float | None = None
+    zero_shot_images: int = 0
+
+
+def prompts(classes: Classes) -> tuple[str, ...]:
+    """Lower-cased sentences of all classes: all templates of class 0, then all of class 1, and so on (paper section 7).
+
+    >>> prompts(Classes(("a {}", "A photo of a {}."), ("Cat", "dog")))
+    ('a cat', 'a photo of a cat.', 'a dog', 'a photo of a dog.')
+    """
+    return tuple(template.replace("{}", name).lower() for name in classes.names for template in classes.templates)
+
+
+def class_embeddings(text_embedding: np.ndarray, *, num_templates: int) -> np.ndarray:
+    """Averages the embeddings [Q * num_templates, P] of `prompts` over the templates and L2-normalises: [Q, P] float32.
+
+    Raises ValueError where the rows are no multiple of `num_templates` or not finite (paper section 7).
+
+    >>> class_embeddings(np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [0.0, 4.0]]), num_templates=2).round(3)
+    array([[0.707, 0.707],
+           [0.   , 1.   ]], dtype=float32)
+    """
+    embedding = checked("text_embedding", text_embedding)
+    if num_templates < 1 or len(embedding) % num_templates:
+        raise ValueError(
+            f"{len(embedding)} prompt embeddings cannot be split into classes of {num_templates} templates each; "
+            "pass the embeddings of all prompts(classes) and num_templates=len(classes.templates)"
+        )
+    mean = embedding.reshape(-1, num_templates, embedding.shape[1]).mean(axis=1)
+    norm = np.linalg.norm(mean, axis=1, keepdims=True)
+    # Prompts that cancel out leave the zero vector and not NaN.
+    return (mean / np.maximum(norm, np.finfo(np.float32).tiny)).astype(np.float32)
+
+
+def zero_shot(image: np.ndarray, classes: np.ndarray, label: np.ndarray) -> ZeroShot:
+    """Classifies image embeddings [N, P] by the largest dot product with class embeddings [Q, P].
+
+    `label` [N] is the right class of every image (paper section 7).
+    A class that scores as high as the right one is put before it, so a tie is an error. `confusion` follows the same
+    rule (among wrong classes with equal scores the lowest index): its diagonal sums to `top1 * N`. Up to five
+    classes `top5` is 1.
+    Raises ValueError on shapes that do not fit, labels outside 0 to Q - 1, no images, or values that are not finite.
+
+    >>> result = zero_shot(np.eye(3)[[0, 1, 2, 2]], np.eye(3), np.array([0, 1, 2, 0]))
+    >>> result.top1, round(result.chance, 3), result.confusion.tolist()
+    (0.75, 0.333, [[1, 0, 1], [0, 1, 0], [0, 0, 1]])
+    """
+    image, classes = checked("image", image), checked("classes", classes)
+    check_width("image", image, "classes", classes)
+    num_classes = len(classes)
+    label = checked_labels("label", label, len(image), num_classes)
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    hits1 = hits5 = 0
+    for block in blocks(len(image), num_classes):
+        scores = scores_of(image[block], classes)
+        row = np.arange(len(scores))
+        right = scores[row, label[block]]
+        scores[row, label[block]] = -np.inf
+        before = np.sum(~(scores < right[:, None]), axis=1)
+        predicted = np.where(before == 0, label[block], np.argmax(scores, axis=1))
+        np.add.at(confusion, (label[block], predicted), 1)
+        hits1 += int(np.sum(before < 1))
+        hits5 += int(np.sum(before < 5))
+    return ZeroShot(hits1 / len(image), hits5 / len(image), 1 / num_classes, confusion)
+
+
+def probability(encoder: Encoder, data: Labelled, images: np.ndarray) -> np.ndarray:
+    """Softmax over classes [N, Q] of scaled similarities: how sure the model is of each class."""
+    logits = encoder.scale * encoder.images(images) @ _of_classes(encoder, data.classes).T
+    exponential = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponential / exponential.sum(axis=1, keepdims=True)
+
+
+def of_images(encoder: Encoder, data: Labelled) -> ZeroShot:
+    """Zero-shot classification of all images of a data set."""
+    return zero_shot(encoder.images(data.pairs.images), _of_classes(encoder, data.classes), data.pairs.labels)
+
+
+def _of_classes(encoder: Encoder, classes: Classes) -> np.ndarray:
+    """One embedding [Q, P] for each class, from all its prompts."""
+    return class_embeddings(encoder.texts(prompts(classes)), num_templates=len(classes.templates))
+
+
+def _measure(encoder: Encoder, data: EvaluationData) -> Figures:
+    assert data.zero_shot is not None
+    found = of_images(encoder, data.zero_shot)
+    return Figures(found.top1, found.top5, found.chance, len(data.zero_shot.pairs.images))
+
+
+def _text(found: Figures) -> str:
+    return (
+        f"zero-shot, {found.zero_shot_images:,} images: top-1 {found.zero_shot_top1:.1%}, "
+        f"top-5 {found.zero_shot_top5:.1%}, chance {found.zero_shot_chance:.1%}"
+    )
+
+
+EVALUATOR = Evaluator(name="zero_shot", needs=("zero_shot",), measure=_measure, nothing=Figures(), text=_text)
