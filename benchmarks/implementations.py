@@ -33,7 +33,8 @@ from moe_kernels import (
 )
 from moe_kernels.backends import BACKENDS, problem_of
 from moe_kernels.backends.base import Backend, Problem, RouteStatic
-from moe_kernels.backends.gpu.sm90.tiling import NUM_CONSUMERS, WARPGROUP_ROWS
+from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS
+from moe_kernels.backends.gpu.sm90.tiling import WARPGROUP_ROWS
 from moe_kernels.backends.tpu.common import tiling
 from moe_kernels.backends.xla.matmul import TILE_ROWS
 from moe_kernels.chips import find_tpu

@@ -335,7 +335,7 @@ def mosaic_matmul(rows: Array, weight: Array, sizes: Array) -> Array:
 
 def _mosaic_why_not(case: Case, dtype: str, platform: str) -> str | None:
     chip = find_generation(jax.devices()[0].device_kind) if platform == "gpu" else None
-    if chip is None or not chip.columns:
+    if chip is None or chip.name != "hopper":
         return f"is for Hopper GPUs, not for {jax.devices()[0].device_kind if platform == 'gpu' else platform}"
     return None if dtype in ("bfloat16", "float16") else f"does not take {dtype}"
 

@@ -149,16 +149,13 @@ TPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What kernels may use of a generation of GPUs: bytes of shared memory a block, and the columns of wgmma, wider
-    tiles first."""
+    """A generation of GPUs, as its kernels are looked up, and bytes of shared memory that a block may use."""
 
+    name: str
     shared_memory: int
-    columns: tuple[int, ...]
-    """Empty where there is no wgmma: rows are gathered there, not multiplied."""
 
 
-_HOPPER = Generation(shared_memory=232_448, columns=(256, 128))
-_BLACKWELL = Generation(shared_memory=232_448, columns=())
+_HOPPER, _BLACKWELL = Generation("hopper", 232_448), Generation("blackwell", 232_448)
 
 
 class Gpu(NamedTuple):

@@ -44,12 +44,11 @@ MUTANTS = {
         MATMUL,
         "ring.release(filled + k - 1)",
         "ring.release(filled + k)",
-        beside="def work",
     ),
-    "last stage not released": Mutant(MATMUL, "ring.release(filled + slices - 1)", "pass", beside="def work"),
+    "last stage not released": Mutant(MATMUL, "ring.release(filled + num_stages - 1)", "None"),
     "no barrier after masking": Mutant(
         MATMUL,
-        "plgpu.barrier_arrive(clean)\n                plgpu.barrier_wait(clean)",
+        "plgpu.barrier_arrive(scratch.clean)\n        plgpu.barrier_wait(scratch.clean)",
         "pass",
     ),
     "mask one row too long": Mutant(MATMUL, "jnp.where(row < size,", "jnp.where(row <= size,"),
@@ -58,7 +57,7 @@ MUTANTS = {
         "jnp.where(row < size,",
         "jnp.where(row < size - 1,",
     ),
-    "no mask": Mutant(MATMUL, "@pl.when(size < DEPTH)", "@pl.when(size < 0)"),
+    "no mask": Mutant(MATMUL, "pl.when(size < DEPTH)", "pl.when(size < 0)"),
     "mask by multiplication": Mutant(
         POISON,
         "jnp.where(row < size, value, jnp.zeros_like(value))",
@@ -66,8 +65,8 @@ MUTANTS = {
     ),
     "ragged ends stored whole": Mutant(
         MATMUL,
-        "store_rows(out_s.at[wg, n % 2], out_g[i], row, used,",
-        "store_rows(out_s.at[wg, n % 2], out_g[i], row, used | 64,",
+        "store_rows(scratch.out.at[wg, n % 2], output, row, used,",
+        "store_rows(scratch.out.at[wg, n % 2], output, row, used | 64,",
     ),
     "second half of a tile skipped": Mutant(
         MATMUL,
@@ -81,19 +80,21 @@ MUTANTS = {
     ),
     "bias not waited for": Mutant(
         MLP,
-        'plgpu.barrier_wait(scratch["bias_full"].at[wg])',
+        "plgpu.barrier_wait(scratch.bias.full.at[wg])",
         "pass",
     ),
     "the gate stands where what it lets pass does": Mutant(
-        GATED, "yield 0, own + CHUNK, up", "yield 0, own + CHUNK, rounded"
+        GATED, "tile.outputs.hidden, column + CHUNK, up", "tile.outputs.hidden, column + CHUNK, gate"
     ),
-    "products of a gate and the gate": Mutant(GATED, "up = before(chunk + 1)", "up = before(chunk)"),
-    "products of the next columns": Mutant(GATED, "lax.div(own, jnp.int32(2))", "lax.rem(own + CHUNK, jnp.int32(256))"),
+    "products of a gate and the gate": Mutant(GATED, "up = tile.rounded(chunk + 1)", "up = tile.rounded(chunk)"),
+    "products of the next columns": Mutant(
+        GATED, "lax.div(column, jnp.int32(2))", "lax.rem(column + CHUNK, jnp.int32(256))"
+    ),
     "a gate's gradient without its slope": Mutant(
         GATED, "up.astype(jnp.float32) * slope", "up.astype(jnp.float32)", beside="_in_turns"
     ),
     "gradients of a pair the wrong way round": Mutant(
-        GATED, "dweight, dup = _apart(dmatrix)", "dup, dweight = _apart(dmatrix)"
+        GATED, "dweight, dup = _apart(gradients.weight)", "dup, dweight = _apart(gradients.weight)"
     ),
     "a matmul's gradient past its activation": Mutant(
         POINTWISE, "dout if hidden is None else", "dout if weights.up is None else"
@@ -101,44 +102,44 @@ MUTANTS = {
     "a bias that is not added": Mutant(POINTWISE, "bias=float32_of(weights.bias)", "bias=None"),
     "hidden not waited for": Mutant(
         MLP,
-        'plgpu.barrier_wait(scratch["hidden_full"].at[2 * wg + chunk])',
+        "plgpu.barrier_wait(tile.hidden.full.at[2 * tile.consumer + chunk])",
         "pass",
     ),
     "slope without its second term": Mutant(MLP, "s + x * s * (1.0 - s)", "s + 0 * x * s * (1.0 - s)"),
     "indices past the end are fetched": Mutant(
         GATHER,
-        "at = jnp.minimum(index_g[own, consumer, row + n], length - 1)",
-        "at = index_g[own, consumer, row + n]",
+        "at = jnp.minimum(inputs.index[own, consumer, row + n], inputs.x.shape[0] - 1)",
+        "at = inputs.index[own, consumer, row + n]",
     ),
     "rows of tiles past the end are fetched": Mutant(
         GATHER_ONE,
-        "jnp.minimum(tile * TILE_ROWS + first + n, count - 1)",
+        "jnp.minimum(tile * TILE_ROWS + first + n, inputs.other.shape[0] - 1)",
         "tile * TILE_ROWS + first + n",
     ),
-    "the row behind the last is added": Mutant(GATHER, "[slot, wg] < length", "[slot, wg] <= length"),
+    "the row behind the last is added": Mutant(GATHER, "[slot, wg] < self.inputs.x", "[slot, wg] <= self.inputs.x"),
     "unused rows masked by multiplication": Mutant(
         GATHER_POISON,
         "jnp.where(lax.broadcast_in_dim(used, value.shape, (0,)), value, jnp.zeros_like(value))",
         "value * lax.broadcast_in_dim(used.astype(jnp.float32), value.shape, (0,))",
     ),
-    "weights of the other consumer": Mutant(
-        GATHER, 'scratch["weight_s"][slot, wg]', 'scratch["weight_s"][slot, 1 - wg]'
-    ),
-    "a copy that nobody waits for": Mutant(GATHER, "copies = TILE_ROWS + 1", "copies = TILE_ROWS"),
+    "weights of the other consumer": Mutant(GATHER, "scratch.weight[slot, wg]", "scratch.weight[slot, 1 - wg]"),
+    "a copy that nobody waits for": Mutant(GATHER, "copies = TILE_ROWS + 1", "copies = TILE_ROWS + 0"),
     "rows read after their stage is free": Mutant(
         GATHER,
-        'value = piece("x_s", slot)\n',
-        'ring.release(filled)\n                value = piece("x_s", slot)\n',
+        "value = piece(scratch.x)\n",
+        "scratch.ring.release(filled)\n        value = piece(scratch.x)\n",
     ),
-    "every term is the first": Mutant(GATHER_PIECES, "own = term * tiles + tile", "own = tile + 0 * term"),
+    "every term is the first": Mutant(
+        GATHER_PIECES, "own, full = term * self.tiles + tile", "own, full = tile + 0 * term"
+    ),
     "every piece is the first": Mutant(
-        GATHER_PIECES, "return column + blocks.columns, filled", "return column, filled"
+        GATHER_PIECES, "return column + self.scratch.x.shape[-1], lax", "return column, lax"
     ),
     "products of the last piece": Mutant(GATHER_PIECES, "products + product", "product + 0 * products"),
     "eights that do not exist are stored": Mutant(
         GATHER,
-        "@pl.when(eight < eights)\n                    def _() -> None:\n                        out_g",
-        "@pl.when(eight >= 0)\n                    def _() -> None:\n                        out_g",
+        "@pl.when(eight < outputs.rows.shape[0])\n            def _() -> None:\n                outputs.rows",
+        "@pl.when(eight >= 0)\n            def _() -> None:\n                outputs.rows",
     ),
     "a gate that is not finite weighs": Mutant(
         GATHER_POISON,
@@ -151,7 +152,7 @@ MUTANTS = {
     ),
     "ties go to the higher expert": Mutant(
         ROUTE,
-        "jnp.min(jnp.where(equal, experts.ids, jnp.full_like(clean, padded)), axis=1)",
+        "jnp.min(jnp.where(equal, experts.ids, jnp.full_like(clean, clean.shape[1])), axis=1)",
         "jnp.max(jnp.where(equal, experts.ids, jnp.zeros_like(clean)), axis=1)",
     ),
     "an expert is chosen twice": Mutant(ROUTE, "score = jnp.where(mine, jnp.full_like(clean, FAR), score)", "pass"),
@@ -168,21 +169,19 @@ MUTANTS = {
     "every group is the first": Mutant(ROUTE, "pl.ds(group * size + place", "pl.ds(0 * group + place"),
     "noise of the other half": Mutant(
         ROUTE,
-        "device.read(refs[1], (step, wg))",
-        "device.read(refs[1], (step, 1 - wg))",
+        "device.read(inputs.noise, (step, wg))",
+        "device.read(inputs.noise, (step, 1 - wg))",
     ),
     "slices of tokens released too early": Mutant(
-        ROUTE_DEEP, "ring.release(filled + k - 1)", "ring.release(filled + k)", beside="_by_tile"
+        ROUTE_DEEP, "ring.release(filled + k - 1)", "ring.release(filled + k)"
     ),
-    "columns that are no experts are added up": Mutant(
-        ROUTE, "self.only(jnp.exp(distance), 0.0)", "jnp.exp(distance)", beside="plgpu"
-    ),
-    "a token that is not finite wants an expert": Mutant(ROUTE_POISON, "mine & _down(finite, clean.shape)", "mine"),
+    "columns that are no experts are added up": Mutant(ROUTE, "self.only(jnp.exp(distance), 0.0)", "jnp.exp(distance)"),
+    "a token that is not finite wants an expert": Mutant(ROUTE_POISON, "mine & experts.spread(finite)", "mine"),
     "the gradient's last digits left out of dW": Mutant(ROUTE, "reversed(range(PIECES))", "reversed(range(1))"),
     "parts of the tokens past the end": Mutant(
         ROUTE,
         "jnp.clip(num_tokens - part * length, 0, length)",
         "jnp.full_like(part, length)",
     ),
-    "sums take unused rows": Mutant(MLP, "row < size_g[i]", "row < DEPTH"),
+    "sums take unused rows": Mutant(MLP, "row < inputs.size[i]", "row < DEPTH"),
 }

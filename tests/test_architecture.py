@@ -27,7 +27,7 @@ LEVELS = (
     ("types", "packed_sort", "chips", "fitted", "activations", "routers", "sums"),
     ("spec",),
     ("capacity", "priority"),
-    ("backends.base", "backends.common"),
+    ("backends.base", "backends.route_parts"),
     ("backends.xla.*",),
     ("backends.tpu.*", "backends.gpu.*"),
     ("backends",),
@@ -55,15 +55,6 @@ MAX_PARAMETERS = 8
 # Functions that are longer, and parameter lists that are. These lists only shrink.
 LONG_FUNCTIONS = {
     "benchmarks.oracle.expect",
-    "moe_kernels.backends.gpu.gather.gather_rows",
-    "moe_kernels.backends.gpu.gather.gather_rows.body",
-    "moe_kernels.backends.gpu.sm90.routing._route",
-    "moe_kernels.backends.gpu.sm90.routing._route.body",
-    "moe_kernels.backends.gpu.sm90.row_matmul.row_matmul",
-    "moe_kernels.backends.gpu.sm90.row_matmul.row_matmul.body",
-    "moe_kernels.backends.gpu.sm90.row_matmul.row_matmul.body.consume",
-    "moe_kernels.backends.gpu.sm90.weight_gradient.weight_gradient",
-    "moe_kernels.backends.gpu.sm90.weight_gradient.weight_gradient.body",
     "moe_kernels.backends.tpu.fused.backward.run_fused_backward",
     "moe_kernels.backends.tpu.fused.forward.run_fused",
     "moe_kernels.backends.tpu.matmul.backward.run_backward",
@@ -73,7 +64,6 @@ LONG_FUNCTIONS = {
 }
 LONG_PARAMETER_LISTS = {
     "limoe.model.attention_kernel._backward",
-    "moe_kernels.backends.gpu.sm90.row_matmul.row_matmul",
     "moe_kernels.backends.tpu.common.launch.launch",
     "moe_kernels.backends.tpu.fused.backward.run_fused_backward",
     "moe_kernels.backends.tpu.fused.forward.run_fused",

@@ -3,13 +3,11 @@
 import gpu_aot
 import pytest
 
-from moe_kernels.backends.gpu.gather import ROWS_AT_ONCE
+from moe_kernels.backends.gpu.common.launch import CONSUMER_REGISTERS
+from moe_kernels.backends.gpu.permute.gather import ROWS_AT_ONCE
+from moe_kernels.backends.gpu.permute.tiles import GATHER_ROWS, gather_blocks, gather_shared_memory
 from moe_kernels.backends.gpu.sm90.tiling import (
-    CONSUMER_REGISTERS,
-    GATHER_ROWS,
     choose_blocks,
-    gather_blocks,
-    gather_shared_memory,
     route_blocks,
     route_shared_memory,
     shared_memory,

@@ -11,11 +11,9 @@ import pytest
 from moe_kernels.backends import choose, explain
 from moe_kernels.backends.base import Problem
 from moe_kernels.backends.gpu import GPU, install_simulator, why_not
+from moe_kernels.backends.gpu.common.launch import CONSUMER_REGISTERS, NUM_CONSUMERS, PRODUCER_REGISTERS
 from moe_kernels.backends.gpu.common.schedule import max_tiles, row_tiles
 from moe_kernels.backends.gpu.sm90.tiling import (
-    CONSUMER_REGISTERS,
-    NUM_CONSUMERS,
-    PRODUCER_REGISTERS,
     choose_blocks,
     registers,
     shared_memory,

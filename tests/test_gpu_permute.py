@@ -12,8 +12,8 @@ from test_tpu_permute import both, compare, operands
 
 from moe_kernels.backends import choose, explain, problem_of
 from moe_kernels.backends.base import Problem
-from moe_kernels.backends.gpu.permute import combine_backward, dispatch_forward
-from moe_kernels.backends.gpu.sm90.tiling import WIDTH_ALIGNMENT, gather_blocks, gather_shared_memory
+from moe_kernels.backends.gpu.permute.tiles import WIDTH_ALIGNMENT, gather_blocks, gather_shared_memory
+from moe_kernels.backends.gpu.permute.verbs import combine_backward, dispatch_forward
 from moe_kernels.chips import find_generation
 from moe_kernels.types import Layout
 

@@ -1,10 +1,10 @@
-"""What the kernels share: the device they run on, one warp-specialised launch, the ring of stages, exact stores."""
+"""What the kernels share: the device they run on, one warp-specialised launch, the ring of stages."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_kernels.backends.gpu.sm90.tiling import (
-    CONSUMER_REGISTERS,
-    NUM_CONSUMERS,
-    PRODUCER_REGISTERS,
-    SWIZZLE_BYTES,
-    WARPGROUP_ROWS,
-)
 from moe_kernels.chips import Generation
 
+NUM_CONSUMERS = 2
 PRODUCER = NUM_CONSUMERS
+# 65,536 registers are 512 for each thread of a warpgroup: 40 for the producer's leave 232 for both consumers'.
+PRODUCER_REGISTERS = 40
+CONSUMER_REGISTERS = 232
+
 # `simulator(in_bounds=...)` is what `plgpu.kernel` takes as `interpret`; with True no copy may leave its array.
 Simulator = Callable[..., Any]
 
@@ -44,31 +42,27 @@ class Device:
         return value if self.simulator else plgpu.layout_cast(value, layout)
 
 
-def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory in 128-byte swizzled tiles of 8 rows, the form that the copy engine writes and wgmma reads."""
-    elements = SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(
-        shape, dtype, transforms=(plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(SWIZZLE_BYTES))
-    )
-
-
 def launch(
-    body: Callable[..., None],
+    kernel: Callable[[Any, Any, Any], None],
     name: str,
-    out_type: Any,
-    scratch: dict[str, Any],
     device: Device,
+    inputs: Any,
+    outputs: Any,
+    scratch: Any,
     *,
     in_bounds: bool = False,
-) -> Callable[..., Any]:
-    """Build a persistent kernel of one block per multiprocessor: two consumer warpgroups and a producer.
+) -> Any:
+    """Run a persistent kernel of one block per multiprocessor: two consumer warpgroups and a producer.
 
-    `in_bounds` says that no copy reaches past the end of an array; a simulator then holds it to that.
+    `kernel(inputs, outputs, scratch)` gets references in the same NamedTuples as these arrays, shapes and types of
+    memory, and the arrays that come back lie in that of the shapes; a field that is None stays None. `in_bounds` says
+    that no copy reaches past the end of an array; a simulator then holds it to that.
     """
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=scratch,
+    structure, result = jax.tree.structure((inputs, outputs, scratch)), jax.tree.structure(outputs)
+    run = plgpu.kernel(
+        lambda *refs: kernel(*jax.tree.unflatten(structure, refs)),
+        out_type=jax.tree.leaves(outputs),
+        scratch_types=jax.tree.leaves(scratch),
         grid=(device.num_sms,),
         grid_names=("sm",),
         num_threads=NUM_CONSUMERS + 1,
@@ -77,6 +71,7 @@ def launch(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=None if device.simulator is None else device.simulator(in_bounds=in_bounds),
     )
+    return jax.tree.unflatten(result, run(*jax.tree.leaves(inputs)))
 
 
 def specialise(produce: Callable[[], None], consume: Callable[[], None]) -> None:
@@ -100,13 +95,24 @@ def over_steps(total: jax.Array, num_sms: int, visit: Callable[[jax.Array, jax.A
     return lax.fori_loop(0, mine, lambda i, filled: visit(sm + i * num_sms, filled), jnp.int32(0))
 
 
-@dataclasses.dataclass(frozen=True)
-class Ring:
+class Ring(NamedTuple):
     """The stages between producer and consumers: `full` when copied, `empty` when both consumers are done with it."""
 
     full: Any
     empty: Any
-    stages: int
+
+    @classmethod
+    def of(cls, stages: int, copies: int) -> Ring:
+        """Barriers of a ring whose stages are filled by the given number of copies."""
+        return cls(
+            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=stages),
+        )
+
+    @property
+    def stages(self) -> int:
+        """How many there are."""
+        return self.full.shape[0]
 
     def slot(self, filled: jax.Array) -> jax.Array:
         """Stage of the given fill."""
@@ -136,34 +142,3 @@ class Ring:
     def release(self, filled: jax.Array) -> None:
         """Consumer: done with the stage."""
         plgpu.barrier_arrive(self.empty.at[self.slot(filled)])
-
-
-def ring_barriers(stages: int, copies: int) -> dict[str, Any]:
-    """Barriers of a ring whose stages are filled by the given number of copies."""
-    return {
-        "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        "empty": plgpu.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=stages),
-    }
-
-
-def store_rows(smem: Any, gmem: Any, row: jax.Array, num_rows: jax.Array, columns: Any) -> None:
-    """Copy the first `num_rows` (a multiple of 8, up to 64) rows of a tile out, in pieces of powers of two.
-
-    A copy's size is static, so a ragged end takes up to three copies; a full tile takes one.
-    """
-    offset: Any = 0
-    piece = WARPGROUP_ROWS
-    while piece >= 8:
-        part = num_rows & piece
-
-        @pl.when(part != 0)
-        def _(offset: Any = offset, piece: int = piece) -> None:
-            # Only a traced number can be asserted to be a multiple.
-            start = offset if isinstance(offset, int) else pl.multiple_of(offset, 8)
-            plgpu.copy_smem_to_gmem(
-                smem.at[pl.ds(start, piece)], gmem.at[pl.ds(row + start, piece), columns], commit_group=False
-            )
-
-        offset = offset + part
-        piece //= 2
-    plgpu.commit_smem_to_gmem_group()

@@ -6,7 +6,8 @@ each consumer adds up 64 of the columns in float32 in a fixed order, rows past t
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,75 +16,101 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from moe_kernels.backends.gpu.common.launch import Device, Ring, launch, over_steps, ring_barriers, specialise, swizzled
+from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, Device, Ring, launch, over_steps, specialise
 from moe_kernels.backends.gpu.common.schedule import RowTiles
-from moe_kernels.backends.gpu.sm90.tiling import CHUNK, DEPTH, NUM_CONSUMERS, SUM_STAGES, WARPGROUP_ROWS
+from moe_kernels.backends.gpu.sm90.tiling import CHUNK, DEPTH, SUM_STAGES, WARPGROUP_ROWS
+from moe_kernels.backends.gpu.sm90.wgmma import swizzled
 from moe_kernels.types import ROW_ALIGNMENT
 
 
 def column_sums(rows: Float[Array, "R F"], tiles: RowTiles, device: Device) -> Float[Array, "E F"]:
     """`s_e = sum of the rows of expert e`, float32; `tiles` are 64 rows high. Exactly 0 without rows."""
-    columns, num_experts = rows.shape[1], tiles.start.shape[0] - 1
-    stripes = columns // (NUM_CONSUMERS * CHUNK)
-    total = num_experts * stripes
+    scratch = _Scratch(
+        rows=swizzled((SUM_STAGES, NUM_CONSUMERS, DEPTH, CHUNK), rows.dtype),
+        sums=plgpu.SMEM((NUM_CONSUMERS, CHUNK), jnp.float32),
+        ring=Ring.of(SUM_STAGES, NUM_CONSUMERS),
+    )
+    return launch(
+        lambda *refs: _Kernel(device.num_sms, *refs).run(),
+        "moe_column_sums",
+        device,
+        _Inputs(tiles.first, tiles.size, tiles.start, rows),
+        jax.ShapeDtypeStruct((tiles.start.shape[0] - 1, rows.shape[1]), jnp.float32),
+        scratch,
+    )
 
-    def body(
-        first_g: Any, size_g: Any, start_g: Any, x_g: Any, sum_g: Any, *, x_s: Any, sum_s: Any, **rest: Any
-    ) -> None:
-        ring = Ring(rest["full"], rest["empty"], SUM_STAGES)
 
-        def column(step: jax.Array, consumer: Any) -> Any:
-            return pl.ds((lax.rem(step, jnp.int32(stripes)) * NUM_CONSUMERS + consumer) * CHUNK, CHUNK)
+class _Inputs(NamedTuple):
+    first: Any
+    size: Any
+    start: Any
+    rows: Any
 
-        def produce() -> None:
-            def stripe(step: jax.Array, filled: jax.Array) -> jax.Array:
-                expert = lax.div(step, jnp.int32(stripes))
 
-                def copy(i: jax.Array, filled: jax.Array) -> jax.Array:
-                    slot = ring.acquire(filled)
-                    own = pl.ds(pl.multiple_of(first_g[i], ROW_ALIGNMENT), DEPTH)
-                    for consumer in range(NUM_CONSUMERS):
-                        source = x_g.at[own, column(step, consumer)]
-                        plgpu.copy_gmem_to_smem(source, x_s.at[slot, consumer], ring.full.at[slot])
-                    return filled + 1
+class _Scratch(NamedTuple):
+    rows: Any
+    sums: Any
+    ring: Ring
 
-                return lax.fori_loop(start_g[expert], start_g[expert + 1], copy, filled)
 
-            ring.drain(over_steps(jnp.int32(total), device.num_sms, stripe))
+class _Kernel(NamedTuple):
+    """What is static, and the references."""
 
-        def consume() -> None:
-            wg = lax.axis_index("wg")
+    num_sms: int
+    inputs: _Inputs
+    sums: Any
+    scratch: _Scratch
 
-            def stripe(step: jax.Array, filled: jax.Array) -> jax.Array:
-                expert = lax.div(step, jnp.int32(stripes))
-                begin = start_g[expert]
+    @property
+    def stripes(self) -> int:
+        return self.sums.shape[1] // (NUM_CONSUMERS * CHUNK)
 
-                def add(i: jax.Array, partial: jax.Array) -> jax.Array:
-                    slot = ring.wait(filled + i - begin)
-                    value = x_s[slot, wg].astype(jnp.float32)
-                    # These are plain reads, and the next copy into the stage is not: all of them are done before it.
-                    plgpu.commit_smem()
-                    ring.release(filled + i - begin)
-                    row = lax.broadcasted_iota(jnp.int32, value.shape, 0)
-                    return partial + jnp.where(row < size_g[i], value, jnp.zeros_like(value))
+    def run(self) -> None:
+        total = self.sums.shape[0] * self.stripes
+        specialise(lambda: self.produce(total), lambda: self.consume(total))
 
-                zeros = jnp.zeros((WARPGROUP_ROWS, CHUNK), jnp.float32)
-                partial = lax.fori_loop(begin, start_g[expert + 1], add, zeros)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                sum_s[wg] = jnp.sum(partial, axis=0)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(sum_s.at[wg], sum_g.at[expert, column(step, wg)])
-                return filled + start_g[expert + 1] - begin
+    def column(self, step: jax.Array, consumer: Any) -> Any:
+        return pl.ds((lax.rem(step, jnp.int32(self.stripes)) * NUM_CONSUMERS + consumer) * CHUNK, CHUNK)
 
-            over_steps(jnp.int32(total), device.num_sms, stripe)
-            plgpu.wait_smem_to_gmem(0)
+    def produce(self, total: int) -> None:
+        self.scratch.ring.drain(over_steps(jnp.int32(total), self.num_sms, self.fetch))
 
-        specialise(produce, consume)
+    def fetch(self, step: jax.Array, filled: jax.Array) -> jax.Array:
+        """Copy a stripe of an expert's rows, 64 at a time."""
+        inputs, ring, expert = self.inputs, self.scratch.ring, lax.div(step, jnp.int32(self.stripes))
 
-    scratch = {
-        "x_s": swizzled((SUM_STAGES, NUM_CONSUMERS, DEPTH, CHUNK), rows.dtype),
-        "sum_s": plgpu.SMEM((NUM_CONSUMERS, CHUNK), jnp.float32),
-        **ring_barriers(SUM_STAGES, NUM_CONSUMERS),
-    }
-    out = jax.ShapeDtypeStruct((num_experts, columns), jnp.float32)
-    return launch(body, "moe_column_sums", out, scratch, device)(tiles.first, tiles.size, tiles.start, rows)
+        def copy(i: jax.Array, filled: jax.Array) -> jax.Array:
+            slot = ring.acquire(filled)
+            own = pl.ds(pl.multiple_of(inputs.first[i], ROW_ALIGNMENT), DEPTH)
+            for consumer in range(NUM_CONSUMERS):
+                source = inputs.rows.at[own, self.column(step, consumer)]
+                plgpu.copy_gmem_to_smem(source, self.scratch.rows.at[slot, consumer], ring.full.at[slot])
+            return filled + 1
+
+        return lax.fori_loop(inputs.start[expert], inputs.start[expert + 1], copy, filled)
+
+    def consume(self, total: int) -> None:
+        over_steps(jnp.int32(total), self.num_sms, functools.partial(self.stripe, lax.axis_index("wg")))
+        plgpu.wait_smem_to_gmem(0)
+
+    def stripe(self, wg: jax.Array, step: jax.Array, filled: jax.Array) -> jax.Array:
+        """Add up this consumer's half of a stripe, and store it."""
+        inputs, scratch, expert = self.inputs, self.scratch, lax.div(step, jnp.int32(self.stripes))
+        begin = inputs.start[expert]
+
+        def add(i: jax.Array, partial: jax.Array) -> jax.Array:
+            slot = scratch.ring.wait(filled + i - begin)
+            value = scratch.rows[slot, wg].astype(jnp.float32)
+            # These are plain reads, and the next copy into the stage is not: all of them are done before it.
+            plgpu.commit_smem()
+            scratch.ring.release(filled + i - begin)
+            row = lax.broadcasted_iota(jnp.int32, value.shape, 0)
+            return partial + jnp.where(row < inputs.size[i], value, jnp.zeros_like(value))
+
+        zeros = jnp.zeros((WARPGROUP_ROWS, CHUNK), jnp.float32)
+        partial = lax.fori_loop(begin, inputs.start[expert + 1], add, zeros)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        scratch.sums[wg] = jnp.sum(partial, axis=0)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(scratch.sums.at[wg], self.sums.at[expert, self.column(step, wg)])
+        return filled + inputs.start[expert + 1] - begin

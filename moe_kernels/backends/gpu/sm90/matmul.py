@@ -7,7 +7,6 @@ one for dW, whose result is taken apart.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -16,11 +15,12 @@ from jaxtyping import Array, DTypeLike, Float
 
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights
 from moe_kernels.backends.gpu.common.activation import activate_and_slope
-from moe_kernels.backends.gpu.common.launch import Device
+from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, Device
 from moe_kernels.backends.gpu.common.schedule import RowTiles, row_tiles
 from moe_kernels.backends.gpu.sm90.column_sums import column_sums
-from moe_kernels.backends.gpu.sm90.row_matmul import RowEpilogue, row_matmul
-from moe_kernels.backends.gpu.sm90.tiling import CHUNK, DEPTH, NUM_CONSUMERS, WARPGROUP_ROWS
+from moe_kernels.backends.gpu.sm90.epilogues import Activate, Epilogue, Gated, Results, Store
+from moe_kernels.backends.gpu.sm90.row_matmul import row_matmul
+from moe_kernels.backends.gpu.sm90.tiling import CHUNK, DEPTH, WARPGROUP_ROWS
 from moe_kernels.backends.gpu.sm90.weight_gradient import weight_gradient
 from moe_kernels.types import Layout, Runs
 
@@ -45,18 +45,6 @@ def flat_tiles(runs: Runs, layout: Layout) -> RowTiles:
     return row_tiles(runs, layout, DEPTH)
 
 
-def gradient_like(
-    weight: Float[Array, "E D F"],
-    rows: Float[Array, "R D"],
-    drows: Float[Array, "R F"],
-    tiles: RowTiles,
-    device: Device,
-) -> Float[Array, "E D F"]:
-    """The gradient of a weight in the weight's dtype, written so where the kernel can, else cast."""
-    written: DTypeLike = weight.dtype if weight.dtype in (rows.dtype, jnp.float32) else jnp.float32
-    return weight_gradient(rows, drows, tiles, device, dtype=written).astype(weight.dtype)
-
-
 def float32_of(bias: Float[Array, "E F"] | None) -> Float[Array, "E F"] | None:
     """A bias as the kernels add it."""
     return None if bias is None else bias.astype(jnp.float32)
@@ -66,27 +54,26 @@ def grouped_matmul_value(
     device: Device, static: MatmulStatic, rows: Float[Array, "R D"], weights: MatmulWeights, runs: Runs
 ) -> Float[Array, "R F"]:
     """`y = x W_e` and what follows it, in one kernel; unused rows hold anything, NaN included."""
-    return _results(device, static, rows, weights, runs, keep=False)[-1]
+    return _results(device, static, rows, weights, runs, keep=False).out
 
 
 def grouped_matmul_forward(
     device: Device, static: MatmulStatic, rows: Float[Array, "R D"], weights: MatmulWeights, runs: Runs
 ) -> tuple[Float[Array, "R F"], MatmulSaved]:
     """The same, with what the activation was of kept for the backward pass."""
-    *hidden, out = _results(device, static, rows, weights, runs, keep=True)
-    return out, MatmulSaved(rows, hidden[0] if hidden else None, weights, runs)
+    hidden, out = _results(device, static, rows, weights, runs, keep=True)
+    return out, MatmulSaved(rows, hidden, weights, runs)
 
 
 def _results(
     device: Device, static: MatmulStatic, rows: Float[Array, "R D"], weights: MatmulWeights, runs: Runs, *, keep: bool
-) -> tuple[Float[Array, "R _"], ...]:
-    """The result, behind what the activation was of where there is one that is kept."""
+) -> Results:
+    """The result, and what the activation was of where there is one that is kept."""
     matrix, tiles = _matrix(weights).astype(rows.dtype), tall_tiles(runs, static.layout)
-    run = functools.partial(row_matmul, rows, matrix, tiles, device, bias=float32_of(weights.bias))
-    if static.activation is None:
-        return run()
-    epilogue: RowEpilogue = "activate" if weights.up is None else "gated"
-    return run(epilogue=epilogue, activation=static.activation, keep=keep)
+    epilogue: Epilogue = Store()
+    if static.activation is not None:
+        epilogue = (Activate if weights.up is None else Gated)(static.activation, keep)
+    return row_matmul(rows, matrix, tiles, device, epilogue, bias=float32_of(weights.bias))
 
 
 def grouped_matmul_backward(
@@ -95,20 +82,35 @@ def grouped_matmul_backward(
     """`dX_e = dH_e W_eᵀ`, `dW_e = X_eᵀ dH_e` and `db_e = Σ dH_e`, where `dH` is `dY` taken back by XLA."""
     rows, hidden, weights, runs = saved
     dhidden = dout if hidden is None else _dhidden(hidden, weights, static, dout)
-    matrix, tall, flat = _matrix(weights), tall_tiles(runs, static.layout), flat_tiles(runs, static.layout)
-    (drows,) = row_matmul(dhidden, matrix.astype(rows.dtype), tall, device, transposed=True)
-    dmatrix = gradient_like(matrix, rows, dhidden, flat, device)
+    tiles = tall_tiles(runs, static.layout), flat_tiles(runs, static.layout)
+    drows, gradients = linear_backward(MatmulWeights(_matrix(weights), weights.bias), rows, dhidden, tiles, device)
     if weights.up is None:
-        return drows, MatmulWeights(dmatrix, bias_gradient(weights.bias, dhidden, flat, device))
-    dweight, dup = _apart(dmatrix)
+        return drows, gradients
+    dweight, dup = _apart(gradients.weight)
     return drows, MatmulWeights(dweight, up=dup)
 
 
-def bias_gradient(
-    bias: Float[Array, "E F"] | None, drows: Float[Array, "R F"], tiles: RowTiles, device: Device
-) -> Float[Array, "E F"] | None:
-    """The gradient of a bias in its dtype, where there is one."""
-    return None if bias is None else column_sums(drows, tiles, device).astype(bias.dtype)
+def linear_backward(
+    weights: MatmulWeights,
+    rows: Float[Array, "R D"],
+    dout: Float[Array, "R F"],
+    tiles: tuple[RowTiles, RowTiles],
+    device: Device,
+) -> tuple[Float[Array, "R D"], MatmulWeights]:
+    """`dX_e = dY_e W_eᵀ` and the gradients of the weights, for a matmul with nothing behind it; tall and flat tiles."""
+    tall, flat = tiles
+    drows = row_matmul(dout, weights.weight.astype(rows.dtype), tall, device, transposed=True).out
+    return drows, weight_gradients(weights, rows, dout, flat, device)
+
+
+def weight_gradients(
+    weights: MatmulWeights, rows: Float[Array, "R D"], dout: Float[Array, "R F"], tiles: RowTiles, device: Device
+) -> MatmulWeights:
+    """`dW_e = X_eᵀ dY_e` and `db_e = Σ dY_e`, each in the dtype of what it is of, written so where the kernel can."""
+    weight, bias, _ = weights
+    written: DTypeLike = weight.dtype if weight.dtype in (rows.dtype, jnp.float32) else jnp.float32
+    dweight = weight_gradient(rows, dout, tiles, device, dtype=written).astype(weight.dtype)
+    return MatmulWeights(dweight, None if bias is None else column_sums(dout, tiles, device).astype(bias.dtype))
 
 
 def _matrix(weights: MatmulWeights) -> Float[Array, "E D H"]:

@@ -1,5 +1,8 @@
 """The expert MLP in six matmul kernels and two sums, with the pre-activation saved.
 
+Behind the activation its derivative is that of the grouped matmul. Before it there is a kernel of its own, so that the
+gradient of the activated layer never travels through memory.
+
 With `h = x w1 + b1` and `a = act(h)`, `y = a w2 + b2`: one kernel gives h and a, one y. Backward, one kernel gives
 `dh = (dy w2ᵀ) act'(h)` and a again, which is cheaper than keeping it; then `dw2 = aᵀ dy`, `dw1 = xᵀ dh`, `dx = dh w1ᵀ`,
 `db2 = Σ dy`, `db1 = Σ dh`.
@@ -11,9 +14,10 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float
 
-from moe_kernels.backends.base import MlpStatic
+from moe_kernels.backends.base import MatmulWeights, MlpStatic
 from moe_kernels.backends.gpu.common.launch import Device
-from moe_kernels.backends.gpu.sm90.matmul import bias_gradient, flat_tiles, float32_of, gradient_like, tall_tiles
+from moe_kernels.backends.gpu.sm90.epilogues import Activate, ActivateBackward, Results
+from moe_kernels.backends.gpu.sm90.matmul import flat_tiles, float32_of, linear_backward, tall_tiles, weight_gradients
 from moe_kernels.backends.gpu.sm90.row_matmul import row_matmul
 from moe_kernels.types import MlpWeights, Runs
 
@@ -32,7 +36,7 @@ def expert_mlp_value(
     device: Device, static: MlpStatic, rows: Float[Array, "R D"], weights: MlpWeights, runs: Runs
 ) -> Float[Array, "R D"]:
     """`y = act(x w1_e + b1_e) w2_e + b2_e`; unused rows hold anything, NaN included."""
-    return _results(device, static, rows, weights, runs, keep=False)[-1]
+    return _results(device, static, rows, weights, runs, keep=False).out
 
 
 def expert_mlp_forward(
@@ -45,20 +49,12 @@ def expert_mlp_forward(
 
 def _results(
     device: Device, static: MlpStatic, rows: Float[Array, "R D"], weights: MlpWeights, runs: Runs, *, keep: bool
-) -> tuple[Float[Array, "R _"], ...]:
-    """The result, behind the hidden layer before the activation if that is kept."""
-    tiles = tall_tiles(runs, static.layout)
-    *hidden, activated = row_matmul(
-        rows,
-        weights.w1.astype(rows.dtype),
-        tiles,
-        device,
-        epilogue="activate",
-        bias=float32_of(weights.b1),
-        activation=static.activation,
-        keep=keep,
-    )
-    return *hidden, *row_matmul(activated, weights.w2.astype(rows.dtype), tiles, device, bias=float32_of(weights.b2))
+) -> Results:
+    """The result, and the hidden layer before the activation if that is kept."""
+    tiles, w1, w2 = tall_tiles(runs, static.layout), weights.w1.astype(rows.dtype), weights.w2.astype(rows.dtype)
+    epilogue = Activate(static.activation, keep)
+    hidden, activated = row_matmul(rows, w1, tiles, device, epilogue, bias=float32_of(weights.b1))
+    return Results(hidden, row_matmul(activated, w2, tiles, device, bias=float32_of(weights.b2)).out)
 
 
 def expert_mlp_backward(
@@ -66,21 +62,9 @@ def expert_mlp_backward(
 ) -> tuple[Float[Array, "R D"], MlpWeights]:
     """All gradients; an expert without rows gets exactly 0."""
     rows, hidden, weights, runs = saved
-    tall, flat = tall_tiles(runs, static.layout), flat_tiles(runs, static.layout)
-    dhidden, activated = row_matmul(
-        dout,
-        weights.w2.astype(rows.dtype),
-        tall,
-        device,
-        epilogue="activate_backward",
-        transposed=True,
-        hidden=hidden,
-        activation=static.activation,
-    )
-    (drows,) = row_matmul(dhidden, weights.w1.astype(rows.dtype), tall, device, transposed=True)
-    return drows, MlpWeights(
-        w1=gradient_like(weights.w1, rows, dhidden, flat, device),
-        b1=bias_gradient(weights.b1, dhidden, flat, device),
-        w2=gradient_like(weights.w2, activated, dout, flat, device),
-        b2=bias_gradient(weights.b2, dout, flat, device),
-    )
+    tall, flat = tiles = tall_tiles(runs, static.layout), flat_tiles(runs, static.layout)
+    w2, epilogue = weights.w2.astype(rows.dtype), ActivateBackward(static.activation)
+    dhidden, activated = row_matmul(dout, w2, tall, device, epilogue, transposed=True, hidden=hidden)
+    drows, (dw1, db1, _) = linear_backward(MatmulWeights(weights.w1, weights.b1), rows, dhidden, tiles, device)
+    dw2, db2, _ = weight_gradients(MatmulWeights(weights.w2, weights.b2), activated, dout, flat, device)
+    return drows, MlpWeights(dw1, db1, dw2, db2)

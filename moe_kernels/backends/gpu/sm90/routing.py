@@ -9,7 +9,7 @@ a tile leave by modality and are added up outside, in a fixed order: no atomics.
 
 from __future__ import annotations
 
-import math
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -22,16 +22,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_kernels.backends.base import RouteInputs, RouteStatic
 from moe_kernels.backends.gpu.common.activation import normal
-from moe_kernels.backends.gpu.common.launch import Device, Ring, launch, over_steps, ring_barriers, specialise, swizzled
-from moe_kernels.backends.gpu.sm90.tiling import DEPTH, NUM_CONSUMERS, WARPGROUP_ROWS, route_blocks
+from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, Device, Ring, launch, over_steps, specialise
+from moe_kernels.backends.gpu.sm90.tiling import DEPTH, WARPGROUP_ROWS, route_blocks
+from moe_kernels.backends.gpu.sm90.wgmma import add_products, swizzled
+from moe_kernels.backends.route_parts import FAR, NEVER, Experts, split
 from moe_kernels.backends.xla.routing import RouteSaved
 from moe_kernels.types import RouterWeights, Routing, RoutingSums, round_up
 
 PIECES = 3
 TILE_TOKENS = NUM_CONSUMERS * WARPGROUP_ROWS
-# The modality of padding, and of ids that do not exist, which are in no sum but have gates.
-NEVER, NONE = -1, -2
-FAR = float("-inf")
+# The modality of ids that do not exist, which are in no sum but have gates.
+NONE = NEVER - 1
 
 
 class _Decided(NamedTuple):
@@ -56,7 +57,7 @@ def route_forward(
     if inputs.noise is not None:
         noise = jnp.pad(inputs.noise.astype(jnp.float32), ((0, 0), (0, padded - num_experts)))
         noise = _by_tile(noise, groups, 0)
-    found = _Decided(*_route(tokens, _pieces(router, padded), member, noise, device, static, num_experts))
+    found = _route(_Inputs(tokens, _pieces(router, padded), member, noise), device, static, num_experts)
 
     def by_token(values: Array) -> Array:
         """`[tiles, consumers, 64, ...]` as `[T, ...]`."""
@@ -100,138 +101,35 @@ def _by_tile(values: Array, groups: int, fill: int) -> Array:
     return values.reshape(-1, NUM_CONSUMERS, WARPGROUP_ROWS, *values.shape[2:])
 
 
-def split(values: Float[Array, "..."], count: int) -> list[Float[Array, "..."]]:
-    """Float32 as a sum of bfloat16 numbers, large ones first; three hold all digits. By bits, which no compiler drops.
-
-    >>> [float(piece) for piece in split(jnp.float32(1 + 2**-20), 3)]
-    [1.0, 9.5367431640625e-07, 0.0]
-    """
-    found = []
-    for _ in range(count):
-        high = lax.bitcast_convert_type(values, jnp.uint32) & jnp.uint32(0xFFFF0000)
-        piece = lax.bitcast_convert_type(high, jnp.float32)
-        found.append(piece.astype(jnp.bfloat16))
-        values = values - piece
-    return found
-
-
 def _pieces(router: Float[Array, "D E"], padded: int) -> Float[Array, "P D"]:
     """The router transposed, its pieces one below the other."""
     turned = jnp.pad(router.astype(jnp.float32).T, ((0, padded - router.shape[1]), (0, 0)))
     return jnp.concatenate(split(turned, PIECES))
 
 
-def _route(
-    tokens: Float[Array, "T D"],
-    pieces: Float[Array, "P D"],
-    member: Int[Array, "N W 64"],
-    noise: Float[Array, "N W 64 E"] | None,
-    device: Device,
-    static: RouteStatic,
-    num_experts: int,
-) -> Any:
-    (num_tokens, width), columns = tokens.shape, pieces.shape[0]
-    padded, tiles = columns // PIECES, member.shape[0]
-    blocks = route_blocks(columns, device.chip)
-    size, of_group, slices = num_tokens // static.num_groups, tiles // static.num_groups, width // DEPTH
-    given = [member] if noise is None else [member, noise]
-    fields = 2 if noise is None else 3
+class _Inputs(NamedTuple):
+    tokens: Any
+    pieces: Any
+    member: Any
+    noise: Any
 
-    def body(x_g: Any, w_g: Any, *refs: Any, x_s: Any, w_s: Any, full: Any, empty: Any) -> None:
-        ring, out = Ring(full, empty, blocks.stages), _Decided(*refs[len(given) :])
 
-        def produce() -> None:
-            def tile(step: jax.Array, filled: jax.Array) -> jax.Array:
-                group, place = lax.div(step, jnp.int32(of_group)), lax.rem(step, jnp.int32(of_group))
-                own = pl.ds(group * size + place * TILE_TOKENS, TILE_TOKENS)
+class _Scratch(NamedTuple):
+    tokens: Any
+    pieces: Any
+    ring: Ring
 
-                def copy(k: jax.Array, filled: jax.Array) -> jax.Array:
-                    slot, deep = ring.acquire(filled), pl.ds(k * DEPTH, DEPTH)
-                    plgpu.copy_gmem_to_smem(x_g.at[own, deep], x_s.at[slot], ring.full.at[slot])
-                    plgpu.copy_gmem_to_smem(w_g.at[:, deep], w_s.at[slot], ring.full.at[slot])
-                    return filled + 1
 
-                return lax.fori_loop(0, slices, copy, filled)
-
-            ring.drain(over_steps(jnp.int32(tiles), device.num_sms, tile))
-
-        def consume() -> None:
-            wg = lax.axis_index("wg")
-
-            def accumulate(acc: Any, filled: jax.Array) -> Any:
-                def multiply(k: jax.Array, _: None) -> None:
-                    slot = ring.wait(filled + k)
-                    x = x_s.at[slot, pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)]
-                    plgpu.wgmma(acc, x, w_s.at[slot].transpose((1, 0)))
-                    # One product stays in flight; the one before it has read its stage.
-                    plgpu.wgmma_wait(1)
-
-                    @pl.when(k > 0)
-                    def _() -> None:
-                        ring.release(filled + k - 1)
-
-                lax.fori_loop(0, slices, multiply, None)
-                plgpu.wgmma_wait(0)
-                ring.release(filled + slices - 1)
-                return acc[...]
-
-            def tile(step: jax.Array, filled: jax.Array) -> jax.Array:
-                z = pl.run_scoped(
-                    lambda acc: accumulate(acc, filled), plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, columns))
-                )
-                # The small pieces first.
-                clean = z[:, 2 * padded :] + z[:, padded : 2 * padded] + z[:, :padded]
-                member = device.read(refs[0], (step, wg))
-                clean = jnp.where(_down(member != NEVER, clean.shape), clean, jnp.zeros_like(clean))
-                noisy = None if noise is None else clean + device.read(refs[1], (step, wg))
-                decide(clean, noisy, member, step)
-                return filled + slices
-
-            def decide(clean: jax.Array, noisy: jax.Array | None, member: jax.Array, step: jax.Array) -> None:
-                experts = _Experts.of(clean.shape, num_experts)
-                softmax = experts.softmax(clean)
-                decided = clean if noisy is None else noisy
-                finite = experts.finite(decided)
-                # A token that is not finite gets the first experts: it wants none, but no index is out of range.
-                score = experts.only(jnp.where(_down(finite, clean.shape), decided, jnp.zeros_like(clean)), FAR)
-                inverse = softmax.inverse if noisy is None else experts.softmax(noisy).inverse
-                wanted, best = jnp.zeros_like(clean), []
-                for choice in range(static.num_choices):
-                    best.append(jnp.max(score, axis=1))
-                    equal = score == _down(best[-1], clean.shape)
-                    chosen = jnp.min(jnp.where(equal, experts.ids, jnp.full_like(clean, padded)), axis=1)
-                    mine = experts.ids == _down(chosen, clean.shape)
-                    wanted = jnp.where(mine & _down(finite, clean.shape), jnp.ones_like(clean), wanted)
-                    score = jnp.where(mine, jnp.full_like(clean, FAR), score)
-                    gate = jnp.where(finite, jnp.exp(best[-1] - best[0]) * inverse, jnp.full_like(inverse, jnp.nan))
-                    out.expert[step, wg, choice] = chosen.astype(jnp.int32)
-                    out.gate[step, wg, choice] = jnp.where(member != NEVER, gate, jnp.zeros_like(gate))
-                    if choice == 0:
-                        out.by_token[step, wg, 2] = gate
-                out.by_token[step, wg, 0] = softmax.entropy
-                out.by_token[step, wg, 1] = softmax.log_partition
-                out.logits[step, wg] = clean
-                values = [wanted, softmax.probability]
-                if noisy is not None:
-                    threshold = jnp.where(finite, best[-1], jnp.full_like(inverse, jnp.nan))
-                    distance = (clean - _down(threshold, clean.shape)) * (1 / static.noise_std)
-                    values.append(normal(distance, jnp.exp(-0.5 * distance * distance)))
-                for modality in range(static.num_modalities):
-                    mine = _down(member == modality, clean.shape)
-                    for field, value in enumerate(values):
-                        kept = jnp.where(mine, value, jnp.zeros_like(value))
-                        out.sums[step, wg, modality, field] = jnp.sum(kept, axis=0)
-
-            over_steps(jnp.int32(tiles), device.num_sms, tile)
-
-        specialise(produce, consume)
-
-    scratch = {
-        "x_s": swizzled((blocks.stages, TILE_TOKENS, DEPTH), tokens.dtype),
-        "w_s": swizzled((blocks.stages, columns, DEPTH), tokens.dtype),
-        **ring_barriers(blocks.stages, copies=2),
-    }
-    shape, half = (tiles, NUM_CONSUMERS), WARPGROUP_ROWS
+def _route(inputs: _Inputs, device: Device, static: RouteStatic, num_experts: int) -> _Decided:
+    """Run the kernel on tokens `[T, D]`, pieces `[P, D]`, members `[N, W, 64]` and noise `[N, W, 64, E]` or None."""
+    columns, tiles = inputs.pieces.shape[0], inputs.member.shape[0]
+    padded, blocks = columns // PIECES, route_blocks(columns, device.chip)
+    scratch = _Scratch(
+        tokens=swizzled((blocks.stages, TILE_TOKENS, DEPTH), inputs.tokens.dtype),
+        pieces=swizzled((blocks.stages, columns, DEPTH), inputs.tokens.dtype),
+        ring=Ring.of(blocks.stages, copies=2),
+    )
+    shape, half, fields = (tiles, NUM_CONSUMERS), WARPGROUP_ROWS, 2 if inputs.noise is None else 3
     outputs = _Decided(
         jax.ShapeDtypeStruct((*shape, static.num_choices, half), jnp.int32),
         jax.ShapeDtypeStruct((*shape, static.num_choices, half), jnp.float32),
@@ -239,50 +137,131 @@ def _route(
         jax.ShapeDtypeStruct((*shape, static.num_modalities, fields, padded), jnp.float32),
         jax.ShapeDtypeStruct((*shape, half, padded), jnp.float32),
     )
-    return launch(body, "moe_route", tuple(outputs), scratch, device)(tokens, pieces, *given)
+    kernel = lambda *refs: _Kernel(device, static, num_experts, *refs).run()  # noqa: E731
+    return launch(kernel, "moe_route", device, inputs, outputs, scratch)
 
 
-def _down(values: Array, shape: tuple[int, ...]) -> Array:
-    """`[64]` for every expert."""
-    return lax.broadcast_in_dim(values, shape, (0,))
+class _Logits(NamedTuple):
+    """Of the 64 tokens of a consumer: clean, with noise where there is any, and each token's modality."""
+
+    clean: Float[Array, "64 E"]
+    noisy: Float[Array, "64 E"] | None
+    member: Int[Array, " 64"]
 
 
-class _Experts(NamedTuple):
-    """The axis of experts: the index of each column, and which are experts (None if all are)."""
+class _Chosen(NamedTuple):
+    """Which experts are wanted, the logit of the last of them, and whether a token's logits are finite."""
 
-    ids: Float[Array, "S E"]
-    real: Bool[Array, "S E"] | None
-
-    @classmethod
-    def of(cls, shape: tuple[int, ...], num_experts: int) -> _Experts:
-        ids = lax.broadcasted_iota(jnp.int32, shape, 1)
-        return cls(ids.astype(jnp.float32), None if num_experts == shape[1] else ids < num_experts)
-
-    def only(self, values: Float[Array, "S E"], other: float) -> Float[Array, "S E"]:
-        """Something else in columns that are no experts."""
-        return values if self.real is None else jnp.where(self.real, values, jnp.full_like(values, other))
-
-    def finite(self, logits: Float[Array, "S E"]) -> Bool[Array, " S"]:
-        """Whether all logits of a token are."""
-        broken = jnp.where(jnp.abs(logits) < math.inf, jnp.zeros_like(logits), jnp.ones_like(logits))
-        return jnp.max(self.only(broken, 0.0), axis=1) == 0
-
-    def softmax(self, logits: Float[Array, "S E"]) -> _Softmax:
-        """Over the experts."""
-        top = jnp.max(self.only(logits, FAR), axis=1)
-        distance = self.only(logits - _down(top, logits.shape), 0.0)
-        power = self.only(jnp.exp(distance), 0.0)
-        total = jnp.sum(power, axis=1)
-        log_total, inverse = jnp.log(total), 1.0 / total
-        # Its two terms have one sign, so nothing cancels.
-        entropy = log_total - jnp.sum(power * distance, axis=1) * inverse
-        return _Softmax(power * _down(inverse, logits.shape), inverse, top + log_total, entropy)
+    wanted: Float[Array, "64 E"]
+    last: Float[Array, " 64"]
+    finite: Bool[Array, " 64"]
 
 
-class _Softmax(NamedTuple):
-    """A softmax over experts, and by token one over the sum of `exp(logit - top)`, log-partition and entropy."""
+class _Kernel(NamedTuple):
+    """What is static, and the references."""
 
-    probability: Float[Array, "S E"]
-    inverse: Float[Array, " S"]
-    log_partition: Float[Array, " S"]
-    entropy: Float[Array, " S"]
+    device: Device
+    static: RouteStatic
+    num_experts: int
+    inputs: _Inputs
+    out: _Decided
+    scratch: _Scratch
+
+    @property
+    def tiles(self) -> int:
+        return self.inputs.member.shape[0]
+
+    @property
+    def slices(self) -> int:
+        return self.inputs.tokens.shape[1] // DEPTH
+
+    def run(self) -> None:
+        specialise(self.produce, self.consume)
+
+    def produce(self) -> None:
+        self.scratch.ring.drain(over_steps(jnp.int32(self.tiles), self.device.num_sms, self.fetch))
+
+    def fetch(self, step: jax.Array, filled: jax.Array) -> jax.Array:
+        """Copy the slices of a tile's tokens and of the router."""
+        inputs, scratch, groups = self.inputs, self.scratch, self.static.num_groups
+        size, of_group = inputs.tokens.shape[0] // groups, self.tiles // groups
+        group, place = lax.div(step, jnp.int32(of_group)), lax.rem(step, jnp.int32(of_group))
+        own = pl.ds(group * size + place * TILE_TOKENS, TILE_TOKENS)
+
+        def copy(k: jax.Array, filled: jax.Array) -> jax.Array:
+            slot, deep = scratch.ring.acquire(filled), pl.ds(k * DEPTH, DEPTH)
+            full = scratch.ring.full.at[slot]
+            plgpu.copy_gmem_to_smem(inputs.tokens.at[own, deep], scratch.tokens.at[slot], full)
+            plgpu.copy_gmem_to_smem(inputs.pieces.at[:, deep], scratch.pieces.at[slot], full)
+            return filled + 1
+
+        return lax.fori_loop(0, self.slices, copy, filled)
+
+    def consume(self) -> None:
+        tile = functools.partial(self.tile, lax.axis_index("wg"))
+        over_steps(jnp.int32(self.tiles), self.device.num_sms, tile)
+
+    def tile(self, wg: jax.Array, step: jax.Array, filled: jax.Array) -> jax.Array:
+        """Logits of this consumer's half of a tile, and all that is decided by them."""
+        inputs, scratch = self.inputs, self.scratch
+        columns = inputs.pieces.shape[0]
+        padded = columns // PIECES
+
+        def multiply(acc: Any, k: jax.Array, slot: jax.Array) -> None:
+            x = scratch.tokens.at[slot, pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)]
+            plgpu.wgmma(acc, x, scratch.pieces.at[slot].transpose((1, 0)))
+
+        z = add_products(columns, scratch.ring, filled, self.slices, multiply)
+        # The small pieces first.
+        clean = z[:, 2 * padded :] + z[:, padded : 2 * padded] + z[:, :padded]
+        member = self.device.read(inputs.member, (step, wg))
+        real = lax.broadcast_in_dim(member != NEVER, clean.shape, (0,))
+        clean = jnp.where(real, clean, jnp.zeros_like(clean))
+        noisy = None if inputs.noise is None else clean + self.device.read(inputs.noise, (step, wg))
+        self.decide(_Logits(clean, noisy, member), step, wg)
+        return filled + self.slices
+
+    def decide(self, logits: _Logits, step: jax.Array, wg: jax.Array) -> None:
+        """Store choices, gates and sums."""
+        clean, noisy, member = logits
+        experts = Experts.of(clean.shape, self.num_experts, axis=1, keepdims=False)
+        softmax = experts.softmax(clean)
+        inverse = softmax.inverse if noisy is None else experts.softmax(noisy).inverse
+        chosen = self.choose(logits, experts, inverse, step, wg)
+        self.out.by_token[step, wg, 0] = softmax.entropy
+        self.out.by_token[step, wg, 1] = softmax.log_partition
+        self.out.logits[step, wg] = clean
+        values = [chosen.wanted, softmax.probability]
+        if noisy is not None:
+            threshold = jnp.where(chosen.finite, chosen.last, jnp.full_like(inverse, jnp.nan))
+            distance = (clean - experts.spread(threshold)) * (1 / self.static.noise_std)
+            values.append(normal(distance, jnp.exp(-0.5 * distance * distance)))
+        for modality in range(self.static.num_modalities):
+            mine = experts.spread(member == modality)
+            for field, value in enumerate(values):
+                kept = jnp.where(mine, value, jnp.zeros_like(value))
+                self.out.sums[step, wg, modality, field] = jnp.sum(kept, axis=0)
+
+    def choose(
+        self, logits: _Logits, experts: Experts, inverse: Float[Array, " 64"], step: jax.Array, wg: jax.Array
+    ) -> _Chosen:
+        """Store the best experts and their gates; `inverse` is one over the sum of the softmax that gates are of."""
+        clean, out = logits.clean, self.out
+        decided = clean if logits.noisy is None else logits.noisy
+        finite = experts.finite(decided)
+        # A token that is not finite gets the first experts: it wants none, but no index is out of range.
+        score = experts.only(jnp.where(experts.spread(finite), decided, jnp.zeros_like(clean)), FAR)
+        wanted, best = jnp.zeros_like(clean), []
+        for choice in range(self.static.num_choices):
+            best.append(jnp.max(score, axis=1))
+            equal = score == experts.spread(best[-1])
+            chosen = jnp.min(jnp.where(equal, experts.ids, jnp.full_like(clean, clean.shape[1])), axis=1)
+            mine = experts.ids == experts.spread(chosen)
+            wanted = jnp.where(mine & experts.spread(finite), jnp.ones_like(clean), wanted)
+            score = jnp.where(mine, jnp.full_like(clean, FAR), score)
+            gate = jnp.where(finite, jnp.exp(best[-1] - best[0]) * inverse, jnp.full_like(inverse, jnp.nan))
+            out.expert[step, wg, choice] = chosen.astype(jnp.int32)
+            out.gate[step, wg, choice] = jnp.where(logits.member != NEVER, gate, jnp.zeros_like(gate))
+            if choice == 0:
+                out.by_token[step, wg, 2] = gate
+        return _Chosen(wanted, best[-1], finite)

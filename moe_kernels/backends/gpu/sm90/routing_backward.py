@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import RouteStatic
-from moe_kernels.backends.gpu.common.launch import Device
+from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, Device
 from moe_kernels.backends.gpu.sm90.matmul import flat_tiles, tall_tiles
-from moe_kernels.backends.gpu.sm90.routing import PIECES, split
+from moe_kernels.backends.gpu.sm90.routing import PIECES
 from moe_kernels.backends.gpu.sm90.row_matmul import row_matmul
-from moe_kernels.backends.gpu.sm90.tiling import DEPTH, NUM_CONSUMERS, WARPGROUP_ROWS, WIDTH_ALIGNMENT, choose_blocks
+from moe_kernels.backends.gpu.sm90.tiling import DEPTH, WARPGROUP_ROWS, WIDTH_ALIGNMENT, choose_blocks
 from moe_kernels.backends.gpu.sm90.weight_gradient import weight_gradient
+from moe_kernels.backends.route_parts import split
 from moe_kernels.backends.xla.routing import RouteSaved, logits_gradient
 from moe_kernels.types import ROW_ALIGNMENT, Layout, Routing, Runs, round_up
 
@@ -54,8 +55,7 @@ def _dtokens(dlogits: Float[Array, "T E"], router: Float[Array, "D E"], device: 
     weight = jnp.pad(jnp.concatenate([w_high, w_low, w_high]), ((0, depth), (0, 0)))
     layout = Layout(len(rows), 1, 1, 1, len(rows), None)
     one = Runs(*(jnp.full(1, value, jnp.int32) for value in (0, 0, num_tokens)))
-    (dtokens,) = row_matmul(rows, weight[None], tall_tiles(one, layout), device)
-    return dtokens[:num_tokens]
+    return row_matmul(rows, weight[None], tall_tiles(one, layout), device).out[:num_tokens]
 
 
 def _drouter(tokens: Float[Array, "T D"], dlogits: Float[Array, "T E"], device: Device) -> Float[Array, "D E"]:

@@ -10,8 +10,8 @@ its own result, so that NaN past the end reaches nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,22 +20,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from moe_kernels.backends.gpu.common.activation import activate, activate_and_slope
-from moe_kernels.backends.gpu.common.launch import (
-    Device,
-    Ring,
-    launch,
-    over_steps,
-    ring_barriers,
-    specialise,
-    store_rows,
-    swizzled,
-)
+from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, Device, Ring, launch, over_steps, specialise
 from moe_kernels.backends.gpu.common.schedule import RowTiles
-from moe_kernels.backends.gpu.sm90.tiling import CHUNK, DEPTH, NUM_CONSUMERS, WARPGROUP_ROWS, Kernel, choose_blocks
-from moe_kernels.types import ROW_ALIGNMENT, MatmulActivation
-
-RowEpilogue = Literal["store", "activate", "gated", "activate_backward"]
+from moe_kernels.backends.gpu.sm90.epilogues import Epilogue, Fetched, Results, Store, Tile
+from moe_kernels.backends.gpu.sm90.tiling import CHUNK, DEPTH, WARPGROUP_ROWS, Blocks, choose_blocks
+from moe_kernels.backends.gpu.sm90.wgmma import add_products, store_rows, swizzled
+from moe_kernels.types import ROW_ALIGNMENT
 
 
 def row_matmul(
@@ -43,187 +33,160 @@ def row_matmul(
     weight: Float[Array, "E D F"] | Float[Array, "E F D"],
     tiles: RowTiles,
     device: Device,
+    epilogue: Epilogue = Store(),  # noqa: B008 (frozen)
     *,
-    epilogue: RowEpilogue = "store",
     transposed: bool = False,
     bias: Float[Array, "E F"] | None = None,
     hidden: Float[Array, "R F"] | None = None,
-    activation: MatmulActivation = "gelu_tanh",
-    keep: bool = True,
-) -> tuple[Float[Array, "R _"], ...]:
-    """With `z = x W_e + b_e`, or `x W_eᵀ` for a `transposed` weight `[E, F, D]`, give what the epilogue asks for.
+) -> Results:
+    """With `z = x W_e + b_e`, or `x W_eᵀ` for a `transposed` weight `[E, F, D]`, give what the epilogue makes of it.
 
-    "store": z; "activate": z and act(z), both rounded to the dtype of the rows, the second computed from the rounded
-    first; "gated": z, in which 64 columns of the gate and 64 of what it lets pass take turns, and the product
-    act(gate) up `[R, F / 2]`, computed from rounded factors; "activate_backward": z act'(hidden) and act(hidden).
-    Where no gradient is wanted, "activate" and "gated" leave z out (`keep=False`). `tiles` are 128 rows high.
+    `tiles` are 128 rows high; `hidden` is for an epilogue that reads the hidden layer.
     """
-    num_rows, depth = rows.shape
     columns = weight.shape[1] if transposed else weight.shape[2]
-    kernel: Kernel = "gated_erf" if (epilogue, activation) == ("gated", "gelu_erf") else epilogue
-    blocks = choose_blocks(kernel, columns, device.chip, bias=bias is not None)
-    # An epilogue that reads the hidden layer has registers for two chunks, and a buffer for each.
-    assert hidden is None or blocks.columns == 2 * CHUNK
-    column_tiles, slices, chunks = columns // blocks.columns, depth // DEPTH, blocks.columns // CHUNK
-    dtype, kept = rows.dtype, keep or epilogue not in ("activate", "gated")
-    # A gate and what it lets pass lie in one tile, and a bias would have to take turns with another.
-    assert epilogue != "gated" or (chunks % 2 == 0 and bias is None)
-    widths = [columns] if kept else []
-    if epilogue != "store":
-        widths.append(columns // 2 if epilogue == "gated" else columns)
-    last = len(widths) - 1
-    extra = [a for a in (bias, hidden) if a is not None]
-
-    def body(
-        expert_g: Any, first_g: Any, size_g: Any, start_g: Any, x_g: Any, w_g: Any, *refs: Any, **scratch: Any
-    ) -> None:
-        extra_g, out_g = refs[: len(extra)], refs[len(extra) :]
-        x_s, w_s, out_s = scratch["x_s"], scratch["w_s"], scratch["out_s"]
-        ring = Ring(scratch["full"], scratch["empty"], blocks.stages)
-        total = start_g[tiles.start.shape[0] - 1] * column_tiles
-
-        def place(step: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """Tile of rows, and first column."""
-            return lax.div(step, jnp.int32(column_tiles)), lax.rem(step, jnp.int32(column_tiles)) * blocks.columns
-
-        def produce() -> None:
-            def tile(step: jax.Array, filled: jax.Array) -> jax.Array:
-                m, column = place(step)
-                expert, own = expert_g[m], pl.ds(pl.multiple_of(first_g[m], ROW_ALIGNMENT), blocks.rows)
-                across = pl.ds(column, blocks.columns)
-
-                def copy(k: jax.Array, filled: jax.Array) -> jax.Array:
-                    slot, deep = ring.acquire(filled), pl.ds(k * DEPTH, DEPTH)
-                    plgpu.copy_gmem_to_smem(x_g.at[own, deep], x_s.at[slot], ring.full.at[slot])
-                    part = w_g.at[expert, across, deep] if transposed else w_g.at[expert, deep, across]
-                    plgpu.copy_gmem_to_smem(part, w_s.at[slot], ring.full.at[slot])
-                    return filled + 1
-
-                return lax.fori_loop(0, slices, copy, filled)
-
-            ring.drain(over_steps(total, device.num_sms, tile))
-
-        def consume() -> None:
-            wg = lax.axis_index("wg")
-
-            def accumulate(acc: Any, filled: jax.Array) -> Any:
-                def multiply(k: jax.Array, _: None) -> None:
-                    slot = ring.wait(filled + k)
-                    x = x_s.at[slot, pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)]
-                    w = w_s.at[slot].transpose((1, 0)) if transposed else w_s.at[slot]
-                    plgpu.wgmma(acc, x, w)
-                    # One product stays in flight; the one before it has read its stage.
-                    plgpu.wgmma_wait(1)
-
-                    @pl.when(k > 0)
-                    def _() -> None:
-                        ring.release(filled + k - 1)
-
-                lax.fori_loop(0, slices, multiply, None)
-                plgpu.wgmma_wait(0)
-                ring.release(filled + slices - 1)
-                return acc[...]
-
-            def work(m: jax.Array, column: jax.Array, size: jax.Array, filled: jax.Array) -> None:
-                row = pl.multiple_of(first_g[m], ROW_ALIGNMENT) + wg * WARPGROUP_ROWS
-                used = jnp.minimum(
-                    lax.div(size + (ROW_ALIGNMENT - 1), jnp.int32(ROW_ALIGNMENT)) * ROW_ALIGNMENT, WARPGROUP_ROWS
-                )
-
-                def fetch_hidden(chunk: int) -> None:
-                    source = extra_g[-1].at[pl.ds(row, WARPGROUP_ROWS), pl.ds(column + chunk * CHUNK, CHUNK)]
-                    barrier = scratch["hidden_full"].at[2 * wg + chunk]
-                    plgpu.copy_gmem_to_smem(source, scratch["hidden_s"].at[wg, chunk], barrier)
-
-                # What the epilogue reads is fetched while the matmul runs.
-                if bias is not None:
-                    source = extra_g[0].at[expert_g[m], pl.ds(column, blocks.columns)]
-                    plgpu.copy_gmem_to_smem(source, scratch["bias_s"].at[wg], scratch["bias_full"].at[wg])
-                if hidden is not None:
-                    for chunk in range(chunks):
-                        fetch_hidden(chunk)
-
-                z = pl.run_scoped(
-                    lambda acc: accumulate(acc, filled), plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, blocks.columns))
-                )
-                if bias is not None:
-                    plgpu.barrier_wait(scratch["bias_full"].at[wg])
-
-                def before(chunk: int) -> jax.Array:
-                    across = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-                    value = z[:, across]
-                    if bias is None:
-                        return value
-                    return value + lax.broadcast_in_dim(scratch["bias_s"][wg, across], value.shape, (1,))
-
-                for n, (i, across, result) in enumerate(results(before, wg, column)):
-                    # All copies of the last tile have read their buffers; in a tile, the copy before the last one.
-                    plgpu.wait_smem_to_gmem(1 if n else 0, wait_read_only=True)
-                    out_s[wg, n % 2] = result
-                    plgpu.commit_smem()
-                    store_rows(out_s.at[wg, n % 2], out_g[i], row, used, pl.ds(across, CHUNK))
-
-            def results(before: Any, wg: Any, column: jax.Array) -> Iterator[tuple[int, jax.Array, jax.Array]]:
-                """What is stored, chunk by chunk: in which output, from which column on, the values."""
-                for chunk in range(0, chunks, 2 if epilogue == "gated" else 1):
-                    own, value = column + chunk * CHUNK, before(chunk)
-                    if epilogue == "activate_backward":
-                        plgpu.barrier_wait(scratch["hidden_full"].at[2 * wg + chunk])
-                        h = scratch["hidden_s"][wg, chunk].astype(jnp.float32)
-                        activated, slope = activate_and_slope(h, activation)
-                        yield 0, own, (value * slope).astype(dtype)
-                        yield 1, own, activated.astype(dtype)
-                        continue
-                    rounded = value.astype(dtype)
-                    if kept:
-                        yield 0, own, rounded
-                    if epilogue == "activate":
-                        yield last, own, activate(rounded.astype(jnp.float32), activation).astype(dtype)
-                    if epilogue == "gated":
-                        up = before(chunk + 1).astype(dtype)
-                        if kept:
-                            yield 0, own + CHUNK, up
-                        half = pl.multiple_of(lax.div(own, jnp.int32(2)), CHUNK)
-                        # Only now, so that no float32 value is live while factors are stored.
-                        activated = activate(rounded.astype(jnp.float32), activation)
-                        yield last, half, (activated * up.astype(jnp.float32)).astype(dtype)
-
-            def skip(filled: jax.Array) -> None:
-                def pass_on(k: jax.Array, _: None) -> None:
-                    ring.wait(filled + k)
-                    ring.release(filled + k)
-
-                lax.fori_loop(0, slices, pass_on, None)
-
-            def tile(step: jax.Array, filled: jax.Array) -> jax.Array:
-                m, column = place(step)
-                size = size_g[m] - wg * WARPGROUP_ROWS
-                lax.cond(size > 0, lambda: work(m, column, size, filled), lambda: skip(filled))
-                return filled + slices
-
-            over_steps(total, device.num_sms, tile)
-            plgpu.wait_smem_to_gmem(0)
-
-        specialise(produce, consume)
-
-    matrix = (blocks.columns, DEPTH) if transposed else (DEPTH, blocks.columns)
-    buffers = (NUM_CONSUMERS, 2, WARPGROUP_ROWS, CHUNK)
-    scratch = {
-        "x_s": swizzled((blocks.stages, blocks.rows, DEPTH), dtype),
-        "w_s": swizzled((blocks.stages, *matrix), dtype),
-        "out_s": swizzled(buffers, dtype),
-        **ring_barriers(blocks.stages, copies=2),
-    }
-    if bias is not None:
-        scratch["bias_s"] = plgpu.SMEM((NUM_CONSUMERS, blocks.columns), jnp.float32)
-        scratch["bias_full"] = plgpu.Barrier(num_barriers=NUM_CONSUMERS)
-    if hidden is not None:
-        scratch["hidden_s"] = swizzled(buffers, dtype)
-        scratch["hidden_full"] = plgpu.Barrier(num_barriers=2 * NUM_CONSUMERS)
-    out = tuple(jax.ShapeDtypeStruct((num_rows, width), dtype) for width in widths)
-    name = f"moe_rows_{kernel}" if kept else f"moe_rows_{kernel}_alone"
-    return tuple(
-        launch(body, name, out, scratch, device)(
-            tiles.expert, tiles.first, tiles.size, tiles.start, rows, weight, *extra
-        )
+    blocks = choose_blocks(epilogue.kernel, columns, device.chip, bias=bias is not None)
+    buffers = swizzled((NUM_CONSUMERS, 2, WARPGROUP_ROWS, CHUNK), rows.dtype)
+    scratch = _Scratch(
+        rows=swizzled((blocks.stages, blocks.rows, DEPTH), rows.dtype),
+        weight=swizzled((blocks.stages, *_matrix(blocks, transposed)), rows.dtype),
+        out=buffers,
+        ring=Ring.of(blocks.stages, copies=2),
+        bias=None if bias is None else Fetched(
+            plgpu.SMEM((NUM_CONSUMERS, blocks.columns), jnp.float32), plgpu.Barrier(num_barriers=NUM_CONSUMERS)
+        ),
+        hidden=None if hidden is None else Fetched(buffers, plgpu.Barrier(num_barriers=2 * NUM_CONSUMERS)),
+    )  # fmt: skip
+    widths = epilogue.widths(columns)
+    outputs = jax.tree.map(lambda width: jax.ShapeDtypeStruct((rows.shape[0], width), rows.dtype), widths)
+    return launch(
+        lambda *refs: _Kernel(epilogue, blocks, transposed, device.num_sms, *refs).run(),
+        f"moe_rows_{epilogue.name}",
+        device,
+        _Inputs(tiles, rows, weight, bias, hidden),
+        outputs,
+        scratch,
     )
+
+
+def _matrix(blocks: Blocks, transposed: bool) -> tuple[int, int]:
+    """A slice of the matrix as it lies in memory."""
+    return (blocks.columns, DEPTH) if transposed else (DEPTH, blocks.columns)
+
+
+class _Inputs(NamedTuple):
+    tiles: RowTiles
+    rows: Any
+    weight: Any
+    bias: Any
+    hidden: Any
+
+
+class _Scratch(NamedTuple):
+    rows: Any
+    weight: Any
+    out: Any
+    ring: Ring
+    bias: Fetched | None
+    hidden: Fetched | None
+
+
+class _Kernel(NamedTuple):
+    """What is static, and the references."""
+
+    epilogue: Epilogue
+    blocks: Blocks
+    transposed: bool
+    num_sms: int
+    inputs: _Inputs
+    outputs: Results
+    scratch: _Scratch
+
+    @property
+    def column_tiles(self) -> int:
+        return self.inputs.weight.shape[1 if self.transposed else 2] // self.blocks.columns
+
+    @property
+    def slices(self) -> int:
+        return self.inputs.rows.shape[1] // DEPTH
+
+    def run(self) -> None:
+        start = self.inputs.tiles.start
+        total = start[start.shape[0] - 1] * self.column_tiles
+        specialise(lambda: self.produce(total), lambda: self.consume(total))
+
+    def place(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Tile of rows, and first column."""
+        across = jnp.int32(self.column_tiles)
+        return lax.div(step, across), lax.rem(step, across) * self.blocks.columns
+
+    def produce(self, total: jax.Array) -> None:
+        self.scratch.ring.drain(over_steps(total, self.num_sms, self.fetch))
+
+    def fetch(self, step: jax.Array, filled: jax.Array) -> jax.Array:
+        """Copy the slices of a tile's rows and matrix."""
+        m, column = self.place(step)
+        tiles, scratch = self.inputs.tiles, self.scratch
+        expert, own = tiles.expert[m], pl.ds(pl.multiple_of(tiles.first[m], ROW_ALIGNMENT), self.blocks.rows)
+        across = pl.ds(column, self.blocks.columns)
+
+        def copy(k: jax.Array, filled: jax.Array) -> jax.Array:
+            slot, deep = scratch.ring.acquire(filled), pl.ds(k * DEPTH, DEPTH)
+            full = scratch.ring.full.at[slot]
+            plgpu.copy_gmem_to_smem(self.inputs.rows.at[own, deep], scratch.rows.at[slot], full)
+            place = (expert, across, deep) if self.transposed else (expert, deep, across)
+            plgpu.copy_gmem_to_smem(self.inputs.weight.at[place], scratch.weight.at[slot], full)
+            return filled + 1
+
+        return lax.fori_loop(0, self.slices, copy, filled)
+
+    def consume(self, total: jax.Array) -> None:
+        over_steps(total, self.num_sms, functools.partial(self.tile, lax.axis_index("wg")))
+        plgpu.wait_smem_to_gmem(0)
+
+    def tile(self, wg: jax.Array, step: jax.Array, filled: jax.Array) -> jax.Array:
+        """Work on this consumer's half of a tile, if it has rows."""
+        m, column = self.place(step)
+        size = self.inputs.tiles.size[m] - wg * WARPGROUP_ROWS
+        lax.cond(size > 0, lambda: self.work(wg, m, column, size, filled), lambda: self.skip(filled))
+        return filled + self.slices
+
+    def skip(self, filled: jax.Array) -> None:
+        def pass_on(k: jax.Array, _: None) -> None:
+            self.scratch.ring.wait(filled + k)
+            self.scratch.ring.release(filled + k)
+
+        lax.fori_loop(0, self.slices, pass_on, None)
+
+    def work(self, wg: jax.Array, m: jax.Array, column: jax.Array, size: jax.Array, filled: jax.Array) -> None:
+        """Multiply `size` rows or more, and store them."""
+        scratch = self.scratch
+        row = pl.multiple_of(self.inputs.tiles.first[m], ROW_ALIGNMENT) + wg * WARPGROUP_ROWS
+        eights = lax.div(size + (ROW_ALIGNMENT - 1), jnp.int32(ROW_ALIGNMENT))
+        used = jnp.minimum(eights * ROW_ALIGNMENT, WARPGROUP_ROWS)
+        self.fetch_beside(wg, m, row, column)
+
+        def multiply(acc: Any, k: jax.Array, slot: jax.Array) -> None:
+            x, w = scratch.rows.at[slot, pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)], scratch.weight.at[slot]
+            plgpu.wgmma(acc, x, w.transpose((1, 0)) if self.transposed else w)
+
+        products = add_products(self.blocks.columns, scratch.ring, filled, self.slices, multiply)
+        if scratch.bias is not None:
+            plgpu.barrier_wait(scratch.bias.full.at[wg])
+        tile = Tile(products, scratch.bias, scratch.hidden, self.outputs, wg, column)
+        for n, (output, across, values) in enumerate(self.epilogue.results(tile)):
+            # All copies of the last tile have read their buffers; in a tile, the copy before the last one.
+            plgpu.wait_smem_to_gmem(1 if n else 0, wait_read_only=True)
+            scratch.out[wg, n % 2] = values
+            plgpu.commit_smem()
+            store_rows(scratch.out.at[wg, n % 2], output, row, used, pl.ds(across, CHUNK))
+
+    def fetch_beside(self, wg: jax.Array, m: jax.Array, row: jax.Array, column: jax.Array) -> None:
+        """What the epilogue reads is fetched while the matmul runs."""
+        inputs, bias, hidden = self.inputs, self.scratch.bias, self.scratch.hidden
+        if bias is not None:
+            source = inputs.bias.at[inputs.tiles.expert[m], pl.ds(column, self.blocks.columns)]
+            plgpu.copy_gmem_to_smem(source, bias.buffer.at[wg], bias.full.at[wg])
+        if hidden is not None:
+            for chunk in range(self.blocks.columns // CHUNK):
+                source = inputs.hidden.at[pl.ds(row, WARPGROUP_ROWS), pl.ds(column + chunk * CHUNK, CHUNK)]
+                plgpu.copy_gmem_to_smem(source, hidden.buffer.at[wg, chunk], hidden.full.at[2 * wg + chunk])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from moe_kernels.backends.gpu.common.launch import CONSUMER_REGISTERS, NUM_CONSUMERS
+from moe_kernels.backends.gpu.common.memory import ALLOCATION_BYTES, BARRIER_BYTES, REDUCTION_BYTES, most_stages
 from moe_kernels.chips import Generation
-from moe_kernels.types import round_up
 
 # wgmma multiplies 64 rows of a warpgroup; a swizzled row of shared memory holds 128 bytes, 64 elements of 16 bits.
 WARPGROUP_ROWS = 64
@@ -14,26 +15,13 @@ DEPTH = 64
 CHUNK = 64
 SWIZZLE_BYTES = 128
 ITEMSIZE = 2
-# Tiles are 128 rows, two consumers' worth; widths that 128 does not divide would need copies that hang over.
+# Columns of wgmma in a tile, wider ones first. Widths that 128 does not divide would need copies that hang over.
+COLUMNS = (256, 128)
 WIDTH_ALIGNMENT = 128
-NUM_CONSUMERS = 2
-# 65,536 registers are 512 for each thread of a warpgroup: 40 for the producer's leave 232 for both consumers'.
-PRODUCER_REGISTERS = 40
-CONSUMER_REGISTERS = 232
 # Registers of addresses, loop counters and barriers: what ptxas used above the accumulator (JAX 0.10.2, November 2026).
 OTHER_REGISTERS = 40
-BARRIER_BYTES = 8
-MAX_STAGES = 6
-# A gather moves 16 bytes a thread, half a warp along a row; 8 rows a consumer, up to 2 KB of each at a time.
-ACCESS_BYTES = 16
-HALF_WARP = 16
-GATHER_ROWS = 8
-PIECE_BYTES = 2048
-
-# The sums' ring; and what Mosaic sets aside for sums across the warps of a warpgroup.
+# The ring of sums over rows.
 SUM_STAGES = 8
-REDUCTION_BYTES = 2048
-ALLOCATION_BYTES = 1024
 
 Kernel = Literal["store", "activate", "gated", "gated_erf", "activate_backward", "weight_gradient", "column_sums"]
 # Float32 tiles of 64 x 64 that a consumer's epilogue holds in registers beside the accumulator.
@@ -53,14 +41,6 @@ class Blocks:
     """Tile of a kernel: `rows x columns` of the result, worked 64 deep at a time over a ring of `stages`."""
 
     rows: int
-    columns: int
-    stages: int
-
-
-@dataclasses.dataclass(frozen=True)
-class GatherBlocks:
-    """A stage of a gather: pieces of so many columns, over a ring of `stages`."""
-
     columns: int
     stages: int
 
@@ -102,51 +82,18 @@ def shared_memory(kernel: Kernel, blocks: Blocks, *, bias: bool = False) -> int:
 def choose_blocks(kernel: Kernel, columns: int, chip: Generation, *, bias: bool = False) -> Blocks:
     """The widest tile that divides the columns and fits the registers, with as many stages as fit.
 
-    >>> from moe_kernels.chips import find_generation
-    >>> choose_blocks("store", 768, find_generation("NVIDIA H200"))
+    >>> choose_blocks("store", 768, Generation("hopper", 232448))
     Blocks(rows=128, columns=256, stages=4)
-    >>> from moe_kernels.chips import find_generation
-    >>> choose_blocks("activate_backward", 768, find_generation("NVIDIA H200")).columns
+    >>> choose_blocks("activate_backward", 768, Generation("hopper", 232448)).columns
     128
     """
     assert columns % WIDTH_ALIGNMENT == 0
     if kernel == "column_sums":
         return Blocks(DEPTH, NUM_CONSUMERS * CHUNK, SUM_STAGES)
-    fitting = (w for w in chip.columns if columns % w == 0 and registers(kernel, w) <= CONSUMER_REGISTERS)
-    width = next(fitting)
-    for stages in range(MAX_STAGES, 1, -1):
-        blocks = Blocks(NUM_CONSUMERS * WARPGROUP_ROWS, width, stages)
-        if shared_memory(kernel, blocks, bias=bias) <= chip.shared_memory:
-            return blocks
-    raise AssertionError(f"no two stages of {kernel} with {width} columns fit {chip.shared_memory} bytes")
-
-
-def gather_shared_memory(blocks: GatherBlocks, itemsize: int, *, weighed: bool, products: bool) -> int:
-    """Bytes of shared memory that a gather allocates: pieces, indices and weights of every stage, barriers."""
-    rows = NUM_CONSUMERS * GATHER_ROWS * blocks.stages
-    arrays = [blocks.columns * itemsize] * (2 if products else 1) + [4] * (2 if weighed else 1)
-    held = sum(round_up(rows * size, ALLOCATION_BYTES) for size in arrays)
-    return held + 2 * blocks.stages * BARRIER_BYTES + (REDUCTION_BYTES if products else 0)
-
-
-def gather_blocks(width: int, itemsize: int, chip: Generation, *, products: bool = False) -> GatherBlocks:
-    """The widest piece that divides a row, with as many stages as fit.
-
-    >>> from moe_kernels.chips import find_generation
-    >>> gather_blocks(768, 2, find_generation("NVIDIA H200"))
-    GatherBlocks(columns=768, stages=6)
-    >>> from moe_kernels.chips import find_generation
-    >>> gather_blocks(7168, 4, find_generation("NVIDIA H200"), products=True)
-    GatherBlocks(columns=512, stages=3)
-    """
-    assert width % WIDTH_ALIGNMENT == 0
-    widest = PIECE_BYTES // itemsize // WIDTH_ALIGNMENT
-    pieces = next(n for n in range(widest, 0, -1) if width // WIDTH_ALIGNMENT % n == 0)
-    for stages in range(MAX_STAGES, 1, -1):
-        blocks = GatherBlocks(pieces * WIDTH_ALIGNMENT, stages)
-        if gather_shared_memory(blocks, itemsize, weighed=True, products=products) <= chip.shared_memory:
-            return blocks
-    raise AssertionError(f"no two stages of {pieces * WIDTH_ALIGNMENT} columns fit {chip.shared_memory} bytes")
+    width = next(w for w in COLUMNS if columns % w == 0 and registers(kernel, w) <= CONSUMER_REGISTERS)
+    blocks = Blocks(NUM_CONSUMERS * WARPGROUP_ROWS, width, 0)
+    with_stages = lambda stages: dataclasses.replace(blocks, stages=stages)  # noqa: E731
+    return with_stages(most_stages(lambda stages: shared_memory(kernel, with_stages(stages), bias=bias), chip))
 
 
 # What a consumer's wgmma can have, for three pieces of the router.
@@ -162,10 +109,9 @@ def route_shared_memory(columns: int, stages: int) -> int:
 def route_blocks(columns: int, chip: Generation) -> Blocks:
     """A tile of 128 tokens and all columns (experts, three times) with as many stages as fit.
 
-    >>> from moe_kernels.chips import find_generation
-    >>> route_blocks(96, find_generation("NVIDIA H200"))
+    >>> route_blocks(96, Generation("hopper", 232448))
     Blocks(rows=128, columns=96, stages=6)
     """
     assert columns % 8 == 0 and columns <= MOST_COLUMNS
-    stages = next(n for n in range(MAX_STAGES, 1, -1) if route_shared_memory(columns, n) <= chip.shared_memory)
+    stages = most_stages(lambda stages: route_shared_memory(columns, stages), chip)
     return Blocks(NUM_CONSUMERS * WARPGROUP_ROWS, columns, stages)

@@ -8,7 +8,8 @@ in both factors, whatever stood there: X by the consumer that reads it, dY one h
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, DTypeLike, Float
 
-from moe_kernels.backends.gpu.common.launch import Device, Ring, launch, over_steps, ring_barriers, specialise, swizzled
+from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, Device, Ring, launch, over_steps, specialise
 from moe_kernels.backends.gpu.common.schedule import RowTiles
-from moe_kernels.backends.gpu.sm90.tiling import DEPTH, NUM_CONSUMERS, SWIZZLE_BYTES, WARPGROUP_ROWS, choose_blocks
+from moe_kernels.backends.gpu.sm90.tiling import DEPTH, SWIZZLE_BYTES, WARPGROUP_ROWS, Blocks, choose_blocks
+from moe_kernels.backends.gpu.sm90.wgmma import add_products, swizzled
 from moe_kernels.types import ROW_ALIGNMENT
 
 
@@ -32,112 +34,132 @@ def weight_gradient(
     dtype: DTypeLike,
 ) -> Float[Array, "E D F"]:
     """`dW_e = X_eᵀ dY_e` in the given dtype (16 bits or float32), exactly 0 without rows; `tiles` are 64 rows high."""
-    (_, width), columns, num_experts = rows.shape, drows.shape[1], tiles.start.shape[0] - 1
+    columns, chunk = drows.shape[1], SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
     blocks = choose_blocks("weight_gradient", columns, device.chip)
-    row_tiles, column_tiles = width // blocks.rows, columns // blocks.columns
-    total = num_experts * row_tiles * column_tiles
-    chunk, half = SWIZZLE_BYTES // jnp.dtype(dtype).itemsize, blocks.columns // NUM_CONSUMERS
+    scratch = _Scratch(
+        rows=swizzled((blocks.stages, DEPTH, blocks.rows), rows.dtype),
+        drows=swizzled((blocks.stages, DEPTH, blocks.columns), rows.dtype),
+        out=swizzled((NUM_CONSUMERS, 2, WARPGROUP_ROWS, chunk), dtype),
+        clean=plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
+        ring=Ring.of(blocks.stages, copies=2),
+    )
+    return launch(
+        lambda *refs: _Kernel(blocks, device.num_sms, *refs).run(),
+        "moe_weight_gradient",
+        device,
+        _Inputs(tiles.first, tiles.size, tiles.start, rows, drows),
+        jax.ShapeDtypeStruct((tiles.start.shape[0] - 1, rows.shape[1], columns), dtype),
+        scratch,
+    )
 
-    def body(first_g: Any, size_g: Any, start_g: Any, x_g: Any, dy_g: Any, dw_g: Any, **scratch: Any) -> None:
-        x_s, dy_s, out_s, clean = scratch["x_s"], scratch["dy_s"], scratch["out_s"], scratch["clean"]
-        ring = Ring(scratch["full"], scratch["empty"], blocks.stages)
 
-        def place(step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            """Expert, first row and first column of the tile."""
-            pair, n = lax.div(step, jnp.int32(column_tiles)), lax.rem(step, jnp.int32(column_tiles))
-            expert, m = lax.div(pair, jnp.int32(row_tiles)), lax.rem(pair, jnp.int32(row_tiles))
-            return expert, m * blocks.rows, n * blocks.columns
+class _Inputs(NamedTuple):
+    first: Any
+    size: Any
+    start: Any
+    rows: Any
+    drows: Any
 
-        def produce() -> None:
-            def tile(step: jax.Array, filled: jax.Array) -> jax.Array:
-                expert, row, column = place(step)
 
-                def copy(i: jax.Array, filled: jax.Array) -> jax.Array:
-                    slot, own = ring.acquire(filled), pl.ds(pl.multiple_of(first_g[i], ROW_ALIGNMENT), DEPTH)
-                    plgpu.copy_gmem_to_smem(x_g.at[own, pl.ds(row, blocks.rows)], x_s.at[slot], ring.full.at[slot])
-                    part = dy_g.at[own, pl.ds(column, blocks.columns)]
-                    plgpu.copy_gmem_to_smem(part, dy_s.at[slot], ring.full.at[slot])
-                    return filled + 1
+class _Scratch(NamedTuple):
+    rows: Any
+    drows: Any
+    out: Any
+    clean: Any
+    """Whether both consumers have put zeros past the end of a run."""
+    ring: Ring
 
-                return lax.fori_loop(start_g[expert], start_g[expert + 1], copy, filled)
 
-            ring.drain(over_steps(jnp.int32(total), device.num_sms, tile))
+class _Kernel(NamedTuple):
+    """What is static, and the references."""
 
-        def consume() -> None:
-            wg = lax.axis_index("wg")
+    blocks: Blocks
+    num_sms: int
+    inputs: _Inputs
+    gradient: Any
+    scratch: _Scratch
 
-            def select(ref: Any, slot: jax.Array, columns: slice, size: jax.Array) -> None:
-                """Zero past the end, whatever stood there."""
-                value = ref[slot, :, columns]
-                row = lax.broadcasted_iota(jnp.int32, value.shape, 0)
-                ref[slot, :, columns] = jnp.where(row < size, value, jnp.zeros_like(value))
+    @property
+    def tiles(self) -> tuple[int, int, int]:
+        """Of experts, of an expert's rows, and of their columns."""
+        num_experts, width, columns = self.gradient.shape
+        return num_experts, width // self.blocks.rows, columns // self.blocks.columns
 
-            def mask(slot: jax.Array, size: jax.Array) -> None:
-                # What a warpgroup reads and writes itself must be a static slice: one branch for each.
-                for i in range(NUM_CONSUMERS):
+    def run(self) -> None:
+        experts, rows, columns = self.tiles
+        total = experts * rows * columns
+        specialise(lambda: self.produce(total), lambda: self.consume(total))
 
-                    @pl.when(wg == i)
-                    def _(i: int = i) -> None:
-                        select(x_s, slot, slice(i * WARPGROUP_ROWS, (i + 1) * WARPGROUP_ROWS), size)
-                        select(dy_s, slot, slice(i * half, (i + 1) * half), size)
+    def place(self, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Expert, first row and first column of the tile."""
+        _, row_tiles, column_tiles = self.tiles
+        pair, n = lax.div(step, jnp.int32(column_tiles)), lax.rem(step, jnp.int32(column_tiles))
+        expert, m = lax.div(pair, jnp.int32(row_tiles)), lax.rem(pair, jnp.int32(row_tiles))
+        return expert, m * self.blocks.rows, n * self.blocks.columns
 
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(clean)
-                plgpu.barrier_wait(clean)
+    def produce(self, total: int) -> None:
+        self.scratch.ring.drain(over_steps(jnp.int32(total), self.num_sms, self.fetch))
 
-            def accumulate(acc: Any, begin: jax.Array, end: jax.Array, filled: jax.Array) -> Any:
-                def multiply(i: jax.Array, _: None) -> None:
-                    fill = filled + i - begin
-                    slot, size = ring.wait(fill), size_g[i]
+    def fetch(self, step: jax.Array, filled: jax.Array) -> jax.Array:
+        """Copy an expert's rows, 64 at a time."""
+        expert, row, column = self.place(step)
+        inputs, scratch = self.inputs, self.scratch
 
-                    @pl.when(size < DEPTH)
-                    def _() -> None:
-                        mask(slot, size)
+        def copy(i: jax.Array, filled: jax.Array) -> jax.Array:
+            slot, own = scratch.ring.acquire(filled), pl.ds(pl.multiple_of(inputs.first[i], ROW_ALIGNMENT), DEPTH)
+            full = scratch.ring.full.at[slot]
+            plgpu.copy_gmem_to_smem(inputs.rows.at[own, pl.ds(row, self.blocks.rows)], scratch.rows.at[slot], full)
+            part = inputs.drows.at[own, pl.ds(column, self.blocks.columns)]
+            plgpu.copy_gmem_to_smem(part, scratch.drows.at[slot], full)
+            return filled + 1
 
-                    x = x_s.at[slot, :, pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)]
-                    plgpu.wgmma(acc, x.transpose((1, 0)), dy_s.at[slot])
-                    # One product stays in flight; the one before it has read its stage.
-                    plgpu.wgmma_wait(1)
+        return lax.fori_loop(inputs.start[expert], inputs.start[expert + 1], copy, filled)
 
-                    @pl.when(i > begin)
-                    def _() -> None:
-                        ring.release(fill - 1)
+    def consume(self, total: int) -> None:
+        over_steps(jnp.int32(total), self.num_sms, functools.partial(self.tile, lax.axis_index("wg")))
+        plgpu.wait_smem_to_gmem(0)
 
-                lax.fori_loop(begin, end, multiply, None)
-                plgpu.wgmma_wait(0)
+    def tile(self, wg: jax.Array, step: jax.Array, filled: jax.Array) -> jax.Array:
+        """Add up this consumer's half of a tile, and store it."""
+        expert, row, column = self.place(step)
+        begin, end = self.inputs.start[expert], self.inputs.start[expert + 1]
+        scratch, chunk = self.scratch, self.scratch.out.shape[-1]
 
-                @pl.when(end > begin)
-                def _() -> None:
-                    ring.release(filled + end - begin - 1)
+        def multiply(acc: Any, k: jax.Array, slot: jax.Array) -> None:
+            size = self.inputs.size[begin + k]
+            pl.when(size < DEPTH)(lambda: self.mask(wg, slot, size))
+            x = scratch.rows.at[slot, :, pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)]
+            plgpu.wgmma(acc, x.transpose((1, 0)), scratch.drows.at[slot])
 
-                return acc[...]
+        dw = add_products(self.blocks.columns, scratch.ring, filled, end - begin, multiply)
+        for n in range(self.blocks.columns // chunk):
+            # The copy before the last one read this buffer.
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            scratch.out[wg, n % 2] = dw[:, n * chunk : (n + 1) * chunk].astype(self.gradient.dtype)
+            plgpu.commit_smem()
+            own = pl.ds(row + wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
+            place = self.gradient.at[expert, own, pl.ds(column + n * chunk, chunk)]
+            plgpu.copy_smem_to_gmem(scratch.out.at[wg, n % 2], place)
+        return filled + (end - begin)
 
-            def tile(step: jax.Array, filled: jax.Array) -> jax.Array:
-                expert, row, column = place(step)
-                begin, end = start_g[expert], start_g[expert + 1]
-                accumulator = plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, blocks.columns))
-                dw = pl.run_scoped(lambda acc: accumulate(acc, begin, end, filled), accumulator)
-                for n in range(blocks.columns // chunk):
-                    # The copy before the last one read this buffer.
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    out_s[wg, n % 2] = dw[:, n * chunk : (n + 1) * chunk].astype(dtype)
-                    plgpu.commit_smem()
-                    own = pl.ds(row + wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
-                    plgpu.copy_smem_to_gmem(out_s.at[wg, n % 2], dw_g.at[expert, own, pl.ds(column + n * chunk, chunk)])
-                return filled + (end - begin)
+    def mask(self, wg: jax.Array, slot: jax.Array, size: jax.Array) -> None:
+        """Put zeros past the end of a run, and wait for the other consumer."""
+        scratch, half = self.scratch, self.blocks.columns // NUM_CONSUMERS
 
-            over_steps(jnp.int32(total), device.num_sms, tile)
-            plgpu.wait_smem_to_gmem(0)
+        def halves(consumer: int) -> None:
+            select(scratch.rows, slot, slice(consumer * WARPGROUP_ROWS, (consumer + 1) * WARPGROUP_ROWS), size)
+            select(scratch.drows, slot, slice(consumer * half, (consumer + 1) * half), size)
 
-        specialise(produce, consume)
+        # What a warpgroup reads and writes itself must be a static slice: one branch for each.
+        for consumer in range(NUM_CONSUMERS):
+            pl.when(wg == consumer)(functools.partial(halves, consumer))
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(scratch.clean)
+        plgpu.barrier_wait(scratch.clean)
 
-    scratch = {
-        "x_s": swizzled((blocks.stages, DEPTH, blocks.rows), rows.dtype),
-        "dy_s": swizzled((blocks.stages, DEPTH, blocks.columns), rows.dtype),
-        "out_s": swizzled((NUM_CONSUMERS, 2, WARPGROUP_ROWS, chunk), dtype),
-        "clean": plgpu.Barrier(num_arrivals=NUM_CONSUMERS),
-        **ring_barriers(blocks.stages, copies=2),
-    }
-    out = jax.ShapeDtypeStruct((num_experts, width, columns), dtype)
-    kernel = launch(body, "moe_weight_gradient", out, scratch, device)
-    return kernel(tiles.first, tiles.size, tiles.start, rows, drows)
+
+def select(ref: Any, slot: jax.Array, columns: slice, size: jax.Array) -> None:
+    """Zero past the end, whatever stood there."""
+    value = ref[slot, :, columns]
+    row = lax.broadcasted_iota(jnp.int32, value.shape, 0)
+    ref[slot, :, columns] = jnp.where(row < size, value, jnp.zeros_like(value))

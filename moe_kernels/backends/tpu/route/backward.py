@@ -22,12 +22,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_kernels.backends.base import RouteStatic
+from moe_kernels.backends.route_parts import NEVER, Experts, split
 from moe_kernels.backends.tpu.common.launch import Target, apart
 from moe_kernels.backends.tpu.common.rows import dot
 from moe_kernels.backends.tpu.route.forward import RouteSaved
 from moe_kernels.backends.tpu.route.parts import (
-    NEVER,
-    Experts,
     add_pieces,
     by_group,
     by_lane,
@@ -35,7 +34,6 @@ from moe_kernels.backends.tpu.route.parts import (
     logits_of,
     members,
     over_experts,
-    split,
     turned_router,
 )
 from moe_kernels.backends.tpu.route.tiles import LANES, RouteTiles, backward_tiles

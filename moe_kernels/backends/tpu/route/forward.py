@@ -20,11 +20,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_kernels.backends.base import RouteInputs, RouteStatic
+from moe_kernels.backends.route_parts import FAR, NEVER, Experts
 from moe_kernels.backends.tpu.common.launch import Target, apart
 from moe_kernels.backends.tpu.route.parts import (
-    FAR,
-    NEVER,
-    Experts,
     by_group,
     by_lane,
     by_token,

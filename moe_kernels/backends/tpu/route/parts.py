@@ -1,21 +1,17 @@
-"""What the routing kernels share: operands with tokens along the lanes, exact products, softmax over experts."""
+"""What the routing kernels share: operands with tokens along the lanes, exact products."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from moe_kernels.backends.base import RouteInputs
+from moe_kernels.backends.route_parts import NEVER, split
 from moe_kernels.backends.tpu.common.rows import dot
 from moe_kernels.backends.tpu.route.tiles import LANES, RouteTiles
-
-# The modality of padding.
-NEVER = -1
-FAR = float("-inf")
 
 
 def by_group(values: Array, groups: int, tiles: RouteTiles) -> Array:
@@ -46,23 +42,6 @@ def members(num_tokens: int, inputs: RouteInputs) -> Int[Array, "T 1"] | None:
     return (member if inputs.mask is None else jnp.where(inputs.mask, member, NEVER))[:, None]
 
 
-def split(values: Float[Array, "..."], count: int) -> list[Float[Array, "..."]]:
-    """Float32 as the sum of so many bfloat16 numbers; three hold all its digits.
-
-    By bits and not by casts there and back, which a compiler may drop.
-
-    >>> [float(piece) for piece in split(jnp.float32(1 + 2**-20), 3)]
-    [1.0, 9.5367431640625e-07, 0.0]
-    """
-    found = []
-    for _ in range(count):
-        high = jax.lax.bitcast_convert_type(values, jnp.uint32) & jnp.uint32(0xFFFF0000)
-        piece = jax.lax.bitcast_convert_type(high, jnp.float32)
-        found.append(piece.astype(jnp.bfloat16))
-        values = values - piece
-    return found
-
-
 def turned_router(router: Float[Array, "D E"], padded: int) -> Float[Array, "P D"]:
     """The router transposed, in float32, its experts rounded up with zeros."""
     return jnp.pad(router.astype(jnp.float32).T, ((0, padded - router.shape[1]), (0, 0)))
@@ -91,62 +70,6 @@ def logits_of(
     """Logits in float32; 0 for padding, whatever it holds (by selection)."""
     clean = add_pieces(dot(factor, tokens, (1, 1)), padded)
     return clean if member is None else jnp.where(member != NEVER, clean, 0.0)
-
-
-class Experts(NamedTuple):
-    """The axis of experts of a step: index of each row, and which rows are experts (None if all are)."""
-
-    ids: Float[Array, "E C"]
-    """As float32, which they are exact in: integers are not reduced on every chip."""
-    real: Bool[Array, "E C"] | None
-
-    @classmethod
-    def of(cls, shape: tuple[int, ...], num_experts: int) -> "Experts":
-        """For `[E, C]` values."""
-        ids = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-        return cls(ids.astype(jnp.float32), None if num_experts == shape[0] else ids < num_experts)
-
-    def only(self, values: Float[Array, "E C"], other: float) -> Float[Array, "E C"]:
-        """Something else in rows that are no experts."""
-        return values if self.real is None else jnp.where(self.real, values, other)
-
-    def finite(self, logits: Float[Array, "E C"]) -> Bool[Array, "1 C"]:
-        """Whether all logits of a token are."""
-        broken = jnp.where(jnp.abs(logits) < -FAR, 0.0, 1.0)
-        return over_experts(jnp.max, self.only(broken, 0.0)) == 0
-
-    def softmax(self, logits: Float[Array, "E C"]) -> "Softmax":
-        """Over the experts."""
-        top = over_experts(jnp.max, self.only(logits, FAR))
-        distance = self.only(logits - top, 0.0)
-        power = self.only(jnp.exp(distance), 0.0)
-        total = over_experts(jnp.sum, power)
-        return Softmax(top, distance, power, jnp.log(total), 1.0 / total)
-
-
-class Softmax(NamedTuple):
-    """A softmax and its parts: `power = exp(distance)`, `distance = logits - top`; 0 in rows that are no experts."""
-
-    top: Float[Array, "1 C"]
-    distance: Float[Array, "E C"]
-    power: Float[Array, "E C"]
-    log_total: Float[Array, "1 C"]
-    inverse: Float[Array, "1 C"]
-
-    @property
-    def probability(self) -> Float[Array, "E C"]:
-        """`exp(logits) / sum`."""
-        return self.power * self.inverse
-
-    @property
-    def log_partition(self) -> Float[Array, "1 C"]:
-        """Log of the sum of all exponentials."""
-        return self.top + self.log_total
-
-    @property
-    def entropy(self) -> Float[Array, "1 C"]:
-        """`-sum(p log p)`: its two terms have one sign, so nothing cancels."""
-        return self.log_total - over_experts(jnp.sum, self.power * self.distance) * self.inverse
 
 
 def over_experts(reduce: Any, values: Float[Array, "E C"]) -> Float[Array, "1 C"]:

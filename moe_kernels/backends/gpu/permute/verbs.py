@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.gpu.common.launch import Device
-from moe_kernels.backends.gpu.gather import gather_rows
+from moe_kernels.backends.gpu.permute.gather import gather_rows
 from moe_kernels.types import Plan
 
 
