@@ -27,6 +27,7 @@ TILE_ROWS = 128
 
 
 Carry = TypeVar("Carry")
+Weights = TypeVar("Weights")
 
 
 class MatmulSaved(NamedTuple):
@@ -168,7 +169,7 @@ def grouped_matmul_forward(
     padded = overhang(rows)
 
     def run(n: Int[Array, ""], expert: Int[Array, ""], out: Float[Array, "Q F"]) -> Float[Array, "Q F"]:
-        w = _of_expert(cast, expert)
+        w = of_expert(cast, expert)
         return over_tiles(
             runs, n, lambda tile, out: tile.write(out, _result(tile.rows(padded), w, static.activation)), out
         )
@@ -197,20 +198,20 @@ def grouped_matmul_backward(
             return dx, *(() if static.activation is None else dparts)
 
         dx, *dparts = over_experts(expert, (x, dy), used, cast)
-        return dx.reshape(rows.shape), _like(weights, _gradients(weights, x, dparts or [dy]))
+        return dx.reshape(rows.shape), like(weights, gradients(weights, x, dparts or [dy]))
 
     padded, dpadded = overhang(rows), overhang(dout)
 
     def run(
         n: Int[Array, ""], expert: Int[Array, ""], carry: tuple[Array, MatmulWeights]
     ) -> tuple[Array, MatmulWeights]:
-        w = _of_expert(cast, expert)
+        w = of_expert(cast, expert)
 
         def step(tile: Tile, carry: tuple[Array, MatmulWeights]) -> tuple[Array, MatmulWeights]:
             dx, sums = carry
             x, dy = tile.used_rows(padded), tile.used_rows(dpadded)
             dparts, part = _result_backward(x, dy, tile.used, w, static.activation)
-            return tile.write(dx, part), jax.tree.map(jnp.add, sums, _gradients(weights, x, dparts))
+            return tile.write(dx, part), jax.tree.map(jnp.add, sums, gradients(weights, x, dparts))
 
         dx, total = carry
         zero = jax.tree.map(lambda total: jnp.zeros(total.shape[1:], jnp.float32), total)
@@ -221,16 +222,18 @@ def grouped_matmul_backward(
     return dx[: rows.shape[0]], dweights
 
 
-def _of_expert(weights: MatmulWeights, expert: Int[Array, ""]) -> MatmulWeights:
+def of_expert(weights: Weights, expert: Int[Array, ""]) -> Weights:
+    """The weights of one expert."""
     return jax.tree.map(lambda w: w[expert], weights)
 
 
-def _gradients(weights: MatmulWeights, x: Float[Array, "*E P D"], dparts: Sequence[Array]) -> MatmulWeights:
-    """In float32."""
+def gradients(weights: MatmulWeights, x: Float[Array, "*E P D"], dparts: Sequence[Array]) -> MatmulWeights:
+    """In float32, for rows and cotangents that are 0 where unused: `dW = Xᵀ dY`, `db = Σ dY`."""
     products = [dot("...pd,...pf->...df", x, dpart) for dpart in dparts]
     bias = None if weights.bias is None else jnp.sum(dparts[0], axis=-2, dtype=jnp.float32)
     return MatmulWeights(products[0], bias, None if weights.up is None else products[1])
 
 
-def _like(weights: MatmulWeights, gradients: MatmulWeights) -> MatmulWeights:
+def like(weights: Weights, gradients: Weights) -> Weights:
+    """Gradients in the dtypes of what they are of."""
     return jax.tree.map(lambda like, gradient: gradient.astype(like.dtype), weights, gradients)
