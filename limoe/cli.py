@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import os
@@ -17,7 +16,7 @@ from absl import flags
 from limoe.config.presets import PRESETS, preset
 from limoe.config.schema import Config
 from limoe.config.settings import override, settings_help
-from limoe.errors import LimoeError
+from limoe.errors import LimoeError, nearest
 
 FLAGS = flags.FLAGS
 _PRESET = flags.DEFINE_string("preset", "tiny", f"named configuration: {', '.join(PRESETS)}")
@@ -105,8 +104,8 @@ def _command(words: list[str]) -> int:
         print(USAGE)
         return 0
     if command not in _COMMANDS:
-        nearest = difflib.get_close_matches(command, _COMMANDS, n=1)
-        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        close = nearest(command, _COMMANDS)
+        hint = f"did you mean {close!r}? " if close else ""
         raise UsageError(f"there is no command {command!r}; {hint}commands are {', '.join(_COMMANDS)}")
     function, taken = _COMMANDS[command]
     for flag in _FLAGS:

@@ -1,9 +1,9 @@
 """The named configurations: `tiny` for two CPU cores, the paper's sizes, and a dense twin of each."""
 
-import difflib
 from dataclasses import replace
 
 from limoe.config.schema import Config, ConfigError, DataConfig, LossConfig, ModelConfig, OptimizerConfig, TrainConfig
+from limoe.errors import nearest
 
 
 def _every_second(depth: int) -> tuple[int, ...]:
@@ -106,6 +106,6 @@ def preset(name: str) -> Config:
     """
     if name in PRESETS:
         return PRESETS[name]
-    nearest = difflib.get_close_matches(name, PRESETS, n=1)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    close = nearest(name, PRESETS)
+    hint = f"did you mean {close!r}? " if close else ""
     raise ConfigError(f"there is no preset {name!r}; {hint}presets are {', '.join(PRESETS)}")

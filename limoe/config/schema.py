@@ -10,6 +10,9 @@ from typing import Literal
 
 from limoe.config.section import ConfigError, Section, setting
 
+# The token that fills a caption up, for tokenizer and model.
+PAD_ID = 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):

@@ -1,6 +1,5 @@
 """Settings by name: set from the command line, written to JSON and read back, compared, listed with their help."""
 
-import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,6 +17,7 @@ from limoe.config.schema import (
     TrainConfig,
 )
 from limoe.config.section import checked, fits, setting_types, type_name
+from limoe.errors import nearest
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
@@ -66,9 +66,9 @@ def _find(name: str) -> _Setting:
     if "." not in name and same_field:
         raise ConfigError(f"setting {name!r} is ambiguous; use {' or '.join(same_field)}")
     bare = {setting.field: setting.name for setting in _SETTINGS.values()}
-    close = difflib.get_close_matches(name, [*_SETTINGS, *bare], n=1)
-    nearest = same_field or [bare.get(match, match) for match in close]
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else "limoe train --help lists all settings"
+    close = nearest(name, [*_SETTINGS, *bare])
+    meant = same_field or ([bare.get(close, close)] if close else [])
+    hint = f"did you mean {' or '.join(meant)}?" if meant else "limoe train --help lists all settings"
     raise ConfigError(f"there is no setting {name!r}; {hint}")
 
 
@@ -86,8 +86,8 @@ def _parse(text: str, setting: _Setting) -> Any:
     except (KeyError, ValueError):
         value = None
     if not fits(value, kind):
-        close = difflib.get_close_matches(text, get_args(kind), n=1) if get_origin(kind) is Literal else []
-        hint = f"did you mean {close[0]}? " if close else ""
+        close = nearest(text, get_args(kind)) if get_origin(kind) is Literal else None
+        hint = f"did you mean {close}? " if close else ""
         raise ConfigError(f"{setting.name}={text} is not of the right type; {hint}use {type_name(kind)}")
     return value
 
@@ -167,8 +167,8 @@ def _check_keys(tree: Any, names: list[str], prefix: str) -> None:
         raise ConfigError(f"the config holds {tree!r} where the settings {prefix}... should be")
     for name in tree:
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"; the nearest setting is {prefix}{close[0]}" if close else ""
+            close = nearest(name, names)
+            hint = f"; the nearest setting is {prefix}{close}" if close else ""
             raise ConfigError(f"the config has an unknown setting {prefix}{name}{hint}")
     missing = [prefix + name for name in names if name not in tree]
     if missing:

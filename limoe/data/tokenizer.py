@@ -7,10 +7,10 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Int32
 
+from limoe.config.schema import PAD_ID
 from limoe.data import files
 from limoe.data.files import DataError
 
-PAD_ID = 0
 UNKNOWN_ID = 1
 
 

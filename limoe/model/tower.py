@@ -13,13 +13,11 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
-from limoe.config.schema import Config, ModelConfig
+from limoe.config.schema import PAD_ID, Config, ModelConfig
 from limoe.model.attention import attend
 from limoe.model.moe import Assignment, LayerRouting, MoeLayer, RoutingContext, saved_names
 from limoe.model.segments import Segment, cut
 from limoe.parallel.mesh import Placement, by_rows, gathered
-
-PAD_ID = 0
 
 
 class Embeddings(NamedTuple):
