@@ -72,13 +72,14 @@ def test_an_activated_environment_does_not_hide_the_newer_python(tmp_path, bare,
     assert ci("newer-python", **bare).stdout.strip() == str(versions / "3.12.11" / "bin" / "python")
 
 
-def test_what_it_names_is_new_enough():
+def test_what_it_names_is_new_enough_and_it_names_one_if_there_is_one():
+    def new_enough(python):
+        question = "import ensurepip, sys, venv; print(sys.version_info >= (3, 12))"
+        return subprocess.run([python, "-c", question], capture_output=True, text=True).stdout.strip() == "True"
+
     found = ci("newer-python").stdout.strip()
-    if found:
-        version = subprocess.run(
-            [found, "-c", "import sys; print(sys.version_info >= (3, 12))"], capture_output=True, text=True
-        )
-        assert version.stdout.strip() == "True"
+    on_the_path = [path for name in ("python3.14", "python3.13", "python3.12") if (path := shutil.which(name))]
+    assert new_enough(found) if found else not any(map(new_enough, on_the_path))
 
 
 def test_a_checkout_that_is_not_clean_is_refused(tmp_path):

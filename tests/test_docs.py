@@ -19,19 +19,20 @@ SHELLS = ("bash", "console")
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 
 TWO_STEPS = "train.steps=2 train.batch_size=16 optimizer.warmup_steps=1 optimizer.cooldown_steps=1"
-SMALL_WORLD = f"{TWO_STEPS} data.world_pairs=256 data.cache_dir=cache"
+SMALL_WORLD = "data.world_pairs=256 data.cache_dir=cache"
+SMALL_MODEL = "model.depth=2 model.moe_layers=1 model.width=32 model.mlp_width=64 model.num_heads=2"
+SHORT = f"{TWO_STEPS} {SMALL_MODEL} {SMALL_WORLD}"
 
 # A suite of minutes, and one operation of it that takes seconds.
 QUICK = "--case=tiny --op=dispatch --check"
 
 # Commands that take minutes, and what makes their last part short; everything else of them is kept.
 LONG = {
-    "python3 -m venv .venv && .venv/bin/pip install '.[train]' && .venv/bin/limoe train": f"--set {SMALL_WORLD}",
+    "python3 -m venv .venv && .venv/bin/pip install '.[train]' && .venv/bin/limoe train": f"--set {SHORT}",
     ".venv/bin/limoe train --workdir=runs/short --set train.steps=100 warmup_steps=20 cooldown_steps=50": (
-        "train.batch_size=16 model.depth=2 model.moe_layers=1 model.width=32 model.mlp_width=64 model.num_heads=2 "
-        "data.world_pairs=256 data.cache_dir=cache"
+        f"train.batch_size=16 {SMALL_MODEL} {SMALL_WORLD}"
     ),
-    ".venv/bin/limoe train --workdir=runs/squares --set data.shards=shards data.eval_shards=shards": TWO_STEPS,
+    ".venv/bin/limoe train --workdir=runs/squares --set data.shards=shards data.eval_shards=shards": SHORT,
     ".venv/bin/python benchmarks/dispatch.py": QUICK,
 }
 

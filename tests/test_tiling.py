@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_kernels.backends import choose, explain
@@ -65,6 +65,8 @@ def test_blocks_cover_rows_and_columns_within_vmem(choose_tiles, layout, chip):
                 assert rows.copied == layout.rows_per_expert
 
 
+# A third of the usual examples: a program for each takes most of the time.
+@settings(max_examples=settings().max_examples // 3)
 @given(
     st.lists(st.integers(0, 70), min_size=1, max_size=9),
     st.sampled_from([16, 32, 80]),

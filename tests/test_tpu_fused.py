@@ -298,7 +298,7 @@ def test_what_is_taken_and_why_not(given, reason):
     assert reason in explain(given).splitlines()[0]
 
 
-@pytest.mark.parametrize("name", ["one row", "groups"])
+@pytest.mark.parametrize("name", [pytest.param("one row", marks=pytest.mark.full), "groups"])
 def test_the_backward_pass_in_its_parts_gives_the_same_bits(name):
     """The same roundings in the same places, where experts are one piece; only gates' gradients are summed elsewise."""
     expert, tokens, gate, w, dy = operands(name, "bfloat16", pattern="zipf")

@@ -243,7 +243,7 @@ def wait_until(condition: Any, process: subprocess.Popen[str]) -> None:
 @pytest.mark.slow
 def test_a_killed_process_started_again_ends_with_the_same_bits(tmp_path: Path, expected: dict[str, Any]) -> None:
     folder, cache = tmp_path / "run", tmp_path / "cache"
-    chance = random.Random()
+    chance = random.Random(0)
     mine = f"data.cache_dir={cache}"
 
     process = start(folder, mine)
