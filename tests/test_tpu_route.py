@@ -135,7 +135,8 @@ def check(case: Case, drawn, found, dpassed=0.0) -> tuple[np.ndarray, np.ndarray
     """The exact gradient of the tokens, and how large the terms of the router's part are."""
     tokens, router, inputs, dgate, dsums = drawn
     routing, (dtokens, drouter) = found
-    optional = {name: None if value is None else np.asarray(value) for name, value in inputs._asdict().items()}
+    given = {name: getattr(inputs, name) for name in ("noise", "modality", "mask")}
+    optional = {name: None if value is None else np.asarray(value) for name, value in given.items()}
     x = np.asarray(tokens, np.float64)
     twin = reference.route(
         np.nan_to_num(x), np.asarray(router), num_choices=case.choices, num_groups=case.groups,
