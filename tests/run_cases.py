@@ -97,7 +97,9 @@ _encoders: dict[Config, tuple[Any, Any]] = {}
 
 def _compiled(config: Config) -> Config:
     """The config with what no compiled function depends on set to one value."""
-    train = dataclasses.replace(config.train, checkpoint_every=1, evaluate_every=0, log_every=1, checkpoints_kept=2)
+    train = dataclasses.replace(
+        config.train, checkpoint_every=1, evaluate_every=0, log_every=1, checkpoints_kept=2, routing_every=1
+    )
     return dataclasses.replace(config, preset="any", data=DataConfig(), train=train)
 
 
@@ -127,7 +129,7 @@ def start(folder: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    return read_metrics(folder / "metrics.jsonl")
+    return list(read_metrics(folder / "metrics.jsonl"))
 
 
 def summary(folder: Path) -> dict[str, Any]:

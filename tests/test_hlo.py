@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from model_cases import small_batch, small_config
 
@@ -45,7 +46,7 @@ def step_program(*settings: str) -> Program:
     config = small_config("depth=4", "moe_layers=1,3", "batch_size=8", *settings)
     training = prepare(config)
     step = compile_step(training, config)
-    return Program(step.lower(training.abstract, *small_batch(config)).compile().as_text())
+    return Program(step.lower(training.abstract, *small_batch(config), np.zeros((1, 3), np.int32)).compile().as_text())
 
 
 def test_a_scan_of_blocks_has_the_flops_of_its_unrolled_twin():

@@ -57,7 +57,10 @@ class Run:
     def steps(self, count: int) -> list[StepReport]:
         reports = []
         for _ in range(count):
-            batch = small_batch(self.config, seed=int(self.state.step))
+            batch = (
+                *small_batch(self.config, seed=int(self.state.step)),
+                np.ones((self.config.mesh.num_devices, 3), np.int32),
+            )
             self.state, report = self.step(self.state, *(joined(part, self.placement) for part in batch))
             reports.append(jax.device_get(report))
         return reports

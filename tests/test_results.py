@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from run_cases import config, ran, summary
 
 from limoe.config.presets import PRESETS, preset
 from limoe.config.schema import MeshConfig
-from limoe.config.settings import override
 from limoe.data.files import DataError
 from limoe.data.inputs import DataFolders, evaluation_folders
 from limoe.data.shards import write_shard
@@ -182,6 +182,15 @@ def test_evaluation_changes_nothing_in_the_folder(run: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+@pytest.mark.slow
+def test_a_run_of_the_first_version_can_be_evaluated(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "old")
+    tree = json.loads((run / "config.json").read_text())
+    del tree["format"], tree["train"]["routing_every"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(tree))
+    assert evaluate_run(str(tmp_path / "old"), "", say=silent) == evaluate_run(str(run), "", say=silent)
+
+
 def test_what_cannot_be_evaluated(tmp_path: Path) -> None:
     with pytest.raises(WorkdirError, match=r"it has no config\.json"):
         evaluate_run(str(tmp_path), "", say=silent)
@@ -210,18 +219,25 @@ def test_evaluation_shards_without_a_usable_example(tmp_path: Path) -> None:
 
 
 def test_last_steps_are_the_mean_over_layers_and_the_last_hundred() -> None:
-    sparse = override(preset("tiny"), [])
+    sparse = preset("tiny").model
     lines = [
         {"success_rate": [[0.0, 0.5], [1.0, 0.5]], "wanted": np.ones((2, 2, 8)), "kept": np.ones((2, 2, 8))}
         for _ in range(100)
     ]
     first = {"success_rate": [[0.9, 0.9]] * 2, "wanted": np.zeros((2, 2, 8)), "kept": np.zeros((2, 2, 8))}
-    last = results.last_steps(sparse, [first, *lines])
+    blank = {"total": 0.0, "contrastive": 0.0, "effective_experts": [[1.0, 1.0]] * 2, "zero_shot_top1": None}
+    blank |= {"step_seconds": 0.5, "bad_examples": 2, "bad_first": ["a: cut", "b: cut"]}
+    log = results.read_log(sparse, [blank | line | {"step": step} for step, line in enumerate([first, *lines], 1)])
+    assert log.step.tolist() == list(range(1, 102)) and log.success_rate.shape == (101, 2)
+    assert log.success_rate[:2].tolist() == [[0.9, 0.9], [0.5, 0.5]] and log.effective_experts.shape == (101, 2, 2)
+    assert (log.num_bad, log.first_bad) == (202, ("a: cut", "b: cut", "a: cut", "b: cut", "a: cut"))
+    assert log.train_seconds == 50.5
+    last = log.last
     assert (last.success_rate_image, last.success_rate_text) == (0.5, 0.5)
     assert last.wanted is not None and (last.wanted == 1).all()
-    assert results.last_steps(preset("tiny-dense"), lines) == results.LastSteps(None, None, None, None)
-    assert results.bound(preset("tiny-dense")) is None
-    assert 0.9 < (results.bound(sparse) or 0) < 1
+    assert results.last_steps(preset("tiny-dense").model, lines) == results.LastSteps(None, None, None, None)
+    assert results.bound(preset("tiny-dense").model, 128) is None
+    assert 0.9 < (results.bound(sparse, 128) or 0) < 1
 
 
 # Paper, section 1: totals of the dense models, and of the largest sparse one.

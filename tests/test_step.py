@@ -197,12 +197,13 @@ def test_training_steps_lower_the_loss_and_report_what_they_did():
     seen = []
     for number in range(20):
         old = jax.tree.leaves(state.parameters)
-        state, report = step(state, *batch)
+        state, report = step(state, *batch, np.array([[1, number]], np.int32))
         assert int(state.step) == number + 1
         assert all(leaf.is_deleted() for leaf in old)
         seen.append(float(report.loss.total))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(report))
         assert float(report.gradient_norm) > 0
+        assert report.counts.tolist() == [1, number]
     assert seen[-1] < 0.8 * seen[0]
     assert report.routing.wanted.shape == (2, 2, config.model.num_experts)
     assert (np.asarray(report.routing.success_rate) <= 1).all()

@@ -90,7 +90,7 @@ def test_the_summary(finished: Ran) -> None:
     for number, modality in enumerate(("image", "text")):
         rates = [line["success_rate"][0][number] for line in lines]
         assert content[f"success_rate_{modality}"] == pytest.approx(sum(rates) / STEPS)
-    assert content["success_rate_bound"] == bound(config())
+    assert content["success_rate_bound"] == bound(config().model, config().train.batch_size)
     assert content["parameters_total"] == describe(config()).parameters_total
     assert content["parameters_per_token"] == describe(config()).parameters_per_token
     assert content["seconds"] > content["train_seconds"] > 0
@@ -318,6 +318,6 @@ def test_seconds_count_all_commands_of_a_run(tmp_path: Path, monkeypatch: pytest
 
 
 def _an_hour_later(lines: list[bytes]) -> list[bytes]:
-    last, rest = lines[-1].split(b'"elapsed_seconds": ')
+    last, rest = lines[-1].split(b'"elapsed_seconds":')
     seconds, rest = rest.split(b",", 1)
-    return [*lines[:-1], last + b'"elapsed_seconds": ' + str(float(seconds) + 3600).encode() + b"," + rest]
+    return [*lines[:-1], last + b'"elapsed_seconds":' + str(float(seconds) + 3600).encode() + b"," + rest]

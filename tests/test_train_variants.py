@@ -24,6 +24,7 @@ from limoe.data.batches import BadExamples
 from limoe.data.source import Bad
 from limoe.train.loop import TrainingError, train
 from limoe.train.profiling import Profile
+from limoe.train.step import Counts
 from limoe.workdir.folder import WorkdirError
 
 
@@ -66,6 +67,19 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 8))
     ran(tmp_path / "run")
     assert result(tmp_path / "run") == expected
+
+
+@pytest.mark.slow
+def test_more_steps_than_at_the_start_end_like_a_longer_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        poisoned(patch, 8, bad_loss)
+        with pytest.raises(TrainingError):
+            ran(tmp_path / "run")
+    with pytest.raises(WorkdirError, match="may grow only while"):
+        ran(tmp_path / "run", "train.steps=10")
+    again = ran(tmp_path / "run", "train.steps=14", "data.threads=1", "train.checkpoint_every=5", "train.log_every=1")
+    assert "changed settings: data.threads (2 before, 1 now), train.steps (12 before, 14 now)" in again.said
+    assert result(tmp_path / "run") == result(ran(tmp_path / "whole", "train.steps=14").folder)
 
 
 @pytest.mark.slow
@@ -168,7 +182,7 @@ def test_bad_examples_of_all_processes_are_named_in_the_order_of_rows(monkeypatc
     texts = [json.dumps(share.first) for share in shares]
     monkeypatch.setattr(trainer.processes, "texts_of_all", lambda own: texts if own in texts else [])
     for own in shares:
-        bad = trainer._bad_of_all(own, 30, 6)
+        bad = trainer._bad_of_all(own, Counts(0, 30, 6), ask=True)
         assert (bad.num_examined, bad.num_bad) == (30, 6)
         assert [one.key for one in bad.first] == ["a", "b", "c0", "c1", "c2"] and bad.first[2].reason == "größer"
 

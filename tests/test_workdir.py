@@ -206,7 +206,7 @@ def test_figures_become_strict_json(tmp_path: Path) -> None:
         log.append(2, {"model": [object()]})
     with pytest.raises(ValueError, match="named 'step'"):
         log.append(2, {"step": 3})
-    assert len(read_metrics(log.path)) == 1
+    assert len(list(read_metrics(log.path))) == 1
 
 
 def steps(path: Path) -> list[int]:
@@ -251,7 +251,36 @@ def test_a_line_cut_anywhere_is_removed(tmp_path: Path) -> None:
         reopened.append(2, {"loss": 0.25})
         assert path.read_bytes() == content
     path.write_bytes(content[:3])
-    assert (MetricsLog(path).last_step, path.read_bytes(), read_metrics(path)) == (None, b"", [])
+    assert (MetricsLog(path).last_step, path.read_bytes(), steps(path)) == (None, b"", [])
+
+
+@pytest.mark.parametrize("long", [1, 10_000, 70_000])  # the end is read in blocks of 65,536 bytes
+def test_a_log_is_cut_after_any_step(tmp_path: Path, long: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    here = [2, 3, 7, 8, 20]
+    for step in here:
+        log.append(step, {"text": "x" * (long if step % 2 else 3)})
+    content = path.read_bytes()
+    for step in range(22):
+        path.write_bytes(content)
+        again = MetricsLog(path)
+        assert again.last is not None and set(again.last) == {"step", "text"}
+        again.truncate_after(step)
+        left = [other for other in here if other <= step]
+        assert steps(path) == left and again.last_step == (left[-1] if left else None)
+        assert path.read_bytes() == content[: path.stat().st_size]
+
+
+def test_numbers_are_written_with_the_digits_of_their_dtype(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    single = np.random.default_rng(0).random(1000, np.float32)
+    log.append(1, {"single": single, "one": jnp.float32(0.1), "double": np.float64(0.1) / 3, "half": jnp.bfloat16(0.1)})
+    line = log.path.read_text()
+    assert '"one":0.1,' in line and len(line) < 12 * 1000
+    (found,) = read_metrics(log.path)
+    assert (np.array(found["single"], np.float32) == single).all()
+    assert found["double"] == 0.1 / 3 and found["half"] == float(jnp.bfloat16(0.1))
 
 
 @pytest.mark.parametrize(
@@ -260,7 +289,7 @@ def test_a_line_cut_anywhere_is_removed(tmp_path: Path) -> None:
 def test_a_foreign_line_is_told_and_kept(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line + b"\n")
-    for use in (MetricsLog, read_metrics):
+    for use in (MetricsLog, steps):
         with pytest.raises(WorkdirError, match=r"metrics\.jsonl has a line that is not"):
             use(path)
     assert path.read_bytes() == line + b"\n"
@@ -286,12 +315,14 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_disk)
         for name, action in {
-            "metrics.jsonl": lambda: log.truncate_after(1),
+            "metrics.jsonl": log.sync,
             "summary.json": lambda: write_json(tmp_path / "summary.json", {"steps": 2}),
         }.items():
             with pytest.raises(files.StorageError, match=f"cannot write .*{name}: the disk is full"):
                 action()
-    assert steps(log.path) == [1, 2] and log.last_step == 2
+        assert steps(log.path) == [1, 2] and log.last_step == 2
+        log.truncate_after(1)  # needs no room
+    assert steps(log.path) == [1] and log.last_step == 1
     assert json.loads((tmp_path / "summary.json").read_text()) == {"steps": 1}
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "summary.json"]
 

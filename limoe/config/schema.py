@@ -211,6 +211,9 @@ class TrainConfig(Section):
     checkpoints_kept: int = setting("newest checkpoints kept", 2)
     evaluate_every: int = setting("steps between two zero-shot evaluations on the way; 0 = only at the end", 0)
     log_every: int = setting("steps between two updates of the progress bar; metrics.jsonl has every step", 10)
+    routing_every: int = setting(
+        "steps between two counts by expert in metrics.jsonl; the first and the last 100 steps have them too", 200
+    )
 
     @property
     def chunk_size(self) -> int:
@@ -218,7 +221,7 @@ class TrainConfig(Section):
         return self.batch_size // self.accumulation
 
     def _check(self) -> None:
-        self._require_positive("steps", "accumulation", "checkpoint_every", "log_every")
+        self._require_positive("steps", "accumulation", "checkpoint_every", "log_every", "routing_every")
         self._require_not_negative("seed")
         self._require(self.batch_size >= 2, "batch_size", "a contrastive loss needs at least 2 pairs")
         self._require(

@@ -19,6 +19,9 @@ from limoe.config.schema import (
 from limoe.config.section import checked, fits, setting_types, type_name
 from limoe.errors import nearest
 
+FORMAT = 2
+"""Of what `to_json` writes; that of limoe 0.1.0 was the first and has no mark."""
+
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "loss": LossConfig,
@@ -27,6 +30,9 @@ SECTIONS: dict[str, type] = {
     "train": TrainConfig,
     "mesh": MeshConfig,
 }
+
+# Settings that 0.1.0 did not have, by section.
+_SINCE_FORMAT_1 = {"train": ("routing_every",)}
 
 # Settings that differ which a message lists; another preset alone has twenty.
 _VALUES_SHOWN = 5
@@ -134,32 +140,45 @@ def to_json(config: Config) -> str:
     >>> from_json(to_json(preset("h14"))) == preset("h14")
     True
     """
-    tree: dict[str, Any] = {"preset": config.preset}
+    tree: dict[str, Any] = {"format": FORMAT, "preset": config.preset}
     for section, kind in SECTIONS.items():
         tree[section] = {name: getattr(getattr(config, section), name) for name in setting_types(kind)}
     return json.dumps(tree, indent=2) + "\n"
 
 
 def from_json(text: str) -> Config:
-    """The config that `to_json` wrote.
+    """The config that `to_json` wrote, in this version or in limoe 0.1.0.
 
-    Raises ConfigError when the text is not JSON, when a setting is unknown or missing (nothing is filled in quietly),
-    or when a value is not allowed.
+    Raises ConfigError when the text is not JSON, when a setting is unknown or missing (nothing is filled in quietly,
+    but for settings that 0.1.0 did not have), or when a value is not allowed.
     """
     try:
         tree = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"the config is not JSON: {error}") from error
+    written = tree.pop("format", 1) if isinstance(tree, dict) else FORMAT
+    if written not in (1, FORMAT):
+        raise ConfigError(f"the config has format {written!r}, of which this version knows nothing; use a newer one")
     _check_keys(tree, ["preset", *SECTIONS], "")
     if not isinstance(tree["preset"], str):
         raise ConfigError(f"preset={tree['preset']!r} in the config is not a text")
     sections = {}
     for section, kind in SECTIONS.items():
         types = setting_types(kind)
-        _check_keys(tree[section], list(types), f"{section}.")
+        later = [name for name in _SINCE_FORMAT_1.get(section, ()) if written == 1]
+        _check_keys(tree[section], [name for name in types if name not in later], f"{section}.")
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in tree[section].items()}
-        sections[section] = kind(**{name: checked(f"{section}.{name}", values[name], types[name]) for name in types})
+        sections[section] = kind(**{name: checked(f"{section}.{name}", values[name], types[name]) for name in values})
     return Config(preset=tree["preset"], **sections)
+
+
+def is_of_first_format(text: str) -> bool:
+    """Whether a config that `from_json` reads was written by limoe 0.1.0.
+
+    >>> is_of_first_format(to_json(preset("tiny")))
+    False
+    """
+    return "format" not in json.loads(text)
 
 
 def _check_keys(tree: Any, names: list[str], prefix: str) -> None:
@@ -197,13 +216,18 @@ def both_values(names: Sequence[str], first: Config, second: Config, at_first: s
     'train.seed (0 there, 1 now)'
     """
     listed = ", ".join(
-        f"{name} ({_quoted(_value(first, name))} {at_first}, {_quoted(_value(second, name))} {at_second})"
+        f"{name} ({_quoted(value_of(first, name))} {at_first}, {_quoted(value_of(second, name))} {at_second})"
         for name in names[:_VALUES_SHOWN]
     )
     return listed + f", and {len(names) - _VALUES_SHOWN} more" * (len(names) > _VALUES_SHOWN)
 
 
-def _value(config: Config, name: str) -> object:
+def value_of(config: Config, name: str) -> Any:
+    """The value of the setting with a dotted name.
+
+    >>> value_of(preset("tiny"), "model.depth")
+    4
+    """
     value: Any = config
     for part in name.split("."):
         value = getattr(value, part)

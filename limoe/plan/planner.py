@@ -28,7 +28,7 @@ from limoe.plan.hlo import Program, Run
 from limoe.plan.hlo_work import Collective, axes_of, collectives, kernels, matmuls
 from limoe.plan.overlap import Cost, Times, schedule
 from limoe.plan.pods import Pod, exchange_seconds, find_pod
-from limoe.train.step import Training, compile_step, prepare, step_key
+from limoe.train.step import Counts, Training, compile_step, prepare, step_key
 
 SECONDS_OF_A_DAY = 86_400
 
@@ -133,10 +133,11 @@ def lower(training: Training, config: Config, placement: Placement) -> jax.stage
     model, batch = config.model, config.train.batch_size
     images = jax.ShapeDtypeStruct((batch, model.image_size, model.image_size, 3), jnp.uint8, sharding=placement.rows)
     text = jax.ShapeDtypeStruct((batch, model.text_length), jnp.int32, sharding=placement.rows)
+    counts = jax.ShapeDtypeStruct((placement.size, len(Counts._fields)), jnp.int32, sharding=placement.rows)
     step: Any = compile_step(training, config, placement)
     # So that back ends are chosen for the pod's chip also outside of shard_map.
     with jax.set_mesh(placement.mesh):
-        return step.trace(training.abstract, images, text).lower(lowering_platforms=("tpu",))
+        return step.trace(training.abstract, images, text, counts).lower(lowering_platforms=("tpu",))
 
 
 def _account(

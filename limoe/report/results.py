@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections import deque
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from limoe.config.schema import Config
+from limoe.config.schema import Config, ModelConfig
 from limoe.data.tokenizer import Tokenizer
 from limoe.evaluate import zero_shot
 from limoe.evaluate.data import EvaluationData, Pairs
@@ -22,43 +24,24 @@ from limoe.report.panels import History, LayerView
 # Training steps whose mean the summary's success rates and the figure of shares are.
 LAST_STEPS = 100
 EXAMPLES_SHOWN = 12
+# Bad examples of a run that are named at its end.
+BAD_SHOWN = 5
 
 
-def bound(config: Config) -> float | None:
-    """Share of choices that a perfect router with independent tokens keeps at training capacity; None if dense.
+class Log(NamedTuple):
+    """What the end of a run needs of its log: N steps, L MoE layers (0 if dense)."""
 
-    Padding counts as tokens here, as it does for the capacity: where it is masked, the true bound lies a little higher.
-    """
-    model = config.model
-    if not model.moe_layers:
-        return None
-    group = (model.group_examples or config.train.batch_size) * model.tokens_per_example
-    return success_rate_bound(model.num_experts, group, model.num_choices, model.capacity_factor)
-
-
-def training_history(config: Config, metrics: Sequence[dict[str, Any]], figures: Mapping[str, Any] | None) -> History:
-    """Curves of a run from the lines of its log; the final zero-shot result closes its curve."""
-    sparse = bool(config.model.moe_layers)
-    shots = [(line["step"], line["zero_shot_top1"]) for line in metrics if line["zero_shot_top1"] is not None]
-    final, chance = (figures or {}).get("zero_shot_top1"), (figures or {}).get("zero_shot_chance")
-    if final is not None and (not shots or shots[-1][0] != metrics[-1]["step"]):
-        shots.append((metrics[-1]["step"], final))
-
-    def column(name: str) -> np.ndarray:
-        return np.array([line[name] for line in metrics], float)
-
-    by_layer = column("success_rate") if sparse else np.full((len(metrics), 1, 2), np.nan)
-    return History(
-        step=column("step"),
-        loss=column("total"),
-        contrastive=column("contrastive"),
-        success_rate=by_layer.mean(axis=1),
-        effective_experts=column("effective_experts") if sparse else np.zeros((len(metrics), 0, 2)),
-        success_rate_bound=bound(config) or 1.0,
-        zero_shot_step=np.array([step for step, _ in shots], float),
-        zero_shot_top1=np.array([top1 for _, top1 in shots], float),
-        zero_shot_chance=chance or 0.0,
-    )
+    step: np.ndarray  # [N]
+    total: np.ndarray  # [N]
+    contrastive: np.ndarray  # [N]
+    success_rate: np.ndarray  # [N, 2], mean over layers; NaN if dense
+    effective_experts: np.ndarray  # [N, L, 2]
+    zero_shot_step: np.ndarray  # [Z], of the steps that were evaluated
+    zero_shot_top1: np.ndarray  # [Z]
+    last: LastSteps
+    train_seconds: float
+    num_bad: int
+    first_bad: tuple[str, ...]
 
 
 class LastSteps(NamedTuple):
@@ -74,19 +57,80 @@ class LastSteps(NamedTuple):
     kept: np.ndarray | None
 
 
-def last_steps(config: Config, metrics: Sequence[dict[str, Any]]) -> LastSteps:
-    """Summarise the end of the log; None for a dense model."""
-    if not config.model.moe_layers:
+def read_log(model: ModelConfig, lines: Iterable[dict[str, Any]]) -> Log:
+    """Gather the lines of a log one by one, 8 bytes a number: 0.2 GB for 700,000 steps of H/14."""
+    names = ("step", "total", "contrastive", "success_rate", "effective_experts", "zero_shot_step", "zero_shot_top1")
+    column = {name: array("d") for name in names}
+    tail: deque[dict[str, Any]] = deque(maxlen=LAST_STEPS)
+    seconds, num_bad, first_bad = 0.0, 0, []
+    for line in lines:
+        for name in names[:3]:
+            column[name].append(line[name])
+        if model.moe_layers:
+            # A modality without tokens has null.
+            column["success_rate"].frombytes(np.array(line["success_rate"], float).mean(axis=0).tobytes())
+            column["effective_experts"].frombytes(np.array(line["effective_experts"], float).tobytes())
+        if line["zero_shot_top1"] is not None:
+            column["zero_shot_step"].append(line["step"])
+            column["zero_shot_top1"].append(line["zero_shot_top1"])
+        tail.append(line)
+        seconds += line["step_seconds"]
+        num_bad += line["bad_examples"]
+        first_bad += line["bad_first"][: max(0, BAD_SHOWN - len(first_bad))]
+    found = {name: np.frombuffer(values) for name, values in column.items()}
+    steps, layers = len(found["step"]), len(model.moe_layers)
+    found["success_rate"] = found["success_rate"].reshape(-1, 2) if layers else np.full((steps, 2), np.nan)
+    found["effective_experts"] = found["effective_experts"].reshape(steps, layers, 2)
+    return Log(
+        **found, last=last_steps(model, tail), train_seconds=seconds, num_bad=num_bad, first_bad=tuple(first_bad)
+    )
+
+
+def last_steps(model: ModelConfig, tail: Iterable[dict[str, Any]]) -> LastSteps:
+    """Means over these lines, counts by expert over those that have them; None for a dense model."""
+    if not model.moe_layers:
         return LastSteps(None, None, None, None)
-    tail = metrics[-LAST_STEPS:]
-    rate = np.array([line["success_rate"] for line in tail], float).mean(axis=(0, 1))
-    wanted, kept = (np.array([line[name] for line in tail], float).mean(axis=0) for name in ("wanted", "kept"))
+    lines = list(tail)
+    rate = np.array([line["success_rate"] for line in lines], float).mean(axis=(0, 1))
+    counted = [line for line in lines if line["wanted"] is not None]
+    wanted, kept = (np.array([line[name] for line in counted], float).mean(axis=0) for name in ("wanted", "kept"))
     return LastSteps(float(rate[IMAGE]), float(rate[TEXT]), wanted, kept)
+
+
+def bound(model: ModelConfig, batch_size: int) -> float | None:
+    """Share of choices that a perfect router with independent tokens keeps at training capacity; None if dense.
+
+    Padding counts as tokens here, as it does for the capacity: where it is masked, the true bound lies a little higher.
+    """
+    if not model.moe_layers:
+        return None
+    group = (model.group_examples or batch_size) * model.tokens_per_example
+    return success_rate_bound(model.num_experts, group, model.num_choices, model.capacity_factor)
+
+
+def training_history(log: Log, figures: Mapping[str, Any], success_rate_bound: float | None) -> History:
+    """Curves of a run from its log; the final zero-shot result closes its curve."""
+    shot_step, top1 = log.zero_shot_step, log.zero_shot_top1
+    final = figures.get("zero_shot_top1")
+    if final is not None and (not len(shot_step) or shot_step[-1] != log.step[-1]):
+        shot_step, top1 = np.append(shot_step, log.step[-1]), np.append(top1, final)
+    return History(
+        step=log.step,
+        loss=log.total,
+        contrastive=log.contrastive,
+        success_rate=log.success_rate,
+        effective_experts=log.effective_experts,
+        success_rate_bound=success_rate_bound or 1.0,
+        zero_shot_step=shot_step,
+        zero_shot_top1=top1,
+        zero_shot_chance=figures.get("zero_shot_chance") or 0.0,
+    )
 
 
 def draw(
     folder: Path,
-    config: Config,
+    model: ModelConfig,
+    batch_size: int,
     history: History,
     last: LastSteps,
     encoder: Encoder,
@@ -103,18 +147,17 @@ def draw(
         pictures.draw_examples(folder / "examples.png", images, probability, labels, names)
     if last.wanted is None or last.kept is None:
         return
-    model = config.model
     pictures.draw_expert_shares(
         folder / "expert_shares.png",
         last.wanted,
         last.kept,
         moe_layers=model.moe_layers,
-        capacity_factor=_factor_of_present_tokens(config, last.wanted),
+        capacity_factor=_factor_of_present_tokens(model, batch_size, last.wanted),
     )
     pairs = data.pairs
     if pairs is None:
         return
-    views = layer_views(config, last, encoder, pairs, tokenizer)
+    views = layer_views(model, last, encoder, pairs, tokenizer)
     for view in views:
         pictures.draw_gallery(
             folder / f"gallery_block{view.moe_layer}.png", pairs.images, view, patch_size=model.patch_size
@@ -122,19 +165,17 @@ def draw(
     pictures.draw_overview(folder / "overview.png", pairs.images, views[-1], history, patch_size=model.patch_size)
 
 
-def _factor_of_present_tokens(config: Config, wanted: np.ndarray) -> float:
+def _factor_of_present_tokens(model: ModelConfig, batch_size: int, wanted: np.ndarray) -> float:
     """The capacity factor in terms of the tokens that were there: padding counts for capacity, but takes no place."""
-    model = config.model
     present = wanted.sum() / (len(model.moe_layers) * model.num_choices)
-    return model.capacity_factor * config.train.batch_size * model.tokens_per_example / float(present)
+    return model.capacity_factor * batch_size * model.tokens_per_example / float(present)
 
 
 def layer_views(
-    config: Config, last: LastSteps, encoder: Encoder, pairs: Pairs, tokenizer: Tokenizer
+    model: ModelConfig, last: LastSteps, encoder: Encoder, pairs: Pairs, tokenizer: Tokenizer
 ) -> list[LayerView]:
     """For each MoE layer the patches and words with the largest gates of each expert (paper, section 6)."""
     assert last.wanted is not None
-    model = config.model
     assignment, text = encoder.assignments(pairs.images, pairs.captions)
     patches = model.num_image_tokens
     views = []
@@ -158,33 +199,28 @@ def layer_views(
     return views
 
 
-class Times(NamedTuple):
-    """How long a run took, in seconds of wall time."""
+def summary(config: Config, figures: Mapping[str, Any], log: Log, seconds: float) -> dict[str, Any]:
+    """The content of summary.json.
 
-    seconds: float
-    """All commands of the run, from the start of each to the last step that it logged; the finishing one to its end."""
-    train_seconds: float
-    """The steps alone, waiting for data and compilation included; steps that were done twice count once."""
-
-
-def summary(
-    config: Config, figures: Mapping[str, Any], last: LastSteps, times: Times, *, num_bad: int
-) -> dict[str, Any]:
-    """The content of summary.json; `num_bad` counts the training examples that were replaced."""
+    `seconds` of wall time are those of all commands of the run: from the start of each to the last step that it logged,
+    the finishing one to its end. `train_seconds` are those of the steps alone, waiting for data and compilation
+    included; steps that were done twice count once. `training_bad_examples` were replaced.
+    """
     described = describe(config)
     content: dict[str, Any] = {
         "preset": config.preset,
         "steps": config.train.steps,
-        **times._asdict(),
+        "seconds": seconds,
+        "train_seconds": log.train_seconds,
         **figures,
-        "success_rate_image": last.success_rate_image,
-        "success_rate_text": last.success_rate_text,
-        "success_rate_bound": bound(config),
-        "training_bad_examples": num_bad,
+        "success_rate_image": log.last.success_rate_image,
+        "success_rate_text": log.last.success_rate_text,
+        "success_rate_bound": bound(config.model, config.train.batch_size),
+        "training_bad_examples": log.num_bad,
         "parameters_total": described.parameters_total,
         "parameters_per_token": described.parameters_per_token,
         "moe_layers": list(config.model.moe_layers),
     }
-    if last.wanted is not None:
-        content["expert_modality"] = [list(names) for names in expert_modality(last.wanted)]
+    if log.last.wanted is not None:
+        content["expert_modality"] = [list(names) for names in expert_modality(log.last.wanted)]
     return content

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from tqdm import tqdm
 
 from limoe.config.presets import preset
-from limoe.config.schema import Config, ConfigError
+from limoe.config.schema import Config, ConfigError, TrainConfig
 from limoe.config.settings import both_values, differences, from_json, to_json
 from limoe.data import inputs
 from limoe.data.batches import BadExamples, Batch
@@ -32,22 +33,24 @@ from limoe.model.build import Parameters
 from limoe.parallel import processes
 from limoe.parallel.mesh import joined, own_rows, place
 from limoe.report import pictures, results
+from limoe.report.results import BAD_SHOWN
+from limoe.train.journal import FinishedStep, Journal
 from limoe.train.losses import by_name
-from limoe.train.optim import make_schedule
 from limoe.train.profiling import Profile
-from limoe.train.progress import progress_bar
-from limoe.train.step import StepReport, TrainState, compile_step, new_state, prepare
+from limoe.train.progress import beside_bars, progress_bar
+from limoe.train.step import Counts, StepReport, TrainState, compile_step, new_state, prepare
 from limoe.train.stopping import StopSignals
 from limoe.workdir.checkpoint import Checkpoints
 from limoe.workdir.folder import Workdir, WorkdirError
 from limoe.workdir.metrics import MetricsLog, read_metrics, write_json
 
-# Bad examples of a step whose keys are kept, and of a run whose keys are shown.
-BAD_SHOWN = 5
-
 
 class TrainingError(LimoeError, RuntimeError):
     """Training cannot go on; the message says why, since when, and what to do."""
+
+
+# After so many bad examples in a command the processes no longer ask each other which they were, step after step.
+_BAD_ASKED_FOR = 100
 
 
 def train(config: Config, folder: str | Path, *, profile_steps: int = 0, say: Callable[[str], None] = print) -> int:
@@ -68,6 +71,8 @@ def train(config: Config, folder: str | Path, *, profile_steps: int = 0, say: Ca
             say(f"Start a new one with: limoe train --preset={config.preset} --workdir=NEW_FOLDER{again}")
             return 0
         say(f"limoe train: preset {config.preset}, work folder {folder}")
+        for change in workdir.changes:
+            say(change)
         try:
             _train(config, workdir, signals, profile_steps, say)
         except KeyboardInterrupt:
@@ -131,35 +136,65 @@ def _train(
         state = _restore(checkpoints, training.abstract, log, say) or new_state(config, training, placement)
         encoder = Encoder(training.graph, state.parameters, config, tokenizer, placement=placement)
         step_function = compile_step(training, config, placement)
-        run = _Run(config, workdir, log, checkpoints, encoder, evaluation, began, say)
-        with signals.patiently():
-            state = run.steps(state, step_function, batches.from_step, signals, profile_steps)
+        run = _Run(config.train, checkpoints, encoder, evaluation)
+        with signals.patiently(), contextlib.ExitStack() as stack:
+            if log is not None:
+                run.journal = stack.enter_context(Journal(log, workdir.path, config, began, beside_bars(say)))
+            first = int(state.step)
+            profile = stack.enter_context(Profile(workdir.path / "profile", profile_steps, first, beside_bars(say)))
+            state = run.steps(state, step_function, batches.from_step, signals, profile)
         if run.stopped:
             say(f"Stopped after step {int(state.step)}, which is saved; the same command goes on from there.")
             return
     encoder.use(state.parameters)
-    run.finish(tokenizer)
+    _finish(config, workdir, encoder, evaluation, tokenizer, began, say)
+
+
+class _Ahead(NamedTuple):
+    """A batch on its way to the devices."""
+
+    images: np.ndarray | Array
+    tokens: np.ndarray | Array
+    bad: BadExamples
+
+
+class _Running(NamedTuple):
+    """A step that the devices have been given, and what was bad among the rows of this process."""
+
+    step: int
+    report: StepReport
+    bad: BadExamples
 
 
 class _Run:
-    """The loop over steps and what happens between them."""
+    """The loop over steps and what happens between them.
+
+    The devices never wait for this process: while step n runs, batch n + 1 is sent to them, and then the report of step
+    n - 1 is read, checked and logged. So of what a report says it is known a step late:
+
+    - A loss or gradient that is not finite ends the run before anything of its step is logged or saved; the step after
+      it has been computed in vain.
+    - Bad examples are counted in the line of the step that they were read for, as ever.
+    - One process stops after the step that runs when the signal comes. Of several, each tells the others with the
+      next step that it has one; when that step's report is read the step after it runs, and all stop after that one.
+
+    A step after which something is saved or evaluated is waited for, and so is the last one.
+    """
 
     def __init__(
         self,
-        config: Config,
-        workdir: Workdir,
-        log: MetricsLog | None,
+        settings: TrainConfig,
         checkpoints: Checkpoints,
         encoder: Encoder,
         evaluation: EvaluationData,
-        began: float,
-        say: Callable[[str], None],
     ) -> None:
-        self.config, self.workdir, self.log, self.checkpoints = config, workdir, log, checkpoints
-        self.encoder, self.evaluation, self.began, self.say = encoder, evaluation, began, say
-        self.schedule = make_schedule(config)
+        self.settings, self.checkpoints, self.encoder, self.evaluation = settings, checkpoints, encoder, evaluation
+        self.placement = encoder.placement
+        self.journal: Journal | None = None  # of the first process
+        self.alone = jax.process_count() == 1
         self.num_bad = 0
         self.stopped = False
+        self.read_at = 0.0
 
     def steps(
         self,
@@ -167,49 +202,30 @@ class _Run:
         step_function: Callable[..., tuple[TrainState, StepReport]],
         batches: Callable[[int], Generator[Batch, None, None]],
         signals: StopSignals,
-        profile_steps: int,
+        profile: Profile,
     ) -> TrainState:
         """Step until the end or a signal; the state then, which is saved."""
-        settings = self.config.train
         first = int(state.step)
-        with contextlib.ExitStack() as stack:
-            profile = stack.enter_context(Profile(self.workdir.path / "profile", profile_steps, first, self._tell))
-            if first == settings.steps:
-                return state
-            stream = stack.enter_context(contextlib.closing(batches(first)))
-            bar = stack.enter_context(
-                progress_bar(
-                    "compiling the first step",
-                    total=settings.steps,
-                    done=first,
-                    unit="step",
-                    shown=self.log is not None,
-                )
-            )
-            for step in range(first + 1, settings.steps + 1):
-                started = time.monotonic()
-                batch = next(stream)
-                profile.at(step)
-                rows = [joined(part, self.encoder.placement) for part in (batch.images, batch.tokens)]
-                state, device_report = step_function(state, *rows)
-                step_report = jax.device_get(device_report)
-                seconds = time.monotonic() - started
-                self._check_report(step, step_report)
-                # Whoever got the signal: all save after the same step.
-                wishes, *counts = processes.added_up(int(bool(signals.received)), *batch.bad[:2])
-                bad = _bad_of_all(batch.bad, *counts)
-                self.stopped = wishes > 0
-                save = step % settings.checkpoint_every == 0 or step == settings.steps or self.stopped
-                if save:
-                    self._check_parameters(step, state.parameters)
-                top1 = self._evaluate(step, state.parameters)
-                if self.log is not None:
-                    self._write(self.log, step, step_report, bad, seconds, top1)
-                    self._show(bar, step, step_report, bad, seconds, top1)
-                    if save:
-                        self.log.sync()
-                if save:
-                    self.checkpoints.save(step, state)
+        if first == self.settings.steps:
+            return state
+        with contextlib.closing(batches(first)) as stream:
+            before: _Running | None = None
+            ahead: _Ahead | None = None
+            self.read_at = time.monotonic()
+            for step in range(first + 1, self.settings.steps + 1):
+                batch = ahead or self._send(next(stream))
+                profile.at(step, before and before.report)
+                counts = self._counts(Counts(int(bool(signals.received)), *batch.bad[:2]))
+                state, report = step_function(state, batch.images, batch.tokens, counts)
+                running = _Running(step, report, batch.bad)
+                waited_for = self._is_saved(step) or self._is_evaluated(step)
+                ahead = None if waited_for else self._send(next(stream))
+                if before is not None:
+                    self._write(self._read(before))
+                self.stopped |= self.alone and bool(signals.received)
+                if waited_for or self.stopped:
+                    self._wait_for(running, state)
+                before = None if waited_for else running
                 if self.stopped:
                     break
             self.checkpoints.wait()
@@ -218,16 +234,64 @@ class _Run:
             self.stopped = processes.added_up(int(bool(signals.received)), 0)[0] > 0
         return state
 
-    def _evaluate(self, step: int, parameters: Parameters) -> float | None:
-        """Zero-shot top-1 where `train.evaluate_every` asks for it."""
-        every = self.config.train.evaluate_every
-        if not every or step % every or self.evaluation.zero_shot is None:
-            return None
-        return zero_shot.of_images(self.encoder.use(parameters), self.evaluation.zero_shot).top1
+    def _is_saved(self, step: int) -> bool:
+        return step % self.settings.checkpoint_every == 0 or step == self.settings.steps
 
-    def _check_report(self, step: int, step_report: StepReport) -> None:
+    def _is_evaluated(self, step: int) -> bool:
+        every = self.settings.evaluate_every
+        return bool(every) and step % every == 0 and self.evaluation.zero_shot is not None
+
+    def _send(self, batch: Batch) -> _Ahead:
+        """Start to send the rows of this process to its devices."""
+        images, tokens = (
+            jax.device_put(part) if self.placement is None else joined(part, self.placement)
+            for part in (batch.images, batch.tokens)
+        )
+        return _Ahead(images, tokens, batch.bad)
+
+    def _counts(self, counts: Counts) -> np.ndarray | Array:
+        """What this process tells the others, as rows of its devices, of which one has it."""
+        devices = 1 if self.placement is None else self.placement.size // jax.process_count()
+        rows = np.zeros((devices, len(counts)), np.int32)
+        rows[0] = counts
+        return joined(rows, self.placement)
+
+    def _wait_for(self, running: _Running, state: TrainState) -> None:
+        """Finish a step while the devices have nothing else to do: log it, and evaluate and save where that is due."""
+        done = self._read(running)
+        save = self._is_saved(done.step) or self.stopped
+        if save:
+            self._check_parameters(done.step, state.parameters)
+        top1 = None
+        if self._is_evaluated(done.step):
+            assert self.evaluation.zero_shot is not None
+            top1 = zero_shot.of_images(self.encoder.use(state.parameters), self.evaluation.zero_shot).top1
+        self._write(done, top1)
+        if save:
+            if self.journal is not None:
+                self.journal.sync()
+            self.checkpoints.save(done.step, state)
+        self.read_at = time.monotonic()
+
+    def _read(self, running: _Running) -> FinishedStep:
+        """Wait for a step's report, and take from it what all processes then know."""
+        report = jax.device_get(running.report)
+        now = time.monotonic()
+        seconds, self.read_at = now - self.read_at, now
+        self._check_report(running.step, report)
+        counts = Counts(*report.counts.tolist())
+        bad = _bad_of_all(running.bad, counts, ask=self.num_bad < _BAD_ASKED_FOR)
+        self.num_bad += counts.bad
+        self.stopped |= counts.stop_wishes > 0
+        return FinishedStep(running.step, report, bad, seconds)
+
+    def _write(self, done: FinishedStep, top1: float | None = None) -> None:
+        if self.journal is not None:
+            self.journal.write(done, top1)
+
+    def _check_report(self, step: int, report: StepReport) -> None:
         """Stop on a loss or gradient that is not finite, before anything of this step is written or saved."""
-        values = {**by_name(step_report.loss), "gradient_norm": float(step_report.gradient_norm)}
+        values = {**by_name(report.loss), "gradient_norm": float(report.gradient_norm)}
         self._refuse(step, [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)])
 
     def _check_parameters(self, step: int, parameters: Parameters) -> None:
@@ -246,98 +310,54 @@ class _Run:
         saved = self.checkpoints.steps()
         good = f"the last good checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
         raise TrainingError(
-            f"step {step}: {', '.join(wrong)}; {good}, in {self.workdir.checkpoints}. Look at metrics.jsonl before "
+            f"step {step}: {', '.join(wrong)}; {good}, in {self.checkpoints.folder}. Look at metrics.jsonl before "
             "this step; a lower optimizer.learning_rate in a new work folder is the usual remedy"
         )
 
-    def _write(
-        self, log: MetricsLog, step: int, step_report: StepReport, bad: BadExamples, seconds: float, top1: float | None
-    ) -> None:
-        figures: dict[str, Any] = {
-            **by_name(step_report.loss),
-            "gradient_norm": step_report.gradient_norm,
-            "learning_rate": self.schedule(step - 1),
-            "scale": step_report.scale,
-            "step_seconds": seconds,
-            "pairs_per_second": self.config.train.batch_size / seconds,
-            "elapsed_seconds": time.monotonic() - self.began,
-            "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "bad_examples": bad.num_bad,
-            "bad_first": [_bad_text(example) for example in bad.first],
-            "zero_shot_top1": top1,
-        }
-        if step_report.routing is not None:
-            figures |= {name: np.asarray(value) for name, value in step_report.routing._asdict().items()}
-            for name in ("wanted", "kept"):  # counts, written as such
-                figures[name] = figures[name].astype(np.int64)
-        log.append(step, figures)
 
-    def _show(
-        self, bar: tqdm, step: int, step_report: StepReport, bad: BadExamples, seconds: float, top1: float | None
-    ) -> None:
-        for example in bad.first[: max(0, BAD_SHOWN - self.num_bad)]:
-            self._tell(f"step {step}: bad example replaced by the next good one: {_bad_text(example)}")
-        self.num_bad += bad.num_bad
-        if top1 is not None:
-            self._tell(f"step {step}: zero-shot top-1 {top1:.1%}")
-        if step % self.config.train.log_every == 0 or step == self.config.train.steps:
-            shown = [f"loss {float(step_report.loss.contrastive):.3f}"]
-            if step_report.routing is not None:
-                image, text = np.asarray(step_report.routing.success_rate).mean(axis=0)
-                shown.append(f"kept image {image:.1%} text {text:.1%}")
-            shown.append(f"{self.config.train.batch_size / seconds:.0f} pairs/s")
-            if self.num_bad:
-                shown.append(f"{self.num_bad} bad")
-            bar.set_postfix_str(", ".join(shown), refresh=False)
-        bar.set_description("training", refresh=False)
-        bar.update(1)
+def _finish(
+    config: Config,
+    workdir: Workdir,
+    encoder: Encoder,
+    evaluation: EvaluationData,
+    tokenizer: Tokenizer,
+    began: float,
+    say: Callable[[str], None],
+) -> None:
+    """Evaluate, draw, and write the summary, whose presence marks the run as finished.
 
-    def _tell(self, text: str) -> None:
-        """Say something while a bar is drawn."""
-        with tqdm.external_write_mode():
-            self.say(text)
-
-    def finish(self, tokenizer: Tokenizer) -> None:
-        """Evaluate, draw, and write the summary, whose presence marks the run as finished.
-
-        Killed at any moment before that, the next start comes here again with the parameters of the last checkpoint.
-        """
-        self.say("evaluating (dropless) and drawing figures")
-        metrics = read_metrics(self.workdir.metrics)
-        reached = evaluate(self.encoder, self.evaluation)
-        last = results.last_steps(self.config, metrics)
-        history = results.training_history(self.config, metrics, reached)
-        with contextlib.ExitStack() as stack:
-            # All processes compute what is drawn, each with its part of the model.
-            mine = processes.is_first()
-            figures = self.workdir.figures if mine else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            results.draw(figures, self.config, history, last, self.encoder, self.evaluation, tokenizer)
-        if not mine:
-            return
-        num_bad = sum(line["bad_examples"] for line in metrics)
-        if num_bad:
-            first = [text for line in metrics for text in line["bad_first"]][:BAD_SHOWN]
-            self.say(f"{num_bad} bad examples were replaced; the first: {'; '.join(first)}")
-        times = results.Times(
-            seconds=time.monotonic() - self.began, train_seconds=sum(line["step_seconds"] for line in metrics)
-        )
-        content = results.summary(self.config, reached, last, times, num_bad=num_bad)
-        write_json(self.workdir.summary, content)
-        self.say("")
-        self.say(pictures.summary_table({**content, "figures": str(self.workdir.figures)}))
+    Killed at any moment before that, the next start comes here again with the parameters of the last checkpoint.
+    """
+    say("evaluating (dropless) and drawing figures")
+    model, batch_size = config.model, config.train.batch_size
+    log = results.read_log(model, read_metrics(workdir.metrics))
+    reached = evaluate(encoder, evaluation)
+    history = results.training_history(log, reached, results.bound(model, batch_size))
+    with contextlib.ExitStack() as stack:
+        # All processes compute what is drawn, each with its part of the model.
+        mine = processes.is_first()
+        figures = workdir.figures if mine else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        results.draw(figures, model, batch_size, history, log.last, encoder, evaluation, tokenizer)
+    if not mine:
+        return
+    if log.num_bad:
+        say(f"{log.num_bad} bad examples were replaced; the first: {'; '.join(log.first_bad)}")
+    content = results.summary(config, reached, log, seconds=time.monotonic() - began)
+    write_json(workdir.summary, content)
+    say("")
+    say(pictures.summary_table({**content, "figures": str(workdir.figures)}))
 
 
-def _bad_of_all(own: BadExamples, num_examined: int, num_bad: int) -> BadExamples:
-    """The bad examples of all processes, given how many there are; the first few of them process by process."""
-    first: list[Bad] = []
-    if num_bad:
-        for text in processes.texts_of_all(json.dumps(own.first)):
-            first += [Bad(*fields) for fields in json.loads(text)]
-    return BadExamples(num_examined, num_bad, tuple(first[:BAD_SHOWN]))
+def _bad_of_all(own: BadExamples, counts: Counts, *, ask: bool) -> BadExamples:
+    """The bad examples of all processes, given how many there are; the first few of them process by process.
 
-
-def _bad_text(bad: Bad) -> str:
-    return f"{bad.key}: {bad.reason}"
+    Where the others shall not be asked, those of this process.
+    """
+    first = own.first
+    if counts.bad and ask:
+        of_all = [json.loads(text) for text in processes.texts_of_all(json.dumps(own.first))]
+        first = tuple(Bad(*fields) for fields in itertools.chain(*of_all))
+    return BadExamples(counts.examined, counts.bad, first[:BAD_SHOWN])
 
 
 @jax.jit
@@ -347,7 +367,7 @@ def _all_finite(tree: Any) -> Any:
 
 def _seconds_before(log: MetricsLog | None) -> float:
     """Seconds that earlier commands of this run took, up to the last step that they logged."""
-    return 0.0 if log is None or log.last_step is None else float(read_metrics(log.path)[-1]["elapsed_seconds"])
+    return 0.0 if log is None or log.last is None else float(log.last["elapsed_seconds"])
 
 
 def _restore(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -29,8 +30,10 @@ class Profile:
     def __enter__(self) -> Profile:
         return self
 
-    def at(self, step: int) -> None:
-        """Start or stop before this step."""
+    def at(self, step: int, running: Any = None) -> None:
+        """Start or stop before this step, once the one before it, whose outputs are `running`, has ended."""
+        if self._num_steps and step in (self._start, self._start + self._num_steps):
+            jax.block_until_ready(running)
         if self._num_steps and step == self._start:
             jax.profiler.start_trace(str(self._folder))
             self._running = True

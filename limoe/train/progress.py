@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 
 from tqdm import tqdm
 
@@ -24,12 +25,20 @@ class _Lines:
         sys.stderr.flush()
 
 
-def progress_bar(
-    description: str, *, total: int, unit: str, done: int = 0, delay: float = 0.0, shown: bool = True
-) -> tqdm:
+def beside_bars(say: Callable[[str], None]) -> Callable[[str], None]:
+    """The same for texts that are said while a bar is drawn."""
+
+    def tell(text: str) -> None:
+        with tqdm.external_write_mode():
+            say(text)
+
+    return tell
+
+
+def progress_bar(description: str, *, total: int, unit: str, done: int = 0, delay: float = 0.0) -> tqdm:
     """A bar on standard error; where that is no terminal, a line every half minute and one at the end.
 
-    It is not shown at all if it finishes within `delay` seconds, or if `shown` is false.
+    It is not shown at all if it finishes within `delay` seconds.
 
     >>> with progress_bar("reading", total=10, unit="file", done=4) as bar:
     ...     _ = bar.update(6)
@@ -51,5 +60,4 @@ def progress_bar(
         mininterval=_SECONDS_BETWEEN_DRAWINGS if watched else _SECONDS_BETWEEN_LINES,
         miniters=1,
         delay=delay,
-        disable=not shown,
     )

@@ -30,6 +30,18 @@ class TrainState(NamedTuple):
     optimizer: Any
 
 
+class Counts(NamedTuple):
+    """What a process tells the others with its rows of a batch.
+
+    They ride in the step's own inputs and outputs, so that processes agree without a program of its own; the result of
+    training does not depend on them.
+    """
+
+    stop_wishes: int
+    examined: int
+    bad: int
+
+
 class StepReport(NamedTuple):
     """What a step reports; `routing` fields are stacked by MoE layer, None for a dense model."""
 
@@ -37,6 +49,8 @@ class StepReport(NamedTuple):
     routing: RoutingFigures | None
     gradient_norm: Float[Array, ""]
     scale: Float[Array, ""]
+    counts: Int[Array, " C"]
+    """The `Counts` of all processes, added up."""
 
 
 class Training(NamedTuple):
@@ -168,13 +182,19 @@ def _cut(encoded: Encoded, shares: int, chunks: int) -> Encoded:
     return Encoded(Embeddings(*embeddings), routing)
 
 
+Step = Callable[
+    [TrainState, UInt8[Array, "B H W 3"], Int[Array, "B N"], Int[Array, "P C"]], tuple[TrainState, StepReport]
+]
+"""(state, images, text, counts) to the next state and a report; a row of `counts` for each of P devices."""
+
+
 def make_step(
     graph: nnx.GraphDef, optimizer: optax.GradientTransformation, config: Config, placement: Placement | None = None
-) -> Callable[[TrainState, UInt8[Array, "B H W 3"], Int[Array, "B N"]], tuple[TrainState, StepReport]]:
+) -> Step:
     """The train step of a configuration, to be compiled with the state donated."""
 
     def train_step(
-        state: TrainState, images: UInt8[Array, "B H W 3"], text: Int[Array, "B N"]
+        state: TrainState, images: UInt8[Array, "B H W 3"], text: Int[Array, "B N"], counts: Int[Array, "P C"]
     ) -> tuple[TrainState, StepReport]:
         grads, terms, routing = gradient(graph, state.parameters, images, text, state.step, config, placement)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.parameters)
@@ -183,6 +203,7 @@ def make_step(
             routing=None if routing is None else layer_figures(routing),
             gradient_norm=optax.tree.norm(grads),
             scale=jnp.exp(state.parameters["log_scale"]),
+            counts=counts.sum(axis=0),
         )
         parameters = jax.tree.map(jnp.add, state.parameters, updates)
         return TrainState(state.step + 1, parameters, optimizer_state), report
@@ -190,9 +211,7 @@ def make_step(
     return train_step
 
 
-def compile_step(
-    training: Training, config: Config, placement: Placement | None = None
-) -> Callable[[TrainState, UInt8[Array, "B H W 3"], Int[Array, "B N"]], tuple[TrainState, StepReport]]:
+def compile_step(training: Training, config: Config, placement: Placement | None = None) -> Step:
     """The train step under jit, the state donated; on a mesh every argument has its place, the report is everywhere."""
     step = make_step(training.graph, training.optimizer, config, placement)
     if placement is None:
@@ -204,7 +223,7 @@ def compile_step(
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(state, rows, rows),
+        in_shardings=(state, rows, rows, rows),
         out_shardings=(state, placement.everywhere),
         compiler_options=options,
     )

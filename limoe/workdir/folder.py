@@ -1,6 +1,6 @@
 """The work folder of a training run: whose it is, where its files lie, and its log of metrics.
 
-    config.json      the settings; a run with other settings may not use the folder
+    config.json      the settings; only those that do not change the result may change on the way (`_MAY_CHANGE`)
     metrics.jsonl    one JSON object a step
     checkpoints/     see `limoe.workdir.checkpoint`
     tokenizer.model  the tokenizer of the run
@@ -18,9 +18,10 @@ from pathlib import Path
 from types import TracebackType
 
 from limoe.config.schema import Config, ConfigError
-from limoe.config.settings import both_values, differences, from_json, to_json
+from limoe.config.settings import both_values, differences, from_json, is_of_first_format, to_json, value_of
 from limoe.data import files
 from limoe.errors import LimoeError
+from limoe.workdir.checkpoint import Checkpoints
 
 _CONFIG = "config.json"
 _METRICS = "metrics.jsonl"
@@ -28,6 +29,13 @@ _SUMMARY = "summary.json"
 _TOKENIZER = "tokenizer.model"
 _FIGURES = "figures"
 _LOCK = ".lock"
+# Settings, as patterns, that neither the result nor what a checkpoint holds depends on: they may change on the way.
+_MAY_CHANGE = (
+    *("mesh.*", "data.threads", "data.cache_dir", "data.max_bad_share", "train.checkpoint_every"),
+    *("train.checkpoints_kept", "train.log_every", "train.routing_every", "train.evaluate_every"),
+)
+# Data may have moved from one folder to another.
+_FOLDERS = ("data.shards", "data.eval_shards")
 # What `files.atomic_writer` leaves behind when it is killed.
 _LEFTOVERS = tuple(f".{name}.*.tmp" for name in (_CONFIG, _METRICS, _SUMMARY, _TOKENIZER))
 
@@ -49,16 +57,20 @@ class Workdir:
     def __init__(self, path: Path, config: Config, lock: int | None) -> None:
         self.path = path
         self.config = config
+        self.changes: tuple[str, ...] = ()  # what the run goes on with that it did not begin with, in words
         self._lock = lock
 
     @classmethod
     def open(cls, path: str | Path, config: Config) -> "Workdir":
         """Takes the folder for a run with these settings: a new one is made, one of the same settings is continued.
 
-        The folder stays locked until `close`, the end of a `with` block, or the end of the process.
+        Settings that do not change the result may be others than those that are there; they are written down and
+        listed in `changes`. The folder stays locked until `close`, the end of a `with` block, or the end of the
+        process.
 
         Raises:
-          WorkdirError: it holds something else, was made with other settings, or another run is using it.
+          WorkdirError: it holds something else, was made with other settings or by limoe 0.1.0, or another run is using
+            it.
           limoe.data.files.StorageError: it cannot be written (full disk, permissions).
         """
         folder = Path(path).absolute()
@@ -67,8 +79,10 @@ class Workdir:
         workdir = cls(folder, config, _take_lock(folder))
         try:
             if files.exists(folder / _CONFIG):
-                _refuse_other_config(folder, _read_config(folder), config)
-            else:
+                there = _read_config(folder)
+                workdir._refuse_first_format()
+                workdir.changes = workdir._accept_changes(there)
+            if not files.exists(folder / _CONFIG) or workdir.changes:
                 files.write_bytes(folder / _CONFIG, to_json(config).encode())
             for pattern in (*_LEFTOVERS, f"{_FIGURES}/.*.tmp"):
                 for leftover in folder.glob(pattern):
@@ -136,6 +150,39 @@ class Workdir:
                 folder.rmdir()
         return True
 
+    def _accept_changes(self, there: Config) -> tuple[str, ...]:
+        """What differs from the settings that are there, in words; WorkdirError if it would change the result."""
+        here = self.config
+        names = differences(there, here)
+        moved = [name for name in _FOLDERS if name in names and value_of(there, name) and value_of(here, name)]
+        longer = ["train.steps"] * self._may_grow(there)
+        free = (*_MAY_CHANGE, *moved, *longer)
+        if refused := [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in free)]:
+            advice = "; train.steps may grow only while the newest checkpoint lies before the cool-down"
+            raise WorkdirError(
+                f"{self.path} was made with other settings: {both_values(refused, there, here, 'there', 'now')}"
+                f"{advice * ('train.steps' in refused)}; continue it with its own settings, or start a new run with "
+                "--workdir=DIR"
+            )
+        if self.finished or not names:
+            return ()
+        unchecked = f"; nothing checks that {' and '.join(moved)} hold the same examples" * bool(moved)
+        return (f"changed settings: {both_values(names, there, here, 'before', 'now')}{unchecked}",)
+
+    def _may_grow(self, there: Config) -> bool:
+        """Whether the steps done so far are those of a longer run too: the cool-down has touched no learning rate."""
+        saved = Checkpoints(self.checkpoints, read_only=True).steps()
+        # Update n has its full rate up to N + 1 - Q, see `limoe.train.optim.make_schedule`.
+        done, full = saved[-1] if saved else 0, there.train.steps + 1 - there.optimizer.cooldown_steps
+        return not self.finished and self.config.train.steps > there.train.steps and done <= full
+
+    def _refuse_first_format(self) -> None:
+        if not self.finished and is_of_first_format(files.read_text(self.path / _CONFIG)):
+            raise WorkdirError(
+                f"{self.path} was made by limoe 0.1.0, whose numbers this version does not continue; evaluate it with "
+                "limoe eval, finish it with limoe 0.1.0, or start a new run with --workdir=DIR"
+            )
+
     def close(self) -> None:
         """Frees the folder for another run; a second call does nothing."""
         if self._lock is not None:
@@ -199,13 +246,3 @@ def _read_config(folder: Path) -> Config:
         raise WorkdirError(
             f"{path} cannot be used: {error}; put the original back, or give another folder with --workdir=DIR"
         ) from error
-
-
-def _refuse_other_config(folder: Path, there: Config, here: Config) -> None:
-    # The mesh may change on the way: neither the result nor what a checkpoint holds depends on it.
-    names = [name for name in differences(there, here) if not name.startswith("mesh.")]
-    if names:
-        raise WorkdirError(
-            f"{folder} was made with other settings: {both_values(names, there, here, 'there', 'now')}; "
-            "continue it with its own settings, or start a new run with --workdir=DIR"
-        )

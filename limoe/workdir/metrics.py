@@ -1,16 +1,19 @@
 """The log of a run: one line of JSON a step."""
 
+import bisect
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from limoe.data import files
 from limoe.workdir.folder import WorkdirError
+
+_COMPACT = (",", ":")
 
 
 class MetricsLog:
@@ -18,8 +21,10 @@ class MetricsLog:
 
     A line is handed to the system whole before `append` returns, so a killed process loses none; `sync` before a
     checkpoint is saved keeps them through a loss of power too. A half-written last line is removed when the file is
-    opened. Figures may be numbers, NumPy or JAX arrays, texts, None, and lists, mappings and NamedTuples of them; as
-    JSON has neither NaN nor infinity, a figure that is not finite is written as null.
+    opened. Only the end of the file is read then, and little more by `truncate_after`, however long the log is. Figures
+    may be numbers, NumPy or JAX arrays, texts, None, and lists, mappings and NamedTuples of them; as JSON has neither
+    NaN nor infinity, a figure that is not finite is written as null. A float32 has the fewest digits that tell it
+    from all others.
 
     Raises:
       WorkdirError: the last whole line is not one of this log.
@@ -31,20 +36,21 @@ class MetricsLog:
     ...     for step in (1, 2, 3):
     ...         log.append(step, {"loss": 1 / step if step < 2 else math.nan})
     ...     log.truncate_after(2)
-    ...     read_metrics(log.path)
+    ...     list(read_metrics(log.path))
     [{'step': 1, 'loss': 1.0}, {'step': 2, 'loss': None}]
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         with files.explained("write", self.path), open(self.path, "ab+") as file:
-            file.seek(0)
-            whole, last = 0, b""
-            for line in file:
-                if line.endswith(b"\n"):
-                    whole, last = whole + len(line), line
-            file.truncate(whole)
-        self.last_step = _step(last, self.path) if last else None
+            line, end = _last_line(file)
+            file.truncate(end)
+        self.last = _parsed(line, self.path) if line else None
+
+    @property
+    def last_step(self) -> int | None:
+        """The step of the last line."""
+        return None if self.last is None else self.last["step"]
 
     def append(self, step: int, figures: Mapping[str, object]) -> None:
         """Writes the figures of a step.
@@ -59,7 +65,8 @@ class MetricsLog:
             )
         if "step" in figures:
             raise ValueError("the figures have one named 'step'; that name is the log's own")
-        line = (json.dumps(_plain({"step": step, **figures}, "figures"), allow_nan=False) + "\n").encode()
+        record = _plain({"step": step, **figures}, "figures")
+        line = (json.dumps(record, allow_nan=False, separators=_COMPACT) + "\n").encode()
         # Unbuffered and opened for each line: no buffer whose rest a failed write would leave to be written later.
         with files.explained("write", self.path), open(self.path, "ab", buffering=0) as file:
             start = file.seek(0, os.SEEK_END)
@@ -70,15 +77,33 @@ class MetricsLog:
             except BaseException:
                 file.truncate(start)
                 raise
-        self.last_step = step
+        self.last = record
 
     def truncate_after(self, step: int) -> None:
-        """Removes the lines of all steps after this one, atomically; for going on from the checkpoint of that step."""
+        """Removes the lines of all steps after this one; for going on from the checkpoint of that step.
+
+        Killed at any moment, the file has all lines or only those that stay. It takes no room on the disk.
+        """
         if self.last_step is None or self.last_step <= step:
             return
-        kept = [line for line in self.path.read_bytes().splitlines(keepends=True) if _step(line, self.path) <= step]
-        files.write_bytes(self.path, b"".join(kept))
-        self.last_step = _step(kept[-1], self.path) if kept else None
+
+        def next_step(offset: int) -> int:
+            """The step of the first line that begins at this offset or after it, which is one to be removed if none."""
+            file.seek(max(offset - 1, 0))
+            if offset:
+                file.readline()
+            line = file.readline()
+            return _parsed(line, self.path)["step"] if line else step + 1
+
+        with files.explained("write", self.path), open(self.path, "rb+") as file:
+            size = file.seek(0, os.SEEK_END)
+            first = bisect.bisect_right(range(size), step, key=next_step)
+            if first:  # one byte into the last line that stays
+                file.seek(first)
+                first += len(file.readline())
+            file.truncate(first)
+            line, _ = _last_line(file)
+        self.last = _parsed(line, self.path) if line else None
 
     def sync(self) -> None:
         """Waits until every line is on the disk."""
@@ -86,15 +111,17 @@ class MetricsLog:
             os.fsync(file.fileno())
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a log of metrics in order, without a last line that was cut short; null becomes None.
+def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The lines of a log of metrics, one after another, without a last one that was cut short; null becomes None.
 
     Raises:
       WorkdirError: another line is not one of a `MetricsLog`.
       FileNotFoundError: there is no such file.
     """
-    lines = files.read_bytes(path).split(b"\n")[:-1]  # what follows the last line's end is empty or cut short
-    return [_parsed(line, Path(path)) for line in lines]
+    with files.open_binary(path) as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield _parsed(line, Path(path))
 
 
 def write_json(path: str | Path, value: Mapping[str, object]) -> None:
@@ -119,8 +146,18 @@ def _parsed(line: bytes, path: Path) -> dict[str, Any]:
     return record
 
 
-def _step(line: bytes, path: Path) -> int:
-    return _parsed(line, path)["step"]
+def _last_line(file: BinaryIO) -> tuple[bytes, int]:
+    """The last whole line, empty if there is none, and where it ends."""
+    size, block = file.seek(0, os.SEEK_END), 2**16
+    while True:
+        start = max(size - block, 0)
+        file.seek(start)
+        tail = file.read(size - start)
+        end = tail.rfind(b"\n") + 1
+        begin = tail.rfind(b"\n", 0, max(end - 1, 0)) + 1
+        if begin or not start:
+            return tail[begin:end], start + end
+        block *= 2
 
 
 def _plain(value: object, where: str) -> Any:
@@ -137,6 +174,8 @@ def _plain(value: object, where: str) -> Any:
         return value
     if hasattr(value, "__array__"):
         array = np.asarray(value)
-        # By way of float64, because bfloat16 is no number of Python.
+        if array.dtype == np.float32:
+            array = array.astype(str)  # no more digits than it needs: half as many as by way of float64
+        # bfloat16 is no number of Python.
         return _plain((array if array.dtype.kind in "biu" else array.astype(np.float64)).tolist(), where)
     raise ValueError(f"{where} is a {type(value).__name__}, which JSON has no form for; give a number, text or list")

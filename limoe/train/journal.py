@@ -1,0 +1,129 @@
+"""What the first process tells of each finished step: a line of the log, the registered loggers, the progress bar."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from limoe.config.schema import Config, TrainConfig
+from limoe.data.batches import BadExamples
+from limoe.data.source import Bad
+from limoe.report.results import BAD_SHOWN, LAST_STEPS
+from limoe.train.loggers import Loggers
+from limoe.train.losses import by_name
+from limoe.train.optim import make_schedule
+from limoe.train.progress import progress_bar
+from limoe.train.step import StepReport
+from limoe.workdir.metrics import MetricsLog
+
+
+class FinishedStep(NamedTuple):
+    """A step whose report has been read and found good."""
+
+    step: int
+    report: StepReport
+    bad: BadExamples
+    seconds: float
+    """Since the report before it, or since the device was given work again: where steps follow each other, their
+    length."""
+
+
+class Journal:
+    """The record of one command of a run, which begins after the last step of `log`; open inside a `with` block.
+
+    `began` is when the run began by `time.monotonic`, had its commands followed each other at once.
+    """
+
+    def __init__(self, log: MetricsLog, folder: Path, config: Config, began: float, say: Callable[[str], None]) -> None:
+        self._log, self._settings, self._began, self._say = log, config.train, began, say
+        self._first, self._num_bad = log.last_step or 0, 0
+        # All at once and now: a little program between two steps would wait for the one that runs.
+        self._learning_rate = np.asarray(jax.vmap(make_schedule(config))(np.arange(self._first, config.train.steps)))
+        self._loggers = Loggers(folder, config)
+        self._bar = progress_bar("compiling the first step", total=config.train.steps, done=self._first, unit="step")
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        self._loggers.close()
+
+    def write(self, done: FinishedStep, top1: float | None) -> None:
+        """Log a step and show it; `top1` is its zero-shot accuracy where it was evaluated."""
+        figures = self._figures(done, top1)
+        self._log.append(done.step, figures)
+        self._loggers.log(done.step, figures)
+        self._show(done, top1)
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk."""
+        self._log.sync()
+
+    def _figures(self, done: FinishedStep, top1: float | None) -> dict[str, Any]:
+        report = done.report
+        figures: dict[str, Any] = {
+            **by_name(report.loss),
+            "gradient_norm": report.gradient_norm,
+            "learning_rate": self._learning_rate[done.step - 1 - self._first],
+            "scale": report.scale,
+            "step_seconds": np.float32(done.seconds),
+            "pairs_per_second": np.float32(self._settings.batch_size / done.seconds),
+            "elapsed_seconds": round(time.monotonic() - self._began, 3),
+            "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "bad_examples": done.bad.num_bad,
+            "bad_first": [_text(example) for example in done.bad.first],
+            "zero_shot_top1": top1,
+        }
+        if report.routing is not None:
+            whole = is_whole(done.step, self._settings)
+            for name, value in report.routing._asdict().items():
+                if name in ("wanted", "kept"):  # written as whole numbers
+                    figures[name] = np.asarray(value).astype(np.int64) if whole else None
+                else:
+                    figures[name] = np.asarray(value) if whole else np.round(value, 6)
+        return figures
+
+    def _show(self, done: FinishedStep, top1: float | None) -> None:
+        for example in done.bad.first[: max(0, BAD_SHOWN - self._num_bad)]:
+            self._say(f"step {done.step}: bad example replaced by the next good one: {_text(example)}")
+        self._num_bad += done.bad.num_bad
+        if top1 is not None:
+            self._say(f"step {done.step}: zero-shot top-1 {top1:.1%}")
+        if done.step % self._settings.log_every == 0 or done.step == self._settings.steps:
+            shown = [f"loss {float(done.report.loss.contrastive):.3f}"]
+            if done.report.routing is not None:
+                image, text = np.asarray(done.report.routing.success_rate).mean(axis=0)
+                shown.append(f"kept image {image:.1%} text {text:.1%}")
+            shown.append(f"{self._settings.batch_size / done.seconds:.0f} pairs/s")
+            if self._num_bad:
+                shown.append(f"{self._num_bad} bad")
+            self._bar.set_postfix_str(", ".join(shown), refresh=False)
+        self._bar.set_description("training", refresh=False)
+        self._bar.update(1)
+
+
+def is_whole(step: int, settings: TrainConfig) -> bool:
+    """Whether a line has the counts by layer, modality and expert, and all digits of figures by layer and modality.
+
+    Other lines have null, and six decimals: counts are five sixths of a whole line's bytes. Figures and summary are
+    means over the last steps, whose lines are all whole.
+
+    >>> from limoe.config.presets import preset
+    >>> [step for step in range(1, 403) if is_whole(step, preset("tiny").train)]
+    [1, 200, 400, 401, 402]
+    """
+    return step == 1 or step % settings.routing_every == 0 or step > settings.steps - LAST_STEPS
+
+
+def _text(bad: Bad) -> str:
+    return f"{bad.key}: {bad.reason}"

@@ -1,0 +1,81 @@
+"""What may change while a run goes on, what may not, and folders of an earlier version."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from limoe.config.presets import preset
+from limoe.config.schema import Config
+from limoe.config.settings import from_json, override, to_json
+from limoe.train.optim import make_schedule
+from limoe.workdir.folder import Workdir, WorkdirError
+from limoe.workdir.metrics import write_json
+
+TINY = preset("tiny")
+
+
+def test_what_does_not_change_the_result_may_change_on_the_way(tmp_path: Path) -> None:
+    began = override(TINY, ["data.shards=here", "data.eval_shards=there", "data.cache_dir=one"])
+    Workdir.open(tmp_path, began).close()
+    free = ["data.threads=5", "data.cache_dir=two", "train.log_every=3", "train.checkpoint_every=7", "routing_every=9"]
+    goes_on = override(began, [*free, "mesh.keep_exchanged=false", "train.checkpoints_kept=4", "max_bad_share=0.1"])
+    with Workdir.open(tmp_path, goes_on) as workdir:
+        (said,) = workdir.changes
+        assert "changed settings: data.threads (2 before, 5 now), data.max_bad_share (0.05 before, 0.1 now), " in said
+        assert "nothing checks" not in said
+    assert from_json((tmp_path / "config.json").read_text()) == goes_on == Workdir.existing(tmp_path).config
+    with Workdir.open(tmp_path, override(goes_on, ["data.shards=moved"])) as workdir:
+        assert workdir.changes == (
+            "changed settings: data.shards ('here' before, 'moved' now); nothing checks that data.shards hold the same "
+            "examples",
+        )
+    with Workdir.open(tmp_path, workdir.config) as again:
+        assert again.changes == ()
+    for other in ("data.shards=", "data.seed=1", "train.batch_size=64", "data.tokenizer=mine"):
+        with pytest.raises(WorkdirError, match="was made with other settings"):
+            Workdir.open(tmp_path, override(workdir.config, [other]))
+    assert Workdir.existing(tmp_path).config == workdir.config
+
+
+@pytest.mark.parametrize(("cooldown", "saved", "fits"), [(250, 251, True), (250, 252, False), (0, 500, True)])
+def test_steps_may_grow_until_the_cooldown_has_begun(tmp_path: Path, cooldown: int, saved: int, fits: bool) -> None:
+    """251 of 500 steps: update 252 is the first one that a cool-down of 250 steps makes smaller."""
+    began = override(TINY, [f"optimizer.cooldown_steps={cooldown}"])
+    longer = override(began, ["train.steps=600"])
+    rates, others = (np.asarray(jax.vmap(make_schedule(config))(np.arange(saved))) for config in (began, longer))
+    assert (rates == others).all() == fits
+    with Workdir.open(tmp_path, began) as workdir:
+        (workdir.checkpoints / f"step_{saved:08d}").mkdir(parents=True)
+    if fits:
+        with Workdir.open(tmp_path, longer) as workdir:
+            assert "train.steps (500 before, 600 now)" in workdir.changes[0]
+        with pytest.raises(WorkdirError, match=r"train\.steps \(600 there, 500 now\); train.steps may grow only"):
+            Workdir.open(tmp_path, began)
+    else:
+        with pytest.raises(WorkdirError, match=r"train\.steps \(500 there, 600 now\); train.steps may grow only while"):
+            Workdir.open(tmp_path, longer)
+    write_json(workdir.summary, {})
+    with pytest.raises(WorkdirError, match="may grow only"):
+        Workdir.open(tmp_path, override(longer, ["train.steps=700"]))
+
+
+def as_in_0_1_0(config: Config) -> str:
+    """The config.json that version wrote."""
+    tree = json.loads(to_json(config))
+    del tree["format"], tree["train"]["routing_every"]
+    return json.dumps(tree, indent=2)
+
+
+def test_a_folder_of_the_first_version_is_read_and_not_continued(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(as_in_0_1_0(TINY))
+    assert Workdir.existing(tmp_path).config == TINY
+    with pytest.raises(WorkdirError, match=r"made by limoe 0\.1\.0, .* limoe eval.*or start a new run with --workdir"):
+        Workdir.open(tmp_path, TINY)
+    write_json(tmp_path / "summary.json", {})
+    before = (tmp_path / "config.json").read_bytes()
+    with Workdir.open(tmp_path, override(TINY, ["data.threads=5"])) as workdir:
+        assert workdir.finished and workdir.changes == ()
+    assert (tmp_path / "config.json").read_bytes() == before
