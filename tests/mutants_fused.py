@@ -12,14 +12,16 @@ MUTANTS = {
     "a token without a row keeps what was in its place": Mutant(
         FUSED_GROUPS, "words = jnp.where(factor != 0, words, 0)", "pass"
     ),
-    "results leave without gates": Mutant(FUSED_GROUPS, "(value * factor, value)", "(value, value * factor)"),
+    "results leave without gates": Mutant(
+        FUSED_GROUPS, "= (value * factor).astype(outputs.out.dtype)", "= value.astype(outputs.out.dtype)"
+    ),
     "a gate that is not finite is taken as it is": Mutant(
         FUSED_POISON, "jnp.where(jnp.isfinite(gate), factor, jnp.float32(jnp.nan))", "factor"
     ),
     "gates of the first block": Mutant(
         FUSED_PIECES,
-        "column(refs.factor, block * lanes + number, size)",
-        "column(refs.factor, number, size)",
+        "column(inputs.factor, block * lanes + number, size)",
+        "column(inputs.factor, number, size)",
     ),
     "results of unused rows go to the first token": Mutant(
         FUSED_GROUPS,
@@ -42,20 +44,21 @@ MUTANTS = {
     ),
     "sums of the last expert not reset": Mutant(
         FUSED_PIECES,
-        "refs.total[...] = jnp.broadcast_to(refs.b2[0], refs.total.shape)",
+        "scratch.total[...] = jnp.broadcast_to(self.inputs.b2[0], scratch.total.shape)",
         "pass",
-        beside="refs.picked",
     ),
-    "gradient of a gate without influence": Mutant(FUSED_POISON, "jnp.where(held, dgate, jnp.float32(0))", "dgate"),
+    "gradient of a gate without influence": Mutant(
+        FUSED_POISON, "jnp.where(held, found.gate, jnp.float32(0))", "found.gate"
+    ),
     "rows kept for another expert": Mutant(
         FUSED_PARTS,
-        "BlockSpec(held, lambda step, expert, *_: (expert[step]",
-        "BlockSpec(held, lambda step, expert, *_: (0 * step",
+        "BlockSpec(held, steps.whole)",
+        "BlockSpec(held, lambda step, _: (0 * step, 0, 0))",
     ),
     "rows kept from behind those of an expert": Mutant(
         FUSED_PARTS,
-        "rows[:, : plan.layout.rows_per_expert]",
-        "rows[:, -plan.layout.rows_per_expert :]",
+        "rows[:, : layout.rows_per_expert]",
+        "rows[:, -layout.rows_per_expert :]",
     ),
     "rows not kept": Mutant(
         tests("test_tpu_fused.py::test_a_backward_pass_in_parts_gets_the_rows_if_they_fit[True]"),
@@ -67,8 +70,8 @@ MUTANTS = {
     ),
     "weights of the expert of the chunk's number": Mutant(
         FUSED_PIECES,
-        "by_item = (schedule.fetched[:, None], fetched,",
-        "by_item = (fetched, fetched,",
+        "in (schedule.fetched[:, None], fetched, item, chunk)",
+        "in (fetched, fetched, item, chunk)",
     ),
     # The same, backward.
     "gradients of unused rows not masked": Mutant(
@@ -76,8 +79,8 @@ MUTANTS = {
     ),
     "gradient of a token without a row left as it was": Mutant(
         FUSED_GROUPS,
-        "words = jnp.where(has_row, refs.data",
-        "words = jnp.where(True, refs.data",
+        "words = jnp.where(has_row, scratch.data",
+        "words = jnp.where(True, scratch.data",
     ),
     "cotangents come without gates": Mutant(FUSED_GROUPS, "(value * factor).astype(dtype)", "value.astype(dtype)"),
     "gates' gradients of weighed cotangents": Mutant(FUSED_PIECES, "product += value *", "product += value * factor *"),

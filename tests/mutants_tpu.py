@@ -52,13 +52,15 @@ MUTANTS = {
     "dy not masked": Mutant(MATMUL_POISON, "        self._select(at, dy)\n", ""),
     "a kept hidden layer not masked": Mutant(
         KEPT_POISON,
-        "return jnp.where(used, kept[pl.ds(offset, size)], jnp.zeros((), refs.x.dtype))",
+        "return jnp.where(used, kept[pl.ds(offset, size)], jnp.zeros((), scratch.x.dtype))",
         "return kept[pl.ds(offset, size)]",
     ),
     "a kept hidden layer masked as its first piece": Mutant(
         KEPT, "(size, self.tiles.chunk), offset)", "(size, self.tiles.chunk))"
     ),
-    "x of the expert MLP not masked": Mutant(MLP_POISON, "refs.x[slot] = jnp.where(used, refs.x[slot], zero)", "pass"),
+    "x of the expert MLP not masked": Mutant(
+        MLP_POISON, "scratch.x[slot] = jnp.where(used, scratch.x[slot], zero)", "pass"
+    ),
     # Offsets and sizes.
     "pieces start one short": Mutant(
         tests("test_tpu_matmul.py::test_what_is_left_takes_two_pieces"),
@@ -89,7 +91,7 @@ MUTANTS = {
     ),
     # Accumulators.
     "dx not reset": Mutant(
-        MATMUL, "refs.dx[...] = jnp.zeros(refs.dx.shape, jnp.float32)", "pass", beside="self._no_bias"
+        MATMUL, "scratch.dx[...] = jnp.zeros(scratch.dx.shape, jnp.float32)", "pass", beside="self._no_bias"
     ),
     "output not reset to the bias": Mutant(
         MLP, "@pl.when(busy & (step.chunk == 0))", "@pl.when(busy & (step.number == 0))"
@@ -111,7 +113,7 @@ MUTANTS = {
     ),
     "db1 not reset": Mutant(
         MLP_PIECES,
-        "            refs.db1[...] = jnp.zeros(refs.db1.shape, jnp.float32)\n\n            def add",
+        "            outputs.db1[...] = jnp.zeros(outputs.db1.shape, jnp.float32)\n\n            def add",
         "            def add",
     ),
     # Waits.
@@ -159,7 +161,7 @@ MUTANTS = {
     # What is computed.
     "gradient through the gate left out": Mutant(MATMUL_GATED, "(dy32 * (gated[0] * slope))", "(dy32 * slope)"),
     "dx of the first matrix alone": Mutant(
-        MATMUL_GATED, "refs.dx[own] += sum(others, start=first)", "refs.dx[own] += first"
+        MATMUL_GATED, "scratch.dx[own] += sum(others, start=first)", "scratch.dx[own] += first"
     ),
     "slope without the factor 3 of its cubic": Mutant(
         tests("test_tpu_matmul.py::test_every_activation[pointwise-gelu_tanh]"),
@@ -173,8 +175,8 @@ MUTANTS = {
     ),
     "cotangents of tokens passed on added after rounding": Mutant(
         tests("test_tpu_route.py::test_the_cotangent_of_tokens_passed_on_is_added_before_rounding[exact tiles-tpu]"),
-        "product += passed[0].astype(jnp.float32)",
-        "product = product.astype(dtokens.dtype).astype(jnp.float32) + passed[0].astype(jnp.float32)",
+        "product += inputs.passed[0].astype(jnp.float32)",
+        "product = product.astype(dtokens.dtype).astype(jnp.float32) + inputs.passed[0].astype(jnp.float32)",
     ),
     "shorter pieces for one row too many, from rows": Mutant(
         tests("test_tpu_mlp.py::test_as_many_shorter_pieces_hold_all_rows"),
@@ -191,7 +193,7 @@ MUTANTS = {
     ),
     "the second core gathers the tiles of the first": Mutant(
         tests(f"test_tpu_permute.py::{MEMORIES}[2-on_wait]"),
-        "jnp.minimum(core * share + ",
-        "jnp.minimum(",
+        "first = core * self.share",
+        "first = 0 * core",
     ),
 }

@@ -55,18 +55,9 @@ MAX_PARAMETERS = 8
 # Functions that are longer, and parameter lists that are. These lists only shrink.
 LONG_FUNCTIONS = {
     "benchmarks.oracle.expect",
-    "moe_kernels.backends.tpu.fused.backward.run_fused_backward",
-    "moe_kernels.backends.tpu.fused.forward.run_fused",
-    "moe_kernels.backends.tpu.matmul.backward.run_backward",
-    "moe_kernels.backends.tpu.mlp.backward.run_backward",
-    "moe_kernels.backends.tpu.permute.forward.gather_rows",
-    "moe_kernels.backends.tpu.route.backward.run_backward",
 }
 LONG_PARAMETER_LISTS = {
     "limoe.model.attention_kernel._backward",
-    "moe_kernels.backends.tpu.common.launch.launch",
-    "moe_kernels.backends.tpu.fused.backward.run_fused_backward",
-    "moe_kernels.backends.tpu.fused.forward.run_fused",
 }
 
 
@@ -166,7 +157,8 @@ def test_every_tpu_kernel_says_what_it_costs():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "pallas_call"
     ]
-    assert len(calls) >= 5
+    # All kernels of the layer go through one launcher, whose `Call` has no default for them.
+    assert len(calls) >= 2
     for module, call in calls:
         named = {keyword.arg for keyword in call.keywords}
         assert "cost_estimate" in named, f"{module}, line {call.lineno}: the kernel has no cost estimate"

@@ -20,6 +20,7 @@ from moe_kernels.backends.tpu.common.launch import Target
 from moe_kernels.backends.tpu.common.tiling import RowTiles, Tiles
 from moe_kernels.backends.tpu.fused import span as in_layer
 from moe_kernels.backends.tpu.fused.forward import run_fused
+from moe_kernels.backends.tpu.fused.in_place import LayerOperands
 from moe_kernels.backends.tpu.fused.span import LayerSaved, layer_backward, layer_forward, layer_value, run_backward
 from moe_kernels.backends.tpu.permute.tiles import FusedTiles, fused_backward_tiles, fused_tiles
 from moe_kernels.chips import TPUS
@@ -63,9 +64,9 @@ def layer(tiles, target, activation, plan, tokens, gate, w, dy):
     """Output, output before gates, and all gradients; backward in its parts where no blocks are given for it."""
     static, (forward, backward) = MlpStatic(plan.layout, activation), tiles
     kept = {"keep": True, "keep_rows": backward is None}
-    out, ungated, *rows = run_fused(forward, target, static, tokens, gate, w, plan, **kept)
-    saved = LayerSaved(tokens, gate, w, plan, ungated, *rows)
-    return out, ungated, *run_backward(backward, target, static, saved, dy)
+    given = LayerOperands(tokens, gate, w, plan)
+    out, ungated, rows = run_fused(forward, target, static, given, **kept)
+    return out, ungated, *run_backward(backward, target, static, LayerSaved(given, ungated, rows), dy)
 
 
 def operands(name, dtype, weight_dtype="float32", pattern="uniform", seed=0):
@@ -233,18 +234,18 @@ def check_races(name, mode, seed):
     right = run(name, "bfloat16", expert, tokens, gate, w, dy)[1]
 
     def forward(target, given, size):
-        return run_fused(tiles, target, static, *given, keep=True)
+        return run_fused(tiles, target, static, LayerOperands(*given), keep=True)[:2]
 
     used = np.asarray(plan.source) < plan.layout.num_tokens
     rows = tokens[plan.source[used]]
 
     def with_rows(target, given, size):
-        out, ungated, rows = run_fused(tiles, target, static, *given, keep=True, keep_rows=True)
+        out, ungated, rows = run_fused(tiles, target, static, LayerOperands(*given), keep=True, keep_rows=True)
         return out, ungated, rows[used]
 
     def backward(target, given, size):
-        *saved, dy = given
-        return run_backward(back, target, static, LayerSaved(*saved), dy)
+        *operands, ungated, dy = given
+        return tuple(run_backward(back, target, static, LayerSaved(LayerOperands(*operands), ungated), dy))
 
     for kernel, given, expected in (
         (forward, (tokens, gate, w, plan), right[:2]),

@@ -7,6 +7,7 @@ from tpu_aot import Chip, check_vmem, kernel_vmem
 from moe_kernels import MlpWeights
 from moe_kernels.backends import explain, find, problem_of
 from moe_kernels.backends.base import MlpStatic
+from moe_kernels.backends.tpu.fused.in_place import LayerOperands
 from moe_kernels.backends.tpu.fused.span import LayerSaved
 from moe_kernels.backends.tpu.permute.tiles import fused_backward_tiles, fused_tiles, keeps_rows
 from moe_kernels.types import Layout, Plan
@@ -58,7 +59,9 @@ def check(chip, width, layout, weight_dtype, dtype=jnp.bfloat16):
     rows = array((layout.num_rows, width), dtype) if keep_rows else None
 
     def backward(tokens, gate, weights, plan, ungated, rows, dout):
-        return find(chosen[0]).backward(static, LayerSaved(tokens, gate, weights, plan, ungated, rows), dout)
+        return find(chosen[0]).backward(
+            static, LayerSaved(LayerOperands(tokens, gate, weights, plan), ungated, rows), dout
+        )
 
     compiled = device.compile(backward, tokens, gate, weights, plan, tokens, rows, tokens)
     tiles = fused_backward_tiles(*sizes)

@@ -13,7 +13,7 @@ from test_tpu_races import simulate
 from moe_kernels import combine, dispatch
 from moe_kernels.backends import choose, explain, problem_of
 from moe_kernels.backends.base import Problem
-from moe_kernels.backends.tpu.permute import forward as permute
+from moe_kernels.backends.tpu.permute import backward, forward, gather
 from moe_kernels.backends.tpu.permute.tiles import GatherTiles
 from moe_kernels.types import Layout
 
@@ -89,10 +89,10 @@ def test_what_is_not_finite_stays_where_it_belongs(poison):
 
 def spans(target, plan, tokens, rows, gate, dy, drows):
     """The same five arrays from the back end's own functions, for a device of any number of cores."""
-    out, _ = permute.dispatch_forward(target, None, tokens, plan)
-    (dtokens,) = permute.dispatch_backward(target, None, plan, drows)
-    y, saved = permute.combine_forward(target, None, rows, gate, plan)
-    return out, dtokens, y, *permute.combine_backward(target, None, saved, dy)
+    out, _ = forward.dispatch_forward(target, None, tokens, plan)
+    (dtokens,) = backward.dispatch_backward(target, None, plan, drows)
+    y, saved = forward.combine_forward(target, None, rows, gate, plan)
+    return out, dtokens, y, *backward.combine_backward(target, None, saved, dy)
 
 
 def small_tiles(length, count, width, itemsize, terms, chip):
@@ -104,7 +104,7 @@ def small_tiles(length, count, width, itemsize, terms, chip):
 def test_with_simulated_memories_results_are_the_same_and_no_core_disturbs_the_other(monkeypatch, num_cores, mode):
     given = operands(CASES["two choices"], "bfloat16")
     expected = both("tpu", *given)
-    monkeypatch.setattr(permute, "gather_tiles", small_tiles)
+    monkeypatch.setattr(gather, "gather_tiles", small_tiles)
 
     def run(target, given, size):
         return spans(target, *given)

@@ -20,12 +20,8 @@ from moe_kernels.backends.tpu.matmul.forward import grouped_matmul_forward
 from moe_kernels.backends.tpu.mlp.backward import expert_mlp_backward
 from moe_kernels.backends.tpu.mlp.forward import expert_mlp, expert_mlp_forward
 from moe_kernels.backends.tpu.mlp.hidden import hidden_cost, keeps_hidden
-from moe_kernels.backends.tpu.permute.forward import (
-    combine_backward,
-    combine_forward,
-    dispatch_backward,
-    dispatch_forward,
-)
+from moe_kernels.backends.tpu.permute.backward import combine_backward, dispatch_backward
+from moe_kernels.backends.tpu.permute.forward import combine_forward, dispatch_forward
 from moe_kernels.backends.tpu.permute.tiles import fused_backward_tiles, fused_tiles, gather_tiles
 from moe_kernels.backends.tpu.route.backward import route_backward
 from moe_kernels.backends.tpu.route.forward import route_forward

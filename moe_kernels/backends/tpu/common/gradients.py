@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from moe_kernels.backends.tpu.common.launch import Grid
+from moe_kernels.backends.tpu.common.grid import Grid
 from moe_kernels.backends.tpu.common.rows import Scalar, Scalars
 from moe_kernels.backends.tpu.common.schedule import PADDING, STARTS, Schedule
 from moe_kernels.backends.tpu.common.step import Step
@@ -28,7 +28,7 @@ class Gradient(NamedTuple):
     hbm: Any
     slots: Any
     total: Any
-    """Not used where slots are float32: sums are then built there."""
+    """None where slots are float32: sums are then built there."""
     columns: bool
 
     def sums(self, slot: Scalar) -> Any:

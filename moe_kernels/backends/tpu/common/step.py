@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from moe_kernels.backends.tpu.common.launch import Grid
+from moe_kernels.backends.tpu.common.grid import Grid
 from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars
 from moe_kernels.backends.tpu.common.tiling import Tiles
 

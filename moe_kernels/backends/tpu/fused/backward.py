@@ -21,165 +21,85 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.tpu.common.launch import Grid, Target, apart, grid_of
+from moe_kernels.backends.tpu.common.grid import Grid, grid_of
+from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
 from moe_kernels.backends.tpu.common.products import Products
 from moe_kernels.backends.tpu.common.rows import Scalar, over_pieces, pieces_of
-from moe_kernels.backends.tpu.common.schedule import make_schedule
-from moe_kernels.backends.tpu.common.tiling import PIECE, covers, straight, straight_pieces
-from moe_kernels.backends.tpu.fused.in_place import alone, column, from_lanes, in_lanes, places, run_phases, steps_of
-from moe_kernels.backends.tpu.mlp.forward import padded_weights
+from moe_kernels.backends.tpu.common.tiling import PIECE, straight, straight_pieces
+from moe_kernels.backends.tpu.common.weights import cast_weights, room_for_casts
+from moe_kernels.backends.tpu.fused.in_place import (
+    LayerOperands,
+    Phased,
+    Steering,
+    alone,
+    column,
+    from_lanes,
+    in_lanes,
+    run_phases,
+)
+from moe_kernels.backends.tpu.mlp.forward import weight_blocks
 from moe_kernels.backends.tpu.permute.tiles import FusedTiles
 from moe_kernels.backends.tpu.permute.words import LANES, SUBLANES, columns, move_row, pack, unpack
-from moe_kernels.chips import MIB
-from moe_kernels.types import MlpWeights, Plan
+from moe_kernels.types import MlpWeights
 
-# Arrays of scalars that the kernel prefetches.
-NUM_STEERING = 7
+
+class LayerGradients(NamedTuple):
+    """Those of what a layer is of."""
+
+    tokens: Float[Array, "T D"]
+    gate: Float[Array, "T 1"]
+    weights: MlpWeights
 
 
 def run_fused_backward(
     tiles: FusedTiles,
     target: Target,
     static: MlpStatic,
-    tokens: Float[Array, "T D"],
-    gate: Float[Array, "T 1"],
-    weights: MlpWeights,
-    plan: Plan,
+    operands: LayerOperands,
     ungated: Float[Array, "T D"],
     dout: Float[Array, "T D"],
-) -> tuple[Float[Array, "T D"], Float[Array, "T 1"], MlpWeights]:
+) -> LayerGradients:
     """Gradients of tokens, gates and weights; anything for the gate of a token without a row."""
-    (length, width), mlp, dtype = tokens.shape, tiles.mlp, tokens.dtype
-    grid = grid_of(static.layout, mlp, target)
-    cast, summed = weights.w1.dtype != dtype, not straight(static.layout, mlp.rows)
-    sums = summed and weights.w1.dtype != jnp.float32
-    steps, blocks = grid.items * grid.chunks, tiles.inputs
-    place = places(plan, tiles)
+    tokens, gate, weights, plan = operands
+    (length, width), mlp, depth = tokens.shape, tiles.mlp, target.facts.depth
+    steps = Phased(grid_of(static.layout, mlp, target), tiles.inputs)
     factor = in_lanes(jnp.where(plan.row < plan.layout.num_rows, gate, jnp.float32(0)), tiles)
-
-    schedule = make_schedule(static.layout, plan.runs, tile_rows=mlp.rows.rows)
-    steering = (
-        *steps_of(grid, schedule, blocks),
-        *(schedule.size, place, jnp.array(covers(mlp.rows.pieces, target.facts.depth), jnp.int32)),
+    some = pl.BlockSpec((tiles.load, width), steps.loaded)
+    w1, b1, w2, _ = weight_blocks(weights, steps, mlp)
+    inputs = _FusedBackwardInputs(
+        tokens=Block(tokens, some),
+        dout=Block(dout, some),
+        ungated=Block(ungated, some),
+        w1=w1,
+        b1=b1,
+        w2=w2,
+        factor=Block(factor, pl.BlockSpec(factor.shape, steps.all)),
     )
-    assert len(steering) == NUM_STEERING
-
-    def loaded(step: Any, *_: Any) -> tuple[Any, int]:
-        return jnp.minimum(step, blocks - 1), 0
-
-    def left(step: Any, *_: Any) -> tuple[Any, int]:
-        return jnp.clip(step - blocks - steps, 0, blocks - 1), 0
-
-    def columns_of(step: Any, expert: Any, chunk: Any, *_: Any) -> tuple[Any, int, Any]:
-        return expert[step], 0, chunk[step]
-
-    def own_columns(step: Any, *given: Any) -> tuple[Any, int, Any]:
-        steering = _Steering(*given)
-        return steering.own[step], 0, steering.part[step]
-
-    def own_rows(step: Any, *given: Any) -> tuple[Any, Any, int]:
-        steering = _Steering(*given)
-        return steering.own[step], steering.part[step], 0
-
-    tokens_in, small = pl.BlockSpec((tiles.load, width), loaded), (8, LANES)
-    whole = pl.BlockSpec(factor.shape, lambda step, *_: (0, 0))
-    words, held = tiles.planes * tiles.stride, tiles.planes * tiles.held_stride
-    first, second = (width, mlp.chunk), (mlp.chunk, width)
-    w1, b1, w2, _ = padded_weights(weights, mlp.padded)
-    arrays = _Refs(
-        tokens=tokens_in,
-        dout=tokens_in,
-        ungated=tokens_in,
-        w1=pl.BlockSpec((1, *first), columns_of),
-        b1=pl.BlockSpec((1, 1, mlp.chunk), columns_of),
-        w2=pl.BlockSpec((1, *second), lambda step, expert, chunk, *_: (expert[step], chunk[step], 0)),
-        factor=whole,
-        dtokens=pl.BlockSpec((tiles.load, width), left),
-        dgate=whole,
-        dw1=pl.BlockSpec((1, *first), own_columns),
-        dw2=pl.BlockSpec((1, *second), own_rows),
-        db1=pl.BlockSpec((1, 1, mlp.chunk), own_columns),
-        db2=pl.BlockSpec((1, 1, width), lambda step, *given: (_Steering(*given).own[step], 0, 0)),
-        data=pltpu.VMEM((words, LANES), jnp.int32),
-        ddata=pltpu.VMEM((words, LANES), jnp.int32),
-        picked=pltpu.VMEM((held, LANES), jnp.int32),
-        dpicked=pltpu.VMEM((held, LANES), jnp.int32),
-        results=pltpu.VMEM((held, LANES), jnp.int32),
-        x=pltpu.VMEM((mlp.rows.rows, width), dtype),
-        dy=pltpu.VMEM((mlp.rows.rows, width), dtype),
-        dx=pltpu.VMEM((mlp.rows.rows, width), jnp.float32),
-        w1_cast=pltpu.VMEM(first if cast else small, dtype),
-        w2_cast=pltpu.VMEM(second if cast else small, dtype),
-        dw1_sum=pltpu.VMEM(first if sums else small, jnp.float32),
-        dw2_sum=pltpu.VMEM(second if sums else small, jnp.float32),
+    found = launch(
+        lambda *refs: _FusedBackward(tiles, static, steps.grid, depth, *refs).run(),
+        Call(
+            "dispatch_mlp_combine_backward",
+            steps.axes,
+            mlp.vmem,
+            flops=10 * plan.layout.num_rows * width * mlp.padded,
+        ),
+        target,
+        scalars=steps.steering(plan, tiles, depth),
+        inputs=inputs,
+        outputs=_outputs(tiles, inputs, steps),
+        scratch=_scratch(tiles, inputs, summed=not straight(static.layout, mlp.rows)),
     )
-
-    def kernel(*refs: Any) -> None:
-        steering, named = _Steering(*refs[:NUM_STEERING]), _Refs(*refs[NUM_STEERING:])
-        _Backward(tiles, static, grid, target.facts.depth, steering, named).run()
-
-    @jax.custom_batching.sequential_vmap
-    def run(*operands: Array) -> tuple[Array, ...]:
-        out_shape = [
-            jax.ShapeDtypeStruct(tokens.shape, dtype),
-            jax.ShapeDtypeStruct(factor.shape, jnp.float32),
-            jax.ShapeDtypeStruct(w1.shape, w1.dtype),
-            jax.ShapeDtypeStruct(w2.shape, w2.dtype),
-            jax.ShapeDtypeStruct(b1.shape, jnp.float32),
-            jax.ShapeDtypeStruct((grid.items, 1, width), jnp.float32),
-        ]
-        call = pl.pallas_call(
-            kernel,
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=NUM_STEERING,
-                grid=(blocks + steps + blocks,),
-                in_specs=list(arrays[:7]),
-                out_specs=list(arrays[7:13]),
-                scratch_shapes=list(arrays[13:]),
-            ),
-            out_shape=out_shape,
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("arbitrary",), vmem_limit_bytes=min(target.facts.vmem, mlp.vmem + MIB)
-            ),
-            cost_estimate=pl.CostEstimate(
-                flops=10 * plan.layout.num_rows * width * mlp.padded,
-                transcendentals=0,
-                bytes_accessed=sum(array.size * array.dtype.itemsize for array in (*operands, *out_shape)),
-            ),
-            interpret=target.interpret,
-            name="dispatch_mlp_combine_backward",
-        )
-        return apart(call(*operands))
-
-    dtokens, dgate, dw1, dw2, db1, db2 = run(*steering, tokens, dout, ungated, w1, b1, w2, factor)
     expert_width = weights.w1.shape[2]
     dweights = MlpWeights(
-        dw1[:, :, :expert_width],
-        None if weights.b1 is None else db1[:, 0, :expert_width].astype(weights.b1.dtype),
-        dw2[:, :expert_width],
-        None if weights.b2 is None else db2[:, 0].astype(weights.b2.dtype),
+        found.dw1[:, :, :expert_width],
+        None if weights.b1 is None else found.db1[:, 0, :expert_width].astype(weights.b1.dtype),
+        found.dw2[:, :expert_width],
+        None if weights.b2 is None else found.db2[:, 0].astype(weights.b2.dtype),
     )
-    return dtokens, from_lanes(dgate, tiles, length), dweights
+    return LayerGradients(found.dtokens, from_lanes(found.dgate, tiles, length), dweights)
 
 
-class _Steering(NamedTuple):
-    """Scalars of the kernel."""
-
-    expert: Any
-    """Expert and chunk of the weights of each step, then of their gradients."""
-    chunk: Any
-    own: Any
-    part: Any
-    sizes: Any
-    """Rows of every expert."""
-    place: Any
-    """Sublane of the token of each row."""
-    covers: Any
-
-
-class _Refs(NamedTuple):
-    """Arrays of the kernel, or how they are given to it."""
-
+class _FusedBackwardInputs(NamedTuple):
     tokens: Any
     dout: Any
     ungated: Any
@@ -188,12 +108,18 @@ class _Refs(NamedTuple):
     w2: Any
     factor: Any
     """Gates; 0 for a token without a row."""
+
+
+class _FusedBackwardOutputs(NamedTuple):
     dtokens: Any
     dgate: Any
     dw1: Any
     dw2: Any
     db1: Any
     db2: Any
+
+
+class _FusedBackwardScratch(NamedTuple):
     data: Any
     """Words of all tokens, then of their gradients."""
     ddata: Any
@@ -206,21 +132,56 @@ class _Refs(NamedTuple):
     x: Any
     dy: Any
     dx: Any
-    w1_cast: Any
-    w2_cast: Any
+    casts: tuple[Any, ...] | None
     dw1_sum: Any
+    """None where gradients are not added up, or in float32 where they leave from."""
     dw2_sum: Any
 
 
-class _Backward(NamedTuple):
+def _outputs(tiles: FusedTiles, inputs: _FusedBackwardInputs, steps: Phased) -> _FusedBackwardOutputs:
+    tokens, w1, w2 = inputs.tokens.array, inputs.w1.array, inputs.w2.array
+    width, chunk = tokens.shape[1], tiles.mlp.chunk
+    return _FusedBackwardOutputs(
+        dtokens=result(tokens.shape, tokens.dtype, pl.BlockSpec((tiles.load, width), steps.left)),
+        dgate=result(inputs.factor.array.shape, jnp.float32, inputs.factor.spec),
+        dw1=result(w1.shape, w1.dtype, pl.BlockSpec((1, width, chunk), steps.own_columns)),
+        dw2=result(w2.shape, w2.dtype, pl.BlockSpec((1, chunk, width), steps.own_rows)),
+        db1=result(inputs.b1.array.shape, jnp.float32, pl.BlockSpec((1, 1, chunk), steps.own_columns)),
+        db2=result((steps.grid.items, 1, width), jnp.float32, pl.BlockSpec((1, 1, width), steps.own_whole)),
+    )
+
+
+def _scratch(tiles: FusedTiles, inputs: _FusedBackwardInputs, *, summed: bool) -> _FusedBackwardScratch:
+    tokens, mlp = inputs.tokens.array, tiles.mlp
+    width, summed = tokens.shape[1], summed and inputs.w1.array.dtype != jnp.float32
+    words = pltpu.VMEM((tiles.planes * tiles.stride, LANES), jnp.int32)
+    held = pltpu.VMEM((tiles.planes * tiles.held_stride, LANES), jnp.int32)
+    return _FusedBackwardScratch(
+        data=words,
+        ddata=words,
+        picked=held,
+        dpicked=held,
+        results=held,
+        x=pltpu.VMEM((mlp.rows.rows, width), tokens.dtype),
+        dy=pltpu.VMEM((mlp.rows.rows, width), tokens.dtype),
+        dx=pltpu.VMEM((mlp.rows.rows, width), jnp.float32),
+        casts=room_for_casts((inputs.w1, inputs.w2), tokens.dtype),
+        dw1_sum=pltpu.VMEM((width, mlp.chunk), jnp.float32) if summed else None,
+        dw2_sum=pltpu.VMEM((mlp.chunk, width), jnp.float32) if summed else None,
+    )
+
+
+class _FusedBackward(NamedTuple):
     """The kernel: its static facts, scalars and arrays."""
 
     tiles: FusedTiles
     static: MlpStatic
     grid: Grid
     depth: int
-    steering: _Steering
-    refs: _Refs
+    steering: Steering
+    inputs: _FusedBackwardInputs
+    outputs: _FusedBackwardOutputs
+    scratch: _FusedBackwardScratch
 
     def run(self) -> None:
         """One step of the grid."""
@@ -235,34 +196,37 @@ class _Backward(NamedTuple):
         ]
 
     def _columns(self, plane: int) -> list[slice]:
-        return list(columns(plane, self.tiles.planes, self.refs.tokens.dtype))
+        return list(columns(plane, self.tiles.planes, self.inputs.tokens.dtype))
 
     def load(self, block: Scalar) -> None:
         """A block of tokens and of weighed gradients as words; the gates' gradients."""
-        tiles, refs, dtype = self.tiles, self.refs, self.refs.tokens.dtype
+        inputs, outputs, scratch = self.inputs, self.outputs, self.scratch
+        tiles, dtype = self.tiles, self.inputs.tokens.dtype
         for first, size, row, at in self._blocks(block):
-            factor = jnp.broadcast_to(column(refs.factor, row, size), (size, LANES))
+            factor = jnp.broadcast_to(column(inputs.factor, row, size), (size, LANES))
             own, product = pl.ds(first, size), jnp.zeros((size, LANES), jnp.float32)
             for plane in range(tiles.planes):
                 to, weighed = pl.ds(plane * tiles.stride + at, size), []
                 for lanes in self._columns(plane):
-                    value = refs.dout[own, lanes].astype(jnp.float32)
-                    product += value * refs.ungated[own, lanes].astype(jnp.float32)
+                    value = inputs.dout[own, lanes].astype(jnp.float32)
+                    product += value * inputs.ungated[own, lanes].astype(jnp.float32)
                     weighed.append((value * factor).astype(dtype).astype(jnp.float32))
-                refs.ddata[to, :] = pack(weighed)
-                refs.data[to, :] = pack([refs.tokens[own, lanes].astype(jnp.float32) for lanes in self._columns(plane)])
-            refs.dgate[pl.ds(row, 1), pl.ds(0, size)] = jnp.sum(product.T, axis=0, keepdims=True)
+                scratch.ddata[to, :] = pack(weighed)
+                tokens = [inputs.tokens[own, lanes].astype(jnp.float32) for lanes in self._columns(plane)]
+                scratch.data[to, :] = pack(tokens)
+            outputs.dgate[pl.ds(row, 1), pl.ds(0, size)] = jnp.sum(product.T, axis=0, keepdims=True)
 
     def leave(self, block: Scalar) -> None:
         """A block of gradients."""
-        tiles, refs, dtype = self.tiles, self.refs, self.refs.tokens.dtype
+        inputs, outputs, scratch = self.inputs, self.outputs, self.scratch
+        tiles, dtype = self.tiles, self.inputs.tokens.dtype
         for first, size, row, at in self._blocks(block):
-            has_row = jnp.broadcast_to(column(refs.factor, row, size), (size, LANES)) != 0
+            has_row = jnp.broadcast_to(column(inputs.factor, row, size), (size, LANES)) != 0
             for plane in range(tiles.planes):
                 # Words of a token without a row are still the token's, and may be anything.
-                words = jnp.where(has_row, refs.data[pl.ds(plane * tiles.stride + at, size), :], 0)
+                words = jnp.where(has_row, scratch.data[pl.ds(plane * tiles.stride + at, size), :], 0)
                 for lanes, value in zip(self._columns(plane), unpack(words, dtype), strict=True):
-                    refs.dtokens[pl.ds(first, size), lanes] = value.astype(dtype)
+                    outputs.dtokens[pl.ds(first, size), lanes] = value.astype(dtype)
 
     def compute(self, number: Scalar) -> None:
         """One chunk of one expert."""
@@ -296,36 +260,34 @@ class _Backward(NamedTuple):
 
     def _begin(self, size: Scalar) -> None:
         """The rows that were picked, as the matmuls want them, zero where none is; sums start at zero."""
-        tiles, refs = self.tiles, self.refs
+        tiles, scratch = self.tiles, self.scratch
         rows = tiles.mlp.rows.rows
         used = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 0) < size
         for plane in range(tiles.planes):
             own = pl.ds(plane * tiles.held_stride, rows)
-            for source, to in ((refs.picked, refs.x), (refs.dpicked, refs.dy)):
+            for source, to in ((scratch.picked, scratch.x), (scratch.dpicked, scratch.dy)):
                 words = jnp.where(used, source[own, :], 0)
                 for lanes, value in zip(self._columns(plane), unpack(words, to.dtype), strict=True):
                     to[:, lanes] = value.astype(to.dtype)
-                    if to is refs.dy:
-                        refs.db2[0, :, lanes] = jnp.sum(value, axis=0, keepdims=True)
-        refs.dx[...] = jnp.zeros(refs.dx.shape, jnp.float32)
+                    if to is scratch.dy:
+                        self.outputs.db2[0, :, lanes] = jnp.sum(value, axis=0, keepdims=True)
+        scratch.dx[...] = jnp.zeros(scratch.dx.shape, jnp.float32)
 
     def _products(self) -> Products:
-        refs, dtype = self.refs, self.refs.x.dtype
-        w1, w2 = refs.w1.at[0], refs.w2.at[0]
-        if refs.w1.dtype != dtype:
-            w1, w2 = refs.w1_cast, refs.w2_cast
-            w1[...], w2[...] = refs.w1[0].astype(dtype), refs.w2[0].astype(dtype)
-        return Products(refs.x, refs.dy, w1, refs.b1, w2, refs.dx, self.static.activation)
+        inputs, scratch = self.inputs, self.scratch
+        w1, w2 = cast_weights((inputs.w1, inputs.w2), scratch.casts, busy=True)
+        return Products(scratch.x, scratch.dy, w1, inputs.b1, w2, scratch.dx, self.static.activation)
 
     def _straight(self, count: Scalar, moves: Any) -> None:
         """All rows of an expert at once: nothing to add up."""
-        refs, shorter = self.refs, 0
+        outputs, shorter = self.outputs, 0
 
         def at_once(size: int) -> None:
             # In one stretch of code with the matmuls, and before them: the compiler runs them beside the first.
             moves()
             g1, g2, db1 = self._products().of(0, size)
-            refs.dw1[0], refs.dw2[0], refs.db1[0] = g1.astype(refs.dw1.dtype), g2.astype(refs.dw2.dtype), db1
+            outputs.dw1[0], outputs.dw2[0] = g1.astype(outputs.dw1.dtype), g2.astype(outputs.dw2.dtype)
+            outputs.db1[0] = db1
 
         for size in straight_pieces(self.tiles.mlp.rows, self.depth):
             pl.when((count > shorter) & (count <= size))(lambda size=size: at_once(size))
@@ -333,49 +295,50 @@ class _Backward(NamedTuple):
 
     def _piecewise(self, repeats: Scalar, bits: Scalar, moves: Any) -> None:
         """Pieces of an expert one after the other."""
-        refs, rows, products = self.refs, self.tiles.mlp.rows, self._products()
-        there = refs.dw1.dtype == jnp.float32
-        sum1, sum2 = (refs.dw1.at[0], refs.dw2.at[0]) if there else (refs.dw1_sum, refs.dw2_sum)
+        outputs, scratch = self.outputs, self.scratch
+        rows, products = self.tiles.mlp.rows, self._products()
+        there = outputs.dw1.dtype == jnp.float32
+        sum1, sum2 = (outputs.dw1.at[0], outputs.dw2.at[0]) if there else (scratch.dw1_sum, scratch.dw2_sum)
 
         def add(offset: Scalar, size: int) -> None:
             if size == rows.pieces[0]:
                 moves(jax.lax.div(offset, size))
             # Sums begin with the first piece: to write zeros before would take as long as the products of it.
-            for total, part in zip((sum1, sum2, refs.db1.at[0]), products.of(offset, size), strict=True):
+            for total, part in zip((sum1, sum2, outputs.db1.at[0]), products.of(offset, size), strict=True):
                 total[...] = jnp.where(offset == 0, 0.0, total[...]) + part
 
         over_pieces(repeats, bits, rows, add)
         if not there:
-            refs.dw1[0], refs.dw2[0] = sum1[...].astype(refs.dw1.dtype), sum2[...].astype(refs.dw2.dtype)
+            outputs.dw1[0], outputs.dw2[0] = sum1[...].astype(outputs.dw1.dtype), sum2[...].astype(outputs.dw2.dtype)
 
     def _zero(self, chunk: Scalar) -> None:
         """Gradients of an expert without rows."""
-        refs = self.refs
-        for gradient in (refs.dw1, refs.dw2, refs.db1):
+        outputs = self.outputs
+        for gradient in (outputs.dw1, outputs.dw2, outputs.db1):
             gradient[...] = jnp.zeros(gradient.shape, gradient.dtype)
 
         @pl.when(chunk == 0)
         def _() -> None:
-            refs.db2[...] = jnp.zeros(refs.db2.shape, jnp.float32)
+            outputs.db2[...] = jnp.zeros(outputs.db2.shape, jnp.float32)
 
     def _end(self) -> None:
         """Gradients of rows as words, rounded."""
-        tiles, refs = self.tiles, self.refs
+        tiles, scratch = self.tiles, self.scratch
         for plane in range(tiles.planes):
-            parts = [refs.dx[:, own].astype(refs.x.dtype).astype(jnp.float32) for own in self._columns(plane)]
-            refs.results[pl.ds(plane * tiles.held_stride, tiles.mlp.rows.rows), :] = pack(parts)
+            parts = [scratch.dx[:, own].astype(scratch.x.dtype).astype(jnp.float32) for own in self._columns(plane)]
+            scratch.results[pl.ds(plane * tiles.held_stride, tiles.mlp.rows.rows), :] = pack(parts)
 
     def pick(self, item: Scalar, base: Scalar, rows: int) -> None:
         """Copy some rows of an expert, and their gradients, to there; rows that nobody has read something."""
-        tiles, refs, first = self.tiles, self.refs, item * self.tiles.moved + base
+        tiles, scratch, first = self.tiles, self.scratch, item * self.tiles.moved + base
         for n in range(rows):
             place = self.steering.place[first + n]
-            for source, to in ((refs.data, refs.picked), (refs.ddata, refs.dpicked)):
+            for source, to in ((scratch.data, scratch.picked), (scratch.ddata, scratch.dpicked)):
                 move_row(tiles.planes, source, place, tiles.stride, to, base + n, tiles.held_stride)
 
     def put(self, item: Scalar, base: Scalar, rows: int) -> None:
         """Copy gradients of some rows of an expert to where their tokens were."""
-        tiles, refs, first = self.tiles, self.refs, item * self.tiles.moved + base
+        tiles, scratch, first = self.tiles, self.scratch, item * self.tiles.moved + base
         for n in range(rows):
             place = self.steering.place[first + n]
-            move_row(tiles.planes, refs.results, base + n, tiles.held_stride, refs.data, place, tiles.stride)
+            move_row(tiles.planes, scratch.results, base + n, tiles.held_stride, scratch.data, place, tiles.stride)

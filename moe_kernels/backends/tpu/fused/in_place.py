@@ -5,21 +5,109 @@ A row is picked from the place of its token, and its result is put there: nobody
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from moe_kernels.backends.tpu.common.launch import Grid
+from moe_kernels.backends.tpu.common.grid import Grid
 from moe_kernels.backends.tpu.common.rows import Scalar
-from moe_kernels.backends.tpu.common.schedule import Schedule
+from moe_kernels.backends.tpu.common.schedule import make_schedule
+from moe_kernels.backends.tpu.common.tiling import covers
 from moe_kernels.backends.tpu.permute.tiles import FusedTiles
 from moe_kernels.backends.tpu.permute.words import LANES, SUBLANES
-from moe_kernels.types import Plan
+from moe_kernels.types import MlpWeights, Plan
+
+
+class LayerOperands(NamedTuple):
+    """What a layer is of."""
+
+    tokens: Float[Array, "T D"]
+    gate: Float[Array, "T 1"]
+    weights: MlpWeights
+    plan: Plan
+
+
+class Steering(NamedTuple):
+    """Scalars of the kernels; the expert and chunk of every step are read, not computed: each array asks twice."""
+
+    expert: Int[Array, " S"]
+    """Expert and chunk whose weights a step needs, or the last one that did."""
+    chunk: Int[Array, " S"]
+    own: Int[Array, " S"]
+    """Expert and chunk of a step, and so of its weight gradients."""
+    own_chunk: Int[Array, " S"]
+    sizes: Int[Array, " E"]
+    """Rows of every expert."""
+    place: Int[Array, " N"]
+    """Sublane of the token of each row."""
+    covers: Int[Array, " C"]
+    """Which pieces cover how many rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Phased:
+    """The grid: `blocks` of tokens, then (expert, chunk of F), then as many blocks of results; and its index maps."""
+
+    grid: Grid
+    blocks: int
+
+    @property
+    def axes(self) -> tuple[int]:
+        """Steps of all phases."""
+        return (2 * self.blocks + self.grid.items * self.grid.chunks,)
+
+    def all(self, step: Any, steering: Steering) -> tuple[int, int]:
+        """An array that is one block."""
+        return 0, 0
+
+    def loaded(self, step: Any, steering: Steering) -> tuple[Any, int]:
+        """Block of tokens that come."""
+        return jnp.minimum(step, self.blocks - 1), 0
+
+    def left(self, step: Any, steering: Steering) -> tuple[Any, int]:
+        """Block of results that go."""
+        return jnp.clip(step - (self.axes[0] - self.blocks), 0, self.blocks - 1), 0
+
+    def columns(self, step: Any, steering: Steering) -> tuple[Any, int, Any]:
+        """Block of weights `[E, rows, F]`: all rows and the chunk of F."""
+        return steering.expert[step], 0, steering.chunk[step]
+
+    def chunk_rows(self, step: Any, steering: Steering) -> tuple[Any, Any, int]:
+        """Block of weights `[E, F, columns]`."""
+        return steering.expert[step], steering.chunk[step], 0
+
+    def whole(self, step: Any, steering: Steering) -> tuple[Any, int, int]:
+        """All of an expert's `[E, rows, columns]`."""
+        return steering.expert[step], 0, 0
+
+    def own_columns(self, step: Any, steering: Steering) -> tuple[Any, int, Any]:
+        """Block of gradients `[E, rows, F]`."""
+        return steering.own[step], 0, steering.own_chunk[step]
+
+    def own_rows(self, step: Any, steering: Steering) -> tuple[Any, Any, int]:
+        """Block of gradients `[E, F, columns]`."""
+        return steering.own[step], steering.own_chunk[step], 0
+
+    def own_whole(self, step: Any, steering: Steering) -> tuple[Any, int, int]:
+        """All of an expert's gradients `[E, 1, columns]`."""
+        return steering.own[step], 0, 0
+
+    def steering(self, plan: Plan, tiles: FusedTiles, depth: int) -> Steering:
+        """The scalars; before and after the steps with weights come those of blocks of tokens."""
+        grid, schedule = self.grid, make_schedule(plan.layout, plan.runs, tile_rows=tiles.mlp.rows.rows)
+        chunk = jnp.arange(grid.chunks, dtype=jnp.int32)
+        item = jnp.arange(grid.items, dtype=jnp.int32)[:, None]
+        fetched = grid.fetched_chunk(chunk, schedule.size[:, None], schedule.after[:, None])
+        own = (jnp.broadcast_to(values, fetched.shape) for values in (schedule.fetched[:, None], fetched, item, chunk))
+        expert, of_weights, own, own_chunk = (jnp.pad(values.reshape(-1), self.blocks, mode="edge") for values in own)
+        cover = jnp.array(covers(tiles.mlp.rows.pieces, depth), jnp.int32)
+        return Steering(expert, of_weights, own, own_chunk, schedule.size, places(plan, tiles), cover)
 
 
 def places(plan: Plan, tiles: FusedTiles) -> Int[Array, " N"]:
@@ -42,19 +130,6 @@ def in_lanes(side: Array, tiles: FusedTiles) -> Float[Array, "N L"]:
 def from_lanes(lanes: Float[Array, "N L"], tiles: FusedTiles, length: int) -> Float[Array, "T 1"]:
     """The numbers that `in_lanes` put side by side."""
     return lanes.reshape(tiles.inputs, -1)[:, : tiles.load].reshape(-1, 1)[:length]
-
-
-def steps_of(grid: Grid, schedule: Schedule, blocks: int) -> tuple[Int[Array, " S"], ...]:
-    """Expert and chunk of the weights of every step, then its own: read, not computed, since each array asks twice.
-
-    Before and after the steps with weights come those of `blocks` of tokens.
-    """
-    chunk = jnp.arange(grid.chunks, dtype=jnp.int32)
-    item = jnp.arange(grid.items, dtype=jnp.int32)[:, None]
-    fetched = grid.fetched_chunk(chunk, schedule.size[:, None], schedule.after[:, None])
-    by_item = (schedule.fetched[:, None], fetched, item, chunk)
-    flat = (jnp.broadcast_to(values, (grid.items, grid.chunks)).reshape(-1) for values in by_item)
-    return tuple(jnp.pad(values, blocks, mode="edge") for values in flat)
 
 
 @runtime_checkable

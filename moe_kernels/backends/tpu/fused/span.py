@@ -15,11 +15,14 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.common.launch import Target
-from moe_kernels.backends.tpu.fused.backward import run_fused_backward
+from moe_kernels.backends.tpu.fused.backward import LayerGradients, run_fused_backward
 from moe_kernels.backends.tpu.fused.forward import run_fused
+from moe_kernels.backends.tpu.fused.in_place import LayerOperands
 from moe_kernels.backends.tpu.mlp.backward import expert_mlp_backward
 from moe_kernels.backends.tpu.mlp.forward import MlpSaved
-from moe_kernels.backends.tpu.permute.forward import dispatch_backward, dispatch_forward, gather_rows
+from moe_kernels.backends.tpu.permute.backward import dispatch_backward
+from moe_kernels.backends.tpu.permute.forward import dispatch_forward
+from moe_kernels.backends.tpu.permute.gather import gather_rows
 from moe_kernels.backends.tpu.permute.tiles import FusedTiles, fused_backward_tiles, fused_tiles, keeps_rows
 from moe_kernels.chips import Tpu
 from moe_kernels.types import Layout, MlpWeights, Plan
@@ -28,10 +31,7 @@ from moe_kernels.types import Layout, MlpWeights, Plan
 class LayerSaved(NamedTuple):
     """What the backward pass needs."""
 
-    tokens: Float[Array, "T D"]
-    gate: Float[Array, "T 1"]
-    weights: MlpWeights
-    plan: Plan
+    operands: LayerOperands
     ungated: Float[Array, "T D"]
     """Results of the experts; nobody reads that of a token without a row."""
     rows: Float[Array, "R D"] | None = None
@@ -49,7 +49,7 @@ def layer_value(
     """`gate * mlp(x)`; a token without a row becomes 0, one with a gate that is not finite NaN."""
     tiles = fused_tiles(*_sizes(target, static, tokens, weights))
     assert tiles is not None, "refused by why_not"
-    return run_fused(tiles, target, static, tokens, gate, weights, plan, keep=False)[0]
+    return run_fused(tiles, target, static, LayerOperands(tokens, gate, weights, plan), keep=False).out
 
 
 def layer_forward(
@@ -65,35 +65,36 @@ def layer_forward(
     keep_rows = keeps_rows(*sizes)
     tiles = fused_tiles(*sizes, keep_rows=keep_rows)
     assert tiles is not None, "refused by why_not"
-    out, *kept = run_fused(tiles, target, static, tokens, gate, weights, plan, keep=True, keep_rows=keep_rows)
-    return out, LayerSaved(tokens, gate, weights, plan, *kept)
+    operands = LayerOperands(tokens, gate, weights, plan)
+    out, ungated, rows = run_fused(tiles, target, static, operands, keep=True, keep_rows=keep_rows)
+    assert ungated is not None
+    return out, LayerSaved(operands, ungated, rows)
 
 
 def layer_backward(
     target: Target, static: MlpStatic, saved: LayerSaved, dout: Float[Array, "T D"]
 ) -> tuple[Float[Array, "T D"], Float[Array, "T 1"], MlpWeights]:
     """Gradients of tokens, gates and weights; those of a token without a row are exactly 0."""
-    tiles = fused_backward_tiles(*_sizes(target, static, saved.tokens, saved.weights))
-    return run_backward(tiles, target, static, saved, dout)
+    tiles = fused_backward_tiles(*_sizes(target, static, saved.operands.tokens, saved.operands.weights))
+    found = run_backward(tiles, target, static, saved, dout)
+    return found.tokens, found.gate, found.weights
 
 
 def run_backward(
     tiles: FusedTiles | None, target: Target, static: MlpStatic, saved: LayerSaved, dout: Float[Array, "T D"]
-) -> tuple[Float[Array, "T D"], Float[Array, "T 1"], MlpWeights]:
+) -> LayerGradients:
     """The backward pass as one kernel with given block sizes, or in parts without."""
     if tiles is None:
-        dtokens, dgate, dweights = _in_parts(target, static, saved, dout)
+        found = _in_parts(target, static, saved, dout)
     else:
-        dtokens, dgate, dweights = run_fused_backward(tiles, target, static, *saved[:-1], dout)
+        found = run_fused_backward(tiles, target, static, saved.operands, saved.ungated, dout)
     # A dropped token's gate has no influence on the output, also where dout is not finite (0 * NaN above).
-    held = saved.plan.row < saved.plan.layout.num_rows
-    return dtokens, jnp.where(held, dgate, jnp.float32(0)), dweights
+    held = saved.operands.plan.row < saved.operands.plan.layout.num_rows
+    return found._replace(gate=jnp.where(held, found.gate, jnp.float32(0)))
 
 
-def _in_parts(
-    target: Target, static: MlpStatic, saved: LayerSaved, dout: Float[Array, "T D"]
-) -> tuple[Float[Array, "T D"], Float[Array, "T 1"], MlpWeights]:
-    tokens, gate, weights, plan, ungated, rows = saved
+def _in_parts(target: Target, static: MlpStatic, saved: LayerSaved, dout: Float[Array, "T D"]) -> LayerGradients:
+    (tokens, gate, weights, plan), ungated, rows = saved
     if rows is None:
         rows, _ = dispatch_forward(target, None, tokens, plan)
     weighed = (gate * dout.astype(jnp.float32)).astype(dout.dtype)
@@ -101,7 +102,7 @@ def _in_parts(
     drows, dweights = expert_mlp_backward(target, static, MlpSaved(rows, weights, plan.runs), dresults)
     (dtokens,) = dispatch_backward(target, None, plan, drows)
     dgate = jnp.sum(ungated.astype(jnp.float32) * dout.astype(jnp.float32), axis=1, keepdims=True)
-    return dtokens, dgate, dweights
+    return LayerGradients(dtokens, dgate, dweights)
 
 
 def _sizes(

@@ -21,20 +21,13 @@ from jaxtyping import Array, Float
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights, epilogue_of
 from moe_kernels.backends.tpu.common.activation import activate_and_slope
 from moe_kernels.backends.tpu.common.gradients import Gradient, Gradients, by_expert, gradient_dtype, gradient_slots
-from moe_kernels.backends.tpu.common.launch import (
-    NUM_SCALARS,
-    Grid,
-    Target,
-    grid_of,
-    launch,
-    scalars_of,
-    tiles_for,
-    unflatten,
-)
+from moe_kernels.backends.tpu.common.grid import Grid, grid_of, scalars_of, tiles_for
+from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
 from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of, used_rows
 from moe_kernels.backends.tpu.common.step import ChunkCopies, Step, this_step
 from moe_kernels.backends.tpu.common.tiling import Tiles, matmul_backward_tiles, one_item
-from moe_kernels.backends.tpu.matmul.forward import MatmulSaved, cast_weights, casts, padded_operands, products, rounded
+from moe_kernels.backends.tpu.common.weights import cast_weights, room_for_casts
+from moe_kernels.backends.tpu.matmul.forward import MatmulSaved, products, rounded, weight_blocks
 from moe_kernels.types import Runs
 
 
@@ -60,88 +53,58 @@ def run_backward(
     dout: Float[Array, "R F"],
 ) -> tuple[Float[Array, "R D"], MatmulWeights]:
     """The backward pass with given block sizes."""
-    layout, width, chunk, held = static.layout, rows.shape[1], tiles.chunk, tiles.rows.rows
-    grid = grid_of(layout, tiles, target)
-    once = one_item(layout, tiles.rows)
-    dtype, slots = gradient_dtype(weights.weight.dtype, once), gradient_slots(grid, once)
-    matrices, bias = padded_operands(weights, tiles.padded)
-    pair = len(matrices)
-    hbm = pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)
-    two = pltpu.SemaphoreType.DMA((2,))
-    arrays = _Refs(
-        rows=hbm,
-        dout=hbm,
-        weights=(pl.BlockSpec((1, width, chunk), grid.columns),) * pair,
-        bias=None if bias is None else pl.BlockSpec((1, 1, chunk), grid.columns),
-        drows=hbm,
-        dweights=(hbm,) * pair,
-        dbias=None if bias is None else pl.BlockSpec((1, 1, chunk), grid.item_columns),
-        x=pltpu.VMEM((2, held, width), rows.dtype),
-        dy=pltpu.VMEM((2, held, chunk), rows.dtype),
-        dx=pltpu.VMEM((held, width), jnp.float32),
-        casts=casts(matrices, chunk, rows.dtype),
-        dw=(pltpu.VMEM((slots, width, chunk), dtype),) * pair,
-        dw_sums=(pltpu.VMEM((width, chunk) if dtype != jnp.float32 else (8, 128), jnp.float32),) * pair,
-        fetched=two,
-        dy_fetched=two,
-        written=two,
-        dw_written=two,
-        dw_fetched=pltpu.SemaphoreType.DMA,
-    )
-
-    def kernel(*refs: Any) -> None:
-        scalars = unflatten(refs[:NUM_SCALARS])
-        named = jax.tree.unflatten(jax.tree.structure(arrays), refs[NUM_SCALARS:])
-        _Backward(tiles, static, grid, once, scalars, named).run()
-
-    sums = jax.ShapeDtypeStruct((grid.cores * grid.items, 1, tiles.padded), jnp.float32)
-    run = launch(
-        kernel,
-        "grouped_matmul_backward",
-        grid,
-        target,
-        tiles,
-        products=(2 if static.activation is None else 3) * pair,
-        in_specs=jax.tree.leaves(arrays[:4]),
-        out_specs=jax.tree.leaves(arrays[4:7]),
-        out_shape=[
-            jax.ShapeDtypeStruct(rows.shape, rows.dtype),
-            *(jax.ShapeDtypeStruct(w.shape, dtype) for w in matrices),
-            *([] if bias is None else [sums]),
-        ],
-        scratch=jax.tree.leaves(arrays[7:]),
-    )
-    expert_width = weights.weight.shape[2]
+    grid, once = grid_of(static.layout, tiles, target), one_item(static.layout, tiles.rows)
+    dtype, expert_width = gradient_dtype(weights.weight.dtype, once), weights.weight.shape[2]
     dout = jnp.pad(dout, ((0, 0), (0, tiles.padded - expert_width)))
-    scalars = scalars_of(layout, runs, tiles, target)
-    drows, *found = run(scalars, rows, dout, *jax.tree.leaves((matrices, bias)))
-    dmatrices = [dw[:, :, :expert_width].astype(weights.weight.dtype) for dw in found[:pair]]
+    inputs = _MatmulBackwardInputs(Block(rows), Block(dout), *weight_blocks(weights, grid, tiles))
+    sums = (grid.cores * grid.items, 1, tiles.padded), jnp.float32, pl.BlockSpec((1, 1, tiles.chunk), grid.item_columns)
+    outputs = _MatmulBackwardOutputs(
+        drows=result(rows.shape, rows.dtype),
+        dweights=tuple(result(weight.array.shape, dtype) for weight in inputs.weights),
+        dbias=None if inputs.bias is None else result(*sums),
+    )
+    scalars = scalars_of(static.layout, runs, tiles, target)
+    matmuls = (2 if static.activation is None else 3) * len(inputs.weights)
+    found = launch(
+        lambda *refs: _MatmulBackward(tiles, static, grid, once, *refs).run(),
+        Call("grouped_matmul_backward", grid.axes, tiles.vmem, 2 * matmuls * rows.size * tiles.padded),
+        target,
+        scalars=scalars,
+        inputs=inputs,
+        outputs=outputs,
+        scratch=_scratch(tiles, inputs, gradient_slots(grid, once), dtype),
+    )
+    dmatrices = [dw[:, :, :expert_width].astype(weights.weight.dtype) for dw in found.dweights]
     dbias = None
     if weights.bias is not None:
-        dbias = by_expert(found[pair][:, 0], scalars.schedule, layout, once)[:, :expert_width].astype(
-            weights.bias.dtype
-        )
-    return drows, MatmulWeights(dmatrices[0], dbias, dmatrices[1] if pair == 2 else None)
+        dbias = by_expert(found.dbias[:, 0], scalars.schedule, static.layout, once)[:, :expert_width]
+        dbias = dbias.astype(weights.bias.dtype)
+    return found.drows, MatmulWeights(dmatrices[0], dbias, dmatrices[1] if weights.up is not None else None)
 
 
-class _Refs(NamedTuple):
-    """Arrays of the kernel, or how they are given to it."""
-
+class _MatmulBackwardInputs(NamedTuple):
     rows: Any
     dout: Any
     weights: tuple[Any, ...]
     bias: Any
+
+
+class _MatmulBackwardOutputs(NamedTuple):
     drows: Any
     dweights: tuple[Any, ...]
     dbias: Any
+
+
+class _MatmulBackwardScratch(NamedTuple):
     x: Any
     """Two items' rows of x, then of dx."""
     dy: Any
     """Chunks of dy, of two steps."""
     dx: Any
-    casts: tuple[Any, ...]
+    casts: tuple[Any, ...] | None
     dw: tuple[Any, ...]
     dw_sums: tuple[Any, ...]
+    """None where gradients are added up in float32 as they are."""
     fetched: Any
     dy_fetched: Any
     written: Any
@@ -149,7 +112,26 @@ class _Refs(NamedTuple):
     dw_fetched: Any
 
 
-class _Backward(NamedTuple):
+def _scratch(tiles: Tiles, inputs: _MatmulBackwardInputs, slots: int, dtype: Any) -> _MatmulBackwardScratch:
+    held, chunk, pair = tiles.rows.rows, tiles.chunk, len(inputs.weights)
+    rows, two = inputs.rows.array, pltpu.SemaphoreType.DMA((2,))
+    width = rows.shape[1]
+    return _MatmulBackwardScratch(
+        x=pltpu.VMEM((2, held, width), rows.dtype),
+        dy=pltpu.VMEM((2, held, chunk), rows.dtype),
+        dx=pltpu.VMEM((held, width), jnp.float32),
+        casts=room_for_casts(inputs.weights, rows.dtype),
+        dw=(pltpu.VMEM((slots, width, chunk), dtype),) * pair,
+        dw_sums=(None if dtype == jnp.float32 else pltpu.VMEM((width, chunk), jnp.float32),) * pair,
+        fetched=two,
+        dy_fetched=two,
+        written=two,
+        dw_written=two,
+        dw_fetched=pltpu.SemaphoreType.DMA,
+    )
+
+
+class _MatmulBackward(NamedTuple):
     """The kernel: its static facts, scalars and arrays."""
 
     tiles: Tiles
@@ -157,46 +139,50 @@ class _Backward(NamedTuple):
     grid: Grid
     once: bool
     scalars: Scalars
-    refs: _Refs
+    inputs: _MatmulBackwardInputs
+    outputs: _MatmulBackwardOutputs
+    scratch: _MatmulBackwardScratch
 
     def run(self) -> None:
         """One step of the grid."""
-        refs, step = self.refs, this_step(self.grid, self.scalars)
+        inputs, outputs, scratch = self.inputs, self.outputs, self.scratch
+        step = this_step(self.grid, self.scalars)
         at, slot = step.at, step.slot
+        weights = zip(outputs.dweights, scratch.dw, scratch.dw_sums, strict=True)
         gradients = Gradients(
             self.grid,
             self.scalars,
             self.tiles.chunk,
             self.once,
-            tuple(Gradient(*arrays, columns=True) for arrays in zip(refs.dweights, refs.dw, refs.dw_sums, strict=True)),
-            refs.dw_written,
-            refs.dw_fetched,
+            tuple(Gradient(*arrays, columns=True) for arrays in weights),
+            scratch.dw_written,
+            scratch.dw_fetched,
         )
 
         pl.when(step.number == 0)(lambda: self._fetch(at, slot))
-        dy = ChunkCopies(self.grid, self.tiles, self.scalars, refs.dout, refs.dy, refs.dy_fetched).fetch(step)
+        dy = ChunkCopies(self.grid, self.tiles, self.scalars, inputs.dout, scratch.dy, scratch.dy_fetched).fetch(step)
 
         @pl.when((step.chunk == 0) & step.busy)
         def _() -> None:
             self._rows(at, slot).fetched()
-            self._select(at, refs.x.at[slot])
-            refs.dx[...] = jnp.zeros(refs.dx.shape, jnp.float32)
+            self._select(at, scratch.x.at[slot])
+            scratch.dx[...] = jnp.zeros(scratch.dx.shape, jnp.float32)
 
         step.swap(self._results, self._fetch)
         gradients.fill(step, lambda out_slot: self._work(step, dy, out_slot, gradients), self._no_bias)
-        step.finish(refs.dx, refs.x, self._results)
+        step.finish(scratch.dx, scratch.x, self._results)
         gradients.drain(step)
 
     def _rows(self, at: Scalar, slot: Scalar) -> RowCopies:
-        refs, schedule = self.refs, self.scalars.schedule
-        place = (refs.x.at[slot], refs.fetched.at[slot], schedule.first[at], schedule.size[at])
-        return RowCopies(refs.rows, *place, self.tiles.rows.copied)
+        scratch, schedule = self.scratch, self.scalars.schedule
+        place = (scratch.x.at[slot], scratch.fetched.at[slot], schedule.first[at], schedule.size[at])
+        return RowCopies(self.inputs.rows, *place, self.tiles.rows.copied)
 
     def _fetch(self, at: Scalar, slot: Scalar) -> None:
         self._rows(at, slot).fetch()
 
     def _results(self, at: Scalar, slot: Scalar) -> RowCopies:
-        return self._rows(at, slot)._replace(hbm=self.refs.drows, semaphore=self.refs.written.at[slot])
+        return self._rows(at, slot)._replace(hbm=self.outputs.drows, semaphore=self.scratch.written.at[slot])
 
     def _select(self, at: Scalar, block: Any) -> None:
         """Zero the rows of no run."""
@@ -205,14 +191,14 @@ class _Backward(NamedTuple):
 
     def _no_bias(self) -> None:
         """Sums of the bias's gradient start at zero."""
-        if self.refs.dbias is not None:
-            self.refs.dbias[...] = jnp.zeros(self.refs.dbias.shape, jnp.float32)
+        if self.outputs.dbias is not None:
+            self.outputs.dbias[...] = jnp.zeros(self.outputs.dbias.shape, jnp.float32)
 
     def _work(self, step: Step, dy: Any, out_slot: Scalar, gradients: Gradients) -> None:
-        refs, tiles, at = self.refs, self.tiles.rows, step.at
-        x = refs.x.at[step.slot]
+        outputs, scratch, tiles, at = self.outputs, self.scratch, self.tiles.rows, step.at
+        x = scratch.x.at[step.slot]
         self._select(at, dy)
-        weights = cast_weights(refs.weights, refs.casts, step.busy)
+        weights = cast_weights(self.inputs.weights, scratch.casts, step.busy)
         gradients.begin(at, step.chunk, out_slot)
         self._no_bias()
         totals = [weight.sums(out_slot) for weight in gradients.weights]
@@ -221,11 +207,11 @@ class _Backward(NamedTuple):
             own = pl.ds(offset, size)
             parts = self._dparts(x[own], dy[own], weights)
             first, *others = (dot(part, weight[...], (1, 1)) for part, weight in zip(parts, weights, strict=True))
-            refs.dx[own] += sum(others, start=first)
+            scratch.dx[own] += sum(others, start=first)
             for total, part in zip(totals, parts, strict=True):
                 total[...] += dot(x[own], part, (0, 0))
-            if refs.dbias is not None:
-                refs.dbias[0] += jnp.sum(parts[0].astype(jnp.float32), axis=0, keepdims=True)
+            if outputs.dbias is not None:
+                outputs.dbias[0] += jnp.sum(parts[0].astype(jnp.float32), axis=0, keepdims=True)
 
         over_pieces(*pieces_of(self.scalars.schedule.size[at], self.scalars.covers, tiles), tiles, add)
         gradients.finish(out_slot)
@@ -234,7 +220,7 @@ class _Backward(NamedTuple):
         """`dy` taken back to what each matrix gave."""
         if self.static.activation is None:
             return [dy]
-        before, *gated = (rounded(part, x.dtype) for part in products(x, weights, self.refs.bias))
+        before, *gated = (rounded(part, x.dtype) for part in products(x, weights, self.inputs.bias))
         activated, slope = activate_and_slope(before, self.static.activation)
         dy32 = dy.astype(jnp.float32)
         if not gated:

@@ -11,7 +11,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -19,19 +18,12 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights, epilogue_of
 from moe_kernels.backends.tpu.common.activation import activate
-from moe_kernels.backends.tpu.common.launch import (
-    NUM_SCALARS,
-    Grid,
-    Target,
-    grid_of,
-    launch,
-    scalars_of,
-    tiles_for,
-    unflatten,
-)
+from moe_kernels.backends.tpu.common.grid import Grid, grid_of, scalars_of, tiles_for
+from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
 from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of
 from moe_kernels.backends.tpu.common.step import ChunkCopies, this_step
 from moe_kernels.backends.tpu.common.tiling import Tiles, matmul_forward_tiles
+from moe_kernels.backends.tpu.common.weights import cast_weights, room_for_casts
 from moe_kernels.types import MatmulActivation, Runs
 
 
@@ -61,68 +53,40 @@ def run_forward(
     """The forward pass with given block sizes."""
     width, chunk, held = rows.shape[1], tiles.chunk, tiles.rows.rows
     grid = grid_of(static.layout, tiles, target)
-    matrices, bias = padded_operands(weights, tiles.padded)
-    hbm = pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)
-    arrays = _Forward(
-        rows=hbm,
-        weights=(pl.BlockSpec((1, width, chunk), grid.columns),) * len(matrices),
-        bias=None if bias is None else pl.BlockSpec((1, 1, chunk), grid.columns),
-        out=hbm,
-        x=pltpu.VMEM((2, held, width), rows.dtype),
-        y=pltpu.VMEM((2, held, chunk), rows.dtype),
-        casts=casts(matrices, chunk, rows.dtype),
-        fetched=pltpu.SemaphoreType.DMA((2,)),
-        written=pltpu.SemaphoreType.DMA((2,)),
-    )
-
-    def kernel(*refs: Any) -> None:
-        scalars = unflatten(refs[:NUM_SCALARS])
-        named = jax.tree.unflatten(jax.tree.structure(arrays), refs[NUM_SCALARS:])
-        _forward(tiles, static, grid, scalars, named)
-
-    run = launch(
-        kernel,
-        "grouped_matmul_forward",
-        grid,
+    inputs = _MatmulForwardInputs(Block(rows), *weight_blocks(weights, grid, tiles))
+    flops = 2 * len(inputs.weights) * rows.size * tiles.padded
+    outputs = launch(
+        functools.partial(_forward, tiles, static, grid),
+        Call("grouped_matmul_forward", grid.axes, tiles.vmem, flops),
         target,
-        tiles,
-        products=len(matrices),
-        in_specs=jax.tree.leaves(arrays[:3]),
-        out_specs=[arrays.out],
-        out_shape=[jax.ShapeDtypeStruct((rows.shape[0], tiles.padded), rows.dtype)],
-        scratch=jax.tree.leaves(arrays[4:]),
+        scalars=scalars_of(static.layout, runs, tiles, target),
+        inputs=inputs,
+        outputs=_MatmulForwardOutputs(result((rows.shape[0], tiles.padded), rows.dtype)),
+        scratch=_MatmulForwardScratch(
+            x=pltpu.VMEM((2, held, width), rows.dtype),
+            y=pltpu.VMEM((2, held, chunk), rows.dtype),
+            casts=room_for_casts(inputs.weights, rows.dtype),
+            fetched=pltpu.SemaphoreType.DMA((2,)),
+            written=pltpu.SemaphoreType.DMA((2,)),
+        ),
     )
-    (out,) = run(scalars_of(static.layout, runs, tiles, target), rows, *jax.tree.leaves((matrices, bias)))
-    return out[:, : weights.weight.shape[2]]
+    return outputs.out[:, : weights.weight.shape[2]]
 
 
-def padded_operands(weights: MatmulWeights, padded: int) -> tuple[tuple[Array, ...], Array | None]:
-    """The matrices with F rounded up, and the bias `[E, 1, F]` in float32."""
-    more = padded - weights.weight.shape[2]
+def weight_blocks(weights: MatmulWeights, grid: Grid, tiles: Tiles) -> tuple[tuple[Block, ...], Block | None]:
+    """Chunks of each matrix, with F rounded up, and of the bias `[E, 1, F]` in float32."""
+    _, width, expert_width = weights.weight.shape
+    more = tiles.padded - expert_width
+    columns = pl.BlockSpec((1, width, tiles.chunk), grid.columns)
     matrices = tuple(
-        jnp.pad(w, ((0, 0), (0, 0), (0, more))) if more else w for w in (weights.weight, weights.up) if w is not None
+        Block(jnp.pad(w, ((0, 0), (0, 0), (0, more))) if more else w, columns)
+        for w in (weights.weight, weights.up)
+        if w is not None
     )
     if weights.bias is None:
         return matrices, None
-    return matrices, jnp.pad(weights.bias.astype(jnp.float32), ((0, 0), (0, more)))[:, None]
-
-
-def casts(matrices: Sequence[Array], chunk: int, dtype: Any) -> tuple[Any, ...]:
-    """Room for a chunk of each matrix in the dtype of the rows, where it has another."""
-    return tuple(pltpu.VMEM((w.shape[1], chunk) if w.dtype != dtype else (8, 128), dtype) for w in matrices)
-
-
-def cast_weights(weights: Sequence[Any], casts: Sequence[Any], busy: Scalar) -> tuple[Any, ...]:
-    """The chunks of the weights in the dtype of the rows."""
-    if weights[0].dtype == casts[0].dtype:
-        return tuple(weight.at[0] for weight in weights)
-
-    @pl.when(busy)
-    def _() -> None:
-        for weight, cast in zip(weights, casts, strict=True):
-            cast[...] = weight[0].astype(cast.dtype)
-
-    return tuple(casts)
+    bias = jnp.pad(weights.bias.astype(jnp.float32), ((0, 0), (0, more)))[:, None]
+    return matrices, Block(bias, pl.BlockSpec((1, 1, tiles.chunk), grid.columns))
 
 
 def products(x: Float[Array, "P D"], weights: Sequence[Any], bias: Any) -> list[Float[Array, "P C"]]:
@@ -136,30 +100,42 @@ def rounded(value: Float[Array, "P C"], dtype: Any) -> Float[Array, "P C"]:
     return value.astype(dtype).astype(jnp.float32)
 
 
-class _Forward(NamedTuple):
-    """Arrays of the kernel, or how they are given to it."""
-
+class _MatmulForwardInputs(NamedTuple):
     rows: Any
     weights: tuple[Any, ...]
     bias: Any
+
+
+class _MatmulForwardOutputs(NamedTuple):
     out: Any
+
+
+class _MatmulForwardScratch(NamedTuple):
     x: Any
     """Two items' rows."""
     y: Any
     """Chunks of two steps."""
-    casts: tuple[Any, ...]
+    casts: tuple[Any, ...] | None
     fetched: Any
     written: Any
 
 
-def _forward(tiles: Tiles, static: MatmulStatic, grid: Grid, scalars: Scalars, refs: _Forward) -> None:
+def _forward(
+    tiles: Tiles,
+    static: MatmulStatic,
+    grid: Grid,
+    scalars: Scalars,
+    inputs: _MatmulForwardInputs,
+    outputs: _MatmulForwardOutputs,
+    scratch: _MatmulForwardScratch,
+) -> None:
     step, schedule = this_step(grid, scalars), scalars.schedule
     at, slot = step.at, step.slot
-    results = ChunkCopies(grid, tiles, scalars, refs.out, refs.y, refs.written)
+    results = ChunkCopies(grid, tiles, scalars, outputs.out, scratch.y, scratch.written)
 
     def rows(at: Scalar, slot: Scalar) -> RowCopies:
-        place = (refs.x.at[slot], refs.fetched.at[slot], schedule.first[at], schedule.size[at])
-        return RowCopies(refs.rows, *place, tiles.rows.copied)
+        place = (scratch.x.at[slot], scratch.fetched.at[slot], schedule.first[at], schedule.size[at])
+        return RowCopies(inputs.rows, *place, tiles.rows.copied)
 
     pl.when(step.number == 0)(lambda: rows(at, slot).fetch())
 
@@ -169,12 +145,12 @@ def _forward(tiles: Tiles, static: MatmulStatic, grid: Grid, scalars: Scalars, r
         rows(at, slot).fetched()
 
     y = results.place(step)
-    weights = cast_weights(refs.weights, refs.casts, step.busy)
-    x = refs.x.at[slot]
+    weights = cast_weights(inputs.weights, scratch.casts, step.busy)
+    x = scratch.x.at[slot]
 
     def work(offset: Scalar, size: int) -> None:
         own = pl.ds(offset, size)
-        y[own] = _result(products(x[own], weights, refs.bias), static.activation, y.dtype)
+        y[own] = _result(products(x[own], weights, inputs.bias), static.activation, y.dtype)
 
     over_pieces(*pieces_of(scalars.schedule.size[at], scalars.covers, tiles.rows), tiles.rows, work)
     results.write(step)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -21,19 +20,12 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.common.activation import activate
-from moe_kernels.backends.tpu.common.launch import (
-    NUM_SCALARS,
-    Grid,
-    Target,
-    grid_of,
-    launch,
-    scalars_of,
-    tiles_for,
-    unflatten,
-)
+from moe_kernels.backends.tpu.common.grid import Grid, WeightMaps, grid_of, scalars_of, tiles_for
+from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
 from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, dot, over_pieces_or_shorter
 from moe_kernels.backends.tpu.common.step import ChunkCopies, this_step
 from moe_kernels.backends.tpu.common.tiling import Tiles, mlp_forward_tiles
+from moe_kernels.backends.tpu.common.weights import cast_weights, room_for_casts
 from moe_kernels.backends.tpu.mlp.hidden import keeps_hidden
 from moe_kernels.types import MlpWeights, Runs
 
@@ -83,63 +75,53 @@ def run_forward(
     keep: bool = False,
 ) -> tuple[Float[Array, "R D"], Float[Array, "R H"] | None]:
     """The forward pass with given block sizes; also the hidden layer if it is to be kept."""
-    width, chunk, held = rows.shape[1], tiles.chunk, tiles.rows.rows
+    width, held, two = rows.shape[1], tiles.rows.rows, pltpu.SemaphoreType.DMA((2,))
     grid = grid_of(static.layout, tiles, target)
-    cast = weights.w1.dtype != rows.dtype
-
-    hbm = pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)
-    w1, b1, w2, b2 = weight_specs(grid, width, chunk)
-    two = pltpu.SemaphoreType.DMA((2,))
-    arrays = _Forward(
-        rows=hbm,
-        w1=w1,
-        b1=b1,
-        w2=w2,
-        b2=b2,
-        out=hbm,
-        hidden=hbm if keep else None,
-        buffer=pltpu.VMEM((2, held, width), rows.dtype),
-        total=pltpu.VMEM((held, width), jnp.float32),
-        w1_cast=pltpu.VMEM((width, chunk) if cast else (8, 128), rows.dtype),
-        w2_cast=pltpu.VMEM((chunk, width) if cast else (8, 128), rows.dtype),
-        hidden_out=pltpu.VMEM((2, held, chunk), rows.dtype) if keep else None,
-        fetched=two,
-        written=two,
-        hidden_written=two if keep else None,
-    )
-
-    def kernel(*refs: Any) -> None:
-        named = jax.tree.unflatten(jax.tree.structure(arrays), refs[NUM_SCALARS:])
-        _forward(tiles, static, grid, target.facts.depth, unflatten(refs[:NUM_SCALARS]), named)
-
-    shapes = [rows.shape, (rows.shape[0], tiles.padded)] if keep else [rows.shape]
-    run = launch(
-        kernel,
-        "expert_mlp_forward",
-        grid,
+    inputs = _MlpForwardInputs(Block(rows), *weight_blocks(weights, grid, tiles))
+    outputs = launch(
+        functools.partial(_forward, tiles, static, grid, target.facts.depth),
+        Call("expert_mlp_forward", grid.axes, tiles.vmem, flops=4 * rows.size * tiles.padded),
         target,
-        tiles,
-        products=2,
-        in_specs=jax.tree.leaves(arrays[:5]),
-        out_specs=jax.tree.leaves(arrays[5:7]),
-        out_shape=[jax.ShapeDtypeStruct(shape, rows.dtype) for shape in shapes],
-        scratch=jax.tree.leaves(arrays[7:]),
+        scalars=scalars_of(static.layout, runs, tiles, target),
+        inputs=inputs,
+        outputs=_MlpForwardOutputs(
+            out=result(rows.shape, rows.dtype),
+            hidden=result((rows.shape[0], tiles.padded), rows.dtype) if keep else None,
+        ),
+        scratch=_MlpForwardScratch(
+            buffer=pltpu.VMEM((2, held, width), rows.dtype),
+            total=pltpu.VMEM((held, width), jnp.float32),
+            casts=room_for_casts((inputs.w1, inputs.w2), rows.dtype),
+            hidden_out=pltpu.VMEM((2, held, tiles.chunk), rows.dtype) if keep else None,
+            fetched=two,
+            written=two,
+            hidden_written=two if keep else None,
+        ),
     )
-    out, *hidden = run(scalars_of(static.layout, runs, tiles, target), rows, *padded_weights(weights, tiles.padded))
-    return out, hidden[0] if keep else None
+    return outputs.out, outputs.hidden
 
 
-def weight_specs(grid: Grid, width: int, chunk: int) -> list[pl.BlockSpec]:
-    """Chunks of w1 `[E, D, F]`, b1 `[E, 1, F]`, w2 `[E, F, D]`, and b2 `[E, 1, D]`."""
-    return [
-        pl.BlockSpec((1, width, chunk), grid.columns),
-        pl.BlockSpec((1, 1, chunk), grid.columns),
-        pl.BlockSpec((1, chunk, width), grid.chunk_rows),
-        pl.BlockSpec((1, 1, width), grid.whole),
-    ]
+class PaddedWeights(NamedTuple):
+    """Weights as kernels take them: F rounded up, biases in float32 and there; or blocks of them."""
+
+    w1: Any
+    b1: Any
+    w2: Any
+    b2: Any
 
 
-def padded_weights(weights: MlpWeights, padded: int) -> tuple[Array, Array, Array, Array]:
+def weight_blocks(weights: MlpWeights, grid: WeightMaps, tiles: Tiles) -> PaddedWeights:
+    """An expert's weights, a chunk of F at a time."""
+    width, chunk, padded = weights.w1.shape[1], tiles.chunk, padded_weights(weights, tiles.padded)
+    return PaddedWeights(
+        w1=Block(padded.w1, pl.BlockSpec((1, width, chunk), grid.columns)),
+        b1=Block(padded.b1, pl.BlockSpec((1, 1, chunk), grid.columns)),
+        w2=Block(padded.w2, pl.BlockSpec((1, chunk, width), grid.chunk_rows)),
+        b2=Block(padded.b2, pl.BlockSpec((1, 1, width), grid.whole)),
+    )
+
+
+def padded_weights(weights: MlpWeights, padded: int) -> PaddedWeights:
     """Weights with F rounded up (zero columns of w1 meet zero rows of w2), and biases `[E, 1, ...]` in float32."""
     experts, width, expert_width = weights.w1.shape
     more = padded - expert_width
@@ -149,24 +131,27 @@ def padded_weights(weights: MlpWeights, padded: int) -> tuple[Array, Array, Arra
     if more:
         w1, b1 = jnp.pad(w1, ((0, 0), (0, 0), (0, more))), jnp.pad(b1, ((0, 0), (0, more)))
         w2 = jnp.pad(w2, ((0, 0), (0, more), (0, 0)))
-    return w1, b1[:, None], w2, b2[:, None]
+    return PaddedWeights(w1, b1[:, None], w2, b2[:, None])
 
 
-class _Forward(NamedTuple):
-    """Arrays of the kernel, or how they are given to it."""
-
+class _MlpForwardInputs(NamedTuple):
     rows: Any
     w1: Any
     b1: Any
     w2: Any
     b2: Any
+
+
+class _MlpForwardOutputs(NamedTuple):
     out: Any
     hidden: Any
+
+
+class _MlpForwardScratch(NamedTuple):
     buffer: Any
     """Two items' rows, then results."""
     total: Any
-    w1_cast: Any
-    w2_cast: Any
+    casts: tuple[Any, ...] | None
     hidden_out: Any
     """Chunks of two steps."""
     fetched: Any
@@ -174,51 +159,53 @@ class _Forward(NamedTuple):
     hidden_written: Any
 
 
-def _forward(tiles: Tiles, static: MlpStatic, grid: Grid, depth: int, scalars: Scalars, refs: _Forward) -> None:
+def _forward(
+    tiles: Tiles,
+    static: MlpStatic,
+    grid: Grid,
+    depth: int,
+    scalars: Scalars,
+    inputs: _MlpForwardInputs,
+    outputs: _MlpForwardOutputs,
+    scratch: _MlpForwardScratch,
+) -> None:
     step = this_step(grid, scalars)
     at, slot, busy = step.at, step.slot, step.busy
-    rows, dtype = refs.buffer.at[slot], refs.buffer.dtype
+    rows, dtype = scratch.buffer.at[slot], scratch.buffer.dtype
 
     def copies(at: Scalar, slot: Scalar, array: Any, semaphores: Any) -> RowCopies:
         first, count = scalars.schedule.first[at], scalars.schedule.size[at]
-        return RowCopies(array, refs.buffer.at[slot], semaphores.at[slot], first, count, tiles.rows.copied)
+        return RowCopies(array, scratch.buffer.at[slot], semaphores.at[slot], first, count, tiles.rows.copied)
 
     def fetch(at: Scalar, slot: Scalar) -> None:
-        copies(at, slot, refs.rows, refs.fetched).fetch()
+        copies(at, slot, inputs.rows, scratch.fetched).fetch()
 
     def results(at: Scalar, slot: Scalar) -> RowCopies:
-        return copies(at, slot, refs.out, refs.written)
+        return copies(at, slot, outputs.out, scratch.written)
 
     pl.when(step.number == 0)(lambda: fetch(at, slot))
-    pl.when(step.chunk == 0)(lambda: copies(at, slot, refs.rows, refs.fetched).fetched())
+    pl.when(step.chunk == 0)(lambda: copies(at, slot, inputs.rows, scratch.fetched).fetched())
     step.swap(results, fetch)
 
     # Not where the first matmul adds: a branch in the loop over rows keeps the MXU waiting.
     @pl.when(busy & (step.chunk == 0))
     def _() -> None:
-        refs.total[...] = jnp.broadcast_to(refs.b2[0], refs.total.shape)
+        scratch.total[...] = jnp.broadcast_to(inputs.b2[0], scratch.total.shape)
 
-    w1, w2 = refs.w1.at[0], refs.w2.at[0]
-    if refs.w1.dtype != dtype:
-        w1, w2 = refs.w1_cast, refs.w2_cast
-
-        @pl.when(busy)
-        def _() -> None:
-            w1[...], w2[...] = refs.w1[0].astype(dtype), refs.w2[0].astype(dtype)
-
-    kept, place = ChunkCopies(grid, tiles, scalars, refs.hidden, refs.hidden_out, refs.hidden_written), None
-    if refs.hidden is not None:
+    w1, w2 = cast_weights((inputs.w1, inputs.w2), scratch.casts, busy)
+    kept, place = ChunkCopies(grid, tiles, scalars, outputs.hidden, scratch.hidden_out, scratch.hidden_written), None
+    if outputs.hidden is not None:
         place = kept.place(step)
 
     def work(offset: Scalar, size: int) -> None:
         own = pl.ds(offset, size)
-        hidden = (dot(rows[own], w1[...], (1, 0)) + refs.b1[0]).astype(dtype)
+        hidden = (dot(rows[own], w1[...], (1, 0)) + inputs.b1[0]).astype(dtype)
         if place is not None:
             place[own] = hidden
         activated = activate(hidden.astype(jnp.float32), static.activation).astype(dtype)
-        refs.total[own] += dot(activated, w2[...], (1, 0))
+        scratch.total[own] += dot(activated, w2[...], (1, 0))
 
     over_pieces_or_shorter(scalars.schedule.size[at], scalars.covers, tiles.rows, depth, work)
     if place is not None:
         kept.write(step)
-    step.finish(refs.total, refs.buffer, results)
+    step.finish(scratch.total, scratch.buffer, results)

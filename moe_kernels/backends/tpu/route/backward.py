@@ -11,19 +11,17 @@ noise), u the experts of a token and L = logsumexp(A):
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_kernels.backends.base import RouteStatic
 from moe_kernels.backends.route_parts import NEVER, Experts, split
-from moe_kernels.backends.tpu.common.launch import Target, apart
+from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
 from moe_kernels.backends.tpu.common.rows import dot
 from moe_kernels.backends.tpu.route.forward import RouteSaved
 from moe_kernels.backends.tpu.route.parts import (
@@ -37,7 +35,6 @@ from moe_kernels.backends.tpu.route.parts import (
     turned_router,
 )
 from moe_kernels.backends.tpu.route.tiles import LANES, RouteTiles, backward_tiles
-from moe_kernels.chips import MIB
 from moe_kernels.types import Routing, RoutingSums
 
 
@@ -66,68 +63,78 @@ def run_backward(
     passed: Float[Array, "T D"] | None = None,
 ) -> tuple[Float[Array, "T D"], Float[Array, "D E"]]:
     """The backward pass with given block sizes."""
-    tokens, router, inputs = saved.tokens, saved.router, saved.inputs
+    tokens, router = saved.tokens, saved.router
     (num_tokens, width), num_experts = tokens.shape, router.shape[1]
-    groups, choices, padded = static.num_groups, static.num_choices, tiles.experts
-    member = members(num_tokens, inputs)
-    kernel = _Backward(tiles, static, num_experts, inputs.noise is not None, member is not None, passed is not None)
-
-    def rows(count: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, count, tiles.tokens), tiles.along_lanes)
-
-    def whole(array: Array) -> pl.BlockSpec:
-        return pl.BlockSpec(array.shape, lambda part, tile: (0, 0))
-
-    factor, back = logit_factor(router, tokens.dtype, padded), _token_factor(router, tokens.dtype, padded)
-    sums = _by_lane(dsums, padded, inputs.noise is not None)
-    operands = [
-        by_group(tokens, groups, tiles),
-        factor,
-        back,
-        sums,
-        by_lane(saved.expert, groups, tiles, choices),
-        by_lane(dgate.astype(jnp.float32), groups, tiles, choices),
-    ]
-    block = pl.BlockSpec((1, tiles.tokens, width), tiles.along_rows)
-    of_group = pl.BlockSpec((1, *sums.shape[1:]), lambda part, tile: (tiles.at(part, tile)[0], 0, 0, 0))
-    specs = [block, whole(factor), whole(back), of_group, rows(choices), rows(choices)]
-    if inputs.noise is not None:
-        operands.append(by_lane(inputs.noise.astype(jnp.float32), groups, tiles, padded))
-        specs.append(rows(padded))
-    if member is not None:
-        operands.append(by_lane(member, groups, tiles, 1))
-        specs.append(rows(1))
-    if passed is not None:
-        operands.append(by_group(passed, groups, tiles))
-        specs.append(block)
-
-    parts = groups * tiles.parts
-    shapes = [
-        jax.ShapeDtypeStruct(operands[0].shape, tokens.dtype),
-        jax.ShapeDtypeStruct((parts, padded, width), jnp.float32),
-    ]
-    size = num_tokens // groups
-    call = pl.pallas_call(
-        functools.partial(kernel.run, size),
-        grid=(parts, tiles.steps),
-        in_specs=specs,
-        out_specs=[block, pl.BlockSpec((1, padded, width), lambda part, tile: (part, 0, 0))],
-        out_shape=shapes,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=min(target.facts.vmem, tiles.vmem + MIB),
-        ),
-        cost_estimate=pl.CostEstimate(
+    operands = _operands(tiles, static, saved, dgate, dsums, passed)
+    groups, padded, block = static.num_groups, tiles.experts, operands.tokens
+    kernel = _RouteBackward(tiles, static, num_experts, num_tokens // groups)
+    of_router = (groups * tiles.parts, padded, width)
+    found = launch(
+        kernel.run,
+        Call(
+            "route_backward",
+            (groups * tiles.parts, tiles.steps),
+            tiles.vmem,
             flops=6 * tokens.size * num_experts,
-            transcendentals=2 * groups * operands[0].shape[1] * padded,
-            bytes_accessed=sum(array.size * array.dtype.itemsize for array in (*operands, *shapes)),
+            transcendentals=2 * groups * block.array.shape[1] * padded,
         ),
-        interpret=target.interpret,
-        name="route_backward",
+        target,
+        inputs=operands,
+        outputs=_RouteBackwardOutputs(
+            dtokens=result(block.array.shape, tokens.dtype, block.spec),
+            drouter=result(of_router, jnp.float32, pl.BlockSpec((1, padded, width), lambda part, tile: (part, 0, 0))),
+        ),
     )
-    dtokens, drouter = apart(call(*operands))
-    drouter = jnp.sum(drouter, axis=0)[:num_experts].T.astype(router.dtype)
-    return dtokens[:, :size].reshape(num_tokens, width), drouter
+    drouter = jnp.sum(found.drouter, axis=0)[:num_experts].T.astype(router.dtype)
+    return found.dtokens[:, : kernel.size].reshape(num_tokens, width), drouter
+
+
+class _RouteBackwardInputs(NamedTuple):
+    tokens: Any
+    factor: Any
+    back: Any
+    """The factor of the tokens' gradient."""
+    sums: Any
+    expert: Any
+    dgate: Any
+    noise: Any
+    member: Any
+    passed: Any
+
+
+class _RouteBackwardOutputs(NamedTuple):
+    dtokens: Any
+    drouter: Any
+
+
+def _operands(
+    tiles: RouteTiles,
+    static: RouteStatic,
+    saved: RouteSaved,
+    dgate: Float[Array, "T K"],
+    dsums: RoutingSums,
+    passed: Float[Array, "T D"] | None,
+) -> _RouteBackwardInputs:
+    tokens, router, noise = saved.tokens, saved.router, saved.inputs.noise
+    groups, padded = static.num_groups, tiles.experts
+    member = members(tokens.shape[0], saved.inputs)
+    sums = _by_lane(dsums, padded, noise is not None)
+    of_group = pl.BlockSpec((1, *sums.shape[1:]), lambda part, tile: (tiles.at(part, tile)[0], 0, 0, 0))
+
+    def lanes(values: Array, rows: int = static.num_choices) -> Block:
+        return tiles.of_lanes(by_lane(values, groups, tiles, rows))
+
+    return _RouteBackwardInputs(
+        tokens=tiles.of_rows(by_group(tokens, groups, tiles)),
+        factor=tiles.whole(logit_factor(router, tokens.dtype, padded)),
+        back=tiles.whole(_token_factor(router, tokens.dtype, padded)),
+        sums=Block(sums, of_group),
+        expert=lanes(saved.expert),
+        dgate=lanes(dgate.astype(jnp.float32)),
+        noise=None if noise is None else lanes(noise.astype(jnp.float32), padded),
+        member=None if member is None else lanes(member, 1),
+        passed=None if passed is None else tiles.of_rows(by_group(passed, groups, tiles)),
+    )
 
 
 def _token_factor(router: Float[Array, "D E"], dtype: Any, padded: int) -> Float[Array, "P D"]:
@@ -169,23 +176,18 @@ class _Cotangents(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Backward:
+class _RouteBackward:
     """The kernel for a static problem."""
 
     tiles: RouteTiles
     static: RouteStatic
     num_experts: int
-    has_noise: bool
-    has_members: bool
-    has_passed: bool
+    size: int
+    """Tokens of a group."""
 
-    def run(self, size: int, tokens: Any, factor: Any, back: Any, sums: Any, *refs: Any) -> None:
-        """Work on one tile; `size` is the number of tokens in a group."""
-        expert, dgate = refs[:2]
-        noise = refs[2] if self.has_noise else None
-        passed = refs[-3] if self.has_passed else None
-        members = refs[-3 - self.has_passed] if self.has_members else None
-        dtokens, drouter = refs[-2:]
+    def run(self, inputs: _RouteBackwardInputs, outputs: _RouteBackwardOutputs, scratch: None) -> None:
+        """Work on one tile."""
+        dtokens, drouter = outputs
         tile = pl.program_id(1)
 
         @pl.when(tile == 0)
@@ -194,37 +196,37 @@ class _Backward:
 
         first = self.tiles.at(pl.program_id(0), tile)[1] * self.tiles.tokens
 
-        member = None if members is None else members[0]
-        if size % self.tiles.tokens:
+        member = None if inputs.member is None else inputs.member[0]
+        if self.size % self.tiles.tokens:
             place = first + jax.lax.broadcasted_iota(jnp.int32, (1, self.tiles.tokens), 1)
-            member = jnp.where(place < size, 0 if member is None else member, NEVER)
-        x = tokens[0]
+            member = jnp.where(place < self.size, 0 if member is None else member, NEVER)
+        x = inputs.tokens[0]
         if member is not None:
             x = _select(member != NEVER, x)
-        clean = logits_of(factor[...], x, self.tiles.experts, None)
+        clean = logits_of(inputs.factor[...], x, self.tiles.experts, None)
         dlogits = self.dlogits(
             clean,
-            None if noise is None else clean + noise[0],
-            [expert[0, pl.ds(choice, 1)] for choice in range(self.static.num_choices)],
-            [dgate[0, pl.ds(choice, 1)] for choice in range(self.static.num_choices)],
-            self.cotangents(sums.at[0], member),
+            None if inputs.noise is None else clean + inputs.noise[0],
+            [inputs.expert[0, pl.ds(choice, 1)] for choice in range(self.static.num_choices)],
+            [inputs.dgate[0, pl.ds(choice, 1)] for choice in range(self.static.num_choices)],
+            self.cotangents(inputs, member),
         )
         if member is not None:
             dlogits = jnp.where(member != NEVER, dlogits, 0.0)
-        product = dot(_pieces_for_tokens(dlogits, x.dtype), back[...], (0, 0))
-        if passed is not None:
-            product += passed[0].astype(jnp.float32)
+        product = dot(_pieces_for_tokens(dlogits, x.dtype), inputs.back[...], (0, 0))
+        if inputs.passed is not None:
+            product += inputs.passed[0].astype(jnp.float32)
         dtokens[0] = product.astype(dtokens.dtype)
         pieces = jnp.concatenate(split(dlogits, 3)) if x.dtype == jnp.bfloat16 else dlogits
         drouter[0] += add_pieces(dot(pieces, x, (1, 0)), self.tiles.experts)
 
-    def cotangents(self, sums: Any, member: Int[Array, "1 C"] | None) -> _Cotangents:
+    def cotangents(self, inputs: _RouteBackwardInputs, member: Int[Array, "1 C"] | None) -> _Cotangents:
         """From those of each modality, by selection."""
-        copies = self.tiles.tokens // LANES
+        copies, sums, has_noise = self.tiles.tokens // LANES, inputs.sums.at[0], inputs.noise is not None
 
         def of(first: int, count: int) -> Float[Array, "N C"]:
             found = None
-            for modality in range(self.static.num_modalities if self.has_members else 1):
+            for modality in range(self.static.num_modalities if inputs.member is not None else 1):
                 values = jnp.concatenate([sums[modality, pl.ds(first, count)]] * copies, axis=1)
                 if member is not None:
                     values = jnp.where(member == modality, values, 0.0 if found is None else found)
@@ -233,8 +235,8 @@ class _Backward:
             return found
 
         experts = self.tiles.experts
-        single = (2 if self.has_noise else 1) * experts
-        load = of(experts, experts) if self.has_noise else None
+        single = (2 if has_noise else 1) * experts
+        load = of(experts, experts) if has_noise else None
         return _Cotangents(of(0, experts), load, *(of(single + n, 1) for n in range(3)))
 
     def dlogits(

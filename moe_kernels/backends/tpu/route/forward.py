@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_kernels.backends.base import RouteInputs, RouteStatic
 from moe_kernels.backends.route_parts import FAR, NEVER, Experts
-from moe_kernels.backends.tpu.common.launch import Target, apart
+from moe_kernels.backends.tpu.common.launch import Call, Target, launch, result
 from moe_kernels.backends.tpu.route.parts import (
     by_group,
     by_lane,
@@ -33,7 +32,6 @@ from moe_kernels.backends.tpu.route.parts import (
     over_experts,
 )
 from moe_kernels.backends.tpu.route.tiles import LANES, RouteTiles, forward_tiles
-from moe_kernels.chips import MIB
 from moe_kernels.types import Routing, RoutingSums
 
 
@@ -72,57 +70,51 @@ def run_forward(
 ) -> Routing:
     """The forward pass with given block sizes."""
     num_tokens, num_experts = tokens.shape[0], router.shape[1]
-    groups, choices, padded = static.num_groups, static.num_choices, tiles.experts
-    member = members(num_tokens, inputs)
-    kernel = _Forward(tiles, static, num_experts, inputs.noise is not None, member is not None)
-
-    def rows(count: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, count, tiles.tokens), tiles.along_lanes)
-
-    operands = [by_group(tokens, groups, tiles), logit_factor(router, tokens.dtype, padded)]
-    specs = [
-        pl.BlockSpec((1, tiles.tokens, tokens.shape[1]), tiles.along_rows),
-        pl.BlockSpec(operands[1].shape, lambda part, tile: (0, 0)),
-    ]
-    if inputs.noise is not None:
-        operands.append(by_lane(inputs.noise.astype(jnp.float32), groups, tiles, padded))
-        specs.append(rows(padded))
-    if member is not None:
-        operands.append(by_lane(member, groups, tiles, 1))
-        specs.append(rows(1))
-
-    length = operands[0].shape[1]
-    sums = (groups * tiles.parts, static.num_modalities, kernel.num_sums, LANES)
-    shapes = [
-        jax.ShapeDtypeStruct((groups, choices, length), jnp.int32),
-        jax.ShapeDtypeStruct((groups, choices, length), jnp.float32),
-        jax.ShapeDtypeStruct(sums, jnp.float32),
-    ]
-    size = num_tokens // groups
-    call = pl.pallas_call(
-        functools.partial(kernel.run, size),
-        grid=(groups * tiles.parts, tiles.steps),
-        in_specs=specs,
-        out_specs=[
-            rows(choices),
-            rows(choices),
-            pl.BlockSpec((1, *sums[1:]), lambda part, tile: (part, 0, 0, 0)),
-        ],
-        out_shape=shapes,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=min(target.facts.vmem, tiles.vmem + MIB),
-        ),
-        cost_estimate=pl.CostEstimate(
+    groups, padded = static.num_groups, tiles.experts
+    member, noise = members(num_tokens, inputs), inputs.noise
+    operands = _RouteForwardInputs(
+        tokens=tiles.of_rows(by_group(tokens, groups, tiles)),
+        factor=tiles.whole(logit_factor(router, tokens.dtype, padded)),
+        noise=None if noise is None else tiles.of_lanes(by_lane(noise.astype(jnp.float32), groups, tiles, padded)),
+        member=None if member is None else tiles.of_lanes(by_lane(member, groups, tiles, 1)),
+    )
+    kernel = _RouteForward(tiles, static, num_experts, num_tokens // groups)
+    length = operands.tokens.array.shape[1]
+    by_choice = (groups, static.num_choices, length)
+    sums = (groups * tiles.parts, static.num_modalities, kernel.num_sums(noise is not None), LANES)
+    found = launch(
+        kernel.run,
+        Call(
+            "route_forward",
+            (groups * tiles.parts, tiles.steps),
+            tiles.vmem,
             flops=2 * tokens.size * num_experts,
             transcendentals=2 * groups * length * padded,
-            bytes_accessed=sum(array.size * array.dtype.itemsize for array in (*operands, *shapes)),
         ),
-        interpret=target.interpret,
-        name="route_forward",
+        target,
+        inputs=operands,
+        outputs=_RouteForwardOutputs(
+            expert=tiles.of_lanes(jax.ShapeDtypeStruct(by_choice, jnp.int32)),
+            gate=tiles.of_lanes(jax.ShapeDtypeStruct(by_choice, jnp.float32)),
+            sums=result(sums, jnp.float32, pl.BlockSpec((1, *sums[1:]), lambda part, tile: (part, 0, 0, 0))),
+        ),
     )
-    expert, gate, totals = apart(call(*operands))
-    return Routing(by_token(expert, size), by_token(gate, size), kernel.sums_of(totals))
+    size = kernel.size
+    sums = kernel.sums_of(found.sums, has_noise=noise is not None)
+    return Routing(by_token(found.expert, size), by_token(found.gate, size), sums)
+
+
+class _RouteForwardInputs(NamedTuple):
+    tokens: Any
+    factor: Any
+    noise: Any
+    member: Any
+
+
+class _RouteForwardOutputs(NamedTuple):
+    expert: Any
+    gate: Any
+    sums: Any
 
 
 class _Decision(NamedTuple):
@@ -138,25 +130,22 @@ class _Decision(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Forward:
+class _RouteForward:
     """The kernel for a static problem."""
 
     tiles: RouteTiles
     static: RouteStatic
     num_experts: int
-    has_noise: bool
-    has_members: bool
+    size: int
+    """Tokens of a group."""
 
-    @property
-    def num_sums(self) -> int:
+    def num_sums(self, has_noise: bool) -> int:
         """Rows of sums of a modality: those by expert (wanted, probability, load), then four single ones."""
-        return (3 if self.has_noise else 2) * self.tiles.experts + 8
+        return (3 if has_noise else 2) * self.tiles.experts + 8
 
-    def run(self, size: int, tokens: Any, factor: Any, *refs: Any) -> None:
-        """Work on one tile; `size` is the number of tokens in a group."""
-        expert, gate, sums = refs[-3:]
-        noise = refs[0] if self.has_noise else None
-        members = refs[-4] if self.has_members else None
+    def run(self, inputs: _RouteForwardInputs, outputs: _RouteForwardOutputs, scratch: None) -> None:
+        """Work on one tile."""
+        expert, gate, sums = outputs
         tile = pl.program_id(1)
 
         @pl.when(tile == 0)
@@ -165,17 +154,17 @@ class _Forward:
 
         first = self.tiles.at(pl.program_id(0), tile)[1] * self.tiles.tokens
 
-        member = None if members is None else members[0]
-        clean = logits_of(factor[...], tokens[0], self.tiles.experts, member)
-        found = self.decide(clean, None if noise is None else clean + noise[0])
+        member = None if inputs.member is None else inputs.member[0]
+        clean = logits_of(inputs.factor[...], inputs.tokens[0], self.tiles.experts, member)
+        found = self.decide(clean, None if inputs.noise is None else clean + inputs.noise[0])
         for choice in range(self.static.num_choices):
             kept = found.gate[choice]
             expert[0, pl.ds(choice, 1)] = found.expert[choice]
             gate[0, pl.ds(choice, 1)] = kept if member is None else jnp.where(member == NEVER, 0.0, kept)
-        if size % self.tiles.tokens:
+        if self.size % self.tiles.tokens:
             place = first + jax.lax.broadcasted_iota(jnp.int32, (1, self.tiles.tokens), 1)
-            member = jnp.where(place < size, 0 if member is None else member, NEVER)
-        for modality in range(self.static.num_modalities if self.has_members else 1):
+            member = jnp.where(place < self.size, 0 if member is None else member, NEVER)
+        for modality in range(self.static.num_modalities if inputs.member is not None else 1):
             self.add(sums.at[0, modality], found, None if member is None else member == modality)
 
     def decide(self, clean: Float[Array, "E C"], noisy: Float[Array, "E C"] | None) -> _Decision:
@@ -216,20 +205,19 @@ class _Forward:
             sums[pl.ds(first, values.shape[0])] += functools.reduce(jnp.add, lanes_of(values))
             first += values.shape[0]
 
-    def sums_of(self, totals: Float[Array, "P M N L"]) -> RoutingSums:
+    def sums_of(self, totals: Float[Array, "P M N L"], *, has_noise: bool) -> RoutingSums:
         """The sums by name, from those of each part and lane."""
-        parts = (self.static.num_groups, self.tiles.parts, self.static.num_modalities, self.num_sums, LANES)
+        single = self.num_sums(has_noise) - 8
+        parts = (self.static.num_groups, self.tiles.parts, self.static.num_modalities, single + 8, LANES)
         totals = jnp.sum(totals.reshape(parts), axis=(1, 4))
-        by_expert = [
-            totals[..., first : first + self.num_experts] for first in range(0, self.num_sums - 8, self.tiles.experts)
-        ]
-        tokens, entropy, logsumexp_squared, largest_gate = (totals[..., self.num_sums - 8 + n] for n in range(4))
+        by_expert = [totals[..., first : first + self.num_experts] for first in range(0, single, self.tiles.experts)]
+        tokens, entropy, logsumexp_squared, largest_gate = (totals[..., single + n] for n in range(4))
         return RoutingSums(
             tokens=tokens,
             wanted=by_expert[0],
             probability=by_expert[1],
             entropy=entropy,
             logsumexp_squared=logsumexp_squared,
-            load=by_expert[2] if self.has_noise else jnp.zeros_like(by_expert[1]),
+            load=by_expert[2] if has_noise else jnp.zeros_like(by_expert[1]),
             largest_gate=largest_gate,
         )

@@ -8,7 +8,10 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jax.experimental import pallas as pl
+
 from moe_kernels.backends.base import Problem, RouteStatic
+from moe_kernels.backends.tpu.common.launch import Block
 from moe_kernels.backends.tpu.common.tiling import needed_vmem
 from moe_kernels.chips import MIB, Tpu
 from moe_kernels.fitted import FITTED
@@ -40,14 +43,22 @@ class RouteTiles:
             return part, tile
         return part // self.parts, part % self.parts * self.steps + tile
 
-    def along_rows(self, part: Any, tile: Any) -> tuple[Any, Any, int]:
-        """Block of a `[G, S, D]` array."""
-        return *self.at(part, tile), 0
+    def of_rows(self, array: Any) -> Block:
+        """A tile of a `[G, S, D]` array."""
+        return Block(array, pl.BlockSpec((1, self.tokens, array.shape[2]), lambda *step: (*self.at(*step), 0)))
 
-    def along_lanes(self, part: Any, tile: Any) -> tuple[Any, int, Any]:
-        """Block of a `[G, rows, S]` array."""
-        group, block = self.at(part, tile)
-        return group, 0, block
+    def of_lanes(self, array: Any) -> Block:
+        """A tile of a `[G, rows, S]` array."""
+
+        def place(part: Any, tile: Any) -> tuple[Any, int, Any]:
+            group, block = self.at(part, tile)
+            return group, 0, block
+
+        return Block(array, pl.BlockSpec((1, array.shape[1], self.tokens), place))
+
+    def whole(self, array: Any) -> Block:
+        """All of an array `[N, D]`."""
+        return Block(array, pl.BlockSpec(array.shape, lambda part, tile: (0, 0)))
 
 
 def _tiles(
