@@ -35,7 +35,8 @@ from moe_kernels.backends import BACKENDS, problem_of
 from moe_kernels.backends.base import Backend, Problem, RouteStatic
 from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS
 from moe_kernels.backends.gpu.sm90.tiling import WARPGROUP_ROWS
-from moe_kernels.backends.tpu.common import tiling
+from moe_kernels.backends.tpu.common.tiling import Sizes, computed_rows
+from moe_kernels.backends.tpu.mlp.tiles import mlp_forward_tiles
 from moe_kernels.backends.xla.matmul import TILE_ROWS
 from moe_kernels.chips import find_tpu
 from moe_kernels.types import Layout, round_up
@@ -183,10 +184,10 @@ def _computed_rows(backend: Backend | None, case: Case, kept: np.ndarray, settin
         chip = find_tpu(setting.kind)
         assert chip is not None, "refused by why_not"
         itemsize = jnp.dtype(setting.dtype).itemsize
-        tiles = tiling.mlp_forward_tiles(layout, case.width, case.expert_width, itemsize, itemsize, chip)
+        tiles = mlp_forward_tiles(Sizes(layout, case.width, case.expert_width, itemsize, itemsize, chip))
         assert tiles is not None, "refused by why_not"
         whole, tail = np.divmod(kept, tiles.rows.rows)
-        of_item = functools.partial(tiling.computed_rows, tiles=tiles.rows, depth=chip.depth, shorter=True)
+        of_item = functools.partial(computed_rows, tiles=tiles.rows, depth=chip.depth, shorter=True)
         return int(whole.sum()) * of_item(tiles.rows.rows) + sum(of_item(int(count)) for count in tail)
     if backend.name == "gpu":
         return int(round_up(kept, NUM_CONSUMERS * WARPGROUP_ROWS).sum())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Hashable
 from typing import NamedTuple
 
 from jaxtyping import Array, Float
@@ -22,6 +24,7 @@ def grouped_matmul(
     bias: Float[Array, "E F"] | None = None,
     activation: Activation | None = None,
     backend: str | None = None,
+    tiles: Hashable | None = None,
 ) -> Float[Array, "R F"]:
     """Multiply the rows of every expert by its own matrix, `act(x W_e + b_e)`, result in the dtype of the rows.
 
@@ -30,8 +33,9 @@ def grouped_matmul(
     weights in their dtypes and exactly 0 for an expert without rows: `dX_e = dH_e W_eᵀ`, `dW_e = X_eᵀ dH_e` and
     `db_e = Σ dH_e`, where `dH` is `dY` taken back through the activation. The argument of the activation is
     kept for the way back by the GPU kernels, and elsewhere computed again from the inputs. What stands in unused rows
-    of the result is not promised, and what stands in unused rows of the input is never read into a gradient. Raises
-    ValueError for shapes that do not fit the plan and for another activation.
+    of the result is not promised, and what stands in unused rows of the input is never read into a gradient. `tiles`
+    are block sizes for both passes (`GivenTiles` of the TPU kernels), which choose their own by default. Raises
+    ValueError for shapes that do not fit the plan, for another activation, and for block sizes that do not fit.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import dispatch, make_plan, route
@@ -49,7 +53,7 @@ def grouped_matmul(
         _check_weight("bias", bias, (plan.layout.num_experts, weight.shape[2]))
     if activation is not None:
         function_of(activation)
-    return _matmul(rows, MatmulWeights(weight, bias), plan, activation, backend)
+    return _matmul(rows, MatmulWeights(weight, bias), plan, activation, backend, tiles)
 
 
 def grouped_glu(
@@ -60,6 +64,7 @@ def grouped_glu(
     *,
     activation: Activation = "silu",
     backend: str | None = None,
+    tiles: Hashable | None = None,
 ) -> Float[Array, "R F"]:
     """Both first matmuls of gated expert MLPs in one, `act(x G_e) * (x U_e)`, so that rows are read once.
 
@@ -81,7 +86,7 @@ def grouped_glu(
     if up_weight.dtype != gate_weight.dtype:
         raise ValueError(f"up_weight has dtype {up_weight.dtype}; give it that of gate_weight, {gate_weight.dtype}")
     function_of(activation)
-    return _matmul(rows, MatmulWeights(gate_weight, up=up_weight), plan, activation, backend)
+    return _matmul(rows, MatmulWeights(gate_weight, up=up_weight), plan, activation, backend, tiles)
 
 
 def _matmul(
@@ -90,6 +95,7 @@ def _matmul(
     plan: Plan,
     activation: Activation | None,
     backend: str | None,
+    tiles: Hashable | None,
 ) -> Float[Array, "R F"]:
     problem = backends.problem_of(
         "grouped_matmul",
@@ -101,7 +107,7 @@ def _matmul(
         weight_dtype=str(weights.weight.dtype),
         activation=activation or "",
     )
-    span = backends.choose(problem, backend)
+    span = backends.choose(dataclasses.replace(problem, tiles=tiles), backend)
     return apply(span, MatmulStatic(plan.layout, activation), (rows, weights), (plan.runs,))
 
 
@@ -112,12 +118,13 @@ def expert_mlp(
     *,
     activation: Activation = "gelu_tanh",
     backend: str | None = None,
+    tiles: Hashable | None = None,
 ) -> Float[Array, "R D"]:
     """Apply every expert's MLP, `act(x w1 + b1) w2 + b2`, to its rows.
 
     Matmuls accumulate in float32; the hidden layer is rounded to the dtype of the rows before and after the activation
-    (`gelu_tanh` or `gelu_erf`, computed in float32). Unused rows as in `grouped_matmul`. Raises ValueError for shapes
-    that do not fit and for another activation.
+    (`gelu_tanh` or `gelu_erf`, computed in float32). Unused rows and `tiles` as in `grouped_matmul`. Raises
+    ValueError for shapes and block sizes that do not fit and for another activation.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import MlpWeights, dispatch, make_plan, route
@@ -139,7 +146,7 @@ def expert_mlp(
         weight_dtype=str(weights.w1.dtype),
         activation=activation,
     )
-    span = backends.choose(problem, backend)
+    span = backends.choose(dataclasses.replace(problem, tiles=tiles), backend)
     return apply(span, MlpStatic(plan.layout, activation), (rows, weights), (plan.runs,))
 
 

@@ -1,5 +1,8 @@
 """Block sizes and schedules: arithmetic that needs no kernel."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,19 +12,22 @@ from hypothesis import strategies as st
 
 from moe_kernels.backends import choose, explain
 from moe_kernels.backends.base import Problem
+from moe_kernels.backends.tpu import TPU
 from moe_kernels.backends.tpu.common.schedule import ADDS, PADDING, STARTS, make_schedule
 from moe_kernels.backends.tpu.common.tiling import (
     PIECE,
+    GivenTiles,
+    RowCuts,
+    Sizes,
+    Tiles,
     computed_rows,
     covers,
     fine_pieces,
-    matmul_backward_tiles,
-    matmul_forward_tiles,
-    mlp_backward_tiles,
-    mlp_forward_tiles,
     one_item,
     pieces,
 )
+from moe_kernels.backends.tpu.matmul.tiles import matmul_backward_tiles, matmul_forward_tiles
+from moe_kernels.backends.tpu.mlp.tiles import mlp_backward_tiles, mlp_forward_tiles
 from moe_kernels.chips import MIB, TPUS
 from moe_kernels.types import Layout, Runs
 
@@ -52,7 +58,7 @@ def test_pieces_cover_every_number_of_rows(shapes, largest, depth):
 def test_blocks_cover_rows_and_columns_within_vmem(choose_tiles, layout, chip):
     for width in (1, 130, 512, 1280, 2880):
         for expert_width in (1, 257, 2880, 4 * width):
-            tiles = choose_tiles(layout, width, expert_width, 2, 4, TPUS[chip])
+            tiles = choose_tiles(Sizes(layout, width, expert_width, 2, 4, TPUS[chip]))
             assert tiles is not None and tiles.vmem <= TPUS[chip].vmem
             assert tiles.num_chunks * tiles.chunk == tiles.padded >= expert_width
             assert tiles.padded <= max(1.07 * expert_width, expert_width + TPUS[chip].depth - 1)
@@ -105,7 +111,7 @@ def test_items_cover_every_row_once(sizes, tile_rows, num_cores, packed):
 
 def useful_rows(sizes: np.ndarray, chip: str) -> float:
     """Useful rows among computed ones of the fused MLP."""
-    tiles = mlp_forward_tiles(LAYOUTS[1], 768, 3072, 2, 2, TPUS[chip])
+    tiles = mlp_forward_tiles(Sizes(LAYOUTS[1], 768, 3072, 2, 2, TPUS[chip]))
     assert tiles is not None
     total = 0
     for size in sizes:
@@ -147,3 +153,54 @@ def test_the_table_says_who_takes_what():
 
 def test_vmem_is_a_whole_chip():
     assert {chip.vmem for chip in TPUS.values()} == {16 * MIB, 64 * MIB, 128 * MIB}
+
+
+@pytest.mark.parametrize(
+    ("span", "chip", "width"),
+    [("expert_mlp", "v4", 3072), ("grouped_matmul", "v4", 6144), ("dispatch_mlp_combine", "7x", 1280)],
+)
+def test_bfloat16_weights_are_not_refused_for_float32s_vmem(span, chip, width):
+    problem = Problem(
+        span, "tpu", "bfloat16", (16384, width), 32, expert_width=4 * width, layout=LAYOUTS[0], chip=TPUS[chip].kind
+    )
+    for weight_dtype, taken in (("bfloat16", True), ("float32", False), ("", False)):
+        reason = TPU.why_not(dataclasses.replace(problem, weight_dtype=weight_dtype))
+        assert (reason is None) == taken and (taken or "MiB of VMEM" in reason)
+    assert "weights of dtype int8 are none of" in TPU.why_not(dataclasses.replace(problem, weight_dtype="int8"))
+
+
+GIVEN = Tiles(RowCuts(272, 272, (272, 144, 16)), 512, 3072)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "reason"),
+    [
+        (GIVEN, None),
+        (dataclasses.replace(GIVEN, rows=RowCuts(272, 272, (16, 272))), "pieces=(16, 272) do not descend"),
+        (dataclasses.replace(GIVEN, rows=RowCuts(272, 272, (128, 64))), "pieces=(128, 64) go over more than rows=272"),
+        (dataclasses.replace(GIVEN, rows=RowCuts(272, 544, (272,))), "copied=544 is not 272"),
+        (dataclasses.replace(GIVEN, padded=2560), "padded=2560 is not at least F=3072"),
+        (dataclasses.replace(GIVEN, chunk=96), "chunk=96 is neither a multiple of 128 nor all of F"),
+        (dataclasses.replace(GIVEN, chunk=3072), "MiB of VMEM; v4 has 16"),
+    ],
+)
+@pytest.mark.parametrize("span", ["expert_mlp", "grouped_matmul"])
+def test_block_sizes_given_by_hand_are_taken_or_refused_with_the_reason(span, tiles, reason):
+    problem = Problem(
+        span, "tpu", "bfloat16", (17408, 512), 32, expert_width=3072, layout=LAYOUTS[0], chip="TPU v4",
+        weight_dtype="bfloat16", tiles=GivenTiles(backward=tiles),
+    )  # fmt: skip
+    if reason is None:
+        assert choose(problem).backward.keywords["tiles"].rows == tiles.rows
+        assert choose(problem).forward.keywords == {} and choose(problem).backward.keywords["tiles"].vmem > 0
+        return
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        choose(problem, "tpu")
+
+
+def test_block_sizes_of_other_kernels_are_refused():
+    problem = Problem("dispatch", "tpu", "bfloat16", (16384, 768), 32, layout=LAYOUTS[0], chip="TPU v4")
+    with pytest.raises(ValueError, match="tpu: block sizes can be given for expert_mlp and grouped_matmul"):
+        choose(dataclasses.replace(problem, tiles=GivenTiles()))
+    with pytest.raises(ValueError, match="xla: block sizes of class int are not those of its kernels"):
+        choose(dataclasses.replace(problem, tiles=1))

@@ -17,12 +17,12 @@ from moe_kernels import MlpWeights, combine, dispatch, expert_mlp
 from moe_kernels.backends import explain
 from moe_kernels.backends.base import MlpStatic, Problem
 from moe_kernels.backends.tpu.common.launch import Target
-from moe_kernels.backends.tpu.common.tiling import RowTiles, Tiles
+from moe_kernels.backends.tpu.common.tiling import RowCuts, Tiles
 from moe_kernels.backends.tpu.fused import span as in_layer
 from moe_kernels.backends.tpu.fused.forward import run_fused
 from moe_kernels.backends.tpu.fused.in_place import LayerOperands
 from moe_kernels.backends.tpu.fused.span import LayerSaved, layer_backward, layer_forward, layer_value, run_backward
-from moe_kernels.backends.tpu.permute.tiles import FusedTiles, fused_backward_tiles, fused_tiles
+from moe_kernels.backends.tpu.fused.tiles import FusedTiles, fused_backward_tiles, fused_tiles
 from moe_kernels.chips import TPUS
 from moe_kernels.types import Layout
 
@@ -33,7 +33,7 @@ def tiles_of(
     rows: int, pieces: tuple[int, ...], chunk: int, hidden: int, load: int, tokens: int, planes: int
 ) -> FusedTiles:
     steps = rows // pieces[0] * (hidden // chunk)
-    mlp = Tiles(RowTiles(rows, rows, pieces), chunk, hidden, vmem=0)
+    mlp = Tiles(RowCuts(rows, rows, pieces), chunk, hidden, vmem=0)
     return FusedTiles(mlp, load, -(-tokens // load), planes, -(-rows // steps // 16) * 16)
 
 

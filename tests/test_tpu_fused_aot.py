@@ -7,9 +7,10 @@ from tpu_aot import Chip, check_vmem, kernel_vmem
 from moe_kernels import MlpWeights
 from moe_kernels.backends import explain, find, problem_of
 from moe_kernels.backends.base import MlpStatic
+from moe_kernels.backends.tpu.common.tiling import Sizes
 from moe_kernels.backends.tpu.fused.in_place import LayerOperands
 from moe_kernels.backends.tpu.fused.span import LayerSaved
-from moe_kernels.backends.tpu.permute.tiles import fused_backward_tiles, fused_tiles, keeps_rows
+from moe_kernels.backends.tpu.fused.tiles import fused_backward_tiles, fused_tiles, keeps_rows
 from moe_kernels.types import Layout, Plan
 
 pytestmark = pytest.mark.aot
@@ -47,10 +48,10 @@ def check(chip, width, layout, weight_dtype, dtype=jnp.bfloat16):
     if not said.startswith("tpu: chosen"):
         return said
     itemsizes = jnp.dtype(dtype).itemsize, jnp.dtype(weight_dtype).itemsize
-    sizes = layout, width, f, *itemsizes, chosen[0].facts
-    keep_rows = keeps_rows(*sizes)
-    check_vmem(compiled, "dispatch_mlp_combine_forward", fused_tiles(*sizes, keep_rows=keep_rows).mlp.vmem)
-    tiles = fused_tiles(*sizes)
+    sizes = Sizes(layout, width, f, *itemsizes, chosen[0].facts)
+    keep_rows = keeps_rows(sizes)
+    check_vmem(compiled, "dispatch_mlp_combine_forward", fused_tiles(sizes, keep_rows=keep_rows).mlp.vmem)
+    tiles = fused_tiles(sizes)
     # The value alone does without the blocks of results before gates, two at a time.
     blocks = 2 * tiles.load * width * jnp.dtype(dtype).itemsize
     # Not from below: on v5e it uses 1.4 times less, probably as XLA holds an operand in VMEM itself.
@@ -64,7 +65,7 @@ def check(chip, width, layout, weight_dtype, dtype=jnp.bfloat16):
         )
 
     compiled = device.compile(backward, tokens, gate, weights, plan, tokens, rows, tokens)
-    tiles = fused_backward_tiles(*sizes)
+    tiles = fused_backward_tiles(sizes)
     # Where tokens and cotangents fit at all; explain() is of weights in the dtype of the rows.
     assert tiles is not None or (chip == "7x" and width > 512) or (layout.num_experts == 8 and width == 1280)
     if weight_dtype == dtype:

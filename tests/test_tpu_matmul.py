@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from test_tpu_mlp import CASES, POISONED, TARGET, tiles_of
 
-from moe_kernels.backends.base import MatmulStatic
+from moe_kernels.backends import choose
+from moe_kernels.backends.base import MatmulStatic, Problem, apply
 from moe_kernels.backends.tpu.common.launch import Target
-from moe_kernels.backends.tpu.common.tiling import covers, matmul_backward_tiles, matmul_forward_tiles, pieces
+from moe_kernels.backends.tpu.common.tiling import GivenTiles, Sizes, covers, pieces
+from moe_kernels.backends.tpu.matmul import backward, forward
 from moe_kernels.backends.tpu.matmul.backward import grouped_matmul_backward, run_backward
 from moe_kernels.backends.tpu.matmul.forward import grouped_matmul_forward, run_forward
+from moe_kernels.backends.tpu.matmul.tiles import matmul_backward_tiles, matmul_forward_tiles
 
 EPILOGUES = {"none": None, "pointwise": "gelu_tanh", "gated": "silu"}
 
@@ -152,6 +155,24 @@ def test_a_published_width():
     rows = nasty.Rows(experts=2, rows_per_run=16, width=2880, hidden=2880)
     given, size = nasty.matmul_operands(rows, dtype="bfloat16", weight_dtype="bfloat16"), (15, 3)
     sizes = (rows.layout, rows.width, rows.hidden, 2, 2, TARGET.facts)
-    forward, backward = matmul_forward_tiles(*sizes), matmul_backward_tiles(*sizes)
-    assert forward.chunk % 128 == 0 and forward.padded > rows.hidden and forward.chunk == backward.chunk
-    check(rows, given, size, matmul(rows, backward, TARGET, None, given, np.array(size)))
+    there, back = matmul_forward_tiles(Sizes(*sizes)), matmul_backward_tiles(Sizes(*sizes))
+    assert there.chunk % 128 == 0 and there.padded > rows.hidden and there.chunk == back.chunk
+    check(rows, given, size, matmul(rows, back, TARGET, None, given, np.array(size)))
+
+
+def test_block_sizes_that_a_call_brings_along_give_the_same_values(monkeypatch):
+    rows, size = nasty.Rows(experts=4, rows_per_run=24, width=128, hidden=256), (23, 0, 7, 24)
+    (x, weights, dout), runs, static = nasty.matmul_operands(rows), rows.runs(size), MatmulStatic(rows.layout)
+    tiles = GivenTiles(tiles_of(rows, 16, (16,), 128), tiles_of(rows, 32, (32, 16), 128))
+    problem = Problem("grouped_matmul", "cpu", "float32", x.shape, 4, rows.hidden, rows.layout, tiles=tiles)
+    for module, name in ((forward, "matmul_forward_tiles"), (backward, "matmul_backward_tiles")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("chosen, although given"))
+
+    @jax.jit
+    def both(x, weights, dout):
+        run = functools.partial(apply, choose(problem, "tpu"), static)
+        out, pull = jax.vjp(lambda *operands: run(operands, (runs,)), x, weights)
+        return out, *pull(dout)
+
+    assert "grid=(1, 8, 2)" in str(jax.make_jaxpr(both)(x, weights, dout))
+    check(rows, (x, weights, dout), size, both(x, weights, dout))

@@ -7,7 +7,8 @@ from tpu_aot import LAYOUTS, TOPOLOGIES, WIDTHS, Chip, check_vmem
 
 from moe_kernels.backends import choose, problem_of
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights, apply, epilogue_of
-from moe_kernels.backends.tpu.common.tiling import matmul_backward_tiles, matmul_forward_tiles
+from moe_kernels.backends.tpu.common.tiling import Sizes
+from moe_kernels.backends.tpu.matmul.tiles import matmul_backward_tiles, matmul_forward_tiles
 
 pytestmark = pytest.mark.aot
 
@@ -39,10 +40,10 @@ def check(chip, sizes, layout, weight_dtype, epilogue="none", dtype=jnp.bfloat16
         return out, pull(dout)
 
     program = device.compile(both, rows, weights, device.runs(layout), out)
-    given = (layout, width, expert_width, jnp.dtype(dtype).itemsize, jnp.dtype(weight_dtype).itemsize)
-    facts = chosen[0].facts
+    itemsizes = jnp.dtype(dtype).itemsize, jnp.dtype(weight_dtype).itemsize
+    given = Sizes(layout, width, expert_width, *itemsizes, chosen[0].facts)
     for name, tiles in (("forward", matmul_forward_tiles), ("backward", matmul_backward_tiles)):
-        check_vmem(program, f"grouped_matmul_{name}", tiles(*given, facts, epilogue=epilogue).vmem)
+        check_vmem(program, f"grouped_matmul_{name}", tiles(given, epilogue=epilogue).vmem)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from moe_cases import SAME_BITS
 
-from moe_kernels.backends.base import MlpStatic
+from moe_kernels.backends import choose
+from moe_kernels.backends.base import MlpStatic, Problem, apply
 from moe_kernels.backends.tpu.common.launch import Target
-from moe_kernels.backends.tpu.common.tiling import RowTiles, Tiles, mlp_backward_tiles
+from moe_kernels.backends.tpu.common.tiling import GivenTiles, RowCuts, Sizes, Tiles
+from moe_kernels.backends.tpu.mlp import backward, forward
 from moe_kernels.backends.tpu.mlp.backward import expert_mlp_backward, run_backward
 from moe_kernels.backends.tpu.mlp.forward import expert_mlp_forward, run_forward
+from moe_kernels.backends.tpu.mlp.tiles import mlp_backward_tiles
 
 TARGET = Target("TPU v6 lite", interpret=True)
 # Small enough that every case has several pieces, and most of them several items and chunks.
@@ -21,7 +24,7 @@ TARGET = Target("TPU v6 lite", interpret=True)
 
 def tiles_of(rows: nasty.Rows, held: int, pieces: tuple[int, ...], chunk: int, padded: int = 0) -> Tiles:
     copied = min(held, rows.layout.rows_per_expert or rows.num_rows)
-    return Tiles(RowTiles(held, copied, pieces), chunk, padded or rows.hidden, vmem=0)
+    return Tiles(RowCuts(held, copied, pieces), chunk, padded or rows.hidden, vmem=0)
 
 
 # A whole expert as one item of one piece, and of several; several items with one chunk of F, and with several.
@@ -109,7 +112,7 @@ def test_a_published_width():
     """F 2880 = 22.5 x 128, with the block sizes that are chosen for it; two experts with few rows."""
     rows = nasty.Rows(experts=2, rows_per_run=16, width=320, hidden=2880)
     given, size = nasty.operands(rows, dtype="bfloat16", weight_dtype="bfloat16"), (15, 3)
-    tiles = mlp_backward_tiles(rows.layout, rows.width, rows.hidden, 2, 2, TARGET.facts)
+    tiles = mlp_backward_tiles(Sizes(rows.layout, rows.width, rows.hidden, 2, 2, TARGET.facts))
     assert tiles.num_chunks > 1 and tiles.padded > rows.hidden
     nasty.check_mlp(rows, given, size, mlp(rows, tiles, TARGET, "gelu_tanh", given, np.array(size)))
 
@@ -231,3 +234,21 @@ def test_without_rows_and_without_biases():
     drows, dweights = expert_mlp_backward(TARGET, static, saved, given.dout)
     assert out.shape == drows.shape == (0, rows.width)
     assert dweights.b1 is None and dweights.b2 is None and not dweights.w1.any() and not dweights.w2.any()
+
+
+def test_block_sizes_that_a_call_brings_along_give_the_same_values(monkeypatch):
+    rows, size = nasty.Rows(experts=4, rows_per_run=24, width=128, hidden=256), (23, 0, 7, 24)
+    given, runs, static = nasty.operands(rows), rows.runs(size), MlpStatic(rows.layout, "gelu_tanh")
+    tiles = GivenTiles(tiles_of(rows, 16, (16,), 128), tiles_of(rows, 32, (32, 16), 128))
+    problem = Problem("expert_mlp", "cpu", "float32", given.rows.shape, 4, rows.hidden, rows.layout, tiles=tiles)
+    for module, name in ((forward, "mlp_forward_tiles"), (backward, "mlp_backward_tiles")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("chosen, although given"))
+
+    @jax.jit
+    def both(given):
+        run = functools.partial(apply, choose(problem, "tpu"), static)
+        out, pull = jax.vjp(lambda *operands: run(operands, (runs,)), given.rows, given.weights)
+        return out, *pull(given.dout)
+
+    assert "grid=(1, 8, 2)" in str(jax.make_jaxpr(both)(given))
+    nasty.check_mlp(rows, given, size, both(given))

@@ -7,9 +7,10 @@ from tpu_aot import LAYOUTS, TOPOLOGIES, WIDTHS, Chip, check_vmem
 from moe_kernels import MlpWeights
 from moe_kernels.backends import choose, problem_of
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.tpu.common.tiling import mlp_backward_tiles, mlp_forward_tiles
+from moe_kernels.backends.tpu.common.tiling import Sizes
 from moe_kernels.backends.tpu.mlp.forward import MlpSaved
 from moe_kernels.backends.tpu.mlp.hidden import keeps_hidden
+from moe_kernels.backends.tpu.mlp.tiles import mlp_backward_tiles, mlp_forward_tiles
 from moe_kernels.chips import TPUS
 
 pytestmark = pytest.mark.aot
@@ -25,9 +26,9 @@ def check(chip, width, layout, weight_dtype, dtype=jnp.bfloat16):
         array((e, width), jnp.float32),
     )  # fmt: skip
     static, facts = MlpStatic(layout, "gelu_tanh"), TPUS[chip]
-    sizes = (layout, width, f, jnp.dtype(dtype).itemsize, jnp.dtype(weight_dtype).itemsize, facts)
-    keep = keeps_hidden(*sizes)
-    tiles, back_tiles = mlp_forward_tiles(*sizes, keep=keep), mlp_backward_tiles(*sizes, keep=keep)
+    sizes = Sizes(layout, width, f, jnp.dtype(dtype).itemsize, jnp.dtype(weight_dtype).itemsize, facts)
+    keep = keeps_hidden(sizes)
+    tiles, back_tiles = mlp_forward_tiles(sizes, keep=keep), mlp_backward_tiles(sizes, keep=keep)
     hidden = array((layout.num_rows, tiles.padded), dtype) if keep else None
 
     def span(rows):

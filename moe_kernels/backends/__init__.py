@@ -165,4 +165,6 @@ def explain(problem: Problem) -> str:
 def _why_not(backend: Backend, problem: Problem) -> str | None:
     if problem.span not in backend.spans:
         return f"has no {problem.span}"
+    if problem.tiles is not None and (backend.tiles is None or not isinstance(problem.tiles, backend.tiles)):
+        return f"block sizes of class {type(problem.tiles).__name__} are not those of its kernels"
     return backend.why_not(problem)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,7 +25,8 @@ class Problem:
     lite"), empty if unknown, `num_cores` its TensorCores or multiprocessors, 0 if unknown; `named` says that the user
     asked for this back end by name, which is how a kernel runs interpreted on a CPU; `epilogue` is that of a grouped
     matmul; `weight_dtype` is that of the experts' weights and `activation` what follows their first
-    matmul, both empty if unknown or not there.
+    matmul, both empty if unknown or not there; `tiles` are block sizes that a call brings along, of the class that its
+    back end has for them, None to have them chosen.
 
     >>> Problem("dispatch", "cpu", "float32", (4, 8), 2).span
     'dispatch'
@@ -45,6 +46,7 @@ class Problem:
     route: RouteStatic | None = None
     weight_dtype: str = ""
     activation: str = ""
+    tiles: Hashable | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,8 @@ class Backend:
     `spans` gives for each operation the function from a problem that is taken to its span; equal problems should get
     the same span, so that JAX finds what it has traced before. Those in `optional` go to the first back end that takes
     them where this one was named and refuses: a whole layer can be asked for by the name of its matmuls. `note` says
-    how a problem that is taken is worked, where there is a choice, and `work` what all its work is made of.
+    how a problem that is taken is worked, where there is a choice, `work` what all its work is made of, and `tiles` the
+    class of the block sizes that a call may bring along.
 
     >>> Backend("mine", lambda problem: "not today", spans={}).why_not(Problem("dispatch", "cpu", "float32", (4, 8), 2))
     'not today'
@@ -148,6 +151,7 @@ class Backend:
     optional: frozenset[SpanName] = frozenset()
     note: Callable[[Problem], str | None] = lambda problem: None
     work: str = "Pallas kernel"
+    tiles: type | None = None
 
 
 @functools.lru_cache

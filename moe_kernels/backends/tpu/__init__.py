@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from moe_kernels.backends.base import Backend, Problem, Span, activation_misfit, by_kernel_alone, rows_misfit
 from moe_kernels.backends.tpu.common.launch import STAND_IN, Target
-from moe_kernels.backends.tpu.common.tiling import (
-    MOST_ROWS,
-    matmul_backward_tiles,
-    matmul_forward_tiles,
-    mlp_backward_tiles,
-    mlp_forward_tiles,
-)
+from moe_kernels.backends.tpu.common.tiling import MOST_ROWS, GivenTiles, Sizes, Tiles, tiles_misfit
+from moe_kernels.backends.tpu.common.vmem import needed_vmem
 from moe_kernels.backends.tpu.fused.span import layer_backward, layer_forward, layer_value
+from moe_kernels.backends.tpu.fused.tiles import fused_backward_tiles, fused_tiles
 from moe_kernels.backends.tpu.matmul.backward import grouped_matmul_backward
 from moe_kernels.backends.tpu.matmul.forward import grouped_matmul_forward
+from moe_kernels.backends.tpu.matmul.tiles import (
+    matmul_backward_need,
+    matmul_backward_tiles,
+    matmul_forward_need,
+    matmul_forward_tiles,
+)
 from moe_kernels.backends.tpu.mlp.backward import expert_mlp_backward
 from moe_kernels.backends.tpu.mlp.forward import expert_mlp, expert_mlp_forward
 from moe_kernels.backends.tpu.mlp.hidden import hidden_cost, keeps_hidden
+from moe_kernels.backends.tpu.mlp.tiles import (
+    mlp_backward_need,
+    mlp_backward_tiles,
+    mlp_forward_need,
+    mlp_forward_tiles,
+)
 from moe_kernels.backends.tpu.permute.backward import combine_backward, dispatch_backward
 from moe_kernels.backends.tpu.permute.forward import combine_forward, dispatch_forward
-from moe_kernels.backends.tpu.permute.tiles import fused_backward_tiles, fused_tiles, gather_tiles
+from moe_kernels.backends.tpu.permute.tiles import gather_tiles
 from moe_kernels.backends.tpu.route.backward import route_backward
 from moe_kernels.backends.tpu.route.forward import route_forward
 from moe_kernels.backends.tpu.route.tiles import route_misfit
-from moe_kernels.chips import MIB, TPUS, Tpu, find_tpu
-from moe_kernels.types import Layout
+from moe_kernels.chips import MIB, TPUS, find_tpu
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2}
-# Weights may be float32 whatever the rows are; a problem does not say, so blocks must fit in the larger case too.
+# Weights whose dtype a problem does not say may be float32, whatever the rows are.
 LARGEST_WEIGHT = 4
 GATHERS = ("dispatch", "combine")
 # Bytes of a row that is one sublane of whole planes, and of scalar memory that places and gates may take.
@@ -39,6 +48,11 @@ TILES = {
     "expert_mlp": (mlp_forward_tiles, mlp_backward_tiles),
     "grouped_matmul": (matmul_forward_tiles, matmul_backward_tiles),
     "dispatch_mlp_combine": (mlp_backward_tiles, fused_tiles),
+}
+# Bytes of VMEM of kernels whose block sizes a call may bring along.
+NEEDS = {
+    "expert_mlp": (mlp_forward_need, mlp_backward_need),
+    "grouped_matmul": (matmul_forward_need, matmul_backward_need),
 }
 
 
@@ -54,6 +68,10 @@ def why_not(problem: Problem) -> str | None:
         return f"dtype {problem.dtype} is none of {tuple(ITEMSIZES)}"
     if problem.platform == "tpu" and find_tpu(problem.chip) is None:
         return f"chip {problem.chip!r} is none of {tuple(tpu.kind for tpu in TPUS.values())}"
+    if problem.weight_dtype not in ("", *ITEMSIZES):
+        return f"weights of dtype {problem.weight_dtype} are none of {tuple(ITEMSIZES)}"
+    if problem.tiles is not None and problem.span not in NEEDS:
+        return f"block sizes can be given for {' and '.join(NEEDS)}"
     if problem.span in TILES:
         fused = _fused_misfit(problem) if problem.span == "dispatch_mlp_combine" else None
         return activation_misfit(problem) or rows_misfit(problem.layout) or fused or _vmem_misfit(problem)
@@ -68,17 +86,44 @@ def why_not(problem: Problem) -> str | None:
 
 
 def _vmem_misfit(problem: Problem) -> str | None:
-    assert problem.layout is not None
-    chip = _target(problem).facts
-    epilogue = {"epilogue": problem.epilogue} if problem.span == "grouped_matmul" else {}
-    for choose in TILES[problem.span]:
-        sizes = (problem.shape[-1], problem.expert_width, ITEMSIZES[problem.dtype], LARGEST_WEIGHT)
-        if choose(problem.layout, *sizes, chip, **epilogue) is None:
+    sizes = _sizes(problem)
+    options = {"epilogue": problem.epilogue} if problem.span == "grouped_matmul" else {}
+    given = _given(problem)
+    for choose, tiles in zip(TILES[problem.span], (given.forward, given.backward), strict=True):
+        if tiles is None and choose(sizes, **options) is None:
             return (
-                f"width {problem.shape[-1]} with expert width {problem.expert_width} does not fit the "
-                f"{chip.vmem // MIB} MiB of VMEM of {_target(problem).chip}"
+                f"width {sizes.width} with expert width {sizes.expert_width} does not fit the "
+                f"{sizes.chip.vmem // MIB} MiB of VMEM of {_target(problem).chip}"
             )
+        if tiles is not None and (reason := tiles_misfit(tiles, sizes, tiles.vmem)):
+            return f"the block sizes that were given do not fit: {reason}"
     return None
+
+
+def _given(problem: Problem) -> GivenTiles:
+    """The block sizes that a call brings along, with the bytes that they need."""
+    given = problem.tiles
+    if given is None:
+        return GivenTiles()
+    assert isinstance(given, GivenTiles), "refused by the table"
+    sizes = _sizes(problem)
+    options = {"epilogue": problem.epilogue} if problem.span == "grouped_matmul" else {"keep": keeps_hidden(sizes)}
+
+    def counted(tiles: Tiles | None, need: Callable[..., int]) -> Tiles | None:
+        if tiles is None:
+            return None
+        return dataclasses.replace(tiles, vmem=needed_vmem(need(sizes, tiles.rows, tiles.chunk, **options)))
+
+    forward, backward = NEEDS[problem.span]
+    return GivenTiles(counted(given.forward, forward), counted(given.backward, backward))
+
+
+def _sizes(problem: Problem, unknown: int = LARGEST_WEIGHT) -> Sizes:
+    """What block sizes are chosen by; `unknown` are the bytes of a weight where the problem does not say."""
+    assert problem.layout is not None
+    weight = ITEMSIZES.get(problem.weight_dtype, unknown)
+    itemsize = ITEMSIZES[problem.dtype]
+    return Sizes(problem.layout, problem.shape[-1], problem.expert_width, itemsize, weight, _target(problem).facts)
 
 
 def _fused_misfit(problem: Problem) -> str | None:
@@ -124,16 +169,21 @@ def _target(problem: Problem) -> Target:
 
 
 @functools.lru_cache
-def _span(forward: Any, backward: Any, target: Target, value: Any = None) -> Span:
+def _span(forward: Any, backward: Any, target: Target, value: Any = None, tiles: GivenTiles | None = None) -> Span:
     """One span for each target, so that JAX finds what it has traced before."""
-    alone = None if value is None else functools.partial(value, target)
-    return Span(functools.partial(forward, target), functools.partial(backward, target), alone)
+
+    def bound(function: Any, given: Tiles | None) -> Any:
+        return functools.partial(function, target, **({} if given is None else {"tiles": given}))
+
+    tiles = tiles or GivenTiles()
+    alone = None if value is None else bound(value, tiles.forward)
+    return Span(bound(forward, tiles.forward), bound(backward, tiles.backward), alone)
 
 
 def note(problem: Problem) -> str | None:
     """Which kernels a layer's passes are; what becomes of the experts' hidden layer, with both times.
 
-    Weights are in the dtype of the rows. A layer in one kernel always computes the hidden layer again.
+    Weights of unknown dtype have that of the rows. A layer in one kernel always computes the hidden layer again.
 
     >>> from moe_kernels.types import Layout
     >>> layout = Layout(16384, 1, 1, 32, 17408, 544)
@@ -142,27 +192,26 @@ def note(problem: Problem) -> str | None:
     """
     if problem.span not in ("expert_mlp", "dispatch_mlp_combine") or problem.layout is None:
         return None
-    itemsize = ITEMSIZES[problem.dtype]
-    sizes = (problem.layout, problem.shape[-1], problem.expert_width, itemsize, itemsize, _target(problem).facts)
-    again, kept = (f"{1e3 * seconds / _target(problem).num_cores:.3f} ms" for seconds in hidden_cost(*sizes))
-    hidden_mb = 1e-6 * problem.layout.num_rows * problem.expert_width * itemsize
+    sizes = _sizes(problem, ITEMSIZES[problem.dtype])
+    again, kept = (f"{1e3 * seconds / _target(problem).num_cores:.3f} ms" for seconds in hidden_cost(sizes))
+    hidden_mb = 1e-6 * problem.layout.num_rows * problem.expert_width * sizes.itemsize
     ways = [f"computed again: {again}", f"kept: {kept} and {hidden_mb:.0f} MB"]
     if problem.span == "expert_mlp":
         begin = "hidden layer"
-        if keeps_hidden(*sizes):
+        if keeps_hidden(sizes):
             ways.reverse()
     else:
         begin = f"{_passes(sizes)}; hidden layer always"
     return f"{begin} {'; '.join(ways)} (forward and backward by the roofline, modelled)"
 
 
-def _passes(sizes: tuple[Layout, int, int, int, int, Tpu]) -> str:
+def _passes(sizes: Sizes) -> str:
     """Which kernels both passes of a layer in one kernel are."""
-    if fused_backward_tiles(*sizes) is not None:
+    if fused_backward_tiles(sizes) is not None:
         return "one kernel forward and one backward"
     return (
         "one kernel forward; backward in its parts, since tokens, cotangents and a chunk of weights do not fit the "
-        f"{sizes[-1].vmem // MIB} MiB of VMEM together"
+        f"{sizes.chip.vmem // MIB} MiB of VMEM together"
     )
 
 
@@ -171,12 +220,17 @@ TPU = Backend(
     why_not=why_not,
     spans={
         "route": lambda problem: by_kernel_alone(_span(route_forward, route_backward, _target(problem))),
-        "grouped_matmul": lambda problem: _span(grouped_matmul_forward, grouped_matmul_backward, _target(problem)),
+        "grouped_matmul": lambda problem: _span(
+            grouped_matmul_forward, grouped_matmul_backward, _target(problem), tiles=_given(problem)
+        ),
         "dispatch": lambda problem: _span(dispatch_forward, dispatch_backward, _target(problem)),
         "combine": lambda problem: _span(combine_forward, combine_backward, _target(problem)),
-        "expert_mlp": lambda problem: _span(expert_mlp_forward, expert_mlp_backward, _target(problem), expert_mlp),
+        "expert_mlp": lambda problem: _span(
+            expert_mlp_forward, expert_mlp_backward, _target(problem), expert_mlp, _given(problem)
+        ),
         "dispatch_mlp_combine": lambda problem: _span(layer_forward, layer_backward, _target(problem), layer_value),
     },
     optional=frozenset(("route", *GATHERS)),
     note=note,
+    tiles=GivenTiles,
 )

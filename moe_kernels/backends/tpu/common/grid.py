@@ -12,18 +12,14 @@ from jaxtyping import Array, Float
 from moe_kernels.backends.tpu.common.launch import Target
 from moe_kernels.backends.tpu.common.rows import Scalars
 from moe_kernels.backends.tpu.common.schedule import items_per_core, make_schedule
-from moe_kernels.backends.tpu.common.tiling import Tiles, covers
+from moe_kernels.backends.tpu.common.tiling import Sizes, Tiles, covers
 from moe_kernels.types import Layout, Runs
 
 
-def tiles_for(
-    choose: Callable[..., Tiles | None], target: Target, layout: Layout, rows: Float[Array, "R D"], weight: Array
-) -> Tiles:
-    """Block sizes of a kernel for a problem that `why_not` lets through."""
-    sizes = (rows.shape[1], weight.shape[2], rows.dtype.itemsize, weight.dtype.itemsize)
-    tiles = choose(layout, *sizes, target.facts)
-    assert tiles is not None, "refused by why_not"
-    return tiles
+def sizes_of(target: Target, layout: Layout, rows: Float[Array, "N D"], weight: Float[Array, "E D F"]) -> Sizes:
+    """What block sizes are chosen by."""
+    itemsizes = rows.dtype.itemsize, weight.dtype.itemsize
+    return Sizes(layout, rows.shape[1], weight.shape[2], *itemsizes, target.facts)
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_kernels.backends.tpu.common.schedule import Schedule
-from moe_kernels.backends.tpu.common.tiling import PIECE, RowTiles
+from moe_kernels.backends.tpu.common.tiling import PIECE, RowCuts
 from moe_kernels.types import ROW_ALIGNMENT, Layout
 
 Scalar = Any  # a traced integer inside a kernel
@@ -25,7 +25,7 @@ class Scalars(NamedTuple):
     covers: Int[Array, " N"]
 
 
-def pieces_of(count: Scalar, covers: Any, tiles: RowTiles) -> tuple[Scalar, Scalar]:
+def pieces_of(count: Scalar, covers: Any, tiles: RowCuts) -> tuple[Scalar, Scalar]:
     """How often the first piece is repeated for an item of `count` rows, and the bits of the other ones."""
     largest = tiles.pieces[0]
     whole = jax.lax.div(count, largest)
@@ -34,7 +34,7 @@ def pieces_of(count: Scalar, covers: Any, tiles: RowTiles) -> tuple[Scalar, Scal
 
 
 def over_pieces(
-    repeats: Scalar, bits: Scalar, tiles: RowTiles, work: Callable[[Scalar, int], None], *, first: bool = True
+    repeats: Scalar, bits: Scalar, tiles: RowCuts, work: Callable[[Scalar, int], None], *, first: bool = True
 ) -> None:
     """Do `work(offset, rows)` for the pieces of an item; without the repeated one where it cannot occur."""
     offset: Scalar = 0
@@ -56,7 +56,7 @@ def over_pieces(
 
 
 def over_pieces_or_shorter(
-    count: Scalar, covers: Any, tiles: RowTiles, depth: int, work: Callable[[Scalar, int], None]
+    count: Scalar, covers: Any, tiles: RowCuts, depth: int, work: Callable[[Scalar, int], None]
 ) -> None:
     """Do `work(offset, rows)` for an item of `count` rows, in as many shorter pieces where those hold all of them.
 

@@ -1,4 +1,4 @@
-"""Block sizes of the matmul kernels, by arithmetic over VMEM: pure functions of shapes and the chip."""
+"""How kernels with experts' weights cut rows and F: what the block sizes of every verb are chosen from; pure."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 
+from moe_kernels.backends.tpu.common.vmem import fits, needed_vmem
 from moe_kernels.chips import MIB, Tpu
-from moe_kernels.fitted import FITTED
-from moe_kernels.types import Epilogue, Layout, round_up
+from moe_kernels.types import Layout, round_up
 
 # Rows of two bfloat16 in a register: pieces start at multiples of it.
 PIECE = 16
@@ -23,7 +23,24 @@ MATMUL_QUARTERS = 9
 
 
 @dataclasses.dataclass(frozen=True)
-class RowTiles:
+class Sizes:
+    """What block sizes are chosen by: where rows lie, D and F, bytes of an entry of the rows and of the weights."""
+
+    layout: Layout
+    width: int
+    expert_width: int
+    itemsize: int
+    weight_itemsize: int
+    chip: Tpu
+
+    @property
+    def cast(self) -> bool:
+        """Whether weights are brought to the dtype of the rows."""
+        return self.itemsize != self.weight_itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class RowCuts:
     """How rows are cut: `rows` of an item in VMEM, `copied` the most that it fetches, worked on in `pieces`.
 
     Pieces descend; the first is repeated in a loop, the others take what is left.
@@ -36,7 +53,7 @@ class RowTiles:
     def shorter(self, depth: int) -> int:
         """A first piece that is a multiple of the MXU's depth, for rows that as many of those hold; 0 if none is.
 
-        >>> [RowTiles(544, 544, (piece,)).shorter(depth) for piece, depth in ((544, 256), (272, 128), (256, 128))]
+        >>> [RowCuts(544, 544, (piece,)).shorter(depth) for piece, depth in ((544, 256), (272, 128), (256, 128))]
         [512, 256, 0]
         """
         short = self.pieces[0] // depth * depth
@@ -47,16 +64,49 @@ class RowTiles:
 class Tiles:
     """Block sizes of a kernel: rows, and the part of the F axis in VMEM at a time (`padded` is F rounded up to it)."""
 
-    rows: RowTiles
+    rows: RowCuts
     chunk: int
     padded: int
-    vmem: int
-    """Bytes that it needs, at most."""
+    vmem: int = 0
+    """Bytes that it needs, at most; counted for block sizes that are given by hand."""
 
     @property
     def num_chunks(self) -> int:
         """Chunks of F."""
         return self.padded // self.chunk
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenTiles:
+    """Block sizes that a call brings along for its passes; None for a pass whose sizes are chosen by arithmetic."""
+
+    forward: Tiles | None = None
+    backward: Tiles | None = None
+
+
+def tiles_misfit(tiles: Tiles, sizes: Sizes, needed: int) -> str | None:
+    """Why block sizes that are given by hand, and need so many bytes of VMEM, cannot be taken.
+
+    >>> from moe_kernels.chips import TPUS
+    >>> sizes = Sizes(Layout(64, 1, 1, 4, 64, 16), 128, 512, 2, 2, TPUS["v6e"])
+    >>> tiles_misfit(Tiles(RowCuts(16, 16, (16,)), chunk=384, padded=512), sizes, 0)
+    'padded=512 is not at least F=512 and a multiple of chunk=384'
+    """
+    rows, pieces, depth = tiles.rows.rows, tiles.rows.pieces, sizes.chip.depth
+    if not pieces or any(n < PIECE or n % PIECE for n in pieces) or list(pieces) != sorted(set(pieces), reverse=True):
+        return f"pieces={pieces} do not descend in multiples of {PIECE} rows"
+    if rows < pieces[0] or rows % PIECE or _covered(rows, pieces, depth) > rows:
+        return f"pieces={pieces} go over more than rows={rows}; make it a multiple of the first"
+    copied = min(rows, sizes.layout.rows_per_expert or sizes.layout.num_rows)
+    if tiles.rows.copied != copied:
+        return f"copied={tiles.rows.copied} is not {copied}, the most rows that an item has"
+    if tiles.padded % tiles.chunk or tiles.padded < sizes.expert_width:
+        return f"padded={tiles.padded} is not at least F={sizes.expert_width} and a multiple of chunk={tiles.chunk}"
+    if tiles.chunk % 128 and tiles.chunk != tiles.padded:
+        return f"chunk={tiles.chunk} is neither a multiple of 128 nor all of F"
+    if not fits(needed, sizes.chip):
+        return f"they need {needed / MIB:.1f} MiB of VMEM; {sizes.chip.name} has {sizes.chip.vmem // MIB}"
+    return None
 
 
 def pieces(largest: int) -> tuple[int, ...]:
@@ -99,12 +149,12 @@ def covers(sizes: tuple[int, ...], depth: int) -> tuple[int, ...]:
     return tuple(next(bits for _, held, bits in options if held >= rows) for rows in range(0, sizes[0] + 1, PIECE))
 
 
-def computed_rows(count: int, tiles: RowTiles, depth: int, *, shorter: bool = False) -> int:
+def computed_rows(count: int, tiles: RowCuts, depth: int, *, shorter: bool = False) -> int:
     """Rows that matmuls run over for an item of `count` rows, `shorter` where as many shorter first pieces may do.
 
-    >>> computed_rows(70, RowTiles(128, 128, (64, 32, 16)), 16)
+    >>> computed_rows(70, RowCuts(128, 128, (64, 32, 16)), 16)
     80
-    >>> [computed_rows(512, RowTiles(544, 544, (272, 144)), 128, shorter=shorter) for shorter in (False, True)]
+    >>> [computed_rows(512, RowCuts(544, 544, (272, 144)), 128, shorter=shorter) for shorter in (False, True)]
     [544, 512]
     """
     whole, tail = divmod(count, tiles.pieces[0])
@@ -115,7 +165,7 @@ def computed_rows(count: int, tiles: RowTiles, depth: int, *, shorter: bool = Fa
     return whole * tiles.pieces[0] + sum(size for n, size in enumerate(tiles.pieces) if bits >> n & 1)
 
 
-def row_tiles(layout: Layout, chip: Tpu, *, contracted: bool = False) -> Iterator[RowTiles]:
+def row_tiles(layout: Layout, chip: Tpu, *, contracted: bool = False) -> Iterator[RowCuts]:
     """Ways to cut the rows, those that fetch weights least often first.
 
     Where matmuls contract over rows (weight gradients) the MXU takes them by its depth, so a piece of several is a
@@ -137,7 +187,7 @@ def row_tiles(layout: Layout, chip: Tpu, *, contracted: bool = False) -> Iterato
         sizes = pieces(piece) if layout.rows_per_expert is not None or chip.depth <= 128 else fine_pieces(piece)
         if contracted:
             held = _covered(rows, sizes, chip.depth)
-        yield RowTiles(held, min(held, layout.rows_per_expert or layout.num_rows), sizes)
+        yield RowCuts(held, min(held, layout.rows_per_expert or layout.num_rows), sizes)
 
 
 def _covered(rows: int, sizes: tuple[int, ...], depth: int) -> int:
@@ -146,7 +196,7 @@ def _covered(rows: int, sizes: tuple[int, ...], depth: int) -> int:
     >>> _covered(544, (256, 128, 64, 32, 16), 128), _covered(560, (256, 128, 64, 32, 16), 128)
     (544, 576)
     """
-    tiles = RowTiles(rows, rows, sizes)
+    tiles = RowCuts(rows, rows, sizes)
     # Up to the last whole piece it is no more than that.
     return max(computed_rows(count, tiles, depth) for count in range(rows - rows % sizes[0], rows + 1, PIECE))
 
@@ -171,195 +221,44 @@ def chunks(expert_width: int, depth: int) -> Iterator[tuple[int, int]]:
             yield chunk, number * chunk
 
 
-def _choose(
-    layout: Layout, expert_width: int, chip: Tpu, need: Callable[[RowTiles, int], int], *, contracted: bool = False
-) -> Tiles | None:
-    """The first way to cut the rows for which a chunk of F fits, and the largest chunk; None if nothing fits."""
-    options = functools.partial(row_tiles, layout, chip, contracted=contracted)
+def choose_tiles(sizes: Sizes, need: Callable[[Sizes, RowCuts, int], int], *, contracted: bool = False) -> Tiles | None:
+    """The first way to cut the rows for which a chunk of F fits, and the largest chunk; None if nothing fits.
+
+    `need(sizes, rows, chunk)` are the bytes of the kernel's arrays and values.
+    """
+    expert_width, chip = sizes.expert_width, sizes.chip
+    options = functools.partial(row_tiles, sizes.layout, chip, contracted=contracted)
     # All rows of an expert at once come before longer chunks: its weight gradients are then written once.
     others = ((rows, enough) for enough in (512, 256, 1) for rows in options())
     for rows, enough in itertools.chain([(next(options()), 256)], others):
         for chunk, padded in chunks(expert_width, chip.depth):
-            vmem = needed_vmem(need(rows, chunk))
-            if vmem <= chip.vmem - MIB and chunk >= min(enough, expert_width):
+            vmem = needed_vmem(need(sizes, rows, chunk))
+            if fits(vmem, chip) and chunk >= min(enough, expert_width):
                 return Tiles(rows, chunk, padded, vmem)
     return None
 
 
-def needed_vmem(arrays: int) -> int:
-    """Bytes of VMEM that a kernel needs for so many bytes of arrays and values."""
-    return int(FITTED.margin * arrays) + FITTED.slack_bytes
-
-
-def vmem_bytes(rows: int, columns: int, itemsize: int) -> int:
-    """VMEM of an array: rows padded to registers, columns to 128 lanes."""
-    return round_up(rows, 32 // itemsize) * round_up(columns, 128) * itemsize
-
-
-@functools.lru_cache
-def mlp_forward_tiles(
-    layout: Layout,
-    width: int,
-    expert_width: int,
-    itemsize: int,
-    weight_itemsize: int,
-    chip: Tpu,
-    *,
-    keep: bool = False,
-) -> Tiles | None:
-    """Block sizes of the fused forward pass, or None where not even the smallest fit; `keep` writes the hidden layer.
-
-    >>> from moe_kernels.chips import TPUS
-    >>> tiles = mlp_forward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, TPUS["v6e"])
-    >>> tiles.rows.rows, tiles.chunk
-    (544, 1024)
-    """
-
-    def need(rows: RowTiles, chunk: int) -> int:
-        weights = vmem_bytes(width, chunk, weight_itemsize) + vmem_bytes(chunk, width, weight_itemsize)
-        cast = vmem_bytes(width, chunk, itemsize) + vmem_bytes(chunk, width, itemsize)
-        biases = 2 * 8 * 4 * (round_up(chunk, 128) + round_up(width, 128))
-        held = 2 * vmem_bytes(rows.rows, width, itemsize) + vmem_bytes(rows.rows, width, 4)
-        held += 2 * vmem_bytes(rows.rows, chunk, itemsize) if keep else 0
-        values = FITTED.hidden_copies[chip.name] * rows.pieces[0] * round_up(chunk, 128) * itemsize
-        return 2 * weights + (cast if itemsize != weight_itemsize else 0) + biases + held + values
-
-    return _choose(layout, expert_width, chip, need)
-
-
-@functools.lru_cache
-def mlp_backward_tiles(
-    layout: Layout,
-    width: int,
-    expert_width: int,
-    itemsize: int,
-    weight_itemsize: int,
-    chip: Tpu,
-    *,
-    keep: bool = False,
-) -> Tiles | None:
-    """Block sizes of the fused backward pass, or None where not even the smallest fit; `keep` reads the hidden layer.
-
-    >>> from moe_kernels.chips import TPUS
-    >>> tiles = mlp_backward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, TPUS["v6e"])
-    >>> tiles.rows.rows, tiles.chunk
-    (544, 1024)
-    """
-
-    def need(rows: RowTiles, chunk: int) -> int:
-        held = 4 * vmem_bytes(rows.rows, width, itemsize)
-        held += 2 * vmem_bytes(rows.rows, chunk, itemsize) if keep else 0
-        return held + mlp_backward_bytes(layout, rows, width, chunk, itemsize, weight_itemsize)
-
-    return _choose(layout, expert_width, chip, need, contracted=True)
-
-
-def mlp_backward_bytes(
-    layout: Layout, rows: RowTiles, width: int, chunk: int, itemsize: int, weight_itemsize: int
-) -> int:
-    """VMEM of a backward pass beside its rows: weights and their gradients, sums, and the values between matmuls."""
-    pair = lambda size: vmem_bytes(width, chunk, size) + vmem_bytes(chunk, width, size)  # noqa: E731
-    out = weight_itemsize if one_item(layout, rows) else 4
-    sums = 0 if out == 4 or straight(layout, rows) else pair(4)
-    cast = pair(itemsize) if itemsize != weight_itemsize else 0
-    biases = 4 * 8 * 4 * (round_up(chunk, 128) + round_up(width, 128))
-    values = 3 * vmem_bytes(rows.pieces[0], chunk, 4) + 3 * vmem_bytes(rows.pieces[0], width, 4)
-    return 2 * pair(weight_itemsize) + cast + 2 * pair(out) + sums + biases + vmem_bytes(rows.rows, width, 4) + values
-
-
-@functools.lru_cache
-def matmul_forward_tiles(
-    layout: Layout,
-    width: int,
-    expert_width: int,
-    itemsize: int,
-    weight_itemsize: int,
-    chip: Tpu,
-    *,
-    epilogue: Epilogue = "none",
-) -> Tiles | None:
-    """Block sizes of a grouped matmul, or None where not even the smallest fit.
-
-    >>> from moe_kernels.chips import TPUS
-    >>> matmul_forward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, TPUS["v6e"]).chunk
-    1024
-    """
-
-    matrices = 2 if epilogue == "gated" else 1
-
-    def need(rows: RowTiles, chunk: int) -> int:
-        cast = vmem_bytes(width, chunk, itemsize) if itemsize != weight_itemsize else 0
-        held = 2 * vmem_bytes(rows.rows, width, itemsize) + 2 * vmem_bytes(rows.rows, chunk, itemsize)
-        weights = matrices * (2 * vmem_bytes(width, chunk, weight_itemsize) + cast)
-        # Rows as the MXU wants them; with an epilogue half of its product, or the first of a pair, rounded.
-        values = vmem_bytes(rows.pieces[0], width, itemsize)
-        values += {"none": 0, "pointwise": 1, "gated": 2}[epilogue] * vmem_bytes(rows.pieces[0], chunk, itemsize) // 2
-        return weights + held + values
-
-    return _choose(layout, expert_width, chip, need)
-
-
-@functools.lru_cache
-def matmul_backward_tiles(
-    layout: Layout,
-    width: int,
-    expert_width: int,
-    itemsize: int,
-    weight_itemsize: int,
-    chip: Tpu,
-    *,
-    epilogue: Epilogue = "none",
-) -> Tiles | None:
-    """Block sizes of both gradients of a grouped matmul, or None where not even the smallest fit.
-
-    >>> from moe_kernels.chips import TPUS
-    >>> matmul_backward_tiles(Layout(16384, 1, 1, 32, 17408, 544), 768, 3072, 2, 2, TPUS["v6e"]).chunk
-    1024
-    """
-
-    matrices = 2 if epilogue == "gated" else 1
-
-    def need(rows: RowTiles, chunk: int) -> int:
-        out = weight_itemsize if one_item(layout, rows) else 4
-        sums = 0 if out == 4 else vmem_bytes(width, chunk, 4)
-        cast = vmem_bytes(width, chunk, itemsize) if itemsize != weight_itemsize else 0
-        held = 2 * vmem_bytes(rows.rows, width, itemsize) + 2 * vmem_bytes(rows.rows, chunk, itemsize)
-        each = 2 * (vmem_bytes(width, chunk, weight_itemsize) + vmem_bytes(width, chunk, out)) + cast + sums
-        # The products that are added to dx; what is computed again: from rows as the MXU wants them, an activation's
-        # argument, value and slope.
-        products = min(matrices, FITTED.products_of_a_pair[chip.name])
-        values = int(products * vmem_bytes(rows.pieces[0], width, 4) * FITTED.product_share)
-        values += 0 if epilogue == "none" else vmem_bytes(rows.pieces[0], width, itemsize)
-        values += {"none": 0, "pointwise": 1, "gated": 4}[epilogue] * vmem_bytes(rows.pieces[0], chunk, 4)
-        # However few the rows are: what is computed again stands beside a part of a product for the weights.
-        part = vmem_bytes(min(width, FITTED.weight_product_rows), chunk, 4)
-        values = values if epilogue == "none" else max(values, part)
-        return matrices * each + held + vmem_bytes(rows.rows, width, 4) + values
-
-    return _choose(layout, expert_width, chip, need, contracted=True)
-
-
-def one_item(layout: Layout, rows: RowTiles) -> bool:
+def one_item(layout: Layout, rows: RowCuts) -> bool:
     """Whether every expert's rows are always one item, so that its weight gradients are written once.
 
-    >>> one_item(Layout(64, 1, 1, 4, 64, 16), RowTiles(16, 16, (16,)))
+    >>> one_item(Layout(64, 1, 1, 4, 64, 16), RowCuts(16, 16, (16,)))
     True
     """
     return layout.rows_per_expert is not None and layout.rows_per_expert <= rows.rows
 
 
-def straight(layout: Layout, rows: RowTiles) -> bool:
+def straight(layout: Layout, rows: RowCuts) -> bool:
     """Whether every expert's rows are one item and one piece: then nothing of its weight gradients is added up."""
     return one_item(layout, rows) and rows.rows == rows.pieces[0]
 
 
-def straight_pieces(rows: RowTiles, depth: int) -> tuple[int, ...]:
+def straight_pieces(rows: RowCuts, depth: int) -> tuple[int, ...]:
     """Pieces of which one holds all rows of an expert: those that fill the MXU's depth, and all rows.
 
     Matmuls that contract over rows take them by the depth, and loading weights takes as long as `depth` rows, so
     anything in between would cost as much as the next one.
 
-    >>> straight_pieces(RowTiles(544, 544, (544, 272)), 256), straight_pieces(RowTiles(48, 48, (48, 32)), 256)
+    >>> straight_pieces(RowCuts(544, 544, (544, 272)), 256), straight_pieces(RowCuts(48, 48, (48, 32)), 256)
     ((256, 512, 544), (48,))
     """
     return (*range(depth, rows.rows, depth), rows.rows)

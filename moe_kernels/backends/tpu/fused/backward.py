@@ -37,8 +37,8 @@ from moe_kernels.backends.tpu.fused.in_place import (
     in_lanes,
     run_phases,
 )
+from moe_kernels.backends.tpu.fused.tiles import FusedTiles
 from moe_kernels.backends.tpu.mlp.forward import weight_blocks
-from moe_kernels.backends.tpu.permute.tiles import FusedTiles
 from moe_kernels.backends.tpu.permute.words import LANES, SUBLANES, columns, move_row, pack, unpack
 from moe_kernels.types import MlpWeights
 

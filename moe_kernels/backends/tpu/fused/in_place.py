@@ -19,7 +19,7 @@ from moe_kernels.backends.tpu.common.grid import Grid
 from moe_kernels.backends.tpu.common.rows import Scalar
 from moe_kernels.backends.tpu.common.schedule import make_schedule
 from moe_kernels.backends.tpu.common.tiling import covers
-from moe_kernels.backends.tpu.permute.tiles import FusedTiles
+from moe_kernels.backends.tpu.fused.tiles import FusedTiles
 from moe_kernels.backends.tpu.permute.words import LANES, SUBLANES
 from moe_kernels.types import MlpWeights, Plan
 

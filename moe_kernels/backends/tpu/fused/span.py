@@ -14,18 +14,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
+from moe_kernels.backends.tpu.common.grid import sizes_of
 from moe_kernels.backends.tpu.common.launch import Target
 from moe_kernels.backends.tpu.fused.backward import LayerGradients, run_fused_backward
 from moe_kernels.backends.tpu.fused.forward import run_fused
 from moe_kernels.backends.tpu.fused.in_place import LayerOperands
+from moe_kernels.backends.tpu.fused.tiles import FusedTiles, fused_backward_tiles, fused_tiles, keeps_rows
 from moe_kernels.backends.tpu.mlp.backward import expert_mlp_backward
 from moe_kernels.backends.tpu.mlp.forward import MlpSaved
 from moe_kernels.backends.tpu.permute.backward import dispatch_backward
 from moe_kernels.backends.tpu.permute.forward import dispatch_forward
 from moe_kernels.backends.tpu.permute.gather import gather_rows
-from moe_kernels.backends.tpu.permute.tiles import FusedTiles, fused_backward_tiles, fused_tiles, keeps_rows
-from moe_kernels.chips import Tpu
-from moe_kernels.types import Layout, MlpWeights, Plan
+from moe_kernels.types import MlpWeights, Plan
 
 
 class LayerSaved(NamedTuple):
@@ -47,7 +47,7 @@ def layer_value(
     plan: Plan,
 ) -> Float[Array, "T D"]:
     """`gate * mlp(x)`; a token without a row becomes 0, one with a gate that is not finite NaN."""
-    tiles = fused_tiles(*_sizes(target, static, tokens, weights))
+    tiles = fused_tiles(sizes_of(target, static.layout, tokens, weights.w1))
     assert tiles is not None, "refused by why_not"
     return run_fused(tiles, target, static, LayerOperands(tokens, gate, weights, plan), keep=False).out
 
@@ -61,9 +61,9 @@ def layer_forward(
     plan: Plan,
 ) -> tuple[Float[Array, "T D"], LayerSaved]:
     """As `layer_value`, with what the backward pass needs."""
-    sizes = _sizes(target, static, tokens, weights)
-    keep_rows = keeps_rows(*sizes)
-    tiles = fused_tiles(*sizes, keep_rows=keep_rows)
+    sizes = sizes_of(target, static.layout, tokens, weights.w1)
+    keep_rows = keeps_rows(sizes)
+    tiles = fused_tiles(sizes, keep_rows=keep_rows)
     assert tiles is not None, "refused by why_not"
     operands = LayerOperands(tokens, gate, weights, plan)
     out, ungated, rows = run_fused(tiles, target, static, operands, keep=True, keep_rows=keep_rows)
@@ -75,7 +75,8 @@ def layer_backward(
     target: Target, static: MlpStatic, saved: LayerSaved, dout: Float[Array, "T D"]
 ) -> tuple[Float[Array, "T D"], Float[Array, "T 1"], MlpWeights]:
     """Gradients of tokens, gates and weights; those of a token without a row are exactly 0."""
-    tiles = fused_backward_tiles(*_sizes(target, static, saved.operands.tokens, saved.operands.weights))
+    tokens, _, weights, _ = saved.operands
+    tiles = fused_backward_tiles(sizes_of(target, static.layout, tokens, weights.w1))
     found = run_backward(tiles, target, static, saved, dout)
     return found.tokens, found.gate, found.weights
 
@@ -103,11 +104,3 @@ def _in_parts(target: Target, static: MlpStatic, saved: LayerSaved, dout: Float[
     (dtokens,) = dispatch_backward(target, None, plan, drows)
     dgate = jnp.sum(ungated.astype(jnp.float32) * dout.astype(jnp.float32), axis=1, keepdims=True)
     return LayerGradients(dtokens, dgate, dweights)
-
-
-def _sizes(
-    target: Target, static: MlpStatic, tokens: Float[Array, "T D"], weights: MlpWeights
-) -> tuple[Layout, int, int, int, int, Tpu]:
-    """What block sizes are chosen by."""
-    itemsizes = tokens.dtype.itemsize, weights.w1.dtype.itemsize
-    return static.layout, tokens.shape[1], weights.w1.shape[2], *itemsizes, target.facts

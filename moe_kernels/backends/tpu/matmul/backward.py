@@ -8,7 +8,6 @@ zeroed in `x` and in `dy` before any matmul. The bias's gradient leaves as one s
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,25 +20,33 @@ from jaxtyping import Array, Float
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights, epilogue_of
 from moe_kernels.backends.tpu.common.activation import activate_and_slope
 from moe_kernels.backends.tpu.common.gradients import Gradient, Gradients, by_expert, gradient_dtype, gradient_slots
-from moe_kernels.backends.tpu.common.grid import Grid, grid_of, scalars_of, tiles_for
+from moe_kernels.backends.tpu.common.grid import Grid, grid_of, scalars_of, sizes_of
 from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
 from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of, used_rows
 from moe_kernels.backends.tpu.common.step import ChunkCopies, Step, this_step
-from moe_kernels.backends.tpu.common.tiling import Tiles, matmul_backward_tiles, one_item
+from moe_kernels.backends.tpu.common.tiling import Tiles, one_item
 from moe_kernels.backends.tpu.common.weights import cast_weights, room_for_casts
 from moe_kernels.backends.tpu.matmul.forward import MatmulSaved, products, rounded, weight_blocks
+from moe_kernels.backends.tpu.matmul.tiles import matmul_backward_tiles
 from moe_kernels.types import Runs
 
 
 def grouped_matmul_backward(
-    target: Target, static: MatmulStatic, saved: MatmulSaved, dout: Float[Array, "R F"]
+    target: Target,
+    static: MatmulStatic,
+    saved: MatmulSaved,
+    dout: Float[Array, "R F"],
+    *,
+    tiles: Tiles | None = None,
 ) -> tuple[Float[Array, "R D"], MatmulWeights]:
     """Gradients of rows and weights; an expert without rows gets exactly 0."""
     rows, weights, runs = saved
     if rows.shape[0] == 0:
         return rows, jax.tree.map(jnp.zeros_like, weights)
-    choose = functools.partial(matmul_backward_tiles, epilogue=epilogue_of(weights, static.activation))
-    tiles = tiles_for(choose, target, static.layout, rows, weights.weight)
+    tiles = tiles or matmul_backward_tiles(
+        sizes_of(target, static.layout, rows, weights.weight), epilogue=epilogue_of(weights, static.activation)
+    )
+    assert tiles is not None, "refused by why_not"
     return run_backward(tiles, target, static, rows, weights, runs, dout)
 
 

@@ -18,12 +18,13 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights, epilogue_of
 from moe_kernels.backends.tpu.common.activation import activate
-from moe_kernels.backends.tpu.common.grid import Grid, grid_of, scalars_of, tiles_for
+from moe_kernels.backends.tpu.common.grid import Grid, grid_of, scalars_of, sizes_of
 from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
 from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of
 from moe_kernels.backends.tpu.common.step import ChunkCopies, this_step
-from moe_kernels.backends.tpu.common.tiling import Tiles, matmul_forward_tiles
+from moe_kernels.backends.tpu.common.tiling import Tiles
 from moe_kernels.backends.tpu.common.weights import cast_weights, room_for_casts
+from moe_kernels.backends.tpu.matmul.tiles import matmul_forward_tiles
 from moe_kernels.types import MatmulActivation, Runs
 
 
@@ -36,14 +37,22 @@ class MatmulSaved(NamedTuple):
 
 
 def grouped_matmul_forward(
-    target: Target, static: MatmulStatic, rows: Float[Array, "R D"], weights: MatmulWeights, runs: Runs
+    target: Target,
+    static: MatmulStatic,
+    rows: Float[Array, "R D"],
+    weights: MatmulWeights,
+    runs: Runs,
+    *,
+    tiles: Tiles | None = None,
 ) -> tuple[Float[Array, "R F"], MatmulSaved]:
     """`y = x W_e` and what follows it, for the rows of every expert e; unused rows hold anything."""
     saved = MatmulSaved(rows, weights, runs)
     if rows.shape[0] == 0:
         return jnp.zeros((0, weights.weight.shape[2]), rows.dtype), saved
-    choose = functools.partial(matmul_forward_tiles, epilogue=epilogue_of(weights, static.activation))
-    tiles = tiles_for(choose, target, static.layout, rows, weights.weight)
+    tiles = tiles or matmul_forward_tiles(
+        sizes_of(target, static.layout, rows, weights.weight), epilogue=epilogue_of(weights, static.activation)
+    )
+    assert tiles is not None, "refused by why_not"
     return run_forward(tiles, target, static, rows, weights, runs), saved
 
 

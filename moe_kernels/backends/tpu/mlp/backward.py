@@ -10,7 +10,6 @@ pieces and, for an expert of several items, over items through HBM. Rows that be
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -21,27 +20,28 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.common.gradients import Gradient, Gradients, by_expert, gradient_dtype, gradient_slots
-from moe_kernels.backends.tpu.common.grid import Grid, grid_of, scalars_of, tiles_for
+from moe_kernels.backends.tpu.common.grid import Grid, grid_of, scalars_of, sizes_of
 from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
 from moe_kernels.backends.tpu.common.products import Products
 from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, over_pieces, pieces_of, used_rows
 from moe_kernels.backends.tpu.common.schedule import STARTS
 from moe_kernels.backends.tpu.common.step import ChunkCopies, this_step
-from moe_kernels.backends.tpu.common.tiling import Tiles, mlp_backward_tiles, one_item, straight, straight_pieces
+from moe_kernels.backends.tpu.common.tiling import Tiles, one_item, straight, straight_pieces
 from moe_kernels.backends.tpu.common.weights import cast_weights, room_for_casts
 from moe_kernels.backends.tpu.mlp.forward import MlpSaved, weight_blocks
+from moe_kernels.backends.tpu.mlp.tiles import mlp_backward_tiles
 from moe_kernels.types import MlpWeights, Runs
 
 
 def expert_mlp_backward(
-    target: Target, static: MlpStatic, saved: MlpSaved, dout: Float[Array, "R D"]
+    target: Target, static: MlpStatic, saved: MlpSaved, dout: Float[Array, "R D"], *, tiles: Tiles | None = None
 ) -> tuple[Float[Array, "R D"], MlpWeights]:
     """Gradients of rows and weights; an expert without rows gets exactly 0."""
     rows, weights, runs, hidden = saved
     if rows.shape[0] == 0:
         return rows, jax.tree.map(jnp.zeros_like, weights)
-    choose = functools.partial(mlp_backward_tiles, keep=hidden is not None)
-    tiles = tiles_for(choose, target, static.layout, rows, weights.w1)
+    tiles = tiles or mlp_backward_tiles(sizes_of(target, static.layout, rows, weights.w1), keep=hidden is not None)
+    assert tiles is not None, "refused by why_not"
     return run_backward(tiles, target, static, rows, weights, runs, dout, hidden)
 
 

@@ -20,13 +20,14 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.common.activation import activate
-from moe_kernels.backends.tpu.common.grid import Grid, WeightMaps, grid_of, scalars_of, tiles_for
+from moe_kernels.backends.tpu.common.grid import Grid, WeightMaps, grid_of, scalars_of, sizes_of
 from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
 from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, dot, over_pieces_or_shorter
 from moe_kernels.backends.tpu.common.step import ChunkCopies, this_step
-from moe_kernels.backends.tpu.common.tiling import Tiles, mlp_forward_tiles
+from moe_kernels.backends.tpu.common.tiling import Tiles
 from moe_kernels.backends.tpu.common.weights import cast_weights, room_for_casts
 from moe_kernels.backends.tpu.mlp.hidden import keeps_hidden
+from moe_kernels.backends.tpu.mlp.tiles import mlp_forward_tiles
 from moe_kernels.types import MlpWeights, Runs
 
 
@@ -41,25 +42,38 @@ class MlpSaved(NamedTuple):
 
 
 def expert_mlp(
-    target: Target, static: MlpStatic, rows: Float[Array, "R D"], weights: MlpWeights, runs: Runs
+    target: Target,
+    static: MlpStatic,
+    rows: Float[Array, "R D"],
+    weights: MlpWeights,
+    runs: Runs,
+    *,
+    tiles: Tiles | None = None,
 ) -> Float[Array, "R D"]:
     """`y = act(x w1_e + b1_e) w2_e + b2_e`; unused rows hold anything."""
     if rows.shape[0] == 0:
         return rows
-    tiles = tiles_for(mlp_forward_tiles, target, static.layout, rows, weights.w1)
+    tiles = tiles or mlp_forward_tiles(sizes_of(target, static.layout, rows, weights.w1))
+    assert tiles is not None, "refused by why_not"
     return run_forward(tiles, target, static, rows, weights, runs)[0]
 
 
 def expert_mlp_forward(
-    target: Target, static: MlpStatic, rows: Float[Array, "R D"], weights: MlpWeights, runs: Runs
+    target: Target,
+    static: MlpStatic,
+    rows: Float[Array, "R D"],
+    weights: MlpWeights,
+    runs: Runs,
+    *,
+    tiles: Tiles | None = None,
 ) -> tuple[Float[Array, "R D"], MlpSaved]:
     """As `expert_mlp`, with what the backward pass needs."""
     if rows.shape[0] == 0:
         return rows, MlpSaved(rows, weights, runs)
-    sizes = (rows.shape[1], weights.w1.shape[2], rows.dtype.itemsize, weights.w1.dtype.itemsize)
-    keep = keeps_hidden(static.layout, *sizes, target.facts)
-    choose = functools.partial(mlp_forward_tiles, keep=keep)
-    tiles = tiles_for(choose, target, static.layout, rows, weights.w1)
+    sizes = sizes_of(target, static.layout, rows, weights.w1)
+    keep = keeps_hidden(sizes)
+    tiles = tiles or mlp_forward_tiles(sizes, keep=keep)
+    assert tiles is not None, "refused by why_not"
     out, hidden = run_forward(tiles, target, static, rows, weights, runs, keep=keep)
     return out, MlpSaved(rows, weights, runs, hidden)
 

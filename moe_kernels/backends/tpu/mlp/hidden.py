@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from moe_kernels.backends.tpu.common.tiling import mlp_backward_tiles, mlp_forward_tiles
-from moe_kernels.chips import FLOAT32_PASSES, Tpu
-from moe_kernels.types import Layout
+from moe_kernels.backends.tpu.common.tiling import Sizes
+from moe_kernels.backends.tpu.mlp.tiles import mlp_backward_tiles, mlp_forward_tiles
+from moe_kernels.chips import FLOAT32_PASSES
 
 
 class HiddenCost(NamedTuple):
@@ -21,22 +21,22 @@ class HiddenCost(NamedTuple):
     kept: float
 
 
-def hidden_cost(
-    layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Tpu
-) -> HiddenCost:
+def hidden_cost(sizes: Sizes) -> HiddenCost:
     """Price both ways for all planned rows of a layout, on one core; several share rows and bandwidth alike.
 
     >>> from moe_kernels.chips import TPUS
+    >>> from moe_kernels.types import Layout
     >>> layout = Layout(16384, 1, 1, 32, 17408, 544)
-    >>> again, kept = hidden_cost(layout, 768, 3072, 2, 2, TPUS["v6e"])
+    >>> again, kept = hidden_cost(Sizes(layout, 768, 3072, 2, 2, TPUS["v6e"]))
     >>> f"{again:.2e} {kept:.2e}"
     '6.64e-04 7.64e-04'
     """
-    rows, entries = layout.num_rows, width * expert_width
+    chip, itemsize = sizes.chip, sizes.itemsize
+    rows, entries = sizes.layout.num_rows, sizes.width * sizes.expert_width
     rate = chip.flops / chip.num_cores / (FLOAT32_PASSES if itemsize == 4 else 1)
     product = 2 * rows * entries / rate
-    weights = 2 * layout.num_experts * entries * weight_itemsize
-    row, hidden = rows * width * itemsize, rows * expert_width * itemsize
+    weights = 2 * sizes.layout.num_experts * entries * sizes.weight_itemsize
+    row, hidden = rows * sizes.width * itemsize, rows * sizes.expert_width * itemsize
 
     def seconds(products: int, moved: int) -> float:
         return max(products * product, moved * chip.num_cores / chip.hbm_bandwidth)
@@ -48,15 +48,15 @@ def hidden_cost(
     )
 
 
-def keeps_hidden(layout: Layout, width: int, expert_width: int, itemsize: int, weight_itemsize: int, chip: Tpu) -> bool:
+def keeps_hidden(sizes: Sizes) -> bool:
     """Whether keeping takes less time, and fits VMEM.
 
     >>> from moe_kernels.chips import TPUS
+    >>> from moe_kernels.types import Layout
     >>> layout = Layout(16384, 1, 1, 32, 17408, 544)
-    >>> [name for name, chip in TPUS.items() if keeps_hidden(layout, 768, 3072, 2, 2, chip)]
+    >>> [name for name, chip in TPUS.items() if keeps_hidden(Sizes(layout, 768, 3072, 2, 2, chip))]
     ['v4', 'v5e', 'v5p', '7x']
     """
-    sizes = (layout, width, expert_width, itemsize, weight_itemsize, chip)
-    cost = hidden_cost(*sizes)
-    fits = all(choose(*sizes, keep=True) is not None for choose in (mlp_forward_tiles, mlp_backward_tiles))
+    cost = hidden_cost(sizes)
+    fits = all(choose(sizes, keep=True) is not None for choose in (mlp_forward_tiles, mlp_backward_tiles))
     return fits and cost.kept < cost.again

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 
 from moe_kernels.backends.base import Problem, RouteStatic
 from moe_kernels.backends.tpu.common.launch import Block
-from moe_kernels.backends.tpu.common.tiling import needed_vmem
+from moe_kernels.backends.tpu.common.vmem import fits, needed_vmem
 from moe_kernels.chips import MIB, Tpu
 from moe_kernels.fitted import FITTED
 from moe_kernels.types import round_up
@@ -77,7 +77,7 @@ def _tiles(
 
     for tokens in sorted(_lengths(size, experts), key=parts, reverse=True):
         vmem = needed_vmem(need(tokens, experts))
-        if vmem <= chip.vmem - MIB:
+        if fits(vmem, chip):
             return RouteTiles(tokens, parts(tokens), -(-size // tokens) // parts(tokens), experts, vmem)
     return None
 
