@@ -31,7 +31,7 @@ MUTANTS = {
     "rows of the first expert not picked": Mutant(FUSED_GROUPS, "pl.when(number == -1)", "pl.when(number == -2)"),
     "results of the last expert not put": Mutant(FUSED_GROUPS, "pl.when(number == steps)", "pl.when(number == -1)"),
     "rows that had no piece beside them not moved": Mutant(
-        FUSED_PIECES, "alone(chunks * pieces * tiles.part, jnp.maximum(put, picked), moves)", "pass"
+        FUSED_PIECES, "moved = chunks * pieces * tiles.part", "moved = 2**20"
     ),
     "every piece moves the first rows": Mutant(
         FUSED_PIECES, "(chunk * pieces + step) * tiles.part", "(chunk * 0 + step) * tiles.part"
@@ -86,12 +86,10 @@ MUTANTS = {
     "gates' gradients of weighed cotangents": Mutant(FUSED_PIECES, "product += value *", "product += value * factor *"),
     "rows that had no stretch beside them not moved": Mutant(
         FUSED_PIECES,
-        "alone(chunks * stretches * tiles.part, jnp.maximum(put, picked), moves)",
-        "pass",
+        "moved = chunks * stretches * tiles.part",
+        "moved = 2**20",
     ),
-    "every stretch moves the first rows": Mutant(
-        FUSED_PIECES, "(first + n) * tiles.part", "(0 * first + n) * tiles.part"
-    ),
+    "every stretch moves the first rows": Mutant(FUSED_PIECES, "moves(first + n)", "moves(0 * first + n)"),
     "an expert without rows leaves gradients of another": Mutant(
         FUSED_GROUPS, "pl.when(size == 0)(lambda: self._zero(chunk))", "pass"
     ),

@@ -21,25 +21,16 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.tpu.common.grid import Grid, grid_of
+from moe_kernels.backends.tpu.common.grid import grid_of
 from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
 from moe_kernels.backends.tpu.common.products import Products
 from moe_kernels.backends.tpu.common.rows import Scalar, over_pieces, pieces_of
 from moe_kernels.backends.tpu.common.tiling import PIECE, straight, straight_pieces
 from moe_kernels.backends.tpu.common.weights import cast_weights, room_for_casts
-from moe_kernels.backends.tpu.fused.in_place import (
-    LayerOperands,
-    Phased,
-    Steering,
-    alone,
-    column,
-    from_lanes,
-    in_lanes,
-    run_phases,
-)
+from moe_kernels.backends.tpu.fused.in_place import InPlace, LayerOperands, Phased, column, from_lanes, in_lanes
 from moe_kernels.backends.tpu.fused.tiles import FusedTiles
 from moe_kernels.backends.tpu.mlp.forward import weight_blocks
-from moe_kernels.backends.tpu.permute.words import LANES, SUBLANES, columns, move_row, pack, unpack
+from moe_kernels.backends.tpu.permute.words import LANES, SUBLANES, pack, unpack
 from moe_kernels.types import MlpWeights
 
 
@@ -171,21 +162,12 @@ def _scratch(tiles: FusedTiles, inputs: _FusedBackwardInputs, *, summed: bool) -
     )
 
 
-class _FusedBackward(NamedTuple):
-    """The kernel: its static facts, scalars and arrays."""
+class _FusedBackward(InPlace):
+    """The kernel."""
 
-    tiles: FusedTiles
-    static: MlpStatic
-    grid: Grid
-    depth: int
-    steering: Steering
-    inputs: _FusedBackwardInputs
-    outputs: _FusedBackwardOutputs
-    scratch: _FusedBackwardScratch
-
-    def run(self) -> None:
-        """One step of the grid."""
-        run_phases(self, self.tiles.inputs, self.grid, self.steering.sizes)
+    def picked(self) -> tuple[tuple[Any, Any], ...]:
+        """Rows, and their gradients."""
+        return (*super().picked(), (self.scratch.ddata, self.scratch.dpicked))
 
     def _blocks(self, block: Scalar) -> list[tuple[int, int, Scalar, Scalar]]:
         """Parts of a block of tokens: first token of the block and their number, row of lanes, first sublane."""
@@ -194,9 +176,6 @@ class _FusedBackward(NamedTuple):
             (first, min(LANES, load - first), block * lanes + n, pl.multiple_of(block * load + first, SUBLANES))
             for n, first in enumerate(range(0, load, LANES))
         ]
-
-    def _columns(self, plane: int) -> list[slice]:
-        return list(columns(plane, self.tiles.planes, self.inputs.tokens.dtype))
 
     def load(self, block: Scalar) -> None:
         """A block of tokens and of weighed gradients as words; the gates' gradients."""
@@ -207,12 +186,12 @@ class _FusedBackward(NamedTuple):
             own, product = pl.ds(first, size), jnp.zeros((size, LANES), jnp.float32)
             for plane in range(tiles.planes):
                 to, weighed = pl.ds(plane * tiles.stride + at, size), []
-                for lanes in self._columns(plane):
+                for lanes in self.columns(plane):
                     value = inputs.dout[own, lanes].astype(jnp.float32)
                     product += value * inputs.ungated[own, lanes].astype(jnp.float32)
                     weighed.append((value * factor).astype(dtype).astype(jnp.float32))
                 scratch.ddata[to, :] = pack(weighed)
-                tokens = [inputs.tokens[own, lanes].astype(jnp.float32) for lanes in self._columns(plane)]
+                tokens = [inputs.tokens[own, lanes].astype(jnp.float32) for lanes in self.columns(plane)]
                 scratch.data[to, :] = pack(tokens)
             outputs.dgate[pl.ds(row, 1), pl.ds(0, size)] = jnp.sum(product.T, axis=0, keepdims=True)
 
@@ -225,38 +204,32 @@ class _FusedBackward(NamedTuple):
             for plane in range(tiles.planes):
                 # Words of a token without a row are still the token's, and may be anything.
                 words = jnp.where(has_row, scratch.data[pl.ds(plane * tiles.stride + at, size), :], 0)
-                for lanes, value in zip(self._columns(plane), unpack(words, dtype), strict=True):
+                for lanes, value in zip(self.columns(plane), unpack(words, dtype), strict=True):
                     outputs.dtokens[pl.ds(first, size), lanes] = value.astype(dtype)
 
     def compute(self, number: Scalar) -> None:
         """One chunk of one expert."""
         tiles, chunks, sizes = self.tiles, self.grid.chunks, self.steering.sizes
         item, chunk = jax.lax.div(number, chunks), jax.lax.rem(number, chunks)
-        size, before = sizes[item], jnp.where(item > 0, item - 1, self.grid.items)
+        size = sizes[item]
 
-        def moves(base: Scalar, rows: int) -> None:
-            self.put(before, base, rows)
-            self.pick(item + 1, base, rows)
+        def moves(stretch: Scalar) -> None:
+            self.moves(item, pl.multiple_of(stretch * tiles.part, PIECE), tiles.part)
 
         pl.when((chunk == 0) & (size > 0))(lambda: self._begin(size))
         if straight(self.static.layout, tiles.mlp.rows):
             stretches = jnp.minimum(size, 1)
-            self._straight(size, lambda: moves(pl.multiple_of(chunk * tiles.part, PIECE), tiles.part))
+            self._straight(size, lambda: moves(chunk))
         else:
             stretches, bits = pieces_of(size, self.steering.covers, tiles.mlp.rows)
             first = chunk * stretches
             whole = functools.partial(self._piecewise, stretches, bits)
-            pl.when(size > 0)(
-                lambda: whole(lambda n: moves(pl.multiple_of((first + n) * tiles.part, PIECE), tiles.part))
-            )
+            pl.when(size > 0)(lambda: whole(lambda n: moves(first + n)))
         pl.when(size == 0)(lambda: self._zero(chunk))
 
-        @pl.when(chunk == chunks - 1)
-        def _() -> None:
-            # What was more than this expert had stretches for.
-            put, picked = sizes[jnp.maximum(item - 1, 0)], sizes[jnp.minimum(item + 1, self.grid.items - 1)]
-            alone(chunks * stretches * tiles.part, jnp.maximum(put, picked), moves)
-            pl.when(size > 0)(self._end)
+        # What was more than this expert had stretches for is moved after them.
+        moved = chunks * stretches * tiles.part
+        pl.when(chunk == chunks - 1)(lambda: self.end(item, moved, self.scratch.dx))
 
     def _begin(self, size: Scalar) -> None:
         """The rows that were picked, as the matmuls want them, zero where none is; sums start at zero."""
@@ -267,7 +240,7 @@ class _FusedBackward(NamedTuple):
             own = pl.ds(plane * tiles.held_stride, rows)
             for source, to in ((scratch.picked, scratch.x), (scratch.dpicked, scratch.dy)):
                 words = jnp.where(used, source[own, :], 0)
-                for lanes, value in zip(self._columns(plane), unpack(words, to.dtype), strict=True):
+                for lanes, value in zip(self.columns(plane), unpack(words, to.dtype), strict=True):
                     to[:, lanes] = value.astype(to.dtype)
                     if to is scratch.dy:
                         self.outputs.db2[0, :, lanes] = jnp.sum(value, axis=0, keepdims=True)
@@ -320,25 +293,3 @@ class _FusedBackward(NamedTuple):
         @pl.when(chunk == 0)
         def _() -> None:
             outputs.db2[...] = jnp.zeros(outputs.db2.shape, jnp.float32)
-
-    def _end(self) -> None:
-        """Gradients of rows as words, rounded."""
-        tiles, scratch = self.tiles, self.scratch
-        for plane in range(tiles.planes):
-            parts = [scratch.dx[:, own].astype(scratch.x.dtype).astype(jnp.float32) for own in self._columns(plane)]
-            scratch.results[pl.ds(plane * tiles.held_stride, tiles.mlp.rows.rows), :] = pack(parts)
-
-    def pick(self, item: Scalar, base: Scalar, rows: int) -> None:
-        """Copy some rows of an expert, and their gradients, to there; rows that nobody has read something."""
-        tiles, scratch, first = self.tiles, self.scratch, item * self.tiles.moved + base
-        for n in range(rows):
-            place = self.steering.place[first + n]
-            for source, to in ((scratch.data, scratch.picked), (scratch.ddata, scratch.dpicked)):
-                move_row(tiles.planes, source, place, tiles.stride, to, base + n, tiles.held_stride)
-
-    def put(self, item: Scalar, base: Scalar, rows: int) -> None:
-        """Copy gradients of some rows of an expert to where their tokens were."""
-        tiles, scratch, first = self.tiles, self.scratch, item * self.tiles.moved + base
-        for n in range(rows):
-            place = self.steering.place[first + n]
-            move_row(tiles.planes, scratch.results, base + n, tiles.held_stride, scratch.data, place, tiles.stride)

@@ -23,23 +23,15 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.common.activation import activate
-from moe_kernels.backends.tpu.common.grid import Grid, grid_of
+from moe_kernels.backends.tpu.common.grid import grid_of
 from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
 from moe_kernels.backends.tpu.common.rows import Scalar, dot
 from moe_kernels.backends.tpu.common.tiling import PIECE
 from moe_kernels.backends.tpu.common.weights import cast_weights, room_for_casts
-from moe_kernels.backends.tpu.fused.in_place import (
-    LayerOperands,
-    Phased,
-    Steering,
-    alone,
-    column,
-    in_lanes,
-    run_phases,
-)
+from moe_kernels.backends.tpu.fused.in_place import InPlace, LayerOperands, Phased, column, in_lanes
 from moe_kernels.backends.tpu.fused.tiles import FusedTiles
 from moe_kernels.backends.tpu.mlp.forward import weight_blocks
-from moe_kernels.backends.tpu.permute.words import LANES, SUBLANES, columns, move_row, pack, unpack
+from moe_kernels.backends.tpu.permute.words import LANES, SUBLANES, pack, unpack
 
 
 class LayerResults(NamedTuple):
@@ -64,8 +56,7 @@ def run_fused(
     """The layer's output; with `keep` also what it was before gates, with `keep_rows` also the experts' rows."""
     tokens, gate, weights, plan = operands
     (_, width), mlp, layout = tokens.shape, tiles.mlp, plan.layout
-    grid = grid_of(static.layout, mlp, target)
-    steps = Phased(grid, tiles.inputs)
+    steps = Phased(grid_of(static.layout, mlp, target), tiles.inputs)
     # A token that has a row has a gate above 0: others claim none.
     factor = jnp.where(plan.row < layout.num_rows, gate, jnp.float32(0))
     factor = in_lanes(jnp.where(jnp.isfinite(gate), factor, jnp.float32(jnp.nan)), tiles)
@@ -79,7 +70,7 @@ def run_fused(
     held = (1, mlp.rows.rows, width)
     rows = result((layout.num_experts, *held[1:]), tokens.dtype, pl.BlockSpec(held, steps.whole))
     found = launch(
-        lambda *refs: _FusedForward(tiles, static, grid, target.facts.depth, *refs).run(),
+        lambda *refs: _FusedForward(tiles, static, steps.grid, target.facts.depth, *refs).run(),
         Call(
             "dispatch_mlp_combine_forward" if keep else "dispatch_mlp_combine_value",
             steps.axes,
@@ -139,33 +130,20 @@ def _scratch(tiles: FusedTiles, inputs: _FusedForwardInputs, *, keep_rows: bool)
     )
 
 
-class _FusedForward(NamedTuple):
-    """The kernel: its static facts, scalars and arrays."""
-
-    tiles: FusedTiles
-    static: MlpStatic
-    grid: Grid
-    depth: int
-    steering: Steering
-    inputs: _FusedForwardInputs
-    outputs: _FusedForwardOutputs
-    scratch: _FusedForwardScratch
+class _FusedForward(InPlace):
+    """The kernel."""
 
     @property
     def rows(self) -> Any:
         """Rows of this expert."""
         return self.scratch.rows if self.outputs.rows is None else self.outputs.rows.at[0]
 
-    def run(self) -> None:
-        """One step of the grid."""
-        run_phases(self, self.tiles.inputs, self.grid, self.steering.sizes)
-
     def load(self, block: Scalar) -> None:
         """A block of tokens as words."""
         tiles, inputs, scratch = self.tiles, self.inputs, self.scratch
         at = pl.multiple_of(block * tiles.load, SUBLANES)
         for plane in range(tiles.planes):
-            parts = [inputs.tokens[:, own].astype(jnp.float32) for own in self._columns(plane)]
+            parts = [inputs.tokens[:, own].astype(jnp.float32) for own in self.columns(plane)]
             scratch.data[pl.ds(plane * tiles.stride + at, tiles.load), :] = pack(parts)
 
     def leave(self, block: Scalar) -> None:
@@ -181,13 +159,10 @@ class _FusedForward(NamedTuple):
                 words = scratch.data[pl.ds(plane * tiles.stride + at, size), :]
                 # Words of a token without a row are still the token's, and may be anything.
                 words = jnp.where(factor != 0, words, 0)
-                for own, value in zip(self._columns(plane), unpack(words, inputs.tokens.dtype), strict=True):
+                for own, value in zip(self.columns(plane), unpack(words, inputs.tokens.dtype), strict=True):
                     outputs.out[first : first + size, own] = (value * factor).astype(outputs.out.dtype)
                     if outputs.ungated is not None:
                         outputs.ungated[first : first + size, own] = value.astype(outputs.ungated.dtype)
-
-    def _columns(self, plane: int) -> list[slice]:
-        return list(columns(plane, self.tiles.planes, self.inputs.tokens.dtype))
 
     def compute(self, number: Scalar) -> None:
         """One chunk of one expert."""
@@ -196,20 +171,13 @@ class _FusedForward(NamedTuple):
         item, chunk = jax.lax.div(number, chunks), jax.lax.rem(number, chunks)
         piece, short = tiles.mlp.rows.pieces[0], tiles.mlp.rows.shorter(self.depth)
         pieces = jax.lax.div(sizes[item] + (piece - 1), piece)
-
-        before = jnp.where(item > 0, item - 1, self.grid.items)
-
-        def moves(base: Scalar, number: int) -> None:
-            self.put(before, base, number)
-            self.pick(item + 1, base, number)
-
         pl.when((chunk == 0) & (pieces > 0))(self._begin)
         w1, w2 = cast_weights((inputs.w1, inputs.w2), scratch.casts, pieces > 0)
 
         def work(size: int, step: Scalar, carry: None = None) -> None:
             own = pl.ds(pl.multiple_of(step * size, PIECE), size)
             # In one stretch of code with the matmuls, and before them: the compiler runs them beside the first.
-            moves(pl.multiple_of((chunk * pieces + step) * tiles.part, PIECE), tiles.part)
+            self.moves(item, pl.multiple_of((chunk * pieces + step) * tiles.part, PIECE), tiles.part)
             hidden = (dot(rows[own], w1[...], (1, 0)) + inputs.b1[0]).astype(rows.dtype)
             activated = activate(hidden.astype(jnp.float32), self.static.activation).astype(rows.dtype)
             scratch.total[own] += dot(activated, w2[...], (1, 0))
@@ -226,39 +194,15 @@ class _FusedForward(NamedTuple):
         if short:
             pl.when((pieces > 0) & fit)(lambda: each(short))
 
-        @pl.when(chunk == chunks - 1)
-        def _() -> None:
-            # What was more than this expert had pieces for.
-            put, picked = sizes[jnp.maximum(item - 1, 0)], sizes[jnp.minimum(item + 1, self.grid.items - 1)]
-            alone(chunks * pieces * tiles.part, jnp.maximum(put, picked), moves)
-            pl.when(pieces > 0)(self._end)
+        # What was more than this expert had pieces for is moved after them.
+        moved = chunks * pieces * tiles.part
+        pl.when(chunk == chunks - 1)(lambda: self.end(item, moved, scratch.total))
 
     def _begin(self) -> None:
         """The rows that were picked, as the matmuls want them; sums start as the bias."""
         tiles, scratch, rows = self.tiles, self.scratch, self.rows
         for plane in range(tiles.planes):
             words = scratch.picked[pl.ds(plane * tiles.held_stride, tiles.mlp.rows.rows), :]
-            for own, value in zip(self._columns(plane), unpack(words, rows.dtype), strict=True):
+            for own, value in zip(self.columns(plane), unpack(words, rows.dtype), strict=True):
                 rows[:, own] = value.astype(rows.dtype)
         scratch.total[...] = jnp.broadcast_to(self.inputs.b2[0], scratch.total.shape)
-
-    def _end(self) -> None:
-        """Results as words, rounded."""
-        tiles, scratch = self.tiles, self.scratch
-        for plane in range(tiles.planes):
-            parts = [scratch.total[:, own].astype(self.rows.dtype).astype(jnp.float32) for own in self._columns(plane)]
-            scratch.results[pl.ds(plane * tiles.held_stride, tiles.mlp.rows.rows), :] = pack(parts)
-
-    def pick(self, item: Scalar, base: Scalar, rows: int) -> None:
-        """Copy the tokens of some rows of an expert to there; rows that nobody has read something."""
-        tiles, scratch, first = self.tiles, self.scratch, item * self.tiles.moved + base
-        for n in range(rows):
-            place = self.steering.place[first + n]
-            move_row(tiles.planes, scratch.data, place, tiles.stride, scratch.picked, base + n, tiles.held_stride)
-
-    def put(self, item: Scalar, base: Scalar, rows: int) -> None:
-        """Copy the results of some rows of an expert to where their tokens were."""
-        tiles, scratch, first = self.tiles, self.scratch, item * self.tiles.moved + base
-        for n in range(rows):
-            place = self.steering.place[first + n]
-            move_row(tiles.planes, scratch.results, base + n, tiles.held_stride, scratch.data, place, tiles.stride)

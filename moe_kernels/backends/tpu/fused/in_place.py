@@ -8,19 +8,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.common.grid import Grid
 from moe_kernels.backends.tpu.common.rows import Scalar
 from moe_kernels.backends.tpu.common.schedule import make_schedule
 from moe_kernels.backends.tpu.common.tiling import covers
 from moe_kernels.backends.tpu.fused.tiles import FusedTiles
-from moe_kernels.backends.tpu.permute.words import LANES, SUBLANES
+from moe_kernels.backends.tpu.permute.words import LANES, SUBLANES, columns, move_row, pack
 from moe_kernels.types import MlpWeights, Plan
 
 
@@ -132,42 +133,92 @@ def from_lanes(lanes: Float[Array, "N L"], tiles: FusedTiles, length: int) -> Fl
     return lanes.reshape(tiles.inputs, -1)[:, : tiles.load].reshape(-1, 1)[:length]
 
 
-@runtime_checkable
-class Phases(Protocol):
-    """A kernel that has all tokens in VMEM: what happens to a block of tokens, to a chunk, and to rows of an expert."""
+@dataclasses.dataclass(frozen=True)
+class InPlace:
+    """A kernel that has all tokens in VMEM, for one step of its grid: its static facts, scalars and arrays.
+
+    It says what happens to a block of tokens (`load`), to a chunk of an expert (`compute`) and to a block of results
+    (`leave`); rows are picked from the places of their tokens, and their results put there.
+    """
+
+    tiles: FusedTiles
+    static: MlpStatic
+    grid: Grid
+    depth: int
+    steering: Steering
+    inputs: Any
+    outputs: Any
+    scratch: Any
 
     def load(self, block: Scalar) -> None:
         """Bring a block of tokens."""
-
-    def pick(self, item: Scalar, base: Scalar, rows: int) -> None:
-        """Copy some rows of an expert from the places of their tokens."""
+        raise NotImplementedError
 
     def compute(self, number: Scalar) -> None:
         """Work on a chunk of an expert; move rows of its neighbours."""
-
-    def put(self, item: Scalar, base: Scalar, rows: int) -> None:
-        """Copy results of some rows of an expert to the places of their tokens."""
+        raise NotImplementedError
 
     def leave(self, block: Scalar) -> None:
         """Give a block of results."""
+        raise NotImplementedError
 
+    def run(self) -> None:
+        """Do the step: blocks of tokens, then chunks of experts, then blocks of results."""
+        step, sizes = pl.program_id(0), self.steering.sizes
+        number, steps, last = step - self.tiles.inputs, self.grid.items * self.grid.chunks, self.grid.items - 1
 
-def run_phases(kernel: Phases, blocks: int, grid: Grid, sizes: Any) -> None:
-    """One step of the grid: blocks of tokens, then chunks of experts, then blocks of results."""
-    step = pl.program_id(0)
-    number, steps, last = step - blocks, grid.items * grid.chunks, grid.items - 1
+        @pl.when(number < 0)
+        def _() -> None:
+            self.load(step)
+            pl.when(number == -1)(lambda: alone(0, sizes[0], functools.partial(self.pick, 0)))
 
-    @pl.when(number < 0)
-    def _() -> None:
-        kernel.load(step)
-        pl.when(number == -1)(lambda: alone(0, sizes[0], functools.partial(kernel.pick, 0)))
+        pl.when((number >= 0) & (number < steps))(lambda: self.compute(number))
 
-    pl.when((number >= 0) & (number < steps))(lambda: kernel.compute(number))
+        @pl.when(number >= steps)
+        def _() -> None:
+            pl.when(number == steps)(lambda: alone(0, sizes[last], functools.partial(self.put, last)))
+            self.leave(number - steps)
 
-    @pl.when(number >= steps)
-    def _() -> None:
-        pl.when(number == steps)(lambda: alone(0, sizes[last], functools.partial(kernel.put, last)))
-        kernel.leave(number - steps)
+    def columns(self, plane: int) -> list[slice]:
+        """Columns of a row that the words of a plane hold."""
+        return list(columns(plane, self.tiles.planes, self.inputs.tokens.dtype))
+
+    def picked(self) -> tuple[tuple[Any, Any], ...]:
+        """Words of all tokens, and of the rows of the next expert."""
+        return ((self.scratch.data, self.scratch.picked),)
+
+    def pick(self, item: Scalar, base: Scalar, rows: int) -> None:
+        """Copy some rows of an expert from the places of their tokens; rows that nobody has read something."""
+        tiles, first = self.tiles, item * self.tiles.moved + base
+        for n in range(rows):
+            place = self.steering.place[first + n]
+            for source, to in self.picked():
+                move_row(tiles.planes, source, place, tiles.stride, to, base + n, tiles.held_stride)
+
+    def put(self, item: Scalar, base: Scalar, rows: int) -> None:
+        """Copy the results of some rows of an expert to the places of their tokens."""
+        tiles, scratch, first = self.tiles, self.scratch, item * self.tiles.moved + base
+        for n in range(rows):
+            place = self.steering.place[first + n]
+            move_row(tiles.planes, scratch.results, base + n, tiles.held_stride, scratch.data, place, tiles.stride)
+
+    def moves(self, item: Scalar, base: Scalar, rows: int) -> None:
+        """Put some rows of the expert before, and pick as many of the next one."""
+        self.put(jnp.where(item > 0, item - 1, self.grid.items), base, rows)
+        self.pick(item + 1, base, rows)
+
+    def end(self, item: Scalar, moved: Scalar, total: Any) -> None:
+        """After an expert's last chunk: move what is left of its neighbours' rows, and its results become words."""
+        tiles, sizes = self.tiles, self.steering.sizes
+        put, picked = sizes[jnp.maximum(item - 1, 0)], sizes[jnp.minimum(item + 1, self.grid.items - 1)]
+        alone(moved, jnp.maximum(put, picked), functools.partial(self.moves, item))
+
+        @pl.when(sizes[item] > 0)
+        def _() -> None:
+            for plane in range(tiles.planes):
+                rounded = [total[:, own].astype(self.inputs.tokens.dtype) for own in self.columns(plane)]
+                words = pack([part.astype(jnp.float32) for part in rounded])
+                self.scratch.results[pl.ds(plane * tiles.held_stride, tiles.mlp.rows.rows), :] = words
 
 
 def alone(first: Scalar, rows: Scalar, moves: Callable[[Scalar, int], None]) -> None:
