@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from limoe.plan.compiler import ENVIRONMENT, read_schedules, schedule_options
+from limoe.plan.scheduled import Steering
+
 ROOT = Path(__file__).resolve().parents[1]
-_TEXTS = "final_bundles"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +36,6 @@ class Request:
     passes: str
     case: str
     dtype: str
-
-
-Steering = tuple[str, dict[int, list[int]]]
-"""A kernel's name, and the values of its integer operands by their index."""
 
 
 class Compiled(NamedTuple):
@@ -59,18 +57,15 @@ class CompileError(RuntimeError):
 def compile_for_tpu(request: Request, distributions: Sequence[str], timeout: float = 900) -> Compiled:
     """Compile once, for all distributions, in a child process. Raises CompileError with the reason if that fails."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={_TEXTS}"
-        # Equal fusions would share one text under the name of the first.
-        flags += " --xla_jf_hlo_deduplication_all_unique=true"
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "LIBTPU_INIT_ARGS": flags,
-        }
+        environment = (
+            os.environ
+            | ENVIRONMENT
+            | {
+                "JAX_PLATFORMS": "cpu",
+                "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
+                "LIBTPU_INIT_ARGS": schedule_options(folder),
+            }
+        )
         command = [
             sys.executable,
             "-m",
@@ -93,18 +88,7 @@ def compile_for_tpu(request: Request, distributions: Sequence[str], timeout: flo
             ]
             for distribution, calls in said.pop("steering").items()
         }
-        return Compiled(texts=_read_texts(Path(folder)), steering=steering, **said)
-
-
-def _read_texts(folder: Path) -> dict[str, str]:
-    texts = {}
-    for path in folder.glob(f"*-{_TEXTS}.txt"):
-        # <time>-<instruction>-<number of the pass>-final_bundles.txt; another file of the pass has schedule-analysis.
-        _, _, rest = path.name.removesuffix(f"-{_TEXTS}.txt").partition("-")
-        name, _, number = rest.rpartition("-")
-        if number.isdigit():
-            texts[name] = path.read_text(encoding="utf-8", errors="replace")
-    return texts
+        return Compiled(texts=read_schedules(Path(folder)), steering=steering, **said)
 
 
 def _compile(request: Request, distributions: Sequence[str]) -> dict[str, Any]:

@@ -43,9 +43,9 @@ from benchmarks.cases import CASES, DISTRIBUTIONS, DTYPES  # noqa: E402
 from benchmarks.results import commit, versions  # noqa: E402
 from benchmarks.roofline import OPS, Pass  # noqa: E402
 from benchmarks.tpu_compile import CompileError, Request, compile_for_tpu  # noqa: E402
-from benchmarks.tpu_cost import module_cost, read_programs  # noqa: E402
 from benchmarks.tpu_implementations import IMPLEMENTATIONS, OURS  # noqa: E402
 from benchmarks.tpu_report import HEADER, Modelled, against_peers, line, part_line, summarise  # noqa: E402
+from limoe.plan.scheduled import module_cost, read_codes  # noqa: E402
 from moe_kernels.chips import TPUS  # noqa: E402
 
 _PASSES: tuple[Pass, ...] = ("forward", "both")
@@ -85,10 +85,10 @@ def model(request: Request) -> dict[str, Modelled]:
     (XLA's own kernel for a ragged dot computes its tiles inside the compiled program).
     """
     compiled = compile_for_tpu(request, _DISTRIBUTION.value)
-    programs = read_programs(compiled)
+    codes = read_codes(compiled.texts)
     return {
         distribution: summarise(
-            request, distribution, module_cost(programs, compiled.steering[distribution], TPUS[request.chip]), compiled
+            request, distribution, module_cost(codes, compiled.steering[distribution], TPUS[request.chip]), compiled
         )
         for distribution in _DISTRIBUTION.value
     }

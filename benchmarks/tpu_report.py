@@ -12,8 +12,8 @@ from benchmarks.implementations import Counts, Setting
 from benchmarks.results import commit, versions
 from benchmarks.roofline import EXPERT_MATMULS, Load, Op, Pass, work
 from benchmarks.tpu_compile import Compiled, Request
-from benchmarks.tpu_cost import DESCRIPTOR_NANOSECONDS, Cost
 from benchmarks.tpu_implementations import CHOSEN, IMPLEMENTATIONS
+from limoe.plan.scheduled import DESCRIPTOR_NANOSECONDS, ScheduledCost
 from moe_kernels.chips import FLOAT32_PASSES, TPUS, Tpu
 
 
@@ -71,7 +71,7 @@ def floor_seconds(op: Op, passes: Pass, case: Case, load: Load, chip: Tpu, dtype
     return max(4.0 * rows * width * expert_width / peak, moved / bandwidth)
 
 
-def summarise(request: Request, distribution: str, cost: Cost, compiled: Compiled) -> Modelled:
+def summarise(request: Request, distribution: str, cost: ScheduledCost, compiled: Compiled) -> Modelled:
     """Set a modelled program against its definition."""
     case, chip = CASES[request.case], TPUS[request.chip]
     implementation = IMPLEMENTATIONS[request.implementation]

@@ -133,7 +133,7 @@ def test_packages_know_only_what_they_may(package, allowed):
 
 
 # The table of chips is plain data: whoever asks for a figure reads it.
-REACHES_CHIPS = ("limoe.model.attention_kernel", "limoe.plan.pods")
+REACHES_CHIPS = ("limoe.model.attention_kernel", "limoe.plan.pods", "limoe.plan.prices", "limoe.plan.scheduled")
 
 
 def test_limoe_reaches_the_kernels_in_two_places_and_never_the_reference():

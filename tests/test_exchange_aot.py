@@ -1,13 +1,6 @@
 """The exchange through the real TPU compiler: beside the experts' matmuls, and ragged where nothing limits it."""
 
-import os
 import re
-
-# Read when libtpu is loaded: there is no metadata server, and other processes may compile at the same time.
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sharding_cases import collectives
 from spec_cases import spec_and_inputs
 
+from limoe.plan import compiler
 from moe_kernels import MlpWeights, moe_mlp
+
+compiler.prepare()
 
 pytestmark = pytest.mark.aot
 

@@ -9,7 +9,7 @@ from pod_cases import paper_pod
 
 from limoe.config.schema import MeshConfig
 from limoe.parallel.mesh import AXES, Placement
-from limoe.plan import pods
+from limoe.plan import pods, prices
 from limoe.plan.hlo import HloError, Program
 from limoe.plan.hlo_work import Collective, collectives
 from limoe.plan.overlap import Cost, Times, schedule
@@ -204,7 +204,7 @@ def test_the_time_of_a_float32_kernel():
 
 GATHER = "f32[1024,256]{1,0} all-gather(%x), replica_groups={{0,1,2,3}}, dimensions={0}"
 # Two chips along each of two dimensions, one link each way.
-GATHER_SECONDS = pods.LATENCY + 3 / 4 * 4 * SIZE / (2 * CHIP.link_bandwidth)
+GATHER_SECONDS = prices.LATENCY + 3 / 4 * 4 * SIZE / (2 * CHIP.link_bandwidth)
 
 
 def test_an_exchange_alone_takes_no_memory_time_and_one_in_a_fusion_does():
@@ -240,7 +240,7 @@ def test_what_crosses_slices_goes_over_the_network_between_them(kind, sent, rece
     receive = RECEIVED.replace("KIND", kind).replace("[256,256]", f"[{received},256]")
     found = cost_of(receive, num_slices=2, ahead=(token, send))
     # Half of the whole is another slice's.
-    assert found.exchange == pytest.approx(pods.LATENCY + passes * SIZE / 2 / pods.DATACENTRE_BANDWIDTH)
+    assert found.exchange == pytest.approx(prices.LATENCY + passes * SIZE / 2 / prices.DATACENTRE_BANDWIDTH)
     assert found.hbm == found.compute == 0
 
 

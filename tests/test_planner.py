@@ -17,11 +17,12 @@ from limoe.config.presets import preset
 from limoe.config.schema import Config, ConfigError
 from limoe.config.settings import override
 from limoe.parallel.mesh import AXES, place
-from limoe.plan import pods
+from limoe.plan import compiler
 from limoe.plan.hlo import HloError
 from limoe.plan.overlap import Times
 from limoe.plan.planner import Memory, Plan, _too_large, kept_for_backward, on_pod
-from limoe.plan.pods import Pod, exchange_seconds, find_pod, topologies
+from limoe.plan.pods import Pod, find_pod, topologies
+from limoe.plan.prices import DATACENTRE_BANDWIDTH, LATENCY, exchange_seconds
 from limoe.plan.search import search
 from limoe.plan.text import as_text
 from limoe.train.step import prepare
@@ -42,7 +43,7 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch):
         raise RuntimeError("JAX TPU support not installed")
 
     monkeypatch.setattr(compile_only, "get_topology_desc", absent)
-    monkeypatch.setattr(pods, "_describe_to_libtpu", lambda: None)
+    monkeypatch.setattr(compiler, "prepare", lambda: None)
     with pytest.raises(
         ConfigError, match=r"TPU compiler \(libtpu\).*extra aot: pip install '\.\[aot\]'.*not installed"
     ):
@@ -69,7 +70,7 @@ def test_the_mesh_is_chosen_or_must_fit():
 
 def exchange(kind: str, size: int, pod: Pod, group: int) -> float:
     mesh = Mesh(np.array(pod.devices).reshape(1, -1, group), AXES)
-    return exchange_seconds(kind, size, tuple(range(group)), pod, mesh) - pods.LATENCY
+    return exchange_seconds(kind, size, tuple(range(group)), pod, mesh) - LATENCY
 
 
 def test_exchanges_take_what_the_narrowest_cut_allows():
@@ -91,13 +92,13 @@ def between_slices(kind: str, size: int, pod: Pod, *, per_slice: int) -> float:
     mesh = Mesh(np.array(devices).reshape(2, 1, -1), AXES)
     own = len(pod.devices)
     group = tuple(n * own + place for n in range(2) for place in range(per_slice))
-    return exchange_seconds(kind, size, group, pod, mesh) - pods.LATENCY
+    return exchange_seconds(kind, size, group, pod, mesh) - LATENCY
 
 
 def test_exchanges_between_slices_ship_each_devices_share():
     pod, size = paper_pod("v5p", 2, 2, 1), 10**9
     # Half of the buffer belongs to the other slice.
-    half = size / 2 / pods.DATACENTRE_BANDWIDTH
+    half = size / 2 / DATACENTRE_BANDWIDTH
     assert between_slices("all-gather", size, pod, per_slice=4) == pytest.approx(half / 4)
     assert between_slices("reduce-scatter", size, pod, per_slice=4) == pytest.approx(half / 4)
     assert between_slices("all-reduce", size, pod, per_slice=4) == pytest.approx(2 * half / 4)
@@ -116,7 +117,7 @@ def test_the_slower_of_both_levels_counts():
     pod, size = paper_pod("v5p", 4, 4, 4), 10**9
     assert between_slices("all-gather", size, pod, per_slice=64) == pytest.approx(63 / 64 * size / (6 * 90e9))
     slow = pod._replace(chip=pod.chip._replace(link_bandwidth=900e9))
-    network = size / 2 / 64 / pods.DATACENTRE_BANDWIDTH
+    network = size / 2 / 64 / DATACENTRE_BANDWIDTH
     assert between_slices("all-gather", size, slow, per_slice=64) == pytest.approx(network)
 
 

@@ -13,7 +13,7 @@ from limoe.config.settings import override
 from limoe.model.describe import describe
 from limoe.plan.planner import Memory, Plan, plan
 from limoe.plan.planner import _memory as memory_of
-from limoe.plan.pods import LATENCY
+from limoe.plan.prices import LATENCY
 from moe_kernels.chips import TPUS
 
 

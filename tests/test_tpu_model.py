@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from benchmarks import tpu_bundles, tpu_cost, tpu_operands, tpu_report, tpu_schedule
+from benchmarks import tpu_operands, tpu_report
 from benchmarks.cases import CASES, draw_experts, imposing_noise
 from benchmarks.roofline import Load
-from benchmarks.tpu_bundles import parse
 from benchmarks.tpu_compile import Compiled, CompileError, Request, compile_for_tpu
-from benchmarks.tpu_cost import module_cost, part_cost, read_programs
 from benchmarks.tpu_operands import steering_operands
 from benchmarks.tpu_report import against_peers, floor_seconds, line, summarise
-from benchmarks.tpu_schedule import Run, run
+from limoe.plan import bundles, machine, scheduled
+from limoe.plan.bundles import parse
+from limoe.plan.machine import Ran, run
+from limoe.plan.scheduled import module_cost, part_cost, read_codes
 
 # A Pallas kernel for v5e: a grid of 4 steps with a window of 8 x 128 floats in and out; step i adds the window sizes[i]
 # times, a loop of 3 bundles and the 4 that run after its branch.
@@ -59,7 +60,7 @@ def test_what_is_not_known_counts_once_and_is_reported():
 
 
 def test_a_program_that_does_not_end_is_an_error(monkeypatch):
-    monkeypatch.setattr("benchmarks.tpu_schedule._MAX_STEPS", 100)
+    monkeypatch.setattr("limoe.plan.machine._MAX_STEPS", 100)
     with pytest.raises(RuntimeError, match="did not end after 100 steps"):
         run(parse(SAMPLE), DELAY, {0: [1000] * 4})
 
@@ -113,14 +114,14 @@ def test_the_three_limits():
 
     def part(bundles, rows, granules):
         copies = collections.Counter({("hbm_to_vmem", round(granules)): 1})
-        return part_cost("x", 2, [Run(np.array([bundles]), copies, collections.Counter(), 0, rows, 0)], chip)
+        return part_cost("x", 2, [Ran(np.array([bundles]), copies, collections.Counter(), 0, rows, 0)], chip)
 
-    for bound, (bundles, streamed, copied) in {
+    for bound, (ran, streamed, copied) in {
         "bundles": (1750 * 3, rows, granules),
         "MXU": (1750, 3 * rows, granules),
         "HBM": (1750, rows, 3 * granules),
     }.items():
-        limited = part(bundles, streamed, copied)
+        limited = part(ran, streamed, copied)
         assert limited.bound == bound
         assert limited.seconds == pytest.approx(6e-6, rel=1e-3)
 
@@ -128,7 +129,7 @@ def test_the_three_limits():
 def test_cores_share_an_instruction():
     chip = TPUS["v5p"]
     runs = [
-        Run(np.array([n]), collections.Counter({("hbm_to_vmem", 10): 1}), collections.Counter(), 0, 8, n)
+        Ran(np.array([n]), collections.Counter({("hbm_to_vmem", 10): 1}), collections.Counter(), 0, 8, n)
         for n in (5, 7)
     ]
     part = part_cost("x", 1, runs, chip)
@@ -244,7 +245,7 @@ def test_peers_stand_in_the_order_of_their_time_and_dense_last():
 
 
 @pytest.mark.parametrize(
-    "module", [tpu_bundles, tpu_schedule, tpu_cost, tpu_operands, tpu_report], ids=lambda module: module.__name__
+    "module", [bundles, machine, scheduled, tpu_operands, tpu_report], ids=lambda module: module.__name__
 )
 def test_examples_in_docstrings(module):
     done = doctest.testmod(module)
@@ -263,7 +264,7 @@ def test_a_grouped_matmul_issues_what_its_tiles_say():
     """megablox in tiles of 128 x 512 x 512 at D 768: 1.33 times the multiply-adds where groups are whole tiles."""
     request = Request("v5e", "megablox", "grouped_matmul", "forward", "b16-8groups", "bfloat16")
     compiled = compile_for_tpu(request, ["balanced"])
-    cost = module_cost(read_programs(compiled), compiled.steering["balanced"], TPUS["v5e"])
+    cost = module_cost(read_codes(compiled.texts), compiled.steering["balanced"], TPUS["v5e"])
     kernel = max(cost.parts, key=lambda part: part.macs)
     useful = 16_384 * 768 * 3_072
     assert kernel.macs == useful * 1024 / 768 and kernel.unknown_branches == 0

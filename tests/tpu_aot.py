@@ -1,13 +1,6 @@
 """What the tests with the real TPU compiler share: chips, shapes, a compiled program and the VMEM of its kernels."""
 
-import os
 import re
-
-# Read when libtpu is loaded: there is no metadata server, and other processes may compile at the same time.
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +8,11 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from limoe.plan import compiler
 from moe_kernels.chips import TPUS
 from moe_kernels.types import Layout, Runs
+
+compiler.prepare()
 
 TOPOLOGIES = {tpu.name: tpu.smallest_topology for tpu in TPUS.values()}
 WIDTHS = [512, 768, 1024, 1280]

@@ -27,7 +27,8 @@ from limoe.parallel.mesh import Placement, place
 from limoe.plan.hlo import Program, Run
 from limoe.plan.hlo_work import Collective, axes_of, collectives, kernels, matmuls
 from limoe.plan.overlap import Cost, Times, schedule
-from limoe.plan.pods import Pod, exchange_seconds, find_pod
+from limoe.plan.pods import Pod, find_pod
+from limoe.plan.prices import at_peak, exchange_seconds, through_memory
 from limoe.train.step import Counts, Training, compile_step, prepare, step_key
 
 SECONDS_OF_A_DAY = 86_400
@@ -230,8 +231,8 @@ def _cost(program: Program, run: Run, pod: Pod, placement: Placement) -> Cost:
     spent += sum(kernel.flops * kernel.passes for kernel in in_kernels)
     alone = exchanges and run.instruction.opcode != "fusion"
     return Cost(
-        compute=spent / chip.flops,
-        hbm=0.0 if alone else program.traffic(run) / chip.hbm_bandwidth,
+        compute=at_peak(spent, chip),
+        hbm=0.0 if alone else through_memory(program.traffic(run), chip),
         exchange=math.fsum(
             exchange_seconds(one.kind, one.bytes, _groups(one, placement)[0], pod, placement.mesh) for one in exchanges
         ),

@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.tpu_bundles import Bundle, Copy, Guard, Op, Program, Value
+from limoe.plan.bundles import Bundle, Code, Copy, Guard, Op, Value
 
 # Operands and allocations get addresses far apart, so that base + offset never meet.
 _APART = 1 << 40
 _MAX_STEPS = 20_000_000
 
 
-class Run(NamedTuple):
+class Ran(NamedTuple):
     """How often each bundle ran, what was copied and called, and where knowledge ended."""
 
     counts: np.ndarray
@@ -92,15 +92,15 @@ class Started(NamedTuple):
 class _Machine:
     """Scalar registers and memory; None stands for what is not known."""
 
-    def __init__(self, program: Program, operands: Mapping[int, Sequence[int]], core: int) -> None:
+    def __init__(self, code: Code, operands: Mapping[int, Sequence[int]], core: int) -> None:
         self.core = core
-        self.in_hbm = program.in_hbm
+        self.in_hbm = code.in_hbm
         self.registers: dict[str, int | bool | None] = {}
         self.memory: dict[int, int | bool | None] = {}
         self.bases: dict[str, int] = {}
         self.divided: collections.deque[int | bool | None] = collections.deque()
         self.operands = operands
-        for register, index in program.operands.items():
+        for register, index in code.operands.items():
             values = operands.get(index)
             base = (index + 1) * _APART
             self.registers[register] = base
@@ -205,12 +205,12 @@ class _Machine:
             self.memory[target + offset] = int(value)
 
 
-def run(program: Program, delay: int, operands: Mapping[int, Sequence[int]] | None = None, core: int = 0) -> Run:
+def run(code: Code, delay: int, operands: Mapping[int, Sequence[int]] | None = None, core: int = 0) -> Ran:
     """Run a program whose branches take effect `delay` bundles later, with the values of some operands by index.
 
     Raises RuntimeError for one that does not end.
 
-    >>> from benchmarks.tpu_bundles import parse
+    >>> from limoe.plan.bundles import parse
     >>> text = '''
     ...      0   :  { %s1_s0 = smov 0 }
     ...    0x1 LB: > { %s2_s0 = sadd.s32 1, %s1_s0  ;;  %s1_s0 = sphi %s1_s0, %s2_s0 } /* Start region 5 */
@@ -221,8 +221,8 @@ def run(program: Program, delay: int, operands: Mapping[int, Sequence[int]] | No
     >>> run(parse(text), delay=1).counts.tolist()
     [1, 4, 4, 4, 4, 1]
     """
-    machine = _Machine(program, operands or {}, core)
-    bundles, size = program.bundles, len(program.bundles)
+    machine = _Machine(code, operands or {}, core)
+    bundles, size = code.bundles, len(code.bundles)
     stops = [i for i, b in enumerate(bundles) if b.ops or b.copies or b.branch or b.call]
     following = np.searchsorted(stops, np.arange(size + 1))
     change = np.zeros(size + 1, np.int64)
@@ -243,7 +243,7 @@ def run(program: Program, delay: int, operands: Mapping[int, Sequence[int]] | No
             break
         bundle = bundles[index]
         if bundle.branch:
-            target = program.regions[bundle.branch]
+            target = code.regions[bundle.branch]
             guard = bundle.guard
             if guard is not None and machine.registers.get(guard.register) is None:
                 unknown.add(index)
@@ -266,20 +266,20 @@ def run(program: Program, delay: int, operands: Mapping[int, Sequence[int]] | No
     change[size] -= 1
     counts = np.cumsum(change[:size])
     streamed = np.array([bundle.streamed_rows for bundle in bundles])
-    return Run(
+    return Ran(
         counts,
         copies,
         calls,
         len(unknown),
         int(counts @ streamed),
         places,
-        _beside_matmuls(program, delay, counts, streamed),
+        _beside_matmuls(code, delay, counts, streamed),
     )
 
 
-def _beside_matmuls(program: Program, delay: int, counts: np.ndarray, streamed: np.ndarray) -> int:
+def _beside_matmuls(code: Code, delay: int, counts: np.ndarray, streamed: np.ndarray) -> int:
     """Bundles that ran between two places where control can come or go, if a matmul is among them."""
-    leaves = [index + delay + 1 for index, bundle in enumerate(program.bundles) if bundle.branch]
-    cuts = sorted({0, *program.regions.values(), *(index for index in leaves if index < len(counts))})
+    leaves = [index + delay + 1 for index, bundle in enumerate(code.bundles) if bundle.branch]
+    cuts = sorted({0, *code.regions.values(), *(index for index in leaves if index < len(counts))})
     pieces = zip(np.add.reduceat(counts, cuts), np.add.reduceat(streamed, cuts), strict=True)
     return int(sum(ran for ran, rows in pieces if rows))

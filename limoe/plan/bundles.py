@@ -76,7 +76,7 @@ class Bundle(NamedTuple):
     """Rows that matrix units take in: 8 for each float32 instruction, 16 for bfloat16, 32 for 8-bit types."""
 
 
-class Program(NamedTuple):
+class Code(NamedTuple):
     """The bundles of a kernel, where each region begins, and which register holds which operand at the start."""
 
     bundles: list[Bundle]
@@ -99,7 +99,7 @@ class Program(NamedTuple):
         return min((gap - 1 for gap in gaps if gap is not None), default=None)
 
 
-def parse(text: str) -> Program:
+def parse(text: str) -> Code:
     """Read the text of a `*final_bundles.txt`.
 
     >>> text = '''
@@ -107,8 +107,8 @@ def parse(text: str) -> Program:
     ...    0x1 LB: > { %s2_s0 = sadd.s32 1, %s1_s0  ;;  %s1_s0 = sphi %s1_s0, %s2_s0 } /* Start region 5 */
     ...    0x2   : > { %p3_p0 = scmp.ge.s32.totalorder %s2_s0, 4 }
     ...    0x3   :  { %9 = sbr.rel (!%p3_p0) target = $region5 }'''
-    >>> program = parse(text)
-    >>> len(program.bundles), program.regions, program.bundles[3].branch
+    >>> code = parse(text)
+    >>> len(code.bundles), code.regions, code.bundles[3].branch
     (4, {'5': 1}, '5')
     """
     bundles, regions, operands, integers, in_hbm, nameless = [], {}, {}, {}, set(), []
@@ -136,7 +136,7 @@ def parse(text: str) -> Program:
             if not behind:
                 raise ValueError(f"bundle {index} jumps to region {bundle.branch}, which the dump does not have")
             regions[bundle.branch] = behind[0]
-    return Program(_slice(bundles), regions, operands, integers, in_hbm, _CORE.search(text) is not None)
+    return Code(_slice(bundles), regions, operands, integers, in_hbm, _CORE.search(text) is not None)
 
 
 class _Operand(NamedTuple):

@@ -8,10 +8,13 @@ and bytes copied to and from HBM / bandwidth. Instructions follow one another; w
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from benchmarks.tpu_bundles import Program, parse
-from benchmarks.tpu_compile import Compiled, Steering
-from benchmarks.tpu_schedule import Run, run
+from limoe.plan.bundles import Code, parse
+from limoe.plan.machine import Ran, run
+from limoe.plan.prices import in_bundles, on_matrix_units, through_memory
 from moe_kernels.chips import Tpu
+
+Steering = tuple[str, dict[int, list[int]]]
+"""A kernel's name, and the values of its integer operands by their index."""
 
 _TOP = "TLP"
 # Bytes that the compiler counts copies in.
@@ -49,7 +52,7 @@ class Part(NamedTuple):
         return max(limits, key=lambda name: limits[name])
 
 
-class Cost(NamedTuple):
+class ScheduledCost(NamedTuple):
     """A whole program; parts in descending order of time."""
 
     parts: tuple[Part, ...]
@@ -65,42 +68,42 @@ class Cost(NamedTuple):
         return self.seconds + sum(max(0.0, 1e-9 * nanoseconds * p.row_copies - p.seconds) for p in self.parts)
 
 
-def read_programs(compiled: Compiled) -> dict[str, Program]:
+def read_codes(texts: Mapping[str, str]) -> dict[str, Code]:
     """The scalar programs of a compiled module's instructions."""
-    return {name: parse(text) for name, text in compiled.texts.items()}
+    return {name: parse(text) for name, text in texts.items()}
 
 
-def module_cost(programs: Mapping[str, Program], steering: Sequence[Steering], chip: Tpu) -> Cost:
+def module_cost(codes: Mapping[str, Code], steering: Sequence[Steering], chip: Tpu) -> ScheduledCost:
     """Model the programs of a compiled module, with what steers its kernels."""
-    delay = min(d for program in programs.values() if (d := program.branch_delay()) is not None)
-    operands = _steering_by_instruction(programs, steering)
-    top = run(programs[_TOP], delay)
+    delay = min(d for code in codes.values() if (d := code.branch_delay()) is not None)
+    operands = _steering_by_instruction(codes, steering)
+    top = run(codes[_TOP], delay)
     parts = [part_cost(_TOP, 1, [top], chip)]
     for name, trips in top.calls.items():
-        if name in programs:
-            parts.append(part_cost(name, trips, _runs(programs[name], delay, operands.get(name), chip), chip))
+        if name in codes:
+            parts.append(part_cost(name, trips, _runs(codes[name], delay, operands.get(name), chip), chip))
     # Copies of the top level run beside the instructions.
     beside, serial = parts[0].hbm_seconds, [parts[0]._replace(hbm_seconds=0.0), *parts[1:]]
     hbm = sum(part.hbm_seconds for part in serial) + beside
-    return Cost(
+    return ScheduledCost(
         parts=tuple(sorted(serial, key=lambda part: -part.seconds)),
         seconds=max(sum(part.seconds for part in serial), hbm),
         macs=sum(part.macs for part in parts),
         hbm_bytes=sum(part.hbm_bytes for part in parts),
         unknown_branches=sum(part.unknown_branches for part in parts),
-        missing=tuple(sorted(name for name in top.calls if name not in programs)),
+        missing=tuple(sorted(name for name in top.calls if name not in codes)),
     )
 
 
-def _runs(program: Program, delay: int, steering: Mapping[int, Sequence[int]] | None, chip: Tpu) -> list[Run]:
+def _runs(code: Code, delay: int, steering: Mapping[int, Sequence[int]] | None, chip: Tpu) -> list[Ran]:
     """What each core does; one run if they are not told apart, since then the work is not split."""
-    cores = chip.num_cores if program.uses_core_id else 1
-    runs = [run(program, delay, steering, core) for core in range(cores)]
+    cores = chip.num_cores if code.uses_core_id else 1
+    runs = [run(code, delay, steering, core) for core in range(cores)]
     first = runs[0]
     return runs if any((ran.places, ran.copies) != (first.places, first.copies) for ran in runs) else [first]
 
 
-def part_cost(name: str, trips: int, runs: Sequence[Run], chip: Tpu) -> Part:
+def part_cost(name: str, trips: int, runs: Sequence[Ran], chip: Tpu) -> Part:
     """Model one instruction from what each core does: the slowest core decides, copies and multiply-adds add up.
 
     >>> import numpy as np
@@ -108,7 +111,7 @@ def part_cost(name: str, trips: int, runs: Sequence[Run], chip: Tpu) -> Part:
     >>> import dataclasses
     >>> from moe_kernels.chips import TPUS
     >>> chip = dataclasses.replace(TPUS["v5e"], gigahertz=1.0, macs_per_cycle=1024, depth=32, hbm_bandwidth=32e9)
-    >>> ran = Run(np.array([10]), Counter({("hbm_to_vmem", 600): 1}), Counter(), 0, 8, 0)
+    >>> ran = Ran(np.array([10]), Counter({("hbm_to_vmem", 600): 1}), Counter(), 0, 8, 0)
     >>> part = part_cost("y", 2, [ran], chip)
     >>> part.macs, part.hbm_bytes, part.bound, f"{part.seconds:.2e}", part.row_copies
     (16384.0, 38400.0, 'HBM', '1.20e-06', 0)
@@ -126,9 +129,9 @@ def part_cost(name: str, trips: int, runs: Sequence[Run], chip: Tpu) -> Part:
         name=name,
         trips=trips,
         bundles=bundles,
-        bundle_seconds=bundles / (1e9 * chip.gigahertz),
-        mxu_seconds=max(macs) / chip.macs_per_cycle / (1e9 * chip.gigahertz),
-        hbm_seconds=copied / (chip.hbm_bandwidth),
+        bundle_seconds=in_bundles(bundles, chip),
+        mxu_seconds=on_matrix_units(max(macs), chip),
+        hbm_seconds=through_memory(copied, chip),
         macs=sum(macs),
         hbm_bytes=copied,
         row_copies=trips * sum(count for kind, size, count in copies if 0 < size <= ROW_BYTES and "smem" not in kind),
@@ -138,7 +141,7 @@ def part_cost(name: str, trips: int, runs: Sequence[Run], chip: Tpu) -> Part:
 
 
 def _steering_by_instruction(
-    programs: Mapping[str, Program], steering: Sequence[Steering]
+    codes: Mapping[str, Code], steering: Sequence[Steering]
 ) -> dict[str, Mapping[int, Sequence[int]]]:
     """Give each kernel its integer operands: those whose name (where it has one), indices and lengths fit.
 
@@ -146,8 +149,8 @@ def _steering_by_instruction(
     """
     left = list(steering)
     found: dict[str, Mapping[int, Sequence[int]]] = {}
-    for name in sorted(programs, key=_natural):
-        integers = programs[name].integers
+    for name in sorted(codes, key=_natural):
+        integers = codes[name].integers
         fitting = [
             call for call in left if call[1] and {index: len(values) for index, values in call[1].items()} == integers
         ]

@@ -1,0 +1,45 @@
+"""How the TPU compiler is asked on a machine without a TPU: its environment, and the schedules that it writes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Read when libtpu is loaded; what is set already stays.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",  # no metadata server to ask
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two processes may compile at a time
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # silences a warning; the topology decides
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+_TEXTS = "final_bundles"
+
+
+def prepare() -> None:
+    """Tell libtpu, before it is loaded, what it wants to know on a machine without a TPU."""
+    import jax
+
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    jax.config.update("jax_platforms", "cpu")
+
+
+def schedule_options(folder: str) -> str:
+    """Options for `LIBTPU_INIT_ARGS` with which the final bundles of every instruction are written into a folder.
+
+    All programs of a process are mixed there. Equal fusions have a text each, else they share that of the first.
+    """
+    options = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={_TEXTS}"
+    return f"{options} --xla_jf_hlo_deduplication_all_unique=true"
+
+
+def read_schedules(folder: Path) -> dict[str, str]:
+    """The final bundles by instruction; the top level is called TLP."""
+    texts = {}
+    for path in folder.glob(f"*-{_TEXTS}.txt"):
+        # <time>-<instruction>-<number of the pass>-final_bundles.txt; another file of the pass has schedule-analysis.
+        _, _, rest = path.name.removesuffix(f"-{_TEXTS}.txt").partition("-")
+        name, _, number = rest.rpartition("-")
+        if number.isdigit():
+            texts[name] = path.read_text(encoding="utf-8", errors="replace")
+    return texts
