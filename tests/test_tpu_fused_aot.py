@@ -11,6 +11,7 @@ from moe_kernels.backends.tpu.common.tiling import Sizes
 from moe_kernels.backends.tpu.fused.in_place import LayerOperands
 from moe_kernels.backends.tpu.fused.span import LayerSaved
 from moe_kernels.backends.tpu.fused.tiles import fused_backward_tiles, fused_tiles, keeps_rows
+from moe_kernels.chips import find_tpu
 from moe_kernels.types import Layout, Plan
 
 pytestmark = pytest.mark.aot
@@ -48,7 +49,7 @@ def check(chip, width, layout, weight_dtype, dtype=jnp.bfloat16):
     if not said.startswith("tpu: chosen"):
         return said
     itemsizes = jnp.dtype(dtype).itemsize, jnp.dtype(weight_dtype).itemsize
-    sizes = Sizes(layout, width, f, *itemsizes, chosen[0].facts)
+    sizes = Sizes(layout, width, f, *itemsizes, find_tpu(chosen[0].chip))
     keep_rows = keeps_rows(sizes)
     check_vmem(compiled, "dispatch_mlp_combine_forward", fused_tiles(sizes, keep_rows=keep_rows).mlp.vmem)
     tiles = fused_tiles(sizes)

@@ -9,6 +9,7 @@ from moe_kernels.backends import choose, problem_of
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights, apply, epilogue_of
 from moe_kernels.backends.tpu.common.tiling import Sizes
 from moe_kernels.backends.tpu.matmul.tiles import matmul_backward_tiles, matmul_forward_tiles
+from moe_kernels.chips import find_tpu
 
 pytestmark = pytest.mark.aot
 
@@ -41,7 +42,7 @@ def check(chip, sizes, layout, weight_dtype, epilogue="none", dtype=jnp.bfloat16
 
     program = device.compile(both, rows, weights, device.runs(layout), out)
     itemsizes = jnp.dtype(dtype).itemsize, jnp.dtype(weight_dtype).itemsize
-    given = Sizes(layout, width, expert_width, *itemsizes, chosen[0].facts)
+    given = Sizes(layout, width, expert_width, *itemsizes, find_tpu(chosen[0].chip))
     for name, tiles in (("forward", matmul_forward_tiles), ("backward", matmul_backward_tiles)):
         check_vmem(program, f"grouped_matmul_{name}", tiles(given, epilogue=epilogue).vmem)
 

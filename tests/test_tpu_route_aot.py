@@ -12,7 +12,7 @@ from moe_kernels import Routing, RoutingSums
 from moe_kernels.backends import choose, problem_of
 from moe_kernels.backends.base import RouteInputs, RouteStatic
 from moe_kernels.backends.tpu.route.tiles import backward_tiles, forward_tiles
-from moe_kernels.chips import MIB
+from moe_kernels.chips import MIB, find_tpu
 
 pytestmark = pytest.mark.aot
 
@@ -65,7 +65,7 @@ def compile_both(chip: str, width: int, problem: str, dtype):
 
     mapped = jax.shard_map(both, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
     lowered = jax.jit(mapped).trace(tokens, router, inputs, cotangent).lower(lowering_platforms=("tpu",))
-    sizes = (static, num_tokens, width, experts, tokens.dtype.itemsize, chosen[0].facts, chosen[0].num_cores)
+    sizes = (static, num_tokens, width, experts, tokens.dtype.itemsize, find_tpu(chosen[0].chip), chosen[0].num_cores)
     return lowered.compile(), (forward_tiles(*sizes).vmem, backward_tiles(*sizes, passes=passes).vmem)
 
 
