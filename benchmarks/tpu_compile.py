@@ -63,7 +63,7 @@ def compile_for_tpu(request: Request, distributions: Sequence[str], timeout: flo
             | {
                 "JAX_PLATFORMS": "cpu",
                 "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
-                "LIBTPU_INIT_ARGS": schedule_options(folder),
+                "LIBTPU_INIT_ARGS": schedule_options(Path(folder)),
             }
         )
         command = [

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import json
 import os
 import signal
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,6 +41,9 @@ _PROCESS_ID = flags.DEFINE_integer("process-id", None, "train: number of this on
 _TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the TPU pod, kind and chips along each side, as in v5p:8x8x8")
 _BATCH = flags.DEFINE_integer("batch", None, "plan: pairs of a step, instead of the preset's", lower_bound=2)
 _SEARCH = flags.DEFINE_bool("search", False, "plan: try meshes, rematerialisation and chunking, show the best")
+_SCHEDULE = flags.DEFINE_bool(
+    "schedule", False, "plan: also model the step from the compiler's own schedule, which takes minutes more"
+)
 
 USAGE = """limoe: train and evaluate a language-image mixture of experts.
 
@@ -50,7 +56,8 @@ USAGE = """limoe: train and evaluate a language-image mixture of experts.
       Evaluate the newest checkpoint: zero-shot classification, retrieval, and, given labelled shards, a linear probe.
   limoe describe [--preset=tiny] [--set key=value ...] [--json]
       Parameters and FLOPs of a configuration; nothing is allocated.
-  limoe plan --preset=h14 --topology=v5p:8x8x8 [--batch=PAIRS] [--set key=value ...] [--search] [--json]
+  limoe plan --preset=h14 --topology=v5p:8x8x8 [--batch=PAIRS] [--set key=value ...] [--search] [--schedule]
+             [--json]
       Compile the train step for a TPU pod that is not here: whether it fits, and how fast it can be (modelled).
   limoe settings [--preset=tiny]
       All settings that --set takes, with value, type and unit.
@@ -172,6 +179,7 @@ def _evaluate(settings: list[str]) -> int:
 
 
 def _plan(settings: list[str]) -> int:
+    from limoe.plan import compiler
     from limoe.plan.planner import plan
     from limoe.plan.search import search
     from limoe.plan.text import as_text
@@ -182,19 +190,29 @@ def _plan(settings: list[str]) -> int:
         settings = [*settings, f"train.batch_size={_BATCH.value}"]
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     config = _config(settings)
-    result = search(config, _TOPOLOGY.value, say=say) if _SEARCH.value else plan(config, _TOPOLOGY.value)
+    with contextlib.ExitStack() as stack:
+        planned = plan
+        if _SCHEDULE.value:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            compiler.write_schedules(folder)
+            planned = functools.partial(plan, schedules=folder)
+        if _SEARCH.value:
+            result = search(config, _TOPOLOGY.value, say=say, planned=planned)
+        else:
+            result = planned(config, _TOPOLOGY.value)
     print(json.dumps(result.as_json()) if _JSON.value else as_text(result))
     return 0
 
 
-_FLAGS = ("preset", "workdir", "set", "profile", "data", "probe-data", "json", "topology", "batch", "search")
+_FLAGS = ("preset", "workdir", "set", "profile", "data", "probe-data", "json")
+_FLAGS += ("topology", "batch", "search", "schedule")
 _PROCESS_FLAGS = ("coordinator", "num-processes", "process-id")
 _FLAGS += _PROCESS_FLAGS
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], tuple[str, ...]]] = {
     "train": (_train, ("preset", "workdir", "set", "profile", *_PROCESS_FLAGS)),
     "eval": (_evaluate, ("workdir", "data", "probe-data", "json")),
     "describe": (_describe, ("preset", "set", "json")),
-    "plan": (_plan, ("preset", "topology", "batch", "set", "search", "json")),
+    "plan": (_plan, ("preset", "topology", "batch", "set", "search", "schedule", "json")),
     "settings": (_settings, ("preset",)),
 }
 

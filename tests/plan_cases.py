@@ -4,16 +4,16 @@ from pod_cases import paper_pod
 
 from limoe.config.schema import Config
 from limoe.plan.overlap import Times
-from limoe.plan.planner import Memory, Plan
+from limoe.plan.planner import Memory, PodPlan
 
 # Blocks of the B pattern, small, and on as many devices as a host has; float32 would be another kernel.
 SMALL = ("depth=4", "moe_layers=1,3", "width=128", "mlp_width=256", "batch_size=16", "group_examples=1")
 
 
-def made_up(config: Config, seconds: float | None, memory: int) -> Plan:
+def made_up(config: Config, seconds: float | None, memory: int) -> PodPlan:
     pod = paper_pod("v5p", 2, 2, 1)
     mesh = config.mesh
-    return Plan(
+    return PodPlan(
         preset=config.preset,
         topology=pod.name,
         num_devices=4,

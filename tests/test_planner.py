@@ -20,7 +20,7 @@ from limoe.parallel.mesh import AXES, place
 from limoe.plan import compiler
 from limoe.plan.hlo import HloError
 from limoe.plan.overlap import Times
-from limoe.plan.planner import Memory, Plan, _too_large, kept_for_backward, on_pod
+from limoe.plan.planner import Memory, PodPlan, _too_large, kept_for_backward, on_pod
 from limoe.plan.pods import Pod, find_pod, topologies
 from limoe.plan.prices import DATACENTRE_BANDWIDTH, LATENCY, exchange_seconds
 from limoe.plan.search import search
@@ -125,7 +125,7 @@ def test_the_search_finds_the_fastest_that_fits(monkeypatch):
     monkeypatch.setattr("limoe.plan.search.find_pod", lambda name, slices: paper_pod("v5p", 2, 2, 1))
     seen, said = [], []
 
-    def planned(config: Config, topology: str) -> Plan:
+    def planned(config: Config, topology: str) -> PodPlan:
         key = (config.model.remat, config.mesh.expert, config.mesh.exchange_chunks)
         seen.append(key)
         seconds = {"none": 1.0, "attention": 2.0, "blocks": 3.0}[key[0]] - 0.1 * key[2] + 0.2 * (key[1] - 2) ** 2
@@ -146,7 +146,7 @@ def test_the_search_goes_on_where_a_candidate_is_refused(monkeypatch, refusal):
     monkeypatch.setattr("limoe.plan.search.find_pod", lambda name, slices: paper_pod("v5p", 2, 2, 1))
     said = []
 
-    def planned(config: Config, topology: str) -> Plan:
+    def planned(config: Config, topology: str) -> PodPlan:
         if config.mesh.expert == 2 or config.mesh.exchange_chunks == 4:
             raise refusal
         return made_up(config, 1.0 / config.mesh.exchange_chunks, 2**30)
@@ -176,6 +176,7 @@ KEYS = {
     *("memory_per_chip_bytes", "hbm_bytes", "flops_per_step", "model_flops_per_step", "collective_bytes"),
     *("num_collectives", "modelled_times", "modelled_step_seconds", "modelled_mfu", "modelled_pairs_per_second"),
     *("modelled_days", "modelled_chip_hours", "compile_seconds"),
+    *("scheduled_step_seconds", "scheduled_mfu", "scheduled_note"),
 }
 
 
@@ -189,6 +190,9 @@ def test_a_plan_in_numbers_and_in_words():
         made_up(small_config(), 0.25, 21 * 2**30),
         memory=Memory(*(n * 2**30 for n in range(1, 7))),
         times=Times(compute=0.11, hbm=0.12, busy=0.2, exchange=0.09, hidden=0.04),
+        scheduled_step_seconds=0.5,
+        scheduled_mfu=0.25,
+        scheduled_note="2 of 9 instructions",
         num_devices=8,
         batch_size=4096,
         steps=691_200,
@@ -202,6 +206,7 @@ def test_a_plan_in_numbers_and_in_words():
     assert fields["modelled_times"] == times | {"step": pytest.approx(0.25)}
     text = as_text(found)
     assert "fits, 21.00 GiB of 95.74 GiB" in text and "4 chips (8 devices)" in text
+    assert "(2 of 9 instructions)" in text
     assert "a step, modelled (not measured)" in text and "the run, modelled" in text
     memory = {"parameters": 1, "optimizer": 2, "batch": 3, "activations": 4, "temporary": 5, "program": 6}
     step = {"matmuls": 110, "main memory": 120, "both, one covering the other": 200, "exchanges": 90, "step": 250}
@@ -209,9 +214,11 @@ def test_a_plan_in_numbers_and_in_words():
         **{name: f"{size}.00 GiB" for name, size in memory.items()},
         **{name: f"{size}.0 ms" for name, size in step.items()},
         "of them under other work": "40.0 ms",
+        "step by the compiler's schedule": "500.0 ms",
         "FLOPs of matmuls": "1e+12",
         "all-to-all over expert": "1.0 MB in 5",
         "model FLOPs utilisation": "50.0%",
+        "by the compiler's schedule": "25.0%",
         "pairs a second": "16,384",
         "days for 691,200 steps": "2.0",
         "chip-hours": "192",
@@ -222,11 +229,11 @@ def test_a_plan_in_numbers_and_in_words():
 def test_the_command_plans_what_it_was_told(monkeypatch, capsys, flags):
     asked = []
 
-    def planned(config: Config, topology: str) -> Plan:
+    def planned(config: Config, topology: str) -> PodPlan:
         asked.append(("plan", config, topology))
         return made_up(config, 0.25, 2**30)
 
-    def searched(config: Config, topology: str, *, say: Callable[[str], None]) -> Plan:
+    def searched(config: Config, topology: str, *, say: Callable[[str], None], planned: object) -> PodPlan:
         asked.append(("search", config, topology))
         say("a candidate")
         return made_up(config, 0.25, 2**30)

@@ -11,7 +11,7 @@ from plan_cases import SMALL
 from limoe.config.presets import preset
 from limoe.config.settings import override
 from limoe.model.describe import describe
-from limoe.plan.planner import Memory, Plan, plan
+from limoe.plan.planner import Memory, PodPlan, plan
 from limoe.plan.planner import _memory as memory_of
 from limoe.plan.prices import LATENCY
 from moe_kernels.chips import TPUS
@@ -21,11 +21,11 @@ class Plans:
     """Plans of small models for four chips, each compiled once, and what the compiler said of their memory."""
 
     def __init__(self) -> None:
-        self.plans: dict[tuple[str, ...], Plan] = {}
+        self.plans: dict[tuple[str, ...], PodPlan] = {}
         self.last_stats: Any = None
         self.stats: dict[tuple[str, ...], Any] = {}
 
-    def __call__(self, *settings: str) -> Plan:
+    def __call__(self, *settings: str) -> PodPlan:
         if settings not in self.plans:
             config = small_config(*SMALL, "compute_dtype=bfloat16", *settings)
             self.plans[settings] = plan(config, "v5p:2x2x1")

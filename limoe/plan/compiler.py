@@ -24,13 +24,19 @@ def prepare() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def schedule_options(folder: str) -> str:
+def schedule_options(folder: Path) -> str:
     """Options for `LIBTPU_INIT_ARGS` with which the final bundles of every instruction are written into a folder.
 
     All programs of a process are mixed there. Equal fusions have a text each, else they share that of the first.
     """
     options = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={_TEXTS}"
     return f"{options} --xla_jf_hlo_deduplication_all_unique=true"
+
+
+def write_schedules(folder: Path) -> None:
+    """Have the final bundles written into a folder from now on, if libtpu is not loaded yet."""
+    options = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {schedule_options(folder)}"
+    os.environ["LIBTPU_INIT_ARGS"] = options.strip()
 
 
 def read_schedules(folder: Path) -> dict[str, str]:

@@ -337,6 +337,15 @@ class _Parts(NamedTuple):
     attributes: str
 
 
+def kernel_name(instruction: str) -> str:
+    """The name that a kernel was given; the compiler puts a number behind it and, newer ones, an operand's name.
+
+    >>> kernel_name("gather_rows.12.refs_10_")
+    'gather_rows'
+    """
+    return instruction.partition(".")[0]
+
+
 def _origin(name: str, computation: Computation) -> Instruction:
     """Where a value comes from, copies left out."""
     found = computation.by_name[name]

@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from limoe.plan.hlo import Computation, HloError, Instruction, Program, Shape
+from limoe.plan.hlo import Computation, HloError, Instruction, Program, Shape, kernel_name
 
 _FLOATS = frozenset({"bf16", "f16", "f32", "f8e4m3fn", "f8e5m2"})
 # Of bfloat16, into which a float32 factor is split.
 _PARTS = {"default": 1, "high": 2, "highest": 3}
+# Kernels of ours that multiply by float32 weights whatever the dtype of their rows.
+FLOAT32_WEIGHTS = frozenset({"route_forward", "route_backward"})
 COLLECTIVES = ("all-to-all", "all-reduce", "all-gather", "reduce-scatter", "collective-permute", "ragged-all-to-all")
 
 
@@ -80,7 +82,7 @@ def kernels(program: Program, instruction: Instruction, computation: Computation
     """The Pallas kernels of an instruction, by their own cost estimates.
 
     Ours multiply float32 rows at the highest precision, and rows of another dtype once, whatever the dtype of the
-    weights that they are given; only the router's float32 weights are at the highest precision always. Raises HloError
+    weights that they are given; only those of FLOAT32_WEIGHTS at the highest precision always. Raises HloError
     for a kernel without an estimate, because nothing else in the program says what is inside.
     """
     found = []
@@ -92,7 +94,7 @@ def kernels(program: Program, instruction: Instruction, computation: Computation
             raise HloError(f"the kernel {part.name} has no cost estimate; give its pallas_call one")
         dtypes = {shape.dtype for name in part.operands for shape in home.by_name[name].shapes}
         rows = "f32" if dtypes & _FLOATS == {"f32"} else "bf16"
-        weights = "f32" if part.name.startswith("route_") else rows
+        weights = "f32" if kernel_name(part.name) in FLOAT32_WEIGHTS else rows
         passes = Matmul(1, 1, 1, 1, (rows, weights), ("highest", "highest")).passes
         found.append(Kernel(int(estimate[1]), passes))
     return found

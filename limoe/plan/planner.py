@@ -12,6 +12,7 @@ import re
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +25,13 @@ from limoe.model.describe import describe
 from limoe.model.moe import RoutingContext
 from limoe.model.tower import scale_images
 from limoe.parallel.mesh import Placement, place
+from limoe.plan.compiler import read_schedules
 from limoe.plan.hlo import Program, Run
 from limoe.plan.hlo_work import Collective, axes_of, collectives, kernels, matmuls
 from limoe.plan.overlap import Cost, Times, schedule
 from limoe.plan.pods import Pod, find_pod
 from limoe.plan.prices import at_peak, exchange_seconds, through_memory
+from limoe.plan.scheduled import OneInstruction, schedule_step
 from limoe.train.step import Counts, Training, compile_step, prepare, step_key
 
 SECONDS_OF_A_DAY = 86_400
@@ -47,7 +50,7 @@ class Memory(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class PodPlan:
     """What a configuration amounts to on a pod; every time is modelled. Figures are of one device unless they say
     otherwise."""
 
@@ -75,6 +78,10 @@ class Plan:
     modelled_step_seconds: float | None
     modelled_mfu: float | None
     compile_seconds: float
+    scheduled_step_seconds: float | None = None
+    """By the compiler's own schedule; None where it was not asked for or cannot be read, as `scheduled_note` says."""
+    scheduled_mfu: float | None = None
+    scheduled_note: str = "not asked for; --schedule runs the compiler's own schedule"
 
     def as_json(self) -> dict[str, Any]:
         """The fields of `limoe plan --json`."""
@@ -90,8 +97,10 @@ class Plan:
         }
 
 
-def plan(config: Config, topology: str) -> Plan:
+def plan(config: Config, topology: str, *, schedules: Path | None = None) -> PodPlan:
     """Compile the train step of a configuration for a pod and count what is in it.
+
+    `schedules` is the folder of `compiler.write_schedules`: then the compiler's own schedule of the step is run, too.
 
     With a mesh of one device in the configuration the mesh is chosen: as many devices along `expert` as there are
     experts, if that fits. Raises ConfigError for a topology or mesh that does not fit and without TPU compiler.
@@ -101,13 +110,16 @@ def plan(config: Config, topology: str) -> Plan:
     placement = place(config.mesh, pod.devices)
     assert placement is not None
     training = prepare(config, placement)
+    for path in schedules.iterdir() if schedules else ():
+        path.unlink()  # of another plan
     began = time.monotonic()
     try:
         compiled = lower(training, config, placement).compile()
     except jax.errors.JaxRuntimeError as error:
         return _too_large(config, pod, str(error), time.monotonic() - began)
     seconds = time.monotonic() - began
-    return _account(config, pod, placement, training, compiled, seconds)
+    found = _account(config, pod, placement, training, compiled, seconds)
+    return found if schedules is None else by_schedule(found, compiled, pod, placement, schedules)
 
 
 def on_pod(config: Config, pod: Pod) -> Config:
@@ -143,15 +155,15 @@ def lower(training: Training, config: Config, placement: Placement) -> jax.stage
 
 def _account(
     config: Config, pod: Pod, placement: Placement, training: Training, compiled: jax.stages.Compiled, seconds: float
-) -> Plan:
+) -> PodPlan:
     program = Program(compiled.as_text() or "")
-    costs = [(run, _cost(program, run, pod, placement)) for run in program.runs()]
+    costs = _costs(program, pod, placement)
     times = schedule(costs)
     volumes, counts = _exchanges(program, placement)
     memory = _memory(config, placement, training, compiled)
     model_flops = describe(config).flops_per_example * config.train.batch_size
     peak = pod.chip.flops * len(pod.devices)
-    return Plan(
+    return PodPlan(
         **_facts(config, pod),
         fits=sum(memory) <= pod.chip.hbm_bytes,
         memory=memory,
@@ -188,13 +200,13 @@ def _facts(config: Config, pod: Pod) -> dict[str, Any]:
     }
 
 
-def _too_large(config: Config, pod: Pod, message: str, seconds: float) -> Plan:
+def _too_large(config: Config, pod: Pod, message: str, seconds: float) -> PodPlan:
     """The plan of a program that the compiler refused because it does not fit; other errors are raised."""
     # The second form is for programs whose temporaries alone are too large.
     used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])(?: of [\d.]+[KMGT] hbm|\) exceeds)", message)
     if used is None:
         raise ConfigError(f"the TPU compiler refused the step for {pod.name}: {message}")
-    return Plan(
+    return PodPlan(
         **_facts(config, pod),
         fits=False,
         memory=None,
@@ -221,6 +233,25 @@ def _exchanges(program: Program, placement: Placement) -> tuple[dict[str, dict[s
             counts[collective.kind][axes] += run.trips
     plain = lambda found: {kind: dict(axes) for kind, axes in found.items()}  # noqa: E731
     return plain(volumes), plain(counts)
+
+
+def by_schedule(
+    found: PodPlan, compiled: jax.stages.Compiled, pod: Pod, placement: Placement, schedules: Path
+) -> PodPlan:
+    """The plan with its step by the other yardstick, the compiler's own schedule."""
+    assert found.times is not None
+    instructions: dict[str, OneInstruction] = {}
+    for run, cost in _costs(Program(compiled.as_text() or ""), pod, placement):
+        instructions[run.instruction.name] = OneInstruction(run.trips, run.trips * max(cost.compute, cost.hbm))
+    waits = found.times.exchange - found.times.hidden
+    seconds, note = schedule_step(read_schedules(schedules), instructions, waits, pod.chip)
+    peak = pod.chip.flops * len(pod.devices)
+    mfu = None if seconds is None else found.model_flops_per_step / peak / seconds
+    return replace(found, scheduled_step_seconds=seconds, scheduled_mfu=mfu, scheduled_note=note)
+
+
+def _costs(program: Program, pod: Pod, placement: Placement) -> list[tuple[Run, Cost]]:
+    return [(run, _cost(program, run, pod, placement)) for run in program.runs()]
 
 
 def _cost(program: Program, run: Run, pod: Pod, placement: Placement) -> Cost:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from limoe.plan.bundles import Code, parse
+from limoe.plan.hlo import kernel_name
 from limoe.plan.machine import Ran, run
 from limoe.plan.prices import in_bundles, on_matrix_units, through_memory
 from moe_kernels.chips import Tpu
@@ -73,15 +74,18 @@ def read_codes(texts: Mapping[str, str]) -> dict[str, Code]:
     return {name: parse(text) for name, text in texts.items()}
 
 
-def module_cost(codes: Mapping[str, Code], steering: Sequence[Steering], chip: Tpu) -> ScheduledCost:
-    """Model the programs of a compiled module, with what steers its kernels."""
-    delay = min(d for code in codes.values() if (d := code.branch_delay()) is not None)
+def module_cost(
+    codes: Mapping[str, Code], steering: Sequence[Steering], chip: Tpu, trips: Mapping[str, int] | None = None
+) -> ScheduledCost:
+    """Model the programs of a compiled module, with what steers its kernels; `trips` of instructions where known."""
+    delay = min((d for code in codes.values() if (d := code.branch_delay()) is not None), default=0)
     operands = _steering_by_instruction(codes, steering)
     top = run(codes[_TOP], delay)
     parts = [part_cost(_TOP, 1, [top], chip)]
-    for name, trips in top.calls.items():
+    for name, calls in top.calls.items():
         if name in codes:
-            parts.append(part_cost(name, trips, _runs(codes[name], delay, operands.get(name), chip), chip))
+            often = calls if trips is None else trips.get(name, calls)
+            parts.append(part_cost(name, often, _runs(codes[name], delay, operands.get(name), chip), chip))
     # Copies of the top level run beside the instructions.
     beside, serial = parts[0].hbm_seconds, [parts[0]._replace(hbm_seconds=0.0), *parts[1:]]
     hbm = sum(part.hbm_seconds for part in serial) + beside
@@ -93,6 +97,43 @@ def module_cost(codes: Mapping[str, Code], steering: Sequence[Steering], chip: T
         unknown_branches=sum(part.unknown_branches for part in parts),
         missing=tuple(sorted(name for name in top.calls if name not in codes)),
     )
+
+
+class ScheduledStep(NamedTuple):
+    """A step by the compiler's own schedule."""
+
+    seconds: float | None
+    """None where the schedule cannot be read."""
+    note: str
+    """Why it cannot, or what it leaves to the roofline."""
+
+
+class OneInstruction(NamedTuple):
+    """How often a step runs an instruction, and the roofline's seconds of all its runs."""
+
+    trips: int
+    seconds: float
+
+
+def schedule_step(
+    texts: Mapping[str, str], instructions: Mapping[str, OneInstruction], waits: float, chip: Tpu
+) -> ScheduledStep:
+    """Model a step from the final bundles of its instructions; `waits` are seconds of exchanges that nothing hides.
+
+    Where a branch hangs on data, as in kernels that skip rows, or the compiler wrote no bundles, an instruction takes
+    at least its time by the roofline.
+    """
+    if _TOP not in texts:
+        return ScheduledStep(None, "the compiler wrote no schedule")
+    trips = {name: one.trips for name, one in instructions.items()}
+    try:
+        cost = module_cost(read_codes(texts), [], chip, trips)
+    except (RuntimeError, ValueError) as error:
+        return ScheduledStep(None, f"the compiler's schedule cannot be run: {error}")
+    known = dict.fromkeys(cost.missing, 0.0) | {part.name: part.seconds for part in cost.parts if part.unknown_branches}
+    longer = [instructions[name].seconds - seconds for name, seconds in known.items() if name in instructions]
+    note = f"{len(longer)} of {len(cost.parts) + len(cost.missing)} instructions take the roofline's time at least"
+    return ScheduledStep(cost.seconds + sum(max(0.0, seconds) for seconds in longer) + waits, note)
 
 
 def _runs(code: Code, delay: int, steering: Mapping[int, Sequence[int]] | None, chip: Tpu) -> list[Ran]:
@@ -154,7 +195,7 @@ def _steering_by_instruction(
         fitting = [
             call for call in left if call[1] and {index: len(values) for index, values in call[1].items()} == integers
         ]
-        fitting = [call for call in fitting if not call[0] or _natural(name)[0] == call[0]]
+        fitting = [call for call in fitting if not call[0] or kernel_name(name) == call[0]]
         if fitting:
             call = next((call for call in fitting if call[0]), fitting[0])
             found[name] = call[1]
@@ -163,10 +204,10 @@ def _steering_by_instruction(
 
 
 def _natural(name: str) -> tuple[str, int]:
-    """An instruction's name without what the compiler puts behind it: a number and, newer ones, an operand's name.
+    """An instruction's name and the number that the compiler puts behind it.
 
     >>> _natural("gather_rows.12.refs_10_"), _natural("gather_rows")
     (('gather_rows', 12), ('gather_rows', -1))
     """
-    base, *rest = name.split(".")
-    return base, next((int(part) for part in rest if part.isdigit()), -1)
+    numbers = (int(part) for part in name.split(".")[1:] if part.isdigit())
+    return kernel_name(name), next(numbers, -1)

@@ -8,7 +8,7 @@ from typing import Any
 
 from limoe.config.schema import Config, ConfigError
 from limoe.plan.hlo import HloError
-from limoe.plan.planner import Plan, on_pod, plan
+from limoe.plan.planner import PodPlan, on_pod, plan
 from limoe.plan.pods import find_pod
 
 _REMATS = ("none", "attention", "blocks")
@@ -19,8 +19,8 @@ _Change = tuple[str, dict[str, Any]]
 
 
 def search(
-    config: Config, topology: str, *, say: Callable[[str], None], planned: Callable[[Config, str], Plan] = plan
-) -> Plan:
+    config: Config, topology: str, *, say: Callable[[str], None], planned: Callable[[Config, str], PodPlan] = plan
+) -> PodPlan:
     """The plan with the shortest modelled step among those that fit; without any, the one that needs least memory.
 
     One kind of setting after another, each from the best so far: rematerialisation first (it decides what fits), then
@@ -68,14 +68,14 @@ def _chunks(config: Config, num_devices: int) -> Iterator[_Change]:
                 yield "mesh", {"exchange_chunks": chunks}
 
 
-def _rank(found: Plan) -> tuple[bool, float]:
+def _rank(found: PodPlan) -> tuple[bool, float]:
     """Smaller is better: what fits by time, what does not by memory."""
     if found.fits and found.modelled_step_seconds is not None:
         return (False, found.modelled_step_seconds)
     return (True, float(found.memory_per_chip_bytes))
 
 
-def _line(found: Plan) -> str:
+def _line(found: PodPlan) -> str:
     seconds = found.modelled_step_seconds
     result = f"{seconds * 1e3:,.1f} ms modelled" if found.fits and seconds else "does not fit"
     mesh = " x ".join(str(size) for size in found.mesh.values())

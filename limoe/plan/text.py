@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from limoe.plan.planner import SECONDS_OF_A_DAY, Plan
+from limoe.plan.planner import SECONDS_OF_A_DAY, PodPlan
 
 _GIB = 2**30
 
 
-def as_text(plan: Plan) -> str:
+def as_text(plan: PodPlan) -> str:
     """All of a plan in words and numbers; every time says that it is modelled."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     settings = ", ".join(f"{name}={str(value).lower()}" for name, value in plan.settings.items())
@@ -43,11 +43,17 @@ def as_text(plan: Plan) -> str:
         ("step", times.step),
     ):
         lines.append(_row(name, f"{value * 1e3:,.1f} ms"))
+    scheduled = plan.scheduled_step_seconds
+    lines.append(
+        _row("step by the compiler's schedule", "unknown" if scheduled is None else f"{scheduled * 1e3:,.1f} ms")
+    )
+    lines.append(f"    ({plan.scheduled_note})")
     hours = plan.steps * times.step / 3600
     lines += [
         "",
         "the run, modelled",
         _row("model FLOPs utilisation", f"{plan.modelled_mfu:.1%}"),
+        *([] if plan.scheduled_mfu is None else [_row("  by the compiler's schedule", f"{plan.scheduled_mfu:.1%}")]),
         _row("pairs a second", f"{plan.batch_size / times.step:,.0f}"),
         _row(f"days for {plan.steps:,} steps", f"{plan.steps * times.step / SECONDS_OF_A_DAY:,.1f}"),
         _row("chip-hours", f"{hours * plan.num_chips:,.0f}"),
