@@ -202,7 +202,7 @@ def _values(text: str) -> Iterator[Value]:
         elif register:
             yield Value(register, name)
         else:
-            value = int(number, 0)
+            value = int(number, 16 if "x" in number else 10)  # some have leading zeros
             yield Value(number=value - (1 << 32) if value >= 1 << 31 else value)
 
 
