@@ -1,6 +1,7 @@
 """What single instructions amount to, in programs written by hand: matmuls, kernels, exchanges and their groups."""
 
 import itertools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,19 @@ import numpy as np
 import pytest
 
 from limoe.plan.hlo import HloError, Program
-from limoe.plan.hlo_work import Collective, Kernel, Matmul, axes_of, collectives, groups_of, kernels, matmuls
+from limoe.plan.hlo_work import (
+    FLOAT32_WEIGHTS,
+    Collective,
+    Kernel,
+    Matmul,
+    axes_of,
+    collectives,
+    groups_of,
+    kernels,
+    matmuls,
+)
+
+ROOT = Path(__file__).parents[1]
 
 
 def of(count, *lines: str, before: str = "") -> list:
@@ -147,6 +160,11 @@ def test_a_kernel_counts_by_its_own_estimate(rows, weights, passes):
     assert of(kernels, *parameters, router) == [Kernel(12, 6 if rows == "f32" else 3)]
     with pytest.raises(HloError, match="the kernel k has no cost estimate"):
         of(kernels, *parameters, line.replace(ESTIMATE, ""))
+
+
+def test_kernels_with_float32_weights_are_named_as_in_the_table():
+    sources = [path.read_text() for path in (ROOT / "moe_kernels" / "backends" / "tpu").rglob("*.py")]
+    assert all(any(f'name="{name}"' in source for source in sources) for name in FLOAT32_WEIGHTS)
 
 
 def test_padding_to_the_matrix_unit():

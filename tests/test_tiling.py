@@ -29,6 +29,7 @@ from moe_kernels.backends.tpu.common.tiling import (
 from moe_kernels.backends.tpu.matmul.tiles import matmul_backward_tiles, matmul_forward_tiles
 from moe_kernels.backends.tpu.mlp.tiles import mlp_backward_tiles, mlp_forward_tiles
 from moe_kernels.chips import MIB, TPUS
+from moe_kernels.fitted import FITTED
 from moe_kernels.types import Layout, Runs
 
 CHOICES = [mlp_forward_tiles, mlp_backward_tiles, matmul_forward_tiles, matmul_backward_tiles]
@@ -149,6 +150,10 @@ def test_the_table_says_who_takes_what():
         ({"layout": Layout(12, 1, 1, 1, 12, 12)}, "runs of 12 rows do not start at multiples of 8"),
     ):
         assert reason in explain(Problem(**(vars(on_tpu) | change)))
+
+
+def test_constants_are_fitted_for_every_chip():
+    assert set(FITTED.hidden_copies) == set(FITTED.products_of_a_pair) == set(TPUS)
 
 
 def test_vmem_is_a_whole_chip():

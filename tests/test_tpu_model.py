@@ -20,7 +20,8 @@ from benchmarks.tpu_report import against_peers, floor_seconds, line, summarise
 from limoe.plan import bundles, machine, scheduled
 from limoe.plan.bundles import parse
 from limoe.plan.machine import Ran, run
-from limoe.plan.scheduled import module_cost, part_cost, read_codes
+from limoe.plan.scheduled import OneInstruction, module_cost, part_cost, read_codes, schedule_step
+from moe_kernels.chips import TPUS
 
 # A Pallas kernel for v5e: a grid of 4 steps with a window of 8 x 128 floats in and out; step i adds the window sizes[i]
 # times, a loop of 3 bundles and the 4 that run after its branch.
@@ -165,6 +166,20 @@ def test_a_module_adds_up():
     # Each of the 8 copies of windows is small enough for a row's.
     assert by_name["sums.1"].row_copies == 8
     assert cost.with_descriptors(1000) == pytest.approx(8e-6 + by_name["TLP"].seconds)
+
+
+def test_a_step_by_the_schedule_takes_the_roofline_where_it_does_not_know():
+    texts, chip = {"TLP": TOP, "sums.1": SAMPLE}, TPUS["v5e"]
+    alone = module_cost(read_codes(texts), [], chip, {"sums.1": 2})
+    sums = next(part for part in alone.parts if part.name == "sums.1")
+    assert sums.trips == 2
+    # A branch of sums.1 hangs on data, sort.2 has no bundles; what the schedule counts longer stays.
+    for seconds, more in ((1.0, 1.0 - sums.seconds), (0.0, 0.0)):
+        roofline = {"sums.1": OneInstruction(2, seconds), "sort.2": OneInstruction(3, 0.5)}
+        found = schedule_step(texts, roofline, 0.25, chip)
+        assert found.seconds == pytest.approx(alone.seconds + more + 0.5 + 0.25)
+        assert found.note.startswith("2 of 3 instructions")
+    assert schedule_step({}, {}, 0.0, chip) == (None, "the compiler wrote no schedule")
 
 
 def test_floors_are_the_formulas():

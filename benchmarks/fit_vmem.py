@@ -1,0 +1,179 @@
+"""Fit the constants of moe_kernels/fitted.json to the installed TPU compiler; print them, and write them if told.
+
+    python benchmarks/fit_vmem.py --chip=v5e --chip=7x
+    python benchmarks/fit_vmem.py --write
+
+Needs `pip install 'jax[tpu]'` and no TPU. One program with every kernel whose VMEM is computed is compiled for each
+chip, and each kernel's computed bytes are compared with those that the compiler reports. Of each constant the smallest
+value is taken, in steps, with which no kernel uses more than was computed, the other constants being as they are; those
+of the router's entries stay. A program takes up to a minute to compile, all chips about an hour. A chip that is new in
+moe_kernels/chips.py begins with the values of v6e, which needs most.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from absl import app, flags  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+
+from limoe.plan import compiler  # noqa: E402
+from moe_kernels import (  # noqa: E402
+    MlpWeights,
+    dispatch,
+    expert_mlp,
+    grouped_glu,
+    grouped_matmul,
+    make_plan,
+    route,
+)
+from moe_kernels.chips import MIB, TPUS  # noqa: E402
+from moe_kernels.fitted import FILE, FITTED  # noqa: E402
+
+_CHIP = flags.DEFINE_multi_enum("chip", list(TPUS), list(TPUS), "TPU to compile for.")
+_WRITE = flags.DEFINE_bool("write", False, "Write moe_kernels/fitted.json.")
+
+# Steps in which a constant goes up and down.
+STEPS = {
+    "margin": 0.01,
+    "slack_bytes": MIB // 8,
+    "product_share": 0.125,
+    "weight_product_rows": 128,
+    "hidden_copies": 1,
+    "products_of_a_pair": 1,
+}
+_TOKENS, _WIDTH, _EXPERT_WIDTH, _EXPERTS = 16_384, 768, 3_072, 32
+
+
+class Vmem(NamedTuple):
+    """Bytes of VMEM of a kernel: those that were computed, and those that the compiler reports."""
+
+    name: str
+    computed: int
+    real: int
+
+
+def kernels_vmem(hlo: str) -> list[Vmem]:
+    """The kernels of a compiled program. Their limit is what was computed and a MiB; what is reported counts from 0,
+    and below its scope lies what XLA keeps there.
+
+    >>> config = '"scoped_memory_configs":[{"memory_space":"1","offset":"8","size":"1048600"}]'
+    >>> used = '"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"28"}]'
+    >>> kernels_vmem(f'%k.1 = f32[8] custom-call(), custom_call_target="tpu_custom_call", {config}, {used}')
+    [Vmem(name='k', computed=24, real=20)]
+    """
+    found = []
+    for line in hlo.splitlines():
+        if '"tpu_custom_call"' not in line:
+            continue
+        name = re.search(r"%([\w\-]+)[\w.\-]* = ", line)
+        scope = re.search(r'"scoped_memory_configs":\[\{"memory_space":"1","offset":"(\d+)","size":"(\d+)"', line)
+        used = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', line)
+        assert name and scope and used, line[:300]
+        found.append(Vmem(name[1], int(scope[2]) - MIB, int(used[1]) - int(scope[1])))
+    return found
+
+
+def measure(chip: str) -> list[Vmem]:
+    """Compile the kernels of all verbs, forward and backward, for one device of a chip."""
+    compiler.prepare()
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[chip].smallest_topology).devices
+    mesh = Mesh(np.array(devices[:1]), ("x",))
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    wide, back = array(_EXPERTS, _WIDTH, _EXPERT_WIDTH), array(_EXPERTS, _EXPERT_WIDTH, _WIDTH)
+    biases = array(_EXPERTS, _EXPERT_WIDTH), array(_EXPERTS, _WIDTH)
+    router = array(_WIDTH, _EXPERTS, dtype=jnp.float32)
+    arguments = (array(_TOKENS, _WIDTH), router, MlpWeights(wide, biases[0], back, biases[1]), wide, wide)
+
+    def loss(tokens: Any, router: Any, mlp: MlpWeights, gate: Any, up: Any) -> jax.Array:
+        routing = route(tokens, router)
+        plan = make_plan(routing, num_experts=_EXPERTS, capacity=-(-_TOKENS // _EXPERTS))
+        rows = dispatch(tokens, plan)
+        results = (
+            expert_mlp(rows, mlp, plan),
+            grouped_matmul(rows, gate, plan),
+            grouped_matmul(rows, up, plan, bias=mlp.b1, activation="gelu_tanh"),
+            grouped_glu(rows, gate, up, plan),
+            routing.gate,
+        )
+        return sum((jnp.sum(jnp.square(result.astype(jnp.float32))) for result in results), jnp.float32(0))
+
+    run = jax.shard_map(
+        jax.grad(loss, argnums=(0, 1, 2, 3, 4)), mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(),
+        check_vma=False,
+    )  # fmt: skip
+    compiled = jax.jit(run).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    return kernels_vmem(compiled.as_text() or "")
+
+
+def too_small(constants: Mapping[str, Any], chip: str) -> list[Vmem]:
+    """Kernels that use more than was computed with such constants; in a process of its own, since block sizes and
+    libtpu stay as they were first."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--", json.dumps(constants), chip]
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{chip} does not compile with {constants}: {done.stderr[-500:]}")
+    return [Vmem(*one) for one in json.loads(done.stdout.splitlines()[-1]) if one[1] < one[2]]
+
+
+def fit(constants: dict[str, Any], name: str, chips: list[str]) -> dict[str, Any]:
+    """The constants with the smallest value of one of them that is enough for those chips."""
+
+    def changed(by: float) -> dict[str, Any]:
+        value = constants[name]
+        if isinstance(value, dict):
+            return constants | {name: {chip: size + by * (chip in chips) for chip, size in value.items()}}
+        return constants | {name: round(value + by, 6)}
+
+    step, enough = STEPS[name], lambda some: not any(too_small(some, chip) for chip in chips)
+    if not enough(constants):
+        while not enough(constants := changed(step)):
+            pass
+        return constants
+    while enough(smaller := changed(-step)):
+        constants = smaller
+    return constants
+
+
+def main(argv: list[str]) -> None:
+    """Fit one constant after the other, those of a chip for each chip alone."""
+    if argv[1:]:
+        constants, chip = argv[1:]
+        vars(FITTED).update(json.loads(constants))
+        print(json.dumps(measure(chip)))
+        return
+    constants = dataclasses.asdict(FITTED)
+    for name in ("hidden_copies", "products_of_a_pair"):
+        constants[name] = {chip: constants[name].get(chip, constants[name]["v6e"]) for chip in TPUS}
+    for name in STEPS:
+        alone = isinstance(constants[name], dict)
+        for chips in [[chip] for chip in _CHIP.value] if alone else [_CHIP.value]:
+            constants = fit(constants, name, chips)
+            print(f"{name} for {', '.join(chips)}: {constants[name]}", flush=True)
+    constants["compiler"] = f"libtpu {importlib.metadata.version('libtpu')}"
+    text = json.dumps(constants, indent=2) + "\n"
+    print(text)
+    if _WRITE.value:
+        FILE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app.run(main)
