@@ -130,6 +130,12 @@ def schedule_step(
         cost = module_cost(read_codes(texts), [], chip, trips)
     except (RuntimeError, ValueError) as error:
         return ScheduledStep(None, f"the compiler's schedule cannot be run: {error}")
+    unreached = (texts.keys() & instructions.keys()) - {part.name for part in cost.parts}
+    if unreached:
+        reached = len(texts.keys() & instructions.keys()) - len(unreached)
+        return ScheduledStep(
+            None, f"the top-level program was followed to {reached} instructions, not {len(unreached)}"
+        )
     known = dict.fromkeys(cost.missing, 0.0) | {part.name: part.seconds for part in cost.parts if part.unknown_branches}
     longer = [instructions[name].seconds - seconds for name, seconds in known.items() if name in instructions]
     note = f"{len(longer)} of {len(cost.parts) + len(cost.missing)} instructions take the roofline's time at least"
