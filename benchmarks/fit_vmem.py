@@ -1,6 +1,6 @@
 """Fit the constants of moe_kernels/fitted.json to the installed TPU compiler; print them, and write them if told.
 
-    python benchmarks/fit_vmem.py --chip=v5e --chip=7x
+    python benchmarks/fit_vmem.py --tpu=v5e --tpu=7x
     python benchmarks/fit_vmem.py --write
 
 Needs `pip install 'jax[tpu]'` and no TPU. One program with every kernel whose VMEM is computed is compiled for each
@@ -43,7 +43,7 @@ from moe_kernels import (  # noqa: E402
 from moe_kernels.chips import MIB, TPUS  # noqa: E402
 from moe_kernels.fitted import FILE, FITTED  # noqa: E402
 
-_CHIP = flags.DEFINE_multi_enum("chip", list(TPUS), list(TPUS), "TPU to compile for.")
+_CHIP = flags.DEFINE_multi_enum("tpu", list(TPUS), list(TPUS), "TPU to compile for.")
 _WRITE = flags.DEFINE_bool("write", False, "Write moe_kernels/fitted.json.")
 
 # Steps in which a constant goes up and down.
@@ -95,7 +95,7 @@ def measure(chip: str) -> list[Vmem]:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[chip].smallest_topology).devices
     mesh = Mesh(np.array(devices[:1]), ("x",))
 
-    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     wide, back = array(_EXPERTS, _WIDTH, _EXPERT_WIDTH), array(_EXPERTS, _EXPERT_WIDTH, _WIDTH)

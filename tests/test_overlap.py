@@ -188,7 +188,7 @@ FLOPS, SIZE = 2 * 256**3, 256 * 256 * 4
 def test_the_time_of_a_matmul_and_its_memory(left, precision, passes):
     line = PRODUCT.replace("LEFT", left).replace("RIGHT", left)
     found = cost_of(f"{line}, operand_precision={{{precision},{precision}}}")
-    assert found.compute == pytest.approx(passes * FLOPS / CHIP.bf16_flops) and found.flops == FLOPS
+    assert found.compute == pytest.approx(passes * FLOPS / CHIP.flops) and found.flops == FLOPS
     read = 2 * SIZE if left == "x" else SIZE
     assert found.hbm == pytest.approx((read + SIZE) / CHIP.hbm_bandwidth) and found.exchange == 0
 
@@ -197,8 +197,8 @@ def test_the_time_of_a_float32_kernel():
     kernel = (
         'f32[256,256]{1,0} custom-call(%LEFT), custom_call_target="tpu_custom_call", "cost_estimate":{"flops":"12"}'
     )
-    assert cost_of(kernel.replace("LEFT", "x")).compute == pytest.approx(6 * 12 / CHIP.bf16_flops)
-    assert cost_of(kernel.replace("LEFT", "y")).compute == pytest.approx(12 / CHIP.bf16_flops)
+    assert cost_of(kernel.replace("LEFT", "x")).compute == pytest.approx(6 * 12 / CHIP.flops)
+    assert cost_of(kernel.replace("LEFT", "y")).compute == pytest.approx(12 / CHIP.flops)
     assert cost_of(kernel.replace("LEFT", "x")).flops == 12
 
 
