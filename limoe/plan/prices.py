@@ -20,12 +20,12 @@ DATACENTRE_BANDWIDTH = 6.25e9
 LATENCY = 10e-6
 
 
-def at_peak(flops: float, chip: Tpu) -> float:
+def at_peak(flops: int | float, chip: Tpu) -> float:
     """Seconds of so many floating-point operations of a device at the peak of its data sheet."""
     return flops / chip.flops
 
 
-def through_memory(size: float, chip: Tpu) -> float:
+def through_memory(size: int | float, chip: Tpu) -> float:
     """Seconds of so many bytes to and from a device's main memory."""
     return size / chip.hbm_bandwidth
 
@@ -35,7 +35,7 @@ def in_bundles(count: int, chip: Tpu) -> float:
     return count / (1e9 * chip.gigahertz)
 
 
-def on_matrix_units(macs: float, chip: Tpu) -> float:
+def on_matrix_units(macs: int | float, chip: Tpu) -> float:
     """Seconds of so many bfloat16 multiply-adds issued to the matrix units of one core."""
     return macs / chip.macs_per_cycle / (1e9 * chip.gigahertz)
 

@@ -64,7 +64,7 @@ class ScheduledCost(NamedTuple):
     missing: tuple[str, ...]
     """Instructions without a schedule, such as work for SparseCore; they count as nothing."""
 
-    def with_descriptors(self, nanoseconds: float) -> float:
+    def with_descriptors(self, nanoseconds: int | float) -> float:
         """Seconds if every copy of a row takes so long to be described, hidden under the rest of its instruction."""
         return self.seconds + sum(max(0.0, 1e-9 * nanoseconds * p.row_copies - p.seconds) for p in self.parts)
 
