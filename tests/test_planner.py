@@ -116,7 +116,7 @@ def test_the_slower_of_both_levels_counts():
     # 64 chips share the network, so that the rings of four in three dimensions take longer.
     pod, size = paper_pod("v5p", 4, 4, 4), 10**9
     assert between_slices("all-gather", size, pod, per_slice=64) == pytest.approx(63 / 64 * size / (6 * 90e9))
-    slow = pod._replace(chip=pod.chip._replace(link_bandwidth=900e9))
+    slow = pod._replace(chip=dataclasses.replace(pod.chip, link_bandwidth=900e9))
     network = size / 2 / 64 / DATACENTRE_BANDWIDTH
     assert between_slices("all-gather", size, slow, per_slice=64) == pytest.approx(network)
 
