@@ -280,6 +280,7 @@ def test_what_the_compiler_refused_is_not_known_rather_than_nothing():
     assert unknown == {
         *("memory", "flops_per_step", "collective_bytes", "num_collectives", "modelled_times"),
         *("modelled_step_seconds", "modelled_mfu", "modelled_pairs_per_second", "modelled_days", "modelled_chip_hours"),
+        *("scheduled_step_seconds", "scheduled_mfu"),
     }
     with pytest.raises(ConfigError, match="the TPU compiler refused the step for v5e:2x2: another reason"):
         _too_large(config, pod, "another reason", 3.0)
