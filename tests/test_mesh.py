@@ -14,8 +14,19 @@ from model_cases import LID, neighbour, small_batch, small_config
 
 from limoe.config.schema import Config, ConfigError, MeshConfig
 from limoe.config.settings import override
-from limoe.parallel.mesh import DATA, EXPERT, Placement, _arranged, is_expert, joined, own_rows, parameter_spec, place
-from limoe.parallel.parameters import parameter_path
+from limoe.model.build import parameter_kinds
+from limoe.parallel.mesh import (
+    DATA,
+    EXPERT,
+    Placement,
+    _arranged,
+    joined,
+    own_rows,
+    parameter_spec,
+    place,
+    state_shardings,
+)
+from limoe.parallel.parameters import KERNEL, Kind, parameter_path
 from limoe.train.step import StepReport, TrainState, compile_step, new_state, prepare
 from limoe.workdir.checkpoint import Checkpoints
 
@@ -125,12 +136,14 @@ def test_each_device_holds_its_part(name):
     config = config_of(*MESHES[name])
     placement = place(config.mesh)
     assert placement is not None
-    state = prepare(config, placement).abstract
+    training = prepare(config, placement)
+    kinds = parameter_kinds(training.graph, training.abstract.parameters)
+    experts = tuple(name for name, kind in kinds.items() if kind.per_expert)
+    assert {name.rpartition("/")[2] for name in experts} == {"w1", "b1", "w2", "b2"}
     seen = {"experts": 0, "split": 0}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(training.abstract):
         full, spec = parameter_path(path), leaf.sharding.spec
-        names = full.split("/")
-        if is_expert("/".join(names[:-1] if names[-1] in ("row", "column") else names)):
+        if full.removesuffix("/row").removesuffix("/column").endswith(experts):
             # Stacked by the scan, so experts are the second axis, also of a factored moment.
             assert tuple(spec)[:2] == (None, EXPERT) and not set(spec[2:]) - {None}, full
             seen["experts"] += 1
@@ -242,13 +255,11 @@ def test_a_mesh_that_does_not_fit_the_settings(settings, message):
 def test_an_axis_that_cannot_be_split_is_left():
     split = MeshConfig(data=4, fully_sharded=True)
     for shape, expected in [((30, 4096), P(None, DATA)), ((4096, 30), P(DATA)), ((30, 4097), P()), ((64, 64), P())]:
-        assert parameter_spec("patch/kernel", shape, split) == expected
-    assert parameter_spec("a/kernel", (3, 256, 512), split, leading=1) == P(None, None, DATA)
+        assert parameter_spec(KERNEL, shape, split) == expected
+    assert parameter_spec(Kind("kernel", stacked=True), (3, 256, 512), split) == P(None, None, DATA)
 
 
 def test_an_array_of_the_state_without_a_parameter_is_refused():
-    from limoe.parallel.mesh import state_shardings
-
     placement = Placement(jax.make_mesh((1, 1, 1), ("slice", DATA, EXPERT)), MeshConfig())
     state: dict[str, Any] = {"parameters": {"kernel": jnp.ones((2, 2))}, "stray": jnp.ones(3)}
     with pytest.raises(ValueError, match=r"stray .* belongs to no parameter"):

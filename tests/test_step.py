@@ -10,6 +10,7 @@ from flax import nnx
 from model_cases import small_batch, small_config, small_model
 
 from limoe.config.settings import override
+from limoe.model.build import parameter_kinds
 from limoe.model.moe import MoeLayer, RoutingContext
 from limoe.train.losses import AuxiliaryTerms
 from limoe.train.optim import make_optimizer
@@ -152,7 +153,7 @@ def test_noise_is_a_function_of_seed_and_step():
     np.testing.assert_array_equal(later.sums.tokens, routing.sums.tokens)
 
     def key(settings, step):
-        return tuple(jax.random.key_data(step_key(override(config, settings), jnp.int32(step))).tolist())
+        return tuple(jax.random.key_data(step_key(override(config, settings).train.seed, jnp.int32(step))).tolist())
 
     assert key([], 1) == key(["learning_rate=0.1"], 1)
     assert len({key([], 0), key([], 1), key(["train.seed=1"], 0), key(["train.seed=1"], 1)}) == 4
@@ -190,7 +191,7 @@ def test_training_steps_lower_the_loss_and_report_what_they_did():
     settings = ["aux_weight=0.04", "learning_rate=0.01", "warmup_steps=0", "cooldown_steps=0"]
     config = override(small_config(*BASE), settings)
     graph, parameters = small_model(config)
-    optimizer = make_optimizer(config, parameters)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_kinds(graph, parameters))
     step = jax.jit(make_step(graph, optimizer, config), donate_argnums=0)
     state = TrainState(jnp.int32(0), parameters, optimizer.init(parameters))
     batch = small_batch(config)

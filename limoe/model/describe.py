@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import jax
 
-from limoe.config.schema import Config
-from limoe.model.build import abstract_model
+from limoe.config.schema import Config, ModelConfig
+from limoe.model.build import abstract_model, parameter_kinds
+from limoe.parallel.parameters import parameter_path
 
 
 class Description(NamedTuple):
@@ -45,18 +46,13 @@ def describe(config: Config) -> Description:
     '5.554e+09'
     """
     model = config.model
-    _, parameters = abstract_model(config)
+    graph, parameters = abstract_model(config)
+    kinds = parameter_kinds(graph, parameters)
     leaves = jax.tree_util.tree_leaves_with_path(parameters)
-
-    def count(*names: str) -> int:
-        return sum(
-            math.prod(leaf.shape)
-            for path, leaf in leaves
-            if any(getattr(key, "key", None) == "moe" for key in path) and getattr(path[-1], "key", None) in names
-        )
-
-    total = sum(math.prod(leaf.shape) for _, leaf in leaves)
-    experts, routers = count("w1", "b1", "w2", "b2"), count("router")
+    sizes = [(kinds[parameter_path(path)], math.prod(leaf.shape)) for path, leaf in leaves]
+    total = sum(size for _, size in sizes)
+    experts = sum(size for kind, size in sizes if kind.per_expert)
+    routers = sum(size for kind, size in sizes if kind.role == "router")
     unused = experts // model.num_experts * (model.num_experts - model.num_choices)
     one_mlp = experts // model.num_experts
     return Description(
@@ -66,7 +62,7 @@ def describe(config: Config) -> Description:
         parameters_experts=experts,
         parameters_routers=routers,
         parameters_dense_twin=total - experts - routers + one_mlp,
-        flops_per_example=3 * _forward_flops(config),
+        flops_per_example=3 * _forward_flops(model),
         moe_layers=model.moe_layers,
         num_experts=model.num_experts,
         num_choices=model.num_choices,
@@ -80,9 +76,8 @@ def describe(config: Config) -> Description:
     )
 
 
-def _forward_flops(config: Config) -> int:
+def _forward_flops(model: ModelConfig) -> int:
     """Two FLOPs a multiplication: patches, attention, MLPs or chosen experts, routers, projections."""
-    model = config.model
     tokens, width = model.tokens_per_example, model.width
     patches = model.num_image_tokens * 3 * model.patch_size**2 * width
     attention = tokens * 4 * width**2 + 2 * width * (model.num_image_tokens**2 + model.text_length**2)

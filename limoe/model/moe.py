@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from limoe.config.schema import ModelConfig
 from limoe.parallel.mesh import EXPERT, Placement, by_rows
+from limoe.parallel.parameters import EXPERT_KERNEL, EXPERT_VECTOR, ROUTER
 from moe_kernels import (
     EXCHANGE_NAMES,
     SAVED_NAMES,
@@ -102,11 +103,12 @@ class MoeLayer(nnx.Module):
         self.config, self.placement = config, placement
         experts, width, hidden = config.num_experts, config.width, config.mlp_width
         fan_in = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=(0,))
-        self.router = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (width, experts), jnp.float32))
-        self.w1 = nnx.Param(fan_in(rngs.params(), (experts, width, hidden), jnp.float32))
-        self.b1 = nnx.Param(jnp.zeros((experts, hidden), jnp.float32))
-        self.w2 = nnx.Param(fan_in(rngs.params(), (experts, hidden, width), jnp.float32))
-        self.b2 = nnx.Param(jnp.zeros((experts, width), jnp.float32))
+        router = nnx.initializers.lecun_normal()(rngs.params(), (width, experts), jnp.float32)
+        self.router = nnx.Param(router, kind=ROUTER)
+        self.w1 = nnx.Param(fan_in(rngs.params(), (experts, width, hidden), jnp.float32), kind=EXPERT_KERNEL)
+        self.b1 = nnx.Param(jnp.zeros((experts, hidden), jnp.float32), kind=EXPERT_VECTOR)
+        self.w2 = nnx.Param(fan_in(rngs.params(), (experts, hidden, width), jnp.float32), kind=EXPERT_KERNEL)
+        self.b2 = nnx.Param(jnp.zeros((experts, width), jnp.float32), kind=EXPERT_VECTOR)
 
     def __call__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,15 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
-from limoe.config.schema import PAD_ID, Config, ModelConfig
+from limoe.config.schema import PAD_ID, LossConfig, ModelConfig
 from limoe.model.attention import attend
 from limoe.model.moe import Assignment, LayerRouting, MoeLayer, RoutingContext, saved_names
 from limoe.model.segments import Segment, cut
 from limoe.parallel.mesh import Placement, by_rows, gathered
+from limoe.parallel.parameters import KERNEL, NORM, TABLE, VECTOR, kinds_of, mark_stacked
+
+# What the parameters of flax's linear map are.
+_LINEAR: dict[str, Any] = {"kernel_metadata": {"kind": KERNEL}, "bias_metadata": {"kind": VECTOR}}
 
 
 class Embeddings(NamedTuple):
@@ -51,17 +55,29 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
+def _layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    kind = {"kind": NORM}
+    return nnx.LayerNorm(
+        config.width,
+        epsilon=config.layer_norm_epsilon,
+        dtype=compute_dtype(config),
+        scale_metadata=kind,
+        bias_metadata=kind,
+        rngs=rngs,
+    )
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention within each modality: image tokens never see text, but share the weights."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, placement: Placement | None = None) -> None:
         self.config, self.placement = config, placement
         width, dtype = config.width, compute_dtype(config)
-        init = nnx.initializers.xavier_uniform()
-        self.query = nnx.Linear(width, width, dtype=dtype, kernel_init=init, rngs=rngs)
-        self.key = nnx.Linear(width, width, dtype=dtype, kernel_init=init, rngs=rngs)
-        self.value = nnx.Linear(width, width, dtype=dtype, kernel_init=init, rngs=rngs)
-        self.out = nnx.Linear(width, width, dtype=dtype, kernel_init=init, rngs=rngs)
+        linear = {"dtype": dtype, "kernel_init": nnx.initializers.xavier_uniform(), "rngs": rngs, **_LINEAR}
+        self.query = nnx.Linear(width, width, **linear)
+        self.key = nnx.Linear(width, width, **linear)
+        self.value = nnx.Linear(width, width, **linear)
+        self.out = nnx.Linear(width, width, **linear)
 
     def __call__(self, x: Float[Array, "T D"], present: Bool[Array, "B S"] | None) -> Float[Array, "T D"]:
         """Attend; `present` False hides a token from the others."""
@@ -75,9 +91,9 @@ class Mlp(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         dtype = compute_dtype(config)
         self.approximate = config.activation == "gelu_tanh"
-        init = nnx.initializers.xavier_uniform()
-        self.w1 = nnx.Linear(config.width, config.mlp_width, dtype=dtype, kernel_init=init, rngs=rngs)
-        self.w2 = nnx.Linear(config.mlp_width, config.width, dtype=dtype, kernel_init=init, rngs=rngs)
+        linear = {"dtype": dtype, "kernel_init": nnx.initializers.xavier_uniform(), "rngs": rngs, **_LINEAR}
+        self.w1 = nnx.Linear(config.width, config.mlp_width, **linear)
+        self.w2 = nnx.Linear(config.mlp_width, config.width, **linear)
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """`gelu(x w1 + b1) w2 + b2`."""
@@ -91,10 +107,9 @@ class Block(nnx.Module):
     def __init__(
         self, config: ModelConfig, *, experts: bool, rngs: nnx.Rngs, placement: Placement | None = None
     ) -> None:
-        norm = {"epsilon": config.layer_norm_epsilon, "dtype": compute_dtype(config), "rngs": rngs}
-        self.norm1 = nnx.LayerNorm(config.width, **norm)
+        self.norm1 = _layer_norm(config, rngs)
         self.attention = Attention(config, rngs=rngs, placement=placement)
-        self.norm2 = nnx.LayerNorm(config.width, **norm)
+        self.norm2 = _layer_norm(config, rngs)
         self.experts = experts
         if experts:
             self.moe = MoeLayer(config, rngs=rngs, placement=placement)
@@ -154,25 +169,29 @@ class Limoe(nnx.Module):
     are split over all devices of its mesh and experts over one axis (see `limoe.parallel.mesh`).
     """
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs, placement: Placement | None = None) -> None:
-        model = config.model
+    def __init__(
+        self, model: ModelConfig, loss: LossConfig, *, rngs: nnx.Rngs, placement: Placement | None = None
+    ) -> None:
         self.config = model
         self.placement = placement
         self.segments_cut: tuple[Segment, ...] = cut(model.depth, model.moe_layers)
         dtype = compute_dtype(model)
         position = nnx.initializers.normal(0.02)
-        self.patch = nnx.Linear(3 * model.patch_size**2, model.width, dtype=dtype, rngs=rngs)
-        self.token_table = nnx.Param(position(rngs.params(), (model.vocab_size, model.width), jnp.float32))
-        self.image_position = nnx.Param(position(rngs.params(), (model.num_image_tokens, model.width), jnp.float32))
-        self.text_position = nnx.Param(position(rngs.params(), (model.text_length, model.width), jnp.float32))
+        linear = {"dtype": dtype, "rngs": rngs, **_LINEAR}
+        self.patch = nnx.Linear(3 * model.patch_size**2, model.width, **linear)
+
+        def table(num_rows: int) -> nnx.Param:
+            return nnx.Param(position(rngs.params(), (num_rows, model.width), jnp.float32), kind=TABLE)
+
+        self.token_table = table(model.vocab_size)
+        self.image_position, self.text_position = table(model.num_image_tokens), table(model.text_length)
         self.segments = nnx.List([_stacked(model, segment, rngs, placement) for segment in self.segments_cut])
-        self.norm = nnx.LayerNorm(model.width, epsilon=model.layer_norm_epsilon, dtype=dtype, rngs=rngs)
-        project = {"use_bias": False, "dtype": dtype, "rngs": rngs}
-        self.image_projection = nnx.Linear(model.width, model.width, **project)
-        self.text_projection = nnx.Linear(model.width, model.width, **project)
-        self.log_scale = nnx.Param(jnp.log(jnp.float32(config.loss.initial_scale)))
-        if config.loss.contrastive == "sigmoid":
-            self.logit_bias = nnx.Param(jnp.float32(config.loss.initial_bias))
+        self.norm = _layer_norm(model, rngs)
+        self.image_projection = nnx.Linear(model.width, model.width, use_bias=False, **linear)
+        self.text_projection = nnx.Linear(model.width, model.width, use_bias=False, **linear)
+        self.log_scale = nnx.Param(jnp.log(jnp.float32(loss.initial_scale)), kind=VECTOR)
+        if loss.contrastive == "sigmoid":
+            self.logit_bias = nnx.Param(jnp.float32(loss.initial_bias), kind=VECTOR)
 
     def __call__(
         self, images: Float[Array, "B H W 3"], text: Int[Array, "B N"], context: RoutingContext | None
@@ -234,10 +253,11 @@ class Limoe(nnx.Module):
         layer: int,
     ) -> tuple[Float[Array, "T D"], list[LayerRouting]]:
         graph, state = nnx.split(period)
+        kinds = kinds_of(period)
 
         def once(x: Array, state: PyTree, layer: Array) -> tuple[Array, list[LayerRouting]]:
             # Here, not around the loop: one period at a time is whole.
-            state = gathered(state, self.placement)
+            state = gathered(state, kinds, self.placement)
             return nnx.merge(graph, state)(x, present, context, layer)
 
         if self.config.remat == "blocks":
@@ -295,7 +315,9 @@ def _stacked(config: ModelConfig, segment: Segment, rngs: nnx.Rngs, placement: P
     def create(rngs: nnx.Rngs) -> Period:
         return Period(config, segment.pattern, rngs=rngs, placement=placement)
 
-    return create(rngs)
+    period = create(rngs)
+    mark_stacked(period)
+    return period
 
 
 def _normalise(x: Float[Array, "B P"]) -> Float[Array, "B P"]:

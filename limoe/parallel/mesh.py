@@ -21,10 +21,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
 from limoe.config.schema import ConfigError, MeshConfig
-from limoe.parallel.parameters import parameter_path
+from limoe.parallel.parameters import Kind, Kinds, parameter_path
 
 SLICE, DATA, EXPERT = AXES = ("slice", "data", "expert")
-EXPERT_WEIGHTS = ("w1", "b1", "w2", "b2")
 # A split vector saves nothing worth a collective of its own.
 _SMALLEST_SPLIT = 2**14
 
@@ -103,47 +102,36 @@ def _arranged(devices: Sequence[Any], num_there: int, shape: tuple[int, int, int
     )
 
 
-def is_expert(path: str) -> bool:
-    """Whether the parameter at a path belongs to an expert.
+def parameter_spec(kind: Kind, shape: tuple[int, ...], config: MeshConfig) -> P:
+    """How a parameter is split: experts over `expert`; the rest, where asked for, over `data`, but never its repeats.
 
-    >>> is_expert("segments/0/blocks/1/moe/w1"), is_expert("segments/0/blocks/1/moe/router")
-    (True, False)
-    """
-    names = path.split("/")
-    return "moe" in names and names[-1] in EXPERT_WEIGHTS
-
-
-def parameter_spec(path: str, shape: tuple[int, ...], config: MeshConfig, *, leading: int = 0) -> P:
-    """How a parameter is split, given how many axes of repeats lead its shape; those are never split.
-
-    >>> tuple(parameter_spec("segments/0/blocks/1/moe/w1", (6, 32, 768, 3072), MeshConfig(expert=8), leading=1))
+    >>> from limoe.parallel.parameters import EXPERT_KERNEL, TABLE
+    >>> stacked = dataclasses.replace(EXPERT_KERNEL, stacked=True)
+    >>> tuple(parameter_spec(stacked, (6, 32, 768, 3072), MeshConfig(expert=8)))
     (None, 'expert')
-    >>> tuple(parameter_spec("token_table", (32000, 768), MeshConfig(data=4, fully_sharded=True)))
+    >>> tuple(parameter_spec(TABLE, (32000, 768), MeshConfig(data=4, fully_sharded=True)))
     ('data',)
-    >>> tuple(parameter_spec("token_table", (32000, 768), MeshConfig(data=4)))
+    >>> tuple(parameter_spec(TABLE, (32000, 768), MeshConfig(data=4)))
     ()
     """
-    if is_expert(path):
-        return P(*[None] * leading, EXPERT)
-    own = shape[leading:]
+    repeats = [None] * kind.stacked
+    if kind.per_expert:
+        return P(*repeats, EXPERT)
+    own = shape[kind.stacked :]
     if not config.fully_sharded or np.prod(own, dtype=np.int64) < _SMALLEST_SPLIT:
         return P()
     fitting = [axis for axis, size in enumerate(own) if size % config.data == 0]
     if not fitting:
         return P()
     largest = max(fitting, key=lambda axis: own[axis])  # the first of equals
-    return P(*[None] * (leading + largest), DATA)
+    return P(*repeats, *[None] * largest, DATA)
 
 
-def parameter_specs(parameters: PyTree, config: MeshConfig, repeats: Sequence[int]) -> Specs:
-    """The partition of every parameter of a model; `repeats` of each segment says which carry a leading axis."""
-    specs = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
-        name = parameter_path(path)
-        parts = name.split("/")
-        leading = int(parts[0] == "segments" and repeats[int(parts[1])] > 1)
-        specs[name] = parameter_spec(name, leaf.shape, config, leading=leading)
-    return specs
+def parameter_specs(parameters: PyTree, kinds: Kinds, config: MeshConfig) -> Specs:
+    """The partition of every parameter of a model."""
+    leaves = jax.tree_util.tree_leaves_with_path(parameters)
+    shapes = {parameter_path(path): leaf.shape for path, leaf in leaves}
+    return {path: parameter_spec(kinds[path], shape, config) for path, shape in shapes.items()}
 
 
 def state_shardings(state: PyTree, specs: Specs, parameters: PyTree, placement: Placement) -> PyTree:
@@ -214,8 +202,8 @@ def by_rows(x: Array, placement: Placement | None) -> Array:
     return x if placement is None else jax.lax.with_sharding_constraint(x, placement.rows)
 
 
-def gathered(tree: PyTree, placement: Placement | None) -> PyTree:
-    """Parameters (without an axis of repeats) made whole on every device where they are split over `data`.
+def gathered(tree: PyTree, kinds: Kinds, placement: Placement | None) -> PyTree:
+    """Parameters (one of the repeats of stacked ones) made whole on every device where they are split over `data`.
 
     Their gradients go back to the split form, summed on the way.
     """
@@ -223,9 +211,9 @@ def gathered(tree: PyTree, placement: Placement | None) -> PyTree:
         return tree
 
     def whole(path: jax.tree_util.KeyPath, leaf: Array) -> Array:
-        name = parameter_path(path)
-        spec = parameter_spec(name, leaf.shape, placement.config)
-        return leaf if is_expert(name) or spec == P() else _gather(NamedSharding(placement.mesh, spec), leaf)
+        kind = dataclasses.replace(kinds[parameter_path(path)], stacked=False)
+        spec = parameter_spec(kind, leaf.shape, placement.config)
+        return _gather(NamedSharding(placement.mesh, spec), leaf) if DATA in spec else leaf
 
     return jax.tree_util.tree_map_with_path(whole, tree)
 

@@ -334,7 +334,7 @@ def _residuals(config: Config, training: Training, placement: Placement, pairs: 
 
     def residuals(parameters: Any, images: jax.Array, text: jax.Array) -> Any:
         def encode(parameters: Any) -> Any:
-            key = step_key(config, jnp.int32(0))
+            key = step_key(config.train.seed, jnp.int32(0))
             stride = config.num_groups // placement.size if model.moe_layers else 0
             return nnx.merge(training.graph, parameters)(
                 scale_images(images), text, RoutingContext(key, jnp.int32(0), stride)

@@ -45,7 +45,9 @@ class Journal:
         self._log, self._settings, self._began, self._say = log, config.train, began, say
         self._first, self._num_bad = log.last_step or 0, 0
         # All at once and now: a little program between two steps would wait for the one that runs.
-        self._learning_rate = np.asarray(jax.vmap(make_schedule(config))(np.arange(self._first, config.train.steps)))
+        self._learning_rate = np.asarray(
+            jax.vmap(make_schedule(config.optimizer, config.train.steps))(np.arange(self._first, config.train.steps))
+        )
         self._loggers = Loggers(folder, config)
         self._bar = progress_bar("compiling the first step", total=config.train.steps, done=self._first, unit="step")
 

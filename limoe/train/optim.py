@@ -7,66 +7,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from limoe.config.schema import Config
-from limoe.parallel.parameters import parameter_path
+from limoe.config.schema import OptimizerConfig
+from limoe.parallel.parameters import Kinds, parameter_path
 
 
-class ParameterRule(NamedTuple):
-    """What the optimiser does with a parameter besides following its gradient."""
-
-    decayed: bool
-    factored: bool
-
-
-_KERNEL = ParameterRule(decayed=True, factored=True)
-_TABLE = ParameterRule(decayed=False, factored=True)
-_VECTOR = ParameterRule(decayed=False, factored=False)
-
-PARAMETER_RULES: dict[str, ParameterRule] = {
-    "kernel": _KERNEL,
-    "w1": _KERNEL,
-    "w2": _KERNEL,
-    # A linear map like the others, but the columns of [D, E] are experts, which must not share a second moment.
-    "router": ParameterRule(decayed=True, factored=False),
-    "token_table": _TABLE,
-    "image_position": _TABLE,
-    "text_position": _TABLE,
-    # Biases of experts are [E, F] and stacks of vectors [layers, D]: their shape looks like a matrix's, they are none.
-    "bias": _VECTOR,
-    "b1": _VECTOR,
-    "b2": _VECTOR,
-    "scale": _VECTOR,
-    "log_scale": _VECTOR,
-    "logit_bias": _VECTOR,
-}
-"""The rule of each parameter, by the last name in its path; a name that is not here is an error, never a default."""
-
-
-def parameter_rule(path: jax.tree_util.KeyPath) -> ParameterRule:
-    """The rule of the parameter at a path.
-
-    Raises ValueError when the parameter's name is not in PARAMETER_RULES.
-    """
-    full = parameter_path(path)
-    name = full.rpartition("/")[2]
-    if name not in PARAMETER_RULES:
-        raise ValueError(
-            f"parameter {full!r} has no rule for weight decay and factoring; add {name!r} to PARAMETER_RULES in "
-            "limoe/train/optim.py"
-        )
-    return PARAMETER_RULES[name]
-
-
-def decay_mask(params: PyTree) -> PyTree:
-    """For each parameter whether weight decay applies: kernels only, not tables, positions, scales and biases.
-
-    >>> decay_mask({"kernel": 0.0, "bias": 0.0})
-    {'bias': False, 'kernel': True}
-    """
-    return jax.tree_util.tree_map_with_path(lambda path, _: parameter_rule(path).decayed, params)
-
-
-def make_schedule(config: Config) -> optax.Schedule:
+def make_schedule(optimizer: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """The learning rate of the update after s finished ones: linear warm-up, reverse square root, linear cool-down.
 
     With n = s + 1 (no update has a rate of zero), peak P, W warm-up and Q cool-down steps, timescale H and N steps:
@@ -76,11 +21,11 @@ def make_schedule(config: Config) -> optax.Schedule:
     A factor whose W or Q is 0 is left out. The rate is zero from s = N on when there is a cool-down.
 
     >>> from limoe.config.presets import preset
-    >>> schedule = make_schedule(preset("b16"))
+    >>> config = preset("b16")
+    >>> schedule = make_schedule(config.optimizer, config.train.steps)
     >>> [f"{float(schedule(step)):.3e}" for step in (0, 9_999, 39_999, 781_250)]
     ['1.000e-07', '1.000e-03', '5.000e-04', '0.000e+00']
     """
-    optimizer, steps = config.optimizer, config.train.steps
 
     def rate(step: Any) -> Float[Array, ""]:
         update = jnp.asarray(step, jnp.int32) + 1
@@ -89,7 +34,7 @@ def make_schedule(config: Config) -> optax.Schedule:
         if optimizer.warmup_steps:
             value *= jnp.minimum(1.0, update / optimizer.warmup_steps)
         if optimizer.cooldown_steps:
-            value *= jnp.clip((steps + 1 - update) / optimizer.cooldown_steps, 0.0, 1.0)
+            value *= jnp.clip((num_steps + 1 - update) / optimizer.cooldown_steps, 0.0, 1.0)
         return value
 
     return rate
@@ -110,14 +55,7 @@ class AdafactorState(NamedTuple):
     momentum: PyTree
 
 
-def scale_by_adafactor(
-    *,
-    momentum: float = 0.9,
-    decay: float = 0.8,
-    beta2_cap: float = 0.999,
-    factored_size: int = 32,
-    epsilon: float = 1e-30,
-) -> optax.GradientTransformation:
+def scale_by_adafactor(optimizer: OptimizerConfig, kinds: Kinds) -> optax.GradientTransformation:
     """Adafactor as the paper's section 4 has it, without learning rate: no update clipping, no parameter scaling.
 
     For update t = 1, 2, ... of a matrix with gradient g [D, F], all in float32:
@@ -127,57 +65,42 @@ def scale_by_adafactor(
         u = g / sqrt(r c / mean(r))
         m = momentum m + (1 - momentum) u                      kept in bfloat16, used before it is rounded
 
-    Only the last two axes are factored, when PARAMETER_RULES allows it and both are at least `factored_size`; axes in
-    front of them (experts, layers of a scan) count separate matrices. Other parameters keep the whole second moment v:
-    u = g / sqrt(v). Optax's factoring picks the two largest axes, be they experts or layers.
+    Only the last two axes are factored, when the parameter's kind allows it and both are at least `factored_size`; axes
+    in front of them (experts, layers of a scan) count separate matrices. Other parameters keep the whole second moment
+    v: u = g / sqrt(v). Optax's factoring picks the two largest axes, be they experts or layers.
 
-    Raises ValueError for a parameter without a rule.
-
-    >>> import numpy as np
+    >>> from limoe.parallel.parameters import EXPERT_KERNEL, EXPERT_VECTOR
     >>> params = {"w1": jnp.zeros((8, 64, 128)), "b1": jnp.zeros((8, 128))}
-    >>> state = scale_by_adafactor().init(params)
+    >>> adafactor = scale_by_adafactor(OptimizerConfig(), {"w1": EXPERT_KERNEL, "b1": EXPERT_VECTOR})
+    >>> state = adafactor.init(params)
     >>> state.second_moment["w1"].row.shape, state.second_moment["w1"].column.shape, state.second_moment["b1"].shape
     ((8, 64), (8, 128), (8, 128))
     """
-
-    def is_factored(path: jax.tree_util.KeyPath, shape: tuple[int, ...]) -> bool:
-        return parameter_rule(path).factored and len(shape) >= 2 and min(shape[-2:]) >= factored_size
+    momentum = optimizer.momentum
 
     def init(params: PyTree) -> AdafactorState:
-        second_moment = {}
-        for path, param in jax.tree_util.tree_leaves_with_path(params):
-            shape = param.shape
-            if is_factored(path, shape):
-                moment = FactoredMoment(
-                    row=jnp.zeros(shape[:-1], jnp.float32),
-                    column=jnp.zeros((*shape[:-2], shape[-1]), jnp.float32),
-                )
-            else:
-                moment = jnp.zeros(shape, jnp.float32)
-            second_moment[parameter_path(path)] = moment
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        named = {parameter_path(path): leaf for path, leaf in leaves}
         return AdafactorState(
             num_updates=jnp.zeros((), jnp.int32),
-            second_moment=second_moment,
+            second_moment={
+                path: _no_moment(leaf.shape, kinds[path].factored, optimizer.factored_size)
+                for path, leaf in named.items()
+            },
             momentum=jax.tree.map(lambda param: jnp.zeros(param.shape, jnp.bfloat16), params),
         )
 
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, AdafactorState]:
         del params  # their size plays no part: no parameter scaling
         num_updates = jnp.asarray(optax.safe_increment(state.num_updates))
-        beta = jnp.minimum(1.0 - num_updates.astype(jnp.float32) ** -decay, beta2_cap)
+        beta = jnp.minimum(1.0 - num_updates.astype(jnp.float32) ** -optimizer.decay, optimizer.beta2_cap)
         second_moment = {}
 
         def normalise(path: jax.tree_util.KeyPath, gradient: Array) -> Array:
-            name = parameter_path(path)
-            gradient = gradient.astype(jnp.float32)
-            moment = _updated_moment(state.second_moment[name], jnp.square(gradient) + epsilon, beta)
-            second_moment[name] = moment
-            if not isinstance(moment, FactoredMoment):
-                return gradient * jax.lax.rsqrt(moment)
-            # Root by root: r c or r / mean(r) would underflow for a row of zeros beside large ones, and 0 * inf is NaN.
-            row, column = jax.lax.rsqrt(moment.row), jax.lax.rsqrt(moment.column)
-            root = jnp.sqrt(jnp.mean(moment.row, axis=-1))
-            return gradient * row[..., :, None] * (root[..., None] * column)[..., None, :]
+            name, gradient = parameter_path(path), gradient.astype(jnp.float32)
+            square = jnp.square(gradient) + optimizer.factored_epsilon
+            second_moment[name] = _updated_moment(state.second_moment[name], square, beta)
+            return _normalised(gradient, second_moment[name])
 
         normalised = jax.tree_util.tree_map_with_path(normalise, updates)
         smoothed = jax.tree.map(
@@ -187,6 +110,24 @@ def scale_by_adafactor(
         return smoothed, AdafactorState(num_updates=num_updates, second_moment=second_moment, momentum=kept)
 
     return optax.GradientTransformation(init, update)
+
+
+def _no_moment(shape: tuple[int, ...], factored: bool, factored_size: int) -> FactoredMoment | Float[Array, "..."]:
+    """The second moment before the first update."""
+    if factored and len(shape) >= 2 and min(shape[-2:]) >= factored_size:
+        column = (*shape[:-2], shape[-1])
+        return FactoredMoment(row=jnp.zeros(shape[:-1], jnp.float32), column=jnp.zeros(column, jnp.float32))
+    return jnp.zeros(shape, jnp.float32)
+
+
+def _normalised(gradient: Float[Array, "..."], moment: FactoredMoment | Float[Array, "..."]) -> Float[Array, "..."]:
+    """The gradient over the root of its mean square."""
+    if not isinstance(moment, FactoredMoment):
+        return gradient * jax.lax.rsqrt(moment)
+    # Root by root: r c or r / mean(r) would underflow for a row of zeros beside large ones, and 0 * inf is NaN.
+    row, column = jax.lax.rsqrt(moment.row), jax.lax.rsqrt(moment.column)
+    root = jnp.sqrt(jnp.mean(moment.row, axis=-1))
+    return gradient * row[..., :, None] * (root[..., None] * column)[..., None, :]
 
 
 def _updated_moment(
@@ -200,8 +141,8 @@ def _updated_moment(
     return beta * moment + (1.0 - beta) * square
 
 
-def make_optimizer(config: Config, params: PyTree) -> optax.GradientTransformation:
-    """The optimiser of a config for a tree of parameters (an nnx State or nested dicts and lists).
+def make_optimizer(optimizer: OptimizerConfig, num_steps: int, kinds: Kinds) -> optax.GradientTransformation:
+    """The optimiser of a run for parameters of these kinds (a tree of them: an nnx State or nested dicts and lists).
 
     In order: clip by the global norm; Adafactor or Adam; decay of the kernels; multiply by minus the learning rate. The
     decay follows the schedule but not its height: a kernel shrinks by the share `weight_decay` a step at the peak rate.
@@ -209,30 +150,25 @@ def make_optimizer(config: Config, params: PyTree) -> optax.GradientTransformati
     promised: that a gradient which is not finite shows in the updates. A norm that overflows makes them zero, so the
     caller checks the loss and `optax.global_norm` of the gradients itself.
 
-    Raises ValueError for a parameter without a rule in PARAMETER_RULES.
-
-    >>> from limoe.config.presets import preset
+    >>> from limoe.parallel.parameters import KERNEL, VECTOR
     >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-    >>> optimizer = make_optimizer(preset("tiny"), params)
+    >>> optimizer = make_optimizer(OptimizerConfig(), 20_000, {"kernel": KERNEL, "bias": VECTOR})
     >>> gradients, state = jax.tree.map(jnp.zeros_like, params), optimizer.init(params)
     >>> updates, state = jax.jit(optimizer.update)(gradients, state, params)
     >>> bool((updates["kernel"] < 0).all()), bool((updates["bias"] == 0).all())
     (True, True)
     """
-    optimizer = config.optimizer
     if optimizer.name == "adafactor":
-        scale = scale_by_adafactor(
-            momentum=optimizer.momentum,
-            decay=optimizer.decay,
-            beta2_cap=optimizer.beta2_cap,
-            factored_size=optimizer.factored_size,
-            epsilon=optimizer.factored_epsilon,
-        )
+        scale = scale_by_adafactor(optimizer, kinds)
     else:
         scale = optax.scale_by_adam(b1=optimizer.adam_beta1, b2=optimizer.adam_beta2, eps=optimizer.adam_epsilon)
+
+    def decayed(params: PyTree) -> PyTree:
+        return jax.tree_util.tree_map_with_path(lambda path, _: kinds[parameter_path(path)].decayed, params)
+
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else optax.identity(),
         scale,
-        optax.add_decayed_weights(optimizer.weight_decay / optimizer.learning_rate, mask=decay_mask(params)),
-        optax.scale_by_learning_rate(make_schedule(config)),
+        optax.add_decayed_weights(optimizer.weight_decay / optimizer.learning_rate, mask=decayed),
+        optax.scale_by_learning_rate(make_schedule(optimizer, num_steps)),
     )

@@ -13,9 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from limoe.config.schema import Config
-from limoe.model.build import Parameters, abstract_model, create_model
+from limoe.model.build import Parameters, abstract_model, create_model, parameter_kinds
 from limoe.model.moe import LayerRouting, RoutingContext, RoutingFigures, layer_figures
-from limoe.model.segments import cut
 from limoe.model.tower import Embeddings, Encoded, scale_images
 from limoe.parallel.mesh import Placement, gathered, parameter_specs, state_shardings
 from limoe.train.losses import LossTerms, total_loss
@@ -72,11 +71,11 @@ def prepare(config: Config, placement: Placement | None = None) -> Training:
     dtype('float32')
     """
     graph, parameters = abstract_model(config, placement)
-    optimizer = make_optimizer(config, parameters)
+    kinds = parameter_kinds(graph, parameters)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, kinds)
     abstract = jax.eval_shape(lambda: _new_state(config, optimizer, placement))
     if placement is not None:
-        repeats = [segment.repeats for segment in cut(config.model.depth, config.model.moe_layers)]
-        specs = parameter_specs(parameters, config.mesh, repeats)
+        specs = parameter_specs(parameters, kinds, config.mesh)
         shardings = state_shardings(abstract, specs, parameters, placement)
         abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
@@ -97,9 +96,9 @@ def _new_state(config: Config, optimizer: optax.GradientTransformation, placemen
     return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
 
 
-def step_key(config: Config, step: Int[Array, ""]) -> Array:
-    """The key of a step's router noise, a function of seed and step alone."""
-    return jax.random.fold_in(jax.random.key(config.train.seed), step)
+def step_key(seed: int, step: Int[Array, ""]) -> Array:
+    """The key of a step's router noise."""
+    return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def gradient(
@@ -117,15 +116,16 @@ def gradient(
     chunks, from which the loss of the whole batch (all negatives, all statistics) and its cotangents follow; then each
     chunk's share of the gradient from its cotangents. Equal to the gradient in one piece within rounding.
     """
-    key, chunks = step_key(config, step), config.train.accumulation
+    key, chunks = step_key(config.train.seed, step), config.train.accumulation
 
     groups = config.num_groups if config.model.moe_layers else 0
     stride = 0 if placement is None else groups // placement.size
+    kinds = parameter_kinds(graph, parameters)
 
     def encode(parameters: Parameters, images: Array, text: Array, first_group: Array) -> Encoded:
         # Segments gather their own, a period at a time.
         outside = {name: value for name, value in parameters.items() if name != "segments"}
-        model = nnx.merge(graph, {**parameters, **gathered(outside, placement)})
+        model = nnx.merge(graph, {**parameters, **gathered(outside, kinds, placement)})
         return model(scale_images(images), text, RoutingContext(key, first_group, stride))
 
     def loss(parameters: Parameters, encoded: Encoded) -> tuple[Float[Array, ""], LossTerms]:
