@@ -15,7 +15,7 @@ from limoe.config.presets import preset
 from limoe.model.build import abstract_model
 from limoe.model.describe import describe
 from limoe.model.moe import RoutingContext
-from limoe.model.tower import scale_images
+from limoe.model.tower import Block, scale_images
 from limoe.train.step import gradient
 
 PRIORITIES = {"image_first": ("modality", 0), "text_first": ("modality", 1)}
@@ -233,6 +233,19 @@ def program_size(depth: int) -> int:
 
 def test_a_deep_model_is_as_small_a_program_as_a_shallow_one():
     assert program_size(32) == program_size(8) > 1000
+
+
+def test_an_expert_starts_like_the_dense_mlp():
+    model = small_config("depth=2", "moe_layers=1", "width=64", "mlp_width=128", "num_experts=3").model
+    dense, experts = (Block(model, experts=experts, rngs=nnx.Rngs(0)) for experts in (False, True))
+    # Xavier's uniform distribution, whose fourth moment is 1.8 times its squared variance.
+    std, error = np.sqrt(2 / (64 + 128)), np.sqrt((1.8 - 1) / 4 / (64 * 128))
+    for name in ("w1", "w2"):
+        kernel, stack = np.asarray(getattr(dense.mlp, name).kernel[...]), np.asarray(getattr(experts.moe, name)[...])
+        for weight in (kernel, *stack):
+            assert np.std(weight) == pytest.approx(std, rel=5 * error), name
+            assert np.abs(weight).max() <= np.sqrt(3) * std
+        assert len(np.unique(stack[:, 0, 0])) == 3
 
 
 # Paper, section 1: parameters of the dense one-tower models; H also with experts.

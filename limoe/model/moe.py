@@ -102,12 +102,13 @@ class MoeLayer(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, placement: Placement | None = None) -> None:
         self.config, self.placement = config, placement
         experts, width, hidden = config.num_experts, config.width, config.mlp_width
-        fan_in = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=(0,))
+        # Each expert as if alone, like the dense MLP in its place.
+        initial = nnx.initializers.xavier_uniform(in_axis=-2, out_axis=-1, batch_axis=(0,))
         router = nnx.initializers.lecun_normal()(rngs.params(), (width, experts), jnp.float32)
         self.router = nnx.Param(router, kind=ROUTER)
-        self.w1 = nnx.Param(fan_in(rngs.params(), (experts, width, hidden), jnp.float32), kind=EXPERT_KERNEL)
+        self.w1 = nnx.Param(initial(rngs.params(), (experts, width, hidden), jnp.float32), kind=EXPERT_KERNEL)
         self.b1 = nnx.Param(jnp.zeros((experts, hidden), jnp.float32), kind=EXPERT_VECTOR)
-        self.w2 = nnx.Param(fan_in(rngs.params(), (experts, hidden, width), jnp.float32), kind=EXPERT_KERNEL)
+        self.w2 = nnx.Param(initial(rngs.params(), (experts, hidden, width), jnp.float32), kind=EXPERT_KERNEL)
         self.b2 = nnx.Param(jnp.zeros((experts, width), jnp.float32), kind=EXPERT_VECTOR)
 
     def __call__(
