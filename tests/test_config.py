@@ -4,7 +4,7 @@ import json
 import math
 import operator
 from dataclasses import FrozenInstanceError, fields, replace
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from limoe.config.presets import PRESETS, preset
 from limoe.config.schema import Config, ConfigError, ModelConfig
-from limoe.config.section import checked, setting_types
+from limoe.config.section import checked, names_of, setting_types
 from limoe.config.settings import SECTIONS, differences, from_json, override, settings_help, to_json
 
 TINY = preset("tiny")
@@ -48,6 +48,8 @@ ALL_NAMES = [f"{section}.{name}" for section, kind in SECTIONS.items() for name 
         (["learning_rate=0"], ["optimizer.learning_rate=0.0", "positive"]),
         (["beta2_cap=1"], ["optimizer.beta2_cap=1.0", "below 1"]),
         (["z_weight=-0.5"], ["loss.z_weight=-0.5"]),
+        (["extra=mine=1"], ["loss.extra='mine=1'", "'mine' is no registered auxiliary loss; there are: none"]),
+        (["extra=mine=1,mine=2"], ["loss.extra=", "each loss once"]),
         (["threshold_experts_text=0.5"], ["loss.threshold_experts_text=0.5", "at least 1"]),
         (["threshold_experts_image=9"], ["loss.threshold_experts_image=9.0", "model.num_experts=8"]),
         (["max_bad_share=1"], ["data.max_bad_share=1.0"]),
@@ -172,11 +174,12 @@ def test_which_blocks_of_the_paper_s_sizes_hold_experts():
 
 
 def test_thresholds_of_the_global_entropy():
-    assert preset("b16").threshold_text == pytest.approx(2.1972, abs=1e-4)  # log 9
-    assert preset("b16").threshold_image == pytest.approx(2.9957, abs=1e-4)  # log 20
-    assert TINY.threshold_text == pytest.approx(math.log(9 * 8 / 32))
+    assert preset("b16").loss.threshold("text", 32) == pytest.approx(2.1972, abs=1e-4)  # log 9
+    assert preset("b16").loss.threshold("image", 32) == pytest.approx(2.9957, abs=1e-4)  # log 20
+    assert TINY.loss.threshold("text", 8) == pytest.approx(math.log(9 * 8 / 32))
     changed = override(TINY, ["threshold_experts_text=3", "threshold_experts_image=5"])
-    assert (changed.threshold_text, changed.threshold_image) == (math.log(3), math.log(5))
+    thresholds = [changed.loss.threshold(modality, 8) for modality in ("text", "image")]
+    assert thresholds == [math.log(3), math.log(5)]
 
 
 @pytest.mark.parametrize(
@@ -290,8 +293,8 @@ def test_from_json_refuses(text, words):
 
 
 def changed_value(value: Any, kind: Any) -> Any:
-    if get_origin(kind) is Literal:
-        return next(choice for choice in get_args(kind) if choice != value)
+    if names_of(kind):
+        return next(choice for choice in names_of(kind) if choice != value)
     return {bool: lambda: not value, str: lambda: value + "x"}.get(kind, lambda: value * 2 or 1)()
 
 

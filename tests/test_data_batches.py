@@ -11,14 +11,14 @@ from PIL import Image
 from limoe.data.batches import Batches
 from limoe.data.files import DataError
 from limoe.data.shards import Example, write_shard
-from limoe.data.source import Bad, CachedSource, Decoded, ShardSource
+from limoe.data.source import Bad, CachedSource, Decoded, ShardSource, Source
 
 
 def encode(captions):
     return np.array([[int(caption), len(caption)] for caption in captions], np.int32)
 
 
-class NumberedSource:
+class NumberedSource(Source):
     """Examples whose pixels, caption and key are their number, except those that `is_bad` says."""
 
     def __init__(self, num_examples, is_bad=lambda number: False):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from limoe.data.files import DataError
 from limoe.data.shards import Example, write_shard
-from limoe.data.source import Bad, CachedSource, Decoded, ShardSource
+from limoe.data.source import Bad, CachedSource, Decoded, ShardSource, Source
 
 
 def png(colour, side=8):
@@ -119,7 +119,7 @@ def test_captions_are_in_order_evenly_spread_and_without_the_bad_ones(tmp_path):
     assert list(source.captions(limit=5)) == [f"caption {n}" for n in (0, 2, 6, 8)]
 
 
-class CountingSource:
+class CountingSource(Source):
     def __init__(self):
         self.num_decoded = 0
 

@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 from limoe.config.presets import preset
 from limoe.config.settings import override
 from limoe.model.moe import IMAGE, TEXT, LayerRouting
+from limoe.train import losses as product
 from limoe.train.losses import (
-    AuxiliaryTerms,
+    AUXILIARY_LOSSES,
     LossTerms,
-    auxiliary_terms,
     auxiliary_weights,
     by_name,
     sigmoid_contrastive,
     softmax_contrastive,
-    total_loss,
 )
 from moe_kernels import MoeSpec, RouteInputs, route
 from reference import losses
@@ -32,12 +31,20 @@ LAYERS, GROUPS, TOKENS, EXPERTS = 2, 3, 24, 4
 GROUP = TOKENS // GROUPS
 # Thresholds as high as they go, so that both global losses are active for any logits.
 BASE = ["num_experts=4", "local_image=true", "threshold_experts_text=4", "threshold_experts_image=4", "batch_size=6"]
-NAMES = AuxiliaryTerms._fields
+NAMES = tuple(AUXILIARY_LOSSES)
 
 
 def config(*settings: str):
     latest = dict(setting.split("=", 1) for setting in (*BASE, *settings))
     return override(preset("tiny"), [f"{name}={value}" for name, value in latest.items()])
+
+
+def auxiliary_terms(sums, config):
+    return product.auxiliary_terms(sums, config.loss, config.model)
+
+
+def total_loss(image, text, routing, scale, bias, config) -> LossTerms:
+    return product.total_loss(image, text, routing, scale, bias, config.loss, config.model)
 
 
 @functools.partial(jax.jit, static_argnames=("num_choices", "num_groups", "sigma"))
@@ -74,7 +81,7 @@ def terms_and_gradients(scope, num_choices, logits, noise, modality, mask):
 
     def terms(logits):
         sums = sums_of(logits, noise, modality, mask, num_choices=num_choices)
-        return jnp.stack(auxiliary_terms(sums, config(f"aux_scope={scope}")))
+        return jnp.stack([*auxiliary_terms(sums, config(f"aux_scope={scope}")).values()])
 
     value, pull = jax.vjp(terms, logits)
     return value, jax.vmap(lambda row: pull(row)[0])(jnp.eye(len(NAMES), dtype=jnp.float32))
@@ -133,20 +140,20 @@ def test_the_batch_s_statistics_do_not_depend_on_the_groups():
         auxiliary_terms(sums_of(logits, noise, modality, mask, num_groups=groups), config()) for groups in (1, 3)
     ]
     for other in by_groups[1:]:
-        np.testing.assert_allclose(np.stack(other), np.stack(by_groups[0]), rtol=1e-5)
+        np.testing.assert_allclose([*other.values()], [*by_groups[0].values()], rtol=1e-5)
     apart = auxiliary_terms(sums_of(logits, noise, modality, mask), config("aux_scope=group"))
-    assert abs(float(apart.importance - by_groups[0].importance)) > 1e-3
+    assert abs(float(apart["importance"] - by_groups[0]["importance"])) > 1e-3
 
 
 def test_the_load_follows_the_noise_s_deviation():
     logits, noise, modality, mask = random_case(2)
     sums = sums_of(logits[:1], noise[:1] / 2, modality, mask, sigma=0.5 / EXPERTS)
-    load = auxiliary_terms(sums, config("router_noise=0.5")).load
+    load = auxiliary_terms(sums, config("router_noise=0.5"))["load"]
     clean = logits[0, mask].astype(np.float64)
     expected = losses.load_loss(clean, clean + noise[0, mask] / 2, sigma=0.5 / EXPERTS)
     np.testing.assert_allclose(load, expected, rtol=1e-5)
     quiet = config("router_noise=0", "load=false")
-    assert float(auxiliary_terms(sums_of(logits, None, modality, mask), quiet).load) == 0
+    assert float(auxiliary_terms(sums_of(logits, None, modality, mask), quiet)["load"]) == 0
 
 
 @pytest.mark.parametrize("scope", ["batch", "group"])
@@ -154,7 +161,8 @@ def test_a_modality_without_tokens_costs_nothing(scope):
     logits, noise, modality, mask = random_case(3)
 
     def terms(logits, modality):
-        return jnp.stack(auxiliary_terms(sums_of(logits, noise, modality, mask), config(f"aux_scope={scope}")))
+        found = auxiliary_terms(sums_of(logits, noise, modality, mask), config(f"aux_scope={scope}"))
+        return jnp.stack([*found.values()])
 
     images = jnp.zeros_like(modality)
     value, gradient = jax.jit(
@@ -178,7 +186,7 @@ def test_the_paper_s_six_tokens():
     np.testing.assert_allclose(sums.probability.sum((0, 1, 2)), [1.8807, 1.8873, 1.4144, 0.8176], atol=5e-5)
     np.testing.assert_allclose(sums.load.sum((0, 1, 2)) / 6, [0.2433, 0.1743, 0.1278, 0.1025], atol=5e-5)
     terms = auxiliary_terms(sums, config())
-    found = {name: round(float(value), 6) for name, value in terms._asdict().items()}
+    found = {name: round(float(value), 6) for name, value in terms.items()}
     assert found == pytest.approx(
         {
             "importance": 0.085332,
@@ -202,21 +210,21 @@ def test_the_paper_s_uniform_gates():
     modality = jnp.arange(64, dtype=jnp.int32) % 2
     sums = sums_of(logits, logits, modality, None, num_groups=1)
     terms = auxiliary_terms(sums, oracle_config())
-    assert float(terms.importance) == pytest.approx(0, abs=1e-6)
-    assert float(terms.z) == pytest.approx(12.0113, abs=5e-5)
-    assert float(terms.local_image) == pytest.approx(3.4657, abs=5e-5)
-    assert float(terms.local_text) == pytest.approx(3.4657, abs=5e-5)
-    assert float(terms.global_image) == float(terms.global_text) == 0
+    assert float(terms["importance"]) == pytest.approx(0, abs=1e-6)
+    assert float(terms["z"]) == pytest.approx(12.0113, abs=5e-5)
+    assert float(terms["local_image"]) == pytest.approx(3.4657, abs=5e-5)
+    assert float(terms["local_text"]) == pytest.approx(3.4657, abs=5e-5)
+    assert float(terms["global_image"]) == float(terms["global_text"]) == 0
 
 
 def test_the_paper_s_single_expert():
     logits = jnp.zeros((1, 64, 32), jnp.float32).at[:, :, 7].set(200.0)
     modality = jnp.arange(64, dtype=jnp.int32) % 2
     terms = auxiliary_terms(sums_of(logits, None, modality, None, num_groups=1), oracle_config())
-    assert float(terms.importance) == pytest.approx(31, rel=1e-6)
-    assert float(terms.local_image) == float(terms.local_text) == 0
-    assert float(terms.global_text) == pytest.approx(2.1972, abs=5e-5)
-    assert float(terms.global_image) == pytest.approx(2.9957, abs=5e-5)
+    assert float(terms["importance"]) == pytest.approx(31, rel=1e-6)
+    assert float(terms["local_image"]) == float(terms["local_text"]) == 0
+    assert float(terms["global_text"]) == pytest.approx(2.1972, abs=5e-5)
+    assert float(terms["global_image"]) == pytest.approx(2.9957, abs=5e-5)
 
 
 @given(st.integers(0, 10**6), st.floats(-1, 3), st.floats(-10, 0))
@@ -262,16 +270,16 @@ def test_the_total_is_the_weighted_mean_of_what_is_active(contrastive):
     off = [f"{name}=false" for name in NAMES if name not in weights]
     settings = [f"contrastive={contrastive}", *off, *(f"{name}_weight={value}" for name, value in weights.items())]
     terms = loss_of(sums_of(*random_case(4)), *settings, "aux_weight=0.08")
-    mean = np.mean([weight * float(getattr(terms.auxiliary, name)) for name, weight in weights.items()])
+    mean = np.mean([weight * float(terms.auxiliary[name]) for name, weight in weights.items()])
     assert float(terms.auxiliary_total) == pytest.approx(0.08 * mean, rel=1e-5)
     assert float(terms.total) == pytest.approx(float(terms.contrastive) + 0.08 * mean, rel=1e-5)
     # What is off is still told.
-    assert float(terms.auxiliary.local_text) > 0
+    assert float(terms.auxiliary["local_text"]) > 0
     assert set(by_name(terms)) == {"total", "contrastive", "auxiliary_total", *NAMES}
 
 
 def test_weights_of_the_paper():
-    weights = auxiliary_weights(preset("b16"))
+    weights = auxiliary_weights(preset("b16").loss)
     assert weights == pytest.approx(dict.fromkeys(NAMES, 0.04 / 6) | {"local_image": 0.0})
 
 
@@ -279,12 +287,12 @@ def test_a_term_that_is_off_does_not_spoil_the_total():
     sums = sums_of(*random_case(4))
     sums = sums._replace(logsumexp_squared=sums.logsumexp_squared * np.nan)
     off, on = loss_of(sums, "z=false"), loss_of(sums)
-    assert math.isfinite(off.total) and math.isnan(off.auxiliary.z) and math.isnan(on.total)
+    assert math.isfinite(off.total) and math.isnan(off.auxiliary["z"]) and math.isnan(on.total)
 
 
 def test_a_dense_model_has_no_auxiliary_loss():
     terms = total_loss(PAIRS, PAIRS, None, jnp.float32(10), None, config("moe_layers=()"))
-    assert float(terms.total) == float(terms.contrastive) and not any(terms.auxiliary)
+    assert float(terms.total) == float(terms.contrastive) and not any(terms.auxiliary.values())
 
 
 @jax.jit

@@ -12,7 +12,7 @@ from model_cases import small_batch, small_config, small_model
 from limoe.config.settings import override
 from limoe.model.build import parameter_kinds
 from limoe.model.moe import MoeLayer, RoutingContext
-from limoe.train.losses import AuxiliaryTerms
+from limoe.train.losses import AUXILIARY_LOSSES
 from limoe.train.optim import make_optimizer
 from limoe.train.step import TrainState, gradient, make_step, step_key
 
@@ -70,7 +70,7 @@ def test_accumulation_of_the_dense_twin():
     grads, terms, routing = gradient_of("moe_layers=()")
     other_grads, other_terms, other_routing = gradient_of("moe_layers=()", "accumulation=2")
     assert routing is None and other_routing is None
-    assert float(terms.auxiliary_total) == 0 and not any(terms.auxiliary)
+    assert float(terms.auxiliary_total) == 0 and not any(terms.auxiliary.values())
     np.testing.assert_allclose(other_terms.total, terms.total, rtol=1e-6)
     assert_same_gradient(other_grads, grads, terms=100)
 
@@ -99,7 +99,7 @@ def test_every_parameter_has_a_gradient(settings):
 
 
 def test_each_auxiliary_weight_counts_for_its_term_and_no_other():
-    weights = dict(zip(AuxiliaryTerms._fields, (2, 3, 5, 7, 11, 13, 17), strict=True))
+    weights = dict(zip(AUXILIARY_LOSSES, (2, 3, 5, 7, 11, 13, 17), strict=True))
     config = small_config(
         *BASE,
         *(f"{name}_weight={weight}" for name, weight in weights.items()),
@@ -110,7 +110,7 @@ def test_each_auxiliary_weight_counts_for_its_term_and_no_other():
     batch = small_batch(config)
     terms = jax.jit(lambda *given: gradient(graph, *given, config)[1])(parameters, *batch, jnp.int32(STEP))
     # aux_weight is 1, so the mean of the seven.
-    shares = {name: weight / 7 * float(getattr(terms.auxiliary, name)) for name, weight in weights.items()}
+    shares = {name: weight / 7 * float(terms.auxiliary[name]) for name, weight in weights.items()}
     expected = float(terms.contrastive) + sum(shares.values())
     # Nine numbers in eight sums, each of which rounds once.
     error = 8 * 2.0**-24 * expected
@@ -125,7 +125,7 @@ def test_the_auxiliary_loss_reaches_the_routers():
 
     with_losses, _, _ = gradient_of("contrastive=softmax")
     without, terms, _ = gradient_of("aux_weight=0")
-    assert float(terms.auxiliary_total) == 0 and float(terms.auxiliary.importance) > 0
+    assert float(terms.auxiliary_total) == 0 and float(terms.auxiliary["importance"]) > 0
     for layer in range(2):
         assert np.abs(routers(with_losses)[layer] - routers(without)[layer]).max() > 1e-3
 

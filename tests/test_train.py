@@ -32,7 +32,7 @@ from limoe.data.tokenizer import train_tokenizer
 from limoe.model.describe import describe
 from limoe.model.moe import RoutingFigures
 from limoe.report.results import bound
-from limoe.train.losses import AuxiliaryTerms
+from limoe.train.losses import AUXILIARY_LOSSES
 from limoe.workdir.folder import WorkdirError
 from limoe.workdir.metrics import MetricsLog
 
@@ -40,7 +40,7 @@ SUMMARY_KEYS = {
     *("preset", "steps", "seconds", "zero_shot_top1", "zero_shot_chance", "image_to_text_r1", "text_to_image_r1"),
     *("success_rate_image", "success_rate_text", "success_rate_bound", "parameters_total", "parameters_per_token"),
 }
-TERMS = {"total", "contrastive", "auxiliary_total", *AuxiliaryTerms._fields}
+TERMS = {"total", "contrastive", "auxiliary_total", *AUXILIARY_LOSSES}
 
 
 @pytest.mark.slow

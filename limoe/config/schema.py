@@ -8,7 +8,11 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from limoe.config.section import ConfigError, Section, setting
+from limoe.config.section import Choices, ConfigError, Section, setting
+
+ACTIVATIONS = Choices("gelu_tanh", "gelu_erf")
+EXTRA_LOSSES = Choices()
+"""Auxiliary losses beside those of the paper: none, unless a program adds one (`limoe.train.losses.register`)."""
 
 # The token that fills a caption up, for tokenizer and model.
 PAD_ID = 0
@@ -41,7 +45,7 @@ class ModelConfig(Section):
         "who is served first when an expert is full; bpr = largest gate first", "bpr"
     )
     router_noise: float = setting("std of the training noise on the router's logits, times 1/E; 0 = off", 1.0)
-    activation: Literal["gelu_tanh", "gelu_erf"] = setting("activation of MLPs and experts", "gelu_tanh")
+    activation: str = setting("activation of MLPs and experts", "gelu_tanh", choices=ACTIVATIONS)
     layer_norm_epsilon: float = setting("added to the variance in LayerNorm [open]", 1e-6)
     text_padding: Literal["keep", "mask"] = setting(
         "keep: padding is attended to, pooled and routed like text; mask: it is left out everywhere [open]", "keep"
@@ -106,6 +110,13 @@ class ModelConfig(Section):
         )
 
 
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(Section):
     """The contrastive loss and the auxiliary losses of the routers (paper section 3)."""
@@ -133,6 +144,7 @@ class LossConfig(Section):
     global_text_weight: float = setting("weight of the global entropy of text", 1.0)
     global_image: bool = setting("thresholded global entropy of images: enough experts take images", True)
     global_image_weight: float = setting("weight of the global entropy of images", 1.0)
+    extra: str = setting("registered auxiliary losses and their weights, like mine=1,other=0.5; empty = none", "")
     threshold_experts_text: float = setting("experts that text shall use at least; 0 = 9 E / 32", 0.0)
     threshold_experts_image: float = setting("experts that images shall use at least; 0 = 20 E / 32", 0.0)
 
@@ -142,6 +154,28 @@ class LossConfig(Section):
         for name in ("threshold_experts_text", "threshold_experts_image"):
             experts = getattr(self, name)
             self._require(experts == 0 or experts >= 1, name, "must be 0 (the default share of E) or at least 1 expert")
+        items = self.extra.split(",") if self.extra else []
+        self._require(len(self.extra_weights) == len(items), "extra", "each loss once, like mine=1,other=0.5")
+        for name, weight in self.extra_weights.items():
+            known = ", ".join(EXTRA_LOSSES) or "none"
+            self._require(
+                name in EXTRA_LOSSES, "extra", f"{name!r} is no registered auxiliary loss; there are: {known}"
+            )
+            self._require(0 < weight < math.inf, "extra", f"{name} needs a positive number, like {name}=1")
+
+    @property
+    def extra_weights(self) -> dict[str, float]:
+        """The registered auxiliary losses that are on, with their weights; 0 for what is no number."""
+        items = [item.partition("=") for item in self.extra.split(",")] if self.extra else []
+        return {name.strip(): _number(value) for name, _, value in items}
+
+    def threshold(self, modality: Literal["text", "image"], num_experts: int) -> float:
+        """Threshold of the global entropy, nats: log(9 E / 32) of text and log(20 E / 32) of images unless set.
+
+        Not positive when that is at most one expert: the loss is then never active. Paper, section 3, Eq. 2.
+        """
+        share = {"text": 9, "image": 20}[modality] / 32
+        return math.log(getattr(self, f"threshold_experts_{modality}") or share * num_experts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +215,9 @@ class DataConfig(Section):
     section = "data"
 
     shards: str = setting(
-        "folder with training shards (*.tar as img2dataset writes them); empty = the embedded world", ""
+        "folder with training shards (*.tar as img2dataset writes them), or NAME:PATH for another registered source; "
+        "empty = the embedded world",
+        "",
     )
     eval_shards: str = setting("folder with evaluation shards; empty = the embedded world's held-out pairs", "")
     tokenizer: str = setting("SentencePiece .model file; empty = trained from the captions", "")
@@ -287,19 +323,6 @@ class Config:
     def num_groups(self) -> int:
         """G, routing groups of a step's whole batch."""
         return self.train.batch_size // (self.model.group_examples or self.train.batch_size)
-
-    @property
-    def threshold_text(self) -> float:
-        """Threshold of the global entropy of text, nats: log(9 E / 32) unless set (paper section 3, Eq. 2).
-
-        Not positive when that is at most one expert: the loss is then never active.
-        """
-        return math.log(self.loss.threshold_experts_text or 9 * self.model.num_experts / 32)
-
-    @property
-    def threshold_image(self) -> float:
-        """Threshold of the global entropy of images, nats: log(20 E / 32) unless set (paper section 3, Eq. 2)."""
-        return math.log(self.loss.threshold_experts_image or 20 * self.model.num_experts / 32)
 
     def __post_init__(self) -> None:
         ramps = self.optimizer.warmup_steps + self.optimizer.cooldown_steps

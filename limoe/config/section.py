@@ -1,19 +1,46 @@
 """What a setting is: its help, default and type, and how a section of them is checked when it is built."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from limoe.errors import LimoeError
 
 
+class Choices:
+    """The names that a setting takes. A program may add one of its own, together with what it stands for.
+
+    >>> choices = Choices("red", "green")
+    >>> choices.add("blue")
+    >>> type_name(choices), fits("blue", choices), fits("grey", choices)
+    ('red | green | blue', True, False)
+    """
+
+    def __init__(self, *names: str) -> None:
+        self._names = list(names)
+
+    def add(self, name: str) -> None:
+        """Take one more name; raises ValueError for one that is taken already."""
+        if name in self._names:
+            raise ValueError(f"{name!r} is one of {', '.join(self._names)} already; take another name")
+        self._names.append(name)
+
+    def remove(self, name: str) -> None:
+        """Take out a name that was added."""
+        self._names.remove(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+
 class ConfigError(LimoeError, ValueError):
     """A setting is unknown, ill-typed or does not fit the others; the message says which one and what to do."""
 
 
-def setting(help: str, default: Any = None, *, required: bool = False) -> Any:
+def setting(help: str, default: Any = None, *, required: bool = False, choices: Choices | None = None) -> Any:
     """A dataclass field with its help text (units and meaning of special values); required ones come from a preset."""
-    metadata = {"help": help}
+    metadata = {"help": help, "choices": choices}
     return field(metadata=metadata) if required else field(default=default, metadata=metadata)
 
 
@@ -23,17 +50,24 @@ def type_name(kind: Any) -> str:
     >>> type_name(Literal["keep", "mask"]), type_name(tuple[int, ...]), type_name(float)
     ('keep | mask', 'integers like 1,3 or ()', 'number')
     """
-    if get_origin(kind) is Literal:
-        return " | ".join(get_args(kind))
+    if names := names_of(kind):
+        return " | ".join(names)
     if get_origin(kind) is tuple:
         return "integers like 1,3 or ()"
     return {int: "integer", float: "number", bool: "true | false", str: "text"}[kind]
 
 
+def names_of(kind: Any) -> tuple[str, ...]:
+    """The names that a setting of this type takes; none where it is not a matter of names."""
+    if isinstance(kind, Choices):
+        return tuple(kind)
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
 def fits(value: object, kind: Any) -> bool:
     """Whether a value has the type of a setting (a bool is not an integer; floats are finite)."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
+    if isinstance(kind, Choices) or get_origin(kind) is Literal:
+        return value in names_of(kind)
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(fits(item, int) for item in value)
     if kind is float:
@@ -64,7 +98,7 @@ def setting_types(section: type) -> dict[str, Any]:
     <class 'int'>
     """
     hints = get_type_hints(section)
-    return {f.name: hints[f.name] for f in fields(section)}
+    return {f.name: f.metadata["choices"] or hints[f.name] for f in fields(section)}
 
 
 class Section:

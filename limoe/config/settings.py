@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_origin
 
 from limoe.config.presets import preset
 from limoe.config.schema import (
@@ -16,7 +16,7 @@ from limoe.config.schema import (
     OptimizerConfig,
     TrainConfig,
 )
-from limoe.config.section import checked, fits, setting_types, type_name
+from limoe.config.section import checked, fits, names_of, setting_types, type_name
 from limoe.errors import nearest
 
 FORMAT = 2
@@ -32,7 +32,7 @@ SECTIONS: dict[str, type] = {
 }
 
 # Settings that 0.1.0 did not have, by section.
-_SINCE_FORMAT_1 = {"train": ("routing_every",)}
+_SINCE_FORMAT_1 = {"loss": ("extra",), "train": ("routing_every",)}
 
 # Settings that differ which a message lists; another preset alone has twenty.
 _VALUES_SHOWN = 5
@@ -92,7 +92,7 @@ def _parse(text: str, setting: _Setting) -> Any:
     except (KeyError, ValueError):
         value = None
     if not fits(value, kind):
-        close = nearest(text, get_args(kind)) if get_origin(kind) is Literal else None
+        close = nearest(text, names_of(kind))
         hint = f"did you mean {close}? " if close else ""
         raise ConfigError(f"{setting.name}={text} is not of the right type; {hint}use {type_name(kind)}")
     return value

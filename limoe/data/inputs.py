@@ -10,7 +10,7 @@ from limoe.config.schema import Config, ConfigError
 from limoe.data import files
 from limoe.data.batches import Batches
 from limoe.data.files import cache_folder
-from limoe.data.source import CachedSource, ShardSource
+from limoe.data.source import CachedSource, Source, open_source
 from limoe.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from limoe.data.world import World, write_world
 
@@ -79,7 +79,7 @@ def ready_tokenizer(config: Config, path: Path) -> Tokenizer | None:
     return tokenizer
 
 
-def tokenizer_for(config: Config, path: Path, source: ShardSource) -> Tokenizer:
+def tokenizer_for(config: Config, path: Path, source: Source) -> Tokenizer:
     """The tokenizer of a run: the one at `path` if it is there, else the configured or a newly trained one, saved
     there.
 
@@ -95,13 +95,13 @@ def tokenizer_for(config: Config, path: Path, source: ShardSource) -> Tokenizer:
     return tokenizer
 
 
-def training_source(config: Config, folders: DataFolders) -> ShardSource:
+def training_source(config: Config, folders: DataFolders) -> Source:
     """The training examples at the configured image size."""
-    return ShardSource(folders.train, image_size=config.model.image_size, cache_dir=config.data.cache_dir)
+    return open_source(folders.train, image_size=config.model.image_size, cache_dir=config.data.cache_dir)
 
 
 def training_batches(
-    config: Config, source: ShardSource, tokenizer: Tokenizer, rows: Sequence[int] | None = None
+    config: Config, source: Source, tokenizer: Tokenizer, rows: Sequence[int] | None = None
 ) -> Batches:
     """The global batches of a run, or some rows of them, decoded in threads, decoded images kept in memory where they
     fit."""

@@ -3,8 +3,9 @@
 import bisect
 import itertools
 import json
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -36,18 +37,44 @@ class Bad(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """Examples by number: the same number always gives the same example, from any thread."""
+    """Examples by number: the same number always gives the same example, from any thread.
+
+    A source of one's own is a class that inherits from this one, and a line that names it, `SOURCES["csv"] = Csv`. Then
+    `csv:PATH` stands wherever a folder with shards can; `Csv(PATH, image_size=..., metadata=..., cache_dir=...)` reads
+    it.
+    """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, number: int) -> Decoded | Bad: ...
+
+    @property
+    def damages(self) -> list[str]:
+        """What is wrong with the data as a whole, as "<path>: <damage>", for a message at the start of a run."""
+        return []
+
+    def captions(self, *, limit: int) -> Iterator[str]:
+        """The usable captions of at most `limit` examples evenly spread over the data, in order."""
+        for number in spread_evenly(len(self), limit):
+            example = self[number]
+            if isinstance(example, Decoded):
+                yield example.caption
+
+
+def spread_evenly(count: int, limit: int) -> range:
+    """At most `limit` numbers below `count`, equally far apart.
+
+    >>> list(spread_evenly(10, 5))
+    [0, 2, 4, 6, 8]
+    """
+    return range(0, count, max(1, -(-count // limit)))
 
 
 class _BadExample(Exception):
     """Carries the reason from where it is seen to where the key is known."""
 
 
-class ShardSource:
+class ShardSource(Source):
     """The examples of all shards that `find_shards(spec)` names, shard after shard; their number includes the bad ones.
 
     `metadata` asks for the content of key.json too; then an example whose .json is damaged is bad, and, unless
@@ -93,15 +120,14 @@ class ShardSource:
 
     @property
     def damages(self) -> list[str]:
-        """What is wrong with whole shards, as "<path>: <damage>", for a message at the start of a run."""
+        """What is wrong with whole shards."""
         return [
             f"{path}: {index.damage}" for path, index in zip(self._paths, self._indexes, strict=True) if index.damage
         ]
 
     def captions(self, *, limit: int) -> Iterator[str]:
-        """The usable captions of at most `limit` examples evenly spread over the data, in order; no image is read."""
-        step = max(1, -(-len(self) // limit))
-        for number in range(0, len(self), step):
+        """As `Source` says; no image is read."""
+        for number in spread_evenly(len(self), limit):
             try:
                 yield _caption(*self._locate(number))
             except _BadExample:
@@ -115,7 +141,7 @@ class ShardSource:
         return self._paths[shard], index, number - self._ends[shard] + len(index.keys)
 
 
-class CachedSource:
+class CachedSource(Source):
     """The same examples, kept in memory once decoded as far as `max_bytes` allows: later epochs decode nothing."""
 
     def __init__(self, source: Source, *, max_bytes: int) -> None:
@@ -138,6 +164,41 @@ class CachedSource:
                 self._kept[number] = example
                 self._bytes_left -= num_bytes
         return example
+
+
+SOURCES: dict[str, Callable[..., Source]] = {"shards": ShardSource}
+"""What reads `NAME:PATH`; a path without a name is one of shards."""
+
+
+def open_source(
+    place: files.Path,
+    *,
+    image_size: int,
+    metadata: bool = False,
+    needs_metadata: bool = True,
+    cache_dir: files.Path = "",
+) -> Source:
+    """The examples at a place: a folder with shards, or `NAME:PATH`, which the source of that name in `SOURCES` reads.
+
+    `metadata` asks for the metadata of each example too. Raises DataError for an unknown name, and what the source
+    raises.
+
+    >>> open_source("parquet:pairs", image_size=8)
+    Traceback (most recent call last):
+    limoe.data.files.DataError: there is no data source 'parquet' for parquet:pairs; there are: shards. Write
+    ./parquet:pairs if that is the name of a folder
+    """
+    name, colon, path = str(place).partition(":")
+    if not colon or path.startswith("//") or not re.fullmatch("[a-z][a-z0-9_]+", name):
+        name, path = "shards", place
+    if name not in SOURCES:
+        raise DataError(
+            f"there is no data source {name!r} for {place}; there are: {', '.join(SOURCES)}. "
+            f"Write ./{place} if that is the name of a folder"
+        )
+    # Whether an example may lack metadata is a question where these are files of their own.
+    options = {"needs_metadata": needs_metadata} if name == "shards" else {}
+    return SOURCES[name](path, image_size=image_size, metadata=metadata, cache_dir=cache_dir, **options)
 
 
 def _caption(path: str, index: shards.ShardIndex, row: int) -> str:

@@ -16,7 +16,7 @@ from limoe.config.schema import Config
 from limoe.data import files
 from limoe.data.files import DataError
 from limoe.data.inputs import CLASSES_FILE, RETRIEVAL_FILE, DataFolders
-from limoe.data.source import Bad, Decoded, ShardSource, Source
+from limoe.data.source import Bad, Decoded, Source, open_source
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _labelled(config: Config, folder: str, classes: Classes) -> Labelled:
 
 def _read(config: Config, folder: str, *, needs_metadata: bool) -> Pairs:
     size, cache = config.model.image_size, config.data.cache_dir
-    source = ShardSource(folder, image_size=size, metadata=True, needs_metadata=needs_metadata, cache_dir=cache)
+    source = open_source(folder, image_size=size, metadata=True, needs_metadata=needs_metadata, cache_dir=cache)
     found = read_pairs(source)
     if not found.captions:
         raise DataError(f"none of the {found.num_bad} examples in {folder} is usable, {found.first_bad}; repair them")

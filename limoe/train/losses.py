@@ -8,27 +8,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from limoe.config.schema import Config
+from limoe.config.schema import EXTRA_LOSSES, LossConfig, ModelConfig
 from limoe.model.moe import IMAGE, TEXT, LayerRouting, RoutingSums, entropy_of_mean
 
-
-class AuxiliaryTerms(NamedTuple):
-    """The auxiliary losses of the routers, each summed over MoE layers; names as in the configuration."""
-
-    importance: Float[Array, ""]
-    load: Float[Array, ""]
-    z: Float[Array, ""]
-    local_text: Float[Array, ""]
-    local_image: Float[Array, ""]
-    global_text: Float[Array, ""]
-    global_image: Float[Array, ""]
+AuxiliaryTerms = dict[str, Float[Array, ""]]
+"""Every loss of `AUXILIARY_LOSSES` by its name, whether it is on or off, summed over MoE layers."""
 
 
 class LossTerms(NamedTuple):
@@ -147,7 +138,72 @@ def squared_variation(values: Float[Array, "... E"]) -> Float[Array, "..."]:
     return jnp.var(values, axis=-1) / jnp.square(mean)
 
 
-def auxiliary_terms(sums: RoutingSums, config: Config) -> AuxiliaryTerms:
+AuxiliaryLoss = Callable[[RoutingSums, LossConfig, ModelConfig], Float[Array, "L G"]]
+"""A loss of the router from its sums `[L, G, M, ...]`; with `loss.aux_scope=batch` there is one group, the batch."""
+
+
+def _importance(sums: RoutingSums, loss: LossConfig, model: ModelConfig) -> Float[Array, "L G"]:
+    return squared_variation(jnp.sum(sums.probability, axis=2))
+
+
+def _load(sums: RoutingSums, loss: LossConfig, model: ModelConfig) -> Float[Array, "L G"]:
+    if model.router_noise == 0:
+        return jnp.zeros(sums.tokens.shape[:2], jnp.float32)
+    return squared_variation(jnp.sum(sums.load, axis=2))
+
+
+def _z(sums: RoutingSums, loss: LossConfig, model: ModelConfig) -> Float[Array, "L G"]:
+    return jnp.sum(sums.logsumexp_squared, axis=2) / jnp.sum(sums.tokens, axis=2)
+
+
+def _local(modality: int) -> AuxiliaryLoss:
+    def local(sums: RoutingSums, loss: LossConfig, model: ModelConfig) -> Float[Array, "L G"]:
+        return sums.entropy[:, :, modality] / jnp.maximum(sums.tokens[:, :, modality], 1.0)
+
+    return local
+
+
+def _global(modality: int, name: Literal["text", "image"]) -> AuxiliaryLoss:
+    def thresholded(sums: RoutingSums, loss: LossConfig, model: ModelConfig) -> Float[Array, "L G"]:
+        count = sums.tokens[:, :, modality]
+        entropy = entropy_of_mean(sums.probability[:, :, modality], jnp.maximum(count, 1.0))
+        threshold = loss.threshold(name, model.num_experts)
+        return jnp.where(count > 0, jnp.maximum(threshold - entropy, 0.0), 0.0)
+
+    return thresholded
+
+
+AUXILIARY_LOSSES: dict[str, AuxiliaryLoss] = {
+    "importance": _importance,
+    "load": _load,
+    "z": _z,
+    "local_text": _local(TEXT),
+    "local_image": _local(IMAGE),
+    "global_text": _global(TEXT, "text"),
+    "global_image": _global(IMAGE, "image"),
+}
+"""Every auxiliary loss: those of the paper, whose settings have their names, and those that were registered."""
+
+
+def register(name: str, function: AuxiliaryLoss) -> None:
+    """Add an auxiliary loss of one's own, which `loss.extra=name=weight` switches on.
+
+    The weight counts like those of the others: the active losses are averaged, then multiplied by `loss.aux_weight`.
+    Raises ValueError for a name that a loss has already.
+    """
+    if name in AUXILIARY_LOSSES:
+        raise ValueError(f"there is an auxiliary loss {name!r} already; take another name")
+    EXTRA_LOSSES.add(name)
+    AUXILIARY_LOSSES[name] = function
+
+
+def unregister(name: str) -> None:
+    """Take a loss out again that was registered."""
+    EXTRA_LOSSES.remove(name)
+    del AUXILIARY_LOSSES[name]
+
+
+def auxiliary_terms(sums: RoutingSums, loss: LossConfig, model: ModelConfig) -> AuxiliaryTerms:
     """All auxiliary losses from sums stacked by layer, `[L, G, M, ...]`; summed over layers (paper, section 3).
 
     With `loss.aux_scope=batch` the sums of all groups are added first; with `group` each group has a loss of its own
@@ -155,54 +211,32 @@ def auxiliary_terms(sums: RoutingSums, config: Config) -> AuxiliaryTerms:
 
     >>> from limoe.config.presets import preset
     >>> one, even = jnp.ones((1, 1, 2)), jnp.ones((1, 1, 2, 8))  # a layer, a group, both modalities, eight experts
-    >>> sums = RoutingSums(8 * one, even, even, one, one, even, one)
-    >>> terms = auxiliary_terms(sums, preset("tiny"))
-    >>> float(terms.importance), float(terms.z), float(terms.local_text), float(terms.global_image)
-    (0.0, 0.125, 0.125, 0.0)
+    >>> sums, tiny = RoutingSums(8 * one, even, even, one, one, even, one), preset("tiny")
+    >>> terms = auxiliary_terms(sums, tiny.loss, tiny.model)
+    >>> [float(terms[name]) for name in ("importance", "z", "local_text", "global_image")]
+    [0.0, 0.125, 0.125, 0.0]
     """
-    if config.loss.aux_scope == "batch":
+    if loss.aux_scope == "batch":
         sums = RoutingSums(*(values.sum(axis=1, keepdims=True) for values in sums))
-    probability = jnp.sum(sums.probability, axis=2)
-    tokens = jnp.sum(sums.tokens, axis=2)
-    if config.model.router_noise > 0:
-        load = squared_variation(jnp.sum(sums.load, axis=2))
-    else:
-        load = jnp.zeros(tokens.shape, jnp.float32)
-
-    def local(modality: int) -> Float[Array, "L G"]:
-        return sums.entropy[:, :, modality] / jnp.maximum(sums.tokens[:, :, modality], 1.0)
-
-    def thresholded(modality: int, threshold: float) -> Float[Array, "L G"]:
-        count = sums.tokens[:, :, modality]
-        entropy = entropy_of_mean(sums.probability[:, :, modality], jnp.maximum(count, 1.0))
-        return jnp.where(count > 0, jnp.maximum(threshold - entropy, 0.0), 0.0)
-
-    by_group = AuxiliaryTerms(
-        importance=squared_variation(probability),
-        load=load,
-        z=jnp.sum(sums.logsumexp_squared, axis=2) / tokens,
-        local_text=local(TEXT),
-        local_image=local(IMAGE),
-        global_text=thresholded(TEXT, config.threshold_text),
-        global_image=thresholded(IMAGE, config.threshold_image),
-    )
-    return AuxiliaryTerms(*(jnp.sum(jnp.mean(term, axis=1)) for term in by_group))
+    by_group = {name: function(sums, loss, model) for name, function in AUXILIARY_LOSSES.items()}
+    return {name: jnp.sum(jnp.mean(term, axis=1)) for name, term in by_group.items()}
 
 
-def auxiliary_weights(config: Config) -> dict[str, float]:
+def auxiliary_weights(loss: LossConfig) -> dict[str, float]:
     """The weight of each term in the total: its own weight over the number of active terms, times `aux_weight`.
 
     The active losses are averaged, then multiplied by 0.04 (paper, section 3); a term that is off has weight 0.
 
     >>> from limoe.config.presets import preset
-    >>> weights = auxiliary_weights(preset("b16"))
+    >>> weights = auxiliary_weights(preset("b16").loss)
     >>> round(weights["z"] * 6, 4), weights["local_image"]
     (0.04, 0.0)
     """
-    loss = config.loss
-    names = [name for name in AuxiliaryTerms._fields if getattr(loss, name)]
-    share = loss.aux_weight / max(len(names), 1)
-    return {name: share * getattr(loss, f"{name}_weight") if name in names else 0.0 for name in AuxiliaryTerms._fields}
+    extra = loss.extra_weights
+    own = {name: getattr(loss, f"{name}_weight") for name in AUXILIARY_LOSSES if getattr(loss, name, False)}
+    active = {**own, **extra}
+    share = loss.aux_weight / max(len(active), 1)
+    return {name: share * active.get(name, 0.0) for name in AUXILIARY_LOSSES}
 
 
 def total_loss(
@@ -211,7 +245,8 @@ def total_loss(
     routing: LayerRouting | None,
     scale: Float[Array, ""],
     bias: Float[Array, ""] | None,
-    config: Config,
+    loss: LossConfig,
+    model: ModelConfig,
     mesh: Mesh | None = None,
 ) -> LossTerms:
     """The loss of the whole step from its embeddings and routing sums; a dense model has auxiliary terms 0.
@@ -219,23 +254,24 @@ def total_loss(
     `mesh` says that the rows of the embeddings are split over all of its devices.
 
     >>> from limoe.config.presets import preset
-    >>> terms = total_loss(jnp.eye(2), jnp.eye(2), None, jnp.float32(0.0), None, preset("tiny-dense"))
+    >>> dense = preset("tiny-dense")
+    >>> terms = total_loss(jnp.eye(2), jnp.eye(2), None, jnp.float32(0.0), None, dense.loss, dense.model)
     >>> round(float(terms.total), 4), float(terms.auxiliary_total)
     (0.6931, 0.0)
     """
-    if config.loss.contrastive == "sigmoid":
+    if loss.contrastive == "sigmoid":
         assert bias is not None
         contrastive = sigmoid_contrastive(image, text, scale, bias, mesh=mesh)
     else:
         contrastive = softmax_contrastive(image, text, scale, mesh=mesh)
     if routing is None:
-        auxiliary = AuxiliaryTerms(*(jnp.float32(0) for _ in AuxiliaryTerms._fields))
+        auxiliary = {name: jnp.float32(0) for name in AUXILIARY_LOSSES}
     else:
-        auxiliary = auxiliary_terms(routing.sums, config)
+        auxiliary = auxiliary_terms(routing.sums, loss, model)
     # Selected, not multiplied: a term that is off must not carry its NaN into the total.
-    weights = auxiliary_weights(config)
+    weights = auxiliary_weights(loss)
     auxiliary_total = jnp.zeros((), jnp.float32)
-    for name, term in auxiliary._asdict().items():
+    for name, term in auxiliary.items():
         if weights[name] != 0:
             auxiliary_total += weights[name] * term
     return LossTerms(contrastive + auxiliary_total, contrastive, auxiliary_total, auxiliary)
@@ -243,6 +279,7 @@ def total_loss(
 
 def by_name(terms: LossTerms) -> dict[str, float]:
     """The terms as plain numbers, for the log: total, contrastive, auxiliary_total and each auxiliary term."""
-    flat = {**terms._asdict(), **terms.auxiliary._asdict()}
+    auxiliary = {name: terms.auxiliary[name] for name in AUXILIARY_LOSSES}  # JAX sorts the names of a dict
+    flat = {**terms._asdict(), **auxiliary}
     del flat["auxiliary"]
     return {name: float(value) for name, value in flat.items()}

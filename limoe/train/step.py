@@ -132,7 +132,7 @@ def gradient(
         scale, bias = jnp.exp(parameters["log_scale"]), parameters.get("logit_bias")
         mesh = None if placement is None else placement.mesh
         image, text = encoded.embeddings
-        terms = total_loss(image, text, encoded.routing, scale, bias, config, mesh)
+        terms = total_loss(image, text, encoded.routing, scale, bias, config.loss, config.model, mesh)
         return terms.total, terms
 
     if chunks == 1:

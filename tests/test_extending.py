@@ -1,0 +1,99 @@
+"""What a program adds from outside the packages: each is one class or function and a line that registers it."""
+
+import csv
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_cases import small_config
+from PIL import Image
+
+from limoe.config import schema
+from limoe.config.schema import ConfigError
+from limoe.config.settings import override
+from limoe.data import inputs, source
+from limoe.data.files import DataError
+from limoe.data.source import Bad, Decoded, Source
+from limoe.evaluate.data import read_evaluation_data
+from limoe.model.moe import LayerRouting, RoutingSums
+from limoe.train import losses
+
+
+class CsvSource(Source):
+    """Pairs listed in a file with the columns image and caption."""
+
+    def __init__(self, path, *, image_size, metadata, cache_dir):
+        with open(path, newline="") as file:
+            self.rows = list(csv.DictReader(file))
+        self.folder, self.image_size = path.rpartition("/")[0], image_size
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, number):
+        row = self.rows[number]
+        if not row["caption"]:
+            return Bad(row["image"], "the caption is empty")
+        image = Image.open(f"{self.folder}/{row['image']}").convert("RGB").resize((self.image_size, self.image_size))
+        return Decoded(np.asarray(image), row["caption"], row["image"], None)
+
+
+def test_a_data_source(tmp_path, monkeypatch):
+    for number in range(6):
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    lines = [f"{number}.png,{'' if number == 4 else f'picture {number}'}" for number in range(6)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *lines]))
+    place = f"csv:{tmp_path / 'pairs.csv'}"
+    config = override(small_config(), [f"data.shards={place}", f"data.eval_shards={place}"])
+    folders = inputs.data_folders(config)
+    with pytest.raises(DataError, match=r"there is no data source 'csv' for csv:.*; there are: shards"):
+        inputs.training_source(config, folders)
+
+    monkeypatch.setitem(source.SOURCES, "csv", CsvSource)
+    found = inputs.training_source(config, folders)
+    assert found.damages == [] and list(found.captions(limit=3)) == ["picture 0", "picture 2"]
+
+    class Lengths:
+        def encode(self, captions):
+            return np.array([[len(caption)] for caption in captions], np.int32)
+
+    batch = inputs.training_batches(config, found, Lengths()).at(0)
+    assert len(batch.keys) == config.train.batch_size
+    np.testing.assert_array_equal(batch.images[:, 0, 0, 0], [int(key.removesuffix(".png")) for key in batch.keys])
+    evaluation = read_evaluation_data(config, folders)
+    assert (
+        evaluation.retrieval is not None and len(evaluation.retrieval.pairs.captions) == 5 and evaluation.num_bad == 1
+    )
+
+
+def gate_loss(sums, loss, model):
+    """One minus the mean of the largest gates, by layer and group."""
+    return 1 - jnp.sum(sums.largest_gate, axis=2) / jnp.sum(sums.tokens, axis=2)
+
+
+def test_an_auxiliary_loss(monkeypatch):
+    monkeypatch.setattr(schema.EXTRA_LOSSES, "_names", [])
+    monkeypatch.setattr(losses, "AUXILIARY_LOSSES", dict(losses.AUXILIARY_LOSSES))
+    with pytest.raises(ConfigError, match=r"'gates' is no registered auxiliary loss; there are: none"):
+        small_config("extra=gates=2")
+
+    losses.register("gates", gate_loss)
+    one, even = jnp.ones((1, 1, 2)), jnp.ones((1, 1, 2, 4))
+    sums = RoutingSums(4 * one, even, even, one, one, even, one)  # largest gates of 1/4
+    pairs, scale = jnp.eye(3), jnp.float32(10)
+
+    def terms(*settings):
+        config = small_config(*settings)
+        return losses.total_loss(pairs, pairs, LayerRouting(sums, even), scale, None, config.loss, config.model)
+
+    # With the six of the paper that are on, a mean of seven.
+    off, on, more = terms("aux_weight=0.07"), terms("aux_weight=0.07", "extra=gates=2"), terms("extra=gates=4")
+    assert float(off.auxiliary["gates"]) == float(on.auxiliary["gates"]) == 0.75
+    assert float(on.auxiliary_total) == pytest.approx(float(off.auxiliary_total) * 6 / 7 + 0.01 * 2 * 0.75)
+    assert float(on.total) == pytest.approx(float(on.contrastive + on.auxiliary_total))
+    assert losses.by_name(more)["gates"] == 0.75
+    for wrong, words in (("gates=0", "needs a positive number"), ("gates", "needs a positive number")):
+        with pytest.raises(ConfigError, match=words):
+            small_config(f"extra={wrong}")
+    with pytest.raises(ValueError, match="there is an auxiliary loss 'z' already"):
+        losses.register("z", gate_loss)
