@@ -112,6 +112,60 @@ def project(representation: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     return projected / np.sqrt((projected**2).sum(axis=-1, keepdims=True))
 
 
+def attend(
+    x: np.ndarray, mask: np.ndarray, block: Parameters, *, num_image_tokens: int, num_heads: int, epsilon: float
+) -> np.ndarray:
+    """The first half of a block: x [B, N, D] plus the attention of its image tokens and of its text tokens, each apart.
+
+    >>> zero = {"kernel": np.zeros((2, 2)), "bias": np.ones(2)}
+    >>> block = {"norm1": {"scale": np.ones(2), "bias": np.zeros(2)},
+    ...          "attention": {"query": zero, "key": zero, "value": zero, "out": zero}}
+    >>> attend(np.zeros((1, 2, 2)), np.ones((1, 2), bool), block, num_image_tokens=1, num_heads=1, epsilon=1.0).tolist()
+    [[[1.0, 1.0], [1.0, 1.0]]]
+    """
+    normed = layer_norm(x, block["norm1"], epsilon)
+    for b in range(len(x)):
+        for span in (slice(0, num_image_tokens), slice(num_image_tokens, x.shape[1])):
+            x[b, span] += attention(normed[b, span], mask[b, span], block["attention"], num_heads)
+    return x
+
+
+def dense_mlp(x: np.ndarray, parameters: Parameters, activation: Activation) -> np.ndarray:
+    """activation(x w1 + b1) w2 + b2, of any [..., D].
+
+    >>> one = {"w1": np.eye(1), "b1": [0.0], "w2": np.eye(1), "b2": [3.0]}
+    >>> dense_mlp(np.zeros((2, 1)), one, "gelu_erf").tolist()
+    [[3.0], [3.0]]
+    """
+    w1, b1, w2, b2 = (array(parameters[name]) for name in ("w1", "b1", "w2", "b2"))
+    return gelu(x @ w1 + b1, activation) @ w2 + b2
+
+
+def text_mask(text: np.ndarray, text_padding: TextPadding) -> np.ndarray:
+    """Which token ids [B, Nt] take part: all but pad tokens, or all of them where these are kept.
+
+    Raises ValueError for a caption of which nothing is left.
+
+    >>> text_mask(np.array([[5, PAD]]), "mask").tolist(), text_mask(np.array([[5, PAD]]), "keep").tolist()
+    ([[True, False]], [[True, True]])
+    """
+    read = text != PAD if text_padding == "mask" else np.ones(text.shape, bool)
+    if not read.any(axis=1).all():
+        raise ValueError(
+            "a caption consists of pad tokens only, so nothing is left to pool; give it at least one token"
+        )
+    return read
+
+
+def pool(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The mean [B, D] of each example's tokens [B, N, D] that are not masked [B, N].
+
+    >>> pool(np.array([[[1.0], [3.0], [9.0]]]), np.array([[True, True, False]])).tolist()
+    [[2.0]]
+    """
+    return np.stack([x[b][mask[b]].mean(axis=0) for b in range(len(x))])
+
+
 def forward(
     parameters: Parameters,
     image: np.ndarray,
@@ -156,28 +210,19 @@ def forward(
     group_examples = group_examples or num_examples
     if num_examples % group_examples:
         raise ValueError(f"{num_examples} examples cannot be cut into groups of {group_examples}; use a divisor")
-    read = text != PAD if text_padding == "mask" else np.ones(text.shape, bool)
-    if not read.any(axis=1).all():
-        raise ValueError(
-            "a caption consists of pad tokens only, so nothing is left to pool; give it at least one token"
-        )
+    read = text_mask(text, text_padding)
 
     x = np.stack([embed(image[b], text[b], parameters, patch_size) for b in range(num_examples)])
     num_image_tokens = x.shape[1] - text.shape[1]
-    spans = slice(0, num_image_tokens), slice(num_image_tokens, x.shape[1])
     mask = np.concatenate([np.ones((num_examples, num_image_tokens), bool), read], axis=1)
     modality = np.where(np.arange(x.shape[1]) < num_image_tokens, IMAGE, TEXT)
 
     layers: list[MoeOutput] = []
     for block in parameters["blocks"]:
-        normed = layer_norm(x, block["norm1"], epsilon)
-        for b in range(num_examples):
-            for span in spans:
-                x[b, span] += attention(normed[b, span], mask[b, span], block["attention"], num_heads)
+        x = attend(x, mask, block, num_image_tokens=num_image_tokens, num_heads=num_heads, epsilon=epsilon)
         normed = layer_norm(x, block["norm2"], epsilon)
         if "mlp" in block:
-            mlp = {name: array(value) for name, value in block["mlp"].items()}
-            x = x + gelu(normed @ mlp["w1"] + mlp["b1"], activation) @ mlp["w2"] + mlp["b2"]
+            x = x + dense_mlp(normed, block["mlp"], activation)
             continue
         moe, index = block["moe"], len(layers)
         layer = moe_layer(
@@ -200,12 +245,8 @@ def forward(
         x = x + layer.tokens.reshape(x.shape)
 
     x = layer_norm(x, parameters["norm"], epsilon)
-    seen = np.stack([x[b, spans[IMAGE]][mask[b, spans[IMAGE]]].mean(axis=0) for b in range(num_examples)])
-    said = np.stack([x[b, spans[TEXT]][mask[b, spans[TEXT]]].mean(axis=0) for b in range(num_examples)])
-    return ModelOutput(
-        image=project(seen, parameters["image_projection"]),
-        text=project(said, parameters["text_projection"]),
-        image_representation=seen,
-        text_representation=said,
-        layers=layers,
-    )
+    seen = pool(x[:, :num_image_tokens], mask[:, :num_image_tokens])
+    said = pool(x[:, num_image_tokens:], mask[:, num_image_tokens:])
+    image_embedding = project(seen, parameters["image_projection"])
+    text_embedding = project(said, parameters["text_projection"])
+    return ModelOutput(image_embedding, text_embedding, seen, said, layers)

@@ -145,12 +145,28 @@ def make_plan(
             active_tokens[g, kind[t]] += 1
             placed_tokens[g, kind[t]] += position[t].max() >= 0
 
+    owned = size if capacity is None else np.full(num_experts, num_groups * capacity)
+    first, row, source = lay_rows(expert, position, owned, row_multiple)
+    return Plan(position, row, source, expert, first, size, wanted, kept, active_tokens, placed_tokens)
+
+
+def lay_rows(
+    expert: np.ndarray, position: np.ndarray, owned: np.ndarray, row_multiple: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first row of each expert, the row of each choice and the choice in each row, as in `Plan`.
+
+    Expert after expert has the rows that it owns [E], rounded up to `row_multiple`; `position` counts from its first.
+
+    >>> first, row, source = lay_rows(np.array([[1], [0]]), np.array([[0], [-1]]), np.array([1, 1]), 2)
+    >>> first.tolist(), row.tolist(), source.tolist()
+    ([0, 2], [[2], [4]], [2, 2, 0, 2])
+    """
+    num_experts, (num_tokens, num_choices) = len(owned), expert.shape
     first = np.zeros(num_experts, int)
     num_rows = 0
     for e in range(num_experts):
         first[e] = num_rows
-        owned = size[e] if capacity is None else num_groups * capacity
-        num_rows += math.ceil(owned / row_multiple) * row_multiple
+        num_rows += math.ceil(owned[e] / row_multiple) * row_multiple
 
     row = np.full((num_tokens, num_choices), num_rows)
     source = np.full(num_rows, num_tokens * num_choices)
@@ -159,4 +175,4 @@ def make_plan(
             if position[t, k] >= 0:
                 row[t, k] = first[expert[t, k]] + position[t, k]
                 source[row[t, k]] = t * num_choices + k
-    return Plan(position, row, source, expert, first, size, wanted, kept, active_tokens, placed_tokens)
+    return first, row, source

@@ -164,7 +164,7 @@ def _launch(
 
     def kernel(*refs: Any) -> None:
         def one(n: Any, carry: None) -> None:
-            body(pl.multiple_of(n * rows, TILE_ROWS), *refs)
+            body(pl.multiple_of(n * rows, TILE_ROWS), refs)
 
         jax.lax.fori_loop(0, repeats, one, None)
 
@@ -264,31 +264,46 @@ def _pieces(geometry: Geometry, base: Any) -> Iterator[_Piece]:
         yield _Piece(base, rows, lanes)
 
 
-def _forward(geometry: Geometry, base: Any, query: Any, key: Any, value: Any, out: Any) -> None:
-    scale = geometry.head_width**-0.5
+class _ForwardRefs(NamedTuple):
+    query: Any
+    key: Any
+    value: Any
+    out: Any
+
+
+def _forward(geometry: Geometry, base: Any, refs: tuple[Any, ...]) -> None:
+    at, scale = _ForwardRefs(*refs), geometry.head_width**-0.5
     for piece in _pieces(geometry, base):
-        scores = piece.hide(_dot(piece.of(query), key[piece.where()], (1, 1)), axis=1)
+        scores = piece.hide(_dot(piece.of(at.query), at.key[piece.where()], (1, 1)), axis=1)
         weight = jnp.exp((scores - jnp.max(scores, axis=1, keepdims=True)) * scale)
         total = jnp.sum(weight, axis=1, keepdims=True)
-        piece.write(out, _dot(weight.astype(out.dtype), piece.rows_of(value), (1, 0)) / total)
+        piece.write(at.out, _dot(weight.astype(at.out.dtype), piece.rows_of(at.value), (1, 0)) / total)
 
 
-def _backward(
-    geometry: Geometry, base: Any, query: Any, key: Any, value: Any, dout: Any, dquery: Any, dkey: Any, dvalue: Any
-) -> None:
+class _BackwardRefs(NamedTuple):
+    query: Any
+    key: Any
+    value: Any
+    dout: Any
+    dquery: Any
+    dkey: Any
+    dvalue: Any
+
+
+def _backward(geometry: Geometry, base: Any, refs: tuple[Any, ...]) -> None:
     """With keys along the first axis of the scores, so that only one of the products needs them turned."""
-    scale = geometry.head_width**-0.5
+    at, scale = _BackwardRefs(*refs), geometry.head_width**-0.5
     for piece in _pieces(geometry, base):
-        q, k, v, dy = piece.of(query), piece.rows_of(key), piece.rows_of(value), piece.of(dout)
+        q, k, v, dy = piece.of(at.query), piece.rows_of(at.key), piece.rows_of(at.value), piece.of(at.dout)
         scores = piece.hide(_dot(k, q, (1, 1)), axis=0)
         weight = jnp.exp((scores - jnp.max(scores, axis=0, keepdims=True)) * scale)
         weight = weight / jnp.sum(weight, axis=0, keepdims=True)
         dweight = _dot(v, dy, (1, 1))
         dscores = weight * (dweight - jnp.sum(weight * dweight, axis=0, keepdims=True)) * scale
         weight, dscores = weight.astype(q.dtype), dscores.astype(q.dtype)
-        piece.write(dvalue, _dot(weight, dy, (1, 0)))
-        piece.write(dkey, _dot(dscores, q, (1, 0)))
-        piece.write(dquery, _dot(dscores, k, (0, 0)))
+        piece.write(at.dvalue, _dot(weight, dy, (1, 0)))
+        piece.write(at.dkey, _dot(dscores, q, (1, 0)))
+        piece.write(at.dquery, _dot(dscores, k, (0, 0)))
 
 
 def _dot(a: Float[Array, "..."], b: Float[Array, "..."], contract: tuple[int, int]) -> Float[Array, "..."]:
