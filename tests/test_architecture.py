@@ -56,9 +56,7 @@ MAX_PARAMETERS = 8
 LONG_FUNCTIONS = {
     "benchmarks.oracle.expect",
 }
-LONG_PARAMETER_LISTS = {
-    "limoe.model.attention_kernel._backward",
-}
+LONG_PARAMETER_LISTS: set[str] = set()
 
 
 def where(path: Path) -> str:

@@ -2,21 +2,25 @@
 
 import csv
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_cases import small_config
+from model_cases import small_batch, small_config, small_model
 from PIL import Image
 
+import moe_kernels
 from limoe.config import schema
 from limoe.config.schema import ConfigError
 from limoe.config.settings import override
 from limoe.data import inputs, source
+from limoe.data.batches import Batches
 from limoe.data.files import DataError
 from limoe.data.source import Bad, Decoded, Source
 from limoe.evaluate.data import read_evaluation_data
-from limoe.model.moe import LayerRouting, RoutingSums
+from limoe.model.moe import LayerRouting, RoutingSums, register_activation
 from limoe.train import losses
+from limoe.train.step import gradient
 
 
 class CsvSource(Source):
@@ -53,11 +57,10 @@ def test_a_data_source(tmp_path, monkeypatch):
     found = inputs.training_source(config, folders)
     assert found.damages == [] and list(found.captions(limit=3)) == ["picture 0", "picture 2"]
 
-    class Lengths:
-        def encode(self, captions):
-            return np.array([[len(caption)] for caption in captions], np.int32)
+    def lengths(captions):
+        return np.array([[len(caption)] for caption in captions], np.int32)
 
-    batch = inputs.training_batches(config, found, Lengths()).at(0)
+    batch = Batches(found, lengths, batch_size=config.train.batch_size, seed=0).at(0)
     assert len(batch.keys) == config.train.batch_size
     np.testing.assert_array_equal(batch.images[:, 0, 0, 0], [int(key.removesuffix(".png")) for key in batch.keys])
     evaluation = read_evaluation_data(config, folders)
@@ -97,3 +100,45 @@ def test_an_auxiliary_loss(monkeypatch):
             small_config(f"extra={wrong}")
     with pytest.raises(ValueError, match="there is an auxiliary loss 'z' already"):
         losses.register("z", gate_loss)
+
+
+def test_an_activation(monkeypatch):
+    assert list(moe_kernels.ACTIVATIONS) == list(schema.ACTIVATIONS)
+    monkeypatch.setattr(schema.ACTIVATIONS, "_names", list(schema.ACTIVATIONS))
+    monkeypatch.delitem(moe_kernels.ACTIVATIONS, "line", raising=False)
+    with pytest.raises(
+        ConfigError, match=r"model\.activation=line is not of the right type; .*use gelu_tanh \| gelu_erf"
+    ):
+        small_config("activation=line")
+    with pytest.raises(ValueError, match="activation='line' is not one of gelu_tanh"):
+        moe_kernels.moe_mlp(*layer_arguments(), moe_kernels.MoeSpec(activation="line"))
+
+    monkeypatch.setitem(moe_kernels.ACTIVATIONS, "line", None)  # taken out again after the test
+    register_activation("line", lambda x: 2 * x)
+    tokens, router, weights = layer_arguments()
+    output = moe_kernels.moe_mlp(tokens, router, weights, moe_kernels.MoeSpec(activation="line"))
+    gate = jax.nn.softmax(tokens @ router).max(axis=1)
+    chosen = (tokens @ router).argmax(axis=1)
+    by_hand = jnp.einsum("td,tdf,tfo->to", tokens, weights.w1[chosen], weights.w2[chosen])
+    np.testing.assert_allclose(output.tokens, 2 * gate[:, None] * by_hand, rtol=1e-5, atol=1e-6)
+
+    # In a model of both kinds of MLPs it reaches every parameter's gradient.
+    config = small_config("activation=line")
+    graph, parameters = small_model(config)
+    found = gradient(graph, parameters, *map(jnp.asarray, small_batch(config)), jnp.int32(0), config)
+    other = small_config("activation=relu")
+    others = gradient(graph_of(other), parameters, *map(jnp.asarray, small_batch(config)), jnp.int32(0), other)
+    assert abs(float(found.loss.contrastive - others.loss.contrastive)) > 1e-4
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found.parameters))
+
+
+def graph_of(config):
+    return small_model(config)[0]
+
+
+def layer_arguments():
+    keys = jax.random.split(jax.random.key(0), 4)
+    weights = moe_kernels.MlpWeights(
+        jax.random.normal(keys[0], (2, 4, 8)), None, jax.random.normal(keys[1], (2, 8, 4)), None
+    )
+    return jax.random.normal(keys[2], (6, 4)), jax.random.normal(keys[3], (4, 2)), weights

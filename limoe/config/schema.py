@@ -10,7 +10,8 @@ from typing import Literal
 
 from limoe.config.section import Choices, ConfigError, Section, setting
 
-ACTIVATIONS = Choices("gelu_tanh", "gelu_erf")
+ACTIVATIONS = Choices("gelu_tanh", "gelu_erf", "silu", "relu", "relu_squared")
+"""Those of `moe_kernels.ACTIVATIONS`, which need not be imported to read settings."""
 EXTRA_LOSSES = Choices()
 """Auxiliary losses beside those of the paper: none, unless a program adds one (`limoe.train.losses.register`)."""
 

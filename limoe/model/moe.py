@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from limoe.config import schema
 from limoe.config.schema import ModelConfig
 from limoe.parallel.mesh import EXPERT, Placement, by_rows
 from limoe.parallel.parameters import EXPERT_KERNEL, EXPERT_VECTOR, ROUTER
 from moe_kernels import (
+    ACTIVATIONS,
     EXCHANGE_NAMES,
     SAVED_NAMES,
     ExchangeSpec,
@@ -30,6 +32,7 @@ from moe_kernels import (
     router_noise,
     routing_figures,
 )
+from moe_kernels.activations import ActivationFunction, function_of
 
 __all__ = [
     "IMAGE",
@@ -43,7 +46,9 @@ __all__ = [
     "RoutingSums",
     "entropy_of_mean",
     "expert_capacity",
+    "function_of",
     "layer_figures",
+    "register_activation",
     "saved_names",
 ]
 
@@ -57,6 +62,15 @@ _PRIORITIES: dict[str, tuple[Priority, int]] = {
     "text_first": ("modality", TEXT),
 }
 """The priority of each setting, and the modality that goes first where that is asked for."""
+
+
+def register_activation(name: str, function: ActivationFunction) -> None:
+    """Add an activation of one's own to the dense MLPs and, on the XLA back end, the experts: `model.activation=name`.
+
+    Raises ValueError for a name that an activation has already.
+    """
+    schema.ACTIVATIONS.add(name)
+    ACTIVATIONS[name] = function
 
 
 def saved_names(placement: Placement | None) -> tuple[str, ...]:

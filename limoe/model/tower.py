@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 from limoe.config.schema import PAD_ID, LossConfig, ModelConfig
 from limoe.model.attention import attend
-from limoe.model.moe import Assignment, LayerRouting, MoeLayer, RoutingContext, saved_names
+from limoe.model.moe import Assignment, LayerRouting, MoeLayer, RoutingContext, function_of, saved_names
 from limoe.model.segments import Segment, cut
 from limoe.parallel.mesh import Placement, by_rows, gathered
 from limoe.parallel.parameters import KERNEL, NORM, TABLE, VECTOR, kinds_of, mark_stacked
@@ -90,15 +89,14 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         dtype = compute_dtype(config)
-        self.approximate = config.activation == "gelu_tanh"
+        self.activation = config.activation
         linear = {"dtype": dtype, "kernel_init": nnx.initializers.xavier_uniform(), "rngs": rngs, **_LINEAR}
         self.w1 = nnx.Linear(config.width, config.mlp_width, **linear)
         self.w2 = nnx.Linear(config.mlp_width, config.width, **linear)
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """`gelu(x w1 + b1) w2 + b2`."""
-        activate = functools.partial(nnx.gelu, approximate=self.approximate)
-        return self.w2(_computed_again(activate, self.w1(x)))
+        """`activation(x w1 + b1) w2 + b2`."""
+        return self.w2(_computed_again(function_of(self.activation), self.w1(x)))
 
 
 class Block(nnx.Module):
