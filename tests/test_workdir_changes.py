@@ -45,7 +45,8 @@ def test_steps_may_grow_until_the_cooldown_has_begun(tmp_path: Path, cooldown: i
     """251 of 500 steps: update 252 is the first one that a cool-down of 250 steps makes smaller."""
     began = override(TINY, [f"optimizer.cooldown_steps={cooldown}"])
     longer = override(began, ["train.steps=600"])
-    rates, others = (np.asarray(jax.vmap(make_schedule(config))(np.arange(saved))) for config in (began, longer))
+    schedules = (make_schedule(config.optimizer, config.train.steps) for config in (began, longer))
+    rates, others = (np.asarray(jax.vmap(schedule)(np.arange(saved))) for schedule in schedules)
     assert (rates == others).all() == fits
     with Workdir.open(tmp_path, began) as workdir:
         (workdir.checkpoints / f"step_{saved:08d}").mkdir(parents=True)
