@@ -119,7 +119,7 @@ def _on_mesh(
             by_token,
             by_token if isinstance(router, Routing) else whole,
             routed if shared is None else WithShared._make((routed, whole, whole)),
-            RouteInputs._make((by_token, by_token, by_token, by_token, whole, whole)),
+            RouteInputs._make((by_token, by_token, by_token, by_token, by_token, whole, whole)),
         ),
         out_specs=by_token,
         # Interpreted kernels do not trace with it; gradients are right without it as long as they are taken outside.

@@ -38,11 +38,17 @@ SAVED_NAMES = ("moe_routing", "moe_plan")
 
 
 class Decision(NamedTuple):
-    """Where every token goes: what the router chose, and who found room; the tokens, passed on by the router."""
+    """Where every token goes: what the router chose, by which numbers places were claimed, and who found room; the
+    tokens, passed on by the router."""
 
     routing: Routing
+    priority: Float[Array, " T"] | None
     plan: Plan
     tokens: Float[Array, "T D"]
+
+    def output(self, tokens: Float[Array, "T D"]) -> MoeOutput:
+        """The result of a layer that made these tokens of the others."""
+        return MoeOutput(tokens, self.routing.sums, self.plan.kept, self.routing.expert, self.priority)
 
 
 def shapes_of(
@@ -100,7 +106,8 @@ def moe_mlp_here(
     check_experts(weights, num_experts_of(router), tokens.shape[1])
     shapes = shapes_of(tokens, router, weights, spec)
     choice = choose_here(router, shapes, spec, inputs)
-    routing, plan, tokens = decide(tokens, router, spec, inputs, choice)
+    decided = decide(tokens, router, spec, inputs, choice)
+    routing, _, plan, tokens = decided
     if choice.layer.span is not None and isinstance(weights, MlpWeights):
         static = MlpStatic(plan.layout, shapes.activation)
         out = apply(choice.layer.span, static, (tokens, routing.gate, weights), (plan,))
@@ -108,7 +115,7 @@ def moe_mlp_here(
         rows = apply(span_of(choice.dispatch), None, (tokens,), (plan,))
         rows = run_experts(rows, weights, plan.runs, plan.layout, choice, shapes.activation)
         out = apply(span_of(choice.combine), None, (rows, routing.gate), (plan,))
-    return MoeOutput(out, routing.sums, plan.kept)
+    return decided.output(out)
 
 
 def choose_here(
@@ -150,17 +157,18 @@ def decide(
         routing, tokens = routed(span_of(choice.route), static_of(router, spec, inputs), tokens, router, inputs)
     else:
         routing = router
+    priority = priority_of(spec, routing, inputs)
     plan = make_plan(
         routing,
         num_experts=num_experts,
         num_groups=spec.num_groups,
         capacity=capacity_of(spec, tokens.shape[0], num_experts),
-        priority=priority_of(spec, routing, inputs),
+        priority=priority,
         modality=inputs.modality,
         num_modalities=spec.num_modalities,
         rows_per_expert=rows_per_expert,
     )
-    return Decision(routing, jax.tree.map(lambda leaf: checkpoint_name(leaf, "moe_plan"), plan), tokens)
+    return Decision(routing, priority, jax.tree.map(lambda leaf: checkpoint_name(leaf, "moe_plan"), plan), tokens)
 
 
 def check_router(

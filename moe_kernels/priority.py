@@ -55,6 +55,8 @@ def priority_of(spec: MoeSpec, routing: Routing, inputs: RouteInputs) -> Float[A
     >>> priority_of(MoeSpec(priority="arrival"), route(jnp.eye(2), jnp.eye(2)), RouteInputs()) is None
     True
     """
+    if inputs.token_priority is not None:
+        return inputs.token_priority
     if spec.priority == "bpr":
         return bpr_priority(routing)
     if spec.priority == "random":

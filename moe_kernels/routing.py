@@ -64,7 +64,7 @@ def routed(
 
 def _arrays(inputs: RouteInputs) -> RouteInputs:
     """What a router reads of the inputs."""
-    return inputs._replace(key=None, first_group=0)
+    return inputs._replace(token_priority=None, key=None, first_group=0)
 
 
 @functools.lru_cache
@@ -283,6 +283,7 @@ def _check_inputs(num_tokens: int, num_experts: int, spec: MoeSpec, inputs: Rout
         ("modality", modality, (num_tokens,), "[T]"),
         ("mask", mask, (num_tokens,), "[T]"),
         ("expert", inputs.expert, (num_tokens, spec.num_choices), "[T, K]"),
+        ("token_priority", inputs.token_priority, (num_tokens,), "[T]"),
     ):
         if value is not None and value.shape != shape:
             raise ValueError(f"{name} has shape {value.shape}; it must be {axes} = {shape}")

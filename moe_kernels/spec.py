@@ -99,9 +99,10 @@ class RouteInputs(NamedTuple):
     """Arrays of a call beside tokens and weights; none of them is differentiated, each may be left out.
 
     `noise` is added to the logits for the decision and the gates. `modality` holds ids from 0 to `num_modalities - 1`.
-    `mask` is False for padding, which takes no place, has gate 0 and is in no sum. `expert` is a choice already made:
-    gates and sums are worked out for it. `key` is for the random priority; group g of this call draws
-    from `first_group + g`.
+    `mask` is False for padding, which takes no place, has gate 0 and is in no sum. `key` is for the random priority;
+    group g of this call draws from `first_group + g`. An earlier call over the same tokens may have decided what is not
+    to be decided again: `expert` is its choice, for which gates and sums are worked out, and tokens claim places by
+    `token_priority`, the largest first.
 
     >>> RouteInputs().first_group
     0
@@ -111,5 +112,6 @@ class RouteInputs(NamedTuple):
     modality: Int[Array, " T"] | None = None
     mask: Bool[Array, " T"] | None = None
     expert: Int[Array, "T K"] | None = None
+    token_priority: Float[Array, " T"] | None = None
     key: Key[Array, ""] | None = None
     first_group: int | Int[Array, ""] = 0

@@ -209,12 +209,17 @@ ExpertWeights = MlpWeights | GluWeights | WithShared
 
 
 class MoeOutput(NamedTuple):
-    """Result of a layer: the tokens, the router's sums and what the plan kept.
+    """Result of a layer: the tokens, the router's sums and what the plan kept; and what was decided.
+
+    `expert` and `priority` (None in order of arrival) as `RouteInputs` make a second call over the same tokens decide
+    the same, whatever rounds differently there. No gradient goes through them.
 
     >>> MoeOutput._fields
-    ('tokens', 'sums', 'kept')
+    ('tokens', 'sums', 'kept', 'expert', 'priority')
     """
 
     tokens: Float[Array, "T D"]
     sums: RoutingSums
     kept: Float[Array, "G M E"]
+    expert: Int[Array, "T K"]
+    priority: Float[Array, " T"] | None

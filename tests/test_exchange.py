@@ -95,7 +95,8 @@ def test_the_gradient_exchanges_twice_more_and_again_twice_where_rows_are_remate
             return x + output.tokens, output.sums
 
         x, sums = jax.lax.scan(step, tokens, length=2)
-        return MoeOutput(x, jax.tree.map(lambda field: field.sum(axis=0), sums), jnp.zeros((GROUPS, 1, EXPERTS)))
+        sums, kept = jax.tree.map(lambda field: field.sum(axis=0), sums), jnp.zeros((GROUPS, 1, EXPERTS))
+        return MoeOutput(x, sums, kept, expert=jnp.zeros((len(x), 1), jnp.int32), priority=None)
 
     text = program(loss_and_gradient(tower, a), a, mesh)
     found = kinds(text)

@@ -20,7 +20,7 @@ from limoe.data.source import Bad, Decoded, Source
 from limoe.evaluate.data import read_evaluation_data
 from limoe.model.moe import LayerRouting, RoutingSums, register_activation
 from limoe.train import losses
-from limoe.train.step import gradient
+from limoe.train.gradient import gradient
 
 
 class CsvSource(Source):

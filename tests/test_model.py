@@ -16,7 +16,7 @@ from limoe.model.build import abstract_model
 from limoe.model.describe import describe
 from limoe.model.moe import RoutingContext
 from limoe.model.tower import Block, scale_images
-from limoe.train.step import gradient
+from limoe.train.gradient import gradient
 
 PRIORITIES = {"image_first": ("modality", 0), "text_first": ("modality", 1)}
 

@@ -39,8 +39,10 @@ __all__ = [
     "NUM_MODALITIES",
     "TEXT",
     "Assignment",
+    "LayerReport",
     "LayerRouting",
     "MoeLayer",
+    "RoutingChoice",
     "RoutingContext",
     "RoutingFigures",
     "RoutingSums",
@@ -79,6 +81,14 @@ def saved_names(placement: Placement | None) -> tuple[str, ...]:
     return SAVED_NAMES + EXCHANGE_NAMES if keeps else SAVED_NAMES
 
 
+class RoutingChoice(NamedTuple):
+    """What a layer, or with a leading axis L every layer, decided: the experts of each token, best first, and the
+    numbers by which tokens claimed their places (None in order of arrival)."""
+
+    expert: Int[Array, "... T K"]
+    priority: Float[Array, "... T"] | None
+
+
 class RoutingContext(NamedTuple):
     """What routing depends on beside the tokens; None instead of it means evaluation: dropless, without noise."""
 
@@ -90,6 +100,8 @@ class RoutingContext(NamedTuple):
     """From the first group of a device to that of the next one, within the step's batch; 0 without a mesh.
 
     Without a default: on a mesh 0 would give the groups of every device the same noise."""
+    choice: RoutingChoice | None = None
+    """What every layer decided in an earlier pass over the same tokens, to be decided again."""
 
 
 class LayerRouting(NamedTuple):
@@ -97,6 +109,13 @@ class LayerRouting(NamedTuple):
 
     sums: RoutingSums
     kept: Float[Array, "G M E"]
+
+
+class LayerReport(NamedTuple):
+    """All that a layer, or with a leading axis L every layer, says beside its tokens."""
+
+    routing: LayerRouting
+    choice: RoutingChoice
 
 
 class Assignment(NamedTuple):
@@ -131,7 +150,7 @@ class MoeLayer(nnx.Module):
         present: Bool[Array, "B S"] | None,
         context: RoutingContext | None,
         layer: Int[Array, ""],
-    ) -> tuple[Float[Array, "T D"], LayerRouting]:
+    ) -> tuple[Float[Array, "T D"], LayerReport]:
         """Route the examples in groups of `group_examples`; noise and random order are functions of (key, layer,
         group)."""
         mesh = None if self.placement is None else self.placement.mesh
@@ -145,7 +164,8 @@ class MoeLayer(nnx.Module):
             inputs = self._training_inputs(inputs, spec, batch, context, layer)
         weights = MlpWeights(self.w1[...], self.b1[...], self.w2[...], self.b2[...])
         result = moe_mlp(tokens, self.router[...], weights, spec, inputs, mesh=mesh)
-        return result.tokens, LayerRouting(result.sums, result.kept)
+        choice = RoutingChoice(result.expert, result.priority)
+        return result.tokens, LayerReport(LayerRouting(result.sums, result.kept), choice)
 
     def _spec(self, num_groups: int) -> MoeSpec:
         """The layer without a capacity limit, as in evaluation: rows are exchanged in one piece."""
@@ -183,7 +203,11 @@ class MoeLayer(nnx.Module):
         if self.config.router_noise > 0:
             group_size = batch * self.config.tokens_per_example // spec.num_groups
             noise = self.config.router_noise * self._noise(noise_key, spec.num_groups, group_size, context)
-        return inputs._replace(noise=noise, key=order_key, first_group=context.first_group)
+        inputs = inputs._replace(noise=noise, key=order_key, first_group=context.first_group)
+        if context.choice is None:
+            return inputs
+        choice = jax.tree.map(lambda leaf: leaf[layer], context.choice)
+        return inputs._replace(expert=choice.expert, token_priority=choice.priority)
 
     def _noise(self, key: Key[Array, ""], groups: int, group_size: int, context: RoutingContext) -> Float[Array, "T E"]:
         """Noise of the groups of this call, drawn where they lie."""

@@ -14,7 +14,16 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 from limoe.config.schema import PAD_ID, LossConfig, ModelConfig
 from limoe.model.attention import attend
-from limoe.model.moe import Assignment, LayerRouting, MoeLayer, RoutingContext, function_of, saved_names
+from limoe.model.moe import (
+    Assignment,
+    LayerReport,
+    LayerRouting,
+    MoeLayer,
+    RoutingChoice,
+    RoutingContext,
+    function_of,
+    saved_names,
+)
 from limoe.model.segments import Segment, cut
 from limoe.parallel.mesh import Placement, by_rows, gathered
 from limoe.parallel.parameters import KERNEL, NORM, TABLE, VECTOR, kinds_of, mark_stacked
@@ -31,10 +40,12 @@ class Embeddings(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What the tower gives: embeddings, and of every MoE layer its routing (None in a dense model), stacked along L."""
+    """What the tower gives: embeddings, and of every MoE layer, stacked along L, its routing and the choices that it
+    made (both None in a dense model)."""
 
     embeddings: Embeddings
     routing: LayerRouting | None
+    choice: RoutingChoice | None
 
 
 def scale_images(images: UInt8[Array, "B H W 3"] | UInt8[np.ndarray, "B H W 3"]) -> Float[Array, "B H W 3"]:
@@ -124,14 +135,14 @@ class Block(nnx.Module):
         present: Bool[Array, "B S"] | None,
         context: RoutingContext | None,
         layer: Int[Array, ""],
-    ) -> tuple[Float[Array, "T D"], LayerRouting | None]:
+    ) -> tuple[Float[Array, "T D"], LayerReport | None]:
         """Both halves; `layer` counts MoE layers."""
         x = self.attend(x, present)
         normed = _computed_again(self.norm2, x)
         if not self.experts:
             return x + self.mlp(normed), None
-        y, routing = self.moe(normed, present, context, layer)
-        return x + y, routing
+        y, report = self.moe(normed, present, context, layer)
+        return x + y, report
 
 
 class Period(nnx.Module):
@@ -148,13 +159,13 @@ class Period(nnx.Module):
         present: Bool[Array, "B S"] | None,
         context: RoutingContext | None,
         layer: Int[Array, ""],
-    ) -> tuple[Float[Array, "T D"], list[LayerRouting]]:
-        """Run the blocks; the routing of each MoE layer among them, in order."""
+    ) -> tuple[Float[Array, "T D"], list[LayerReport]]:
+        """Run the blocks; the report of each MoE layer among them, in order."""
         reports = []
         for block in self.blocks:
-            x, routing = block(x, present, context, layer + len(reports))
-            if routing is not None:
-                reports.append(routing)
+            x, report = block(x, present, context, layer + len(reports))
+            if report is not None:
+                reports.append(report)
         return x, reports
 
 
@@ -198,14 +209,16 @@ class Limoe(nnx.Module):
         evaluation."""
         present = self._present(text)
         x = self._embed(images, text)
-        reports: list[LayerRouting] = []
+        reports: list[LayerReport] = []
         layer = 0
         for segment, period in zip(self.segments_cut, self.segments, strict=True):
-            x, routing = self._run(segment, period, x, present, context, layer)
+            x, found = self._run(segment, period, x, present, context, layer)
             layer += sum(segment.pattern) * segment.repeats
-            reports += routing
-        stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *reports) if reports else None
-        return Encoded(self._pool(_computed_again(self.norm, x), present), stacked)
+            reports += found
+        embeddings = self._pool(_computed_again(self.norm, x), present)
+        if not reports:
+            return Encoded(embeddings, None, None)
+        return Encoded(embeddings, *jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *reports))
 
     def assignments(self, images: Float[Array, "B H W 3"], text: Int[Array, "B N"]) -> Assignment:
         """First choice of every token in every MoE layer at evaluation; raises ValueError for a dense model."""
@@ -249,11 +262,11 @@ class Limoe(nnx.Module):
         present: Bool[Array, "B S"] | None,
         context: RoutingContext | None,
         layer: int,
-    ) -> tuple[Float[Array, "T D"], list[LayerRouting]]:
+    ) -> tuple[Float[Array, "T D"], list[LayerReport]]:
         graph, state = nnx.split(period)
         kinds = kinds_of(period)
 
-        def once(x: Array, state: PyTree, layer: Array) -> tuple[Array, list[LayerRouting]]:
+        def once(x: Array, state: PyTree, layer: Array) -> tuple[Array, list[LayerReport]]:
             # Here, not around the loop: one period at a time is whole.
             state = gathered(state, kinds, self.placement)
             return nnx.merge(graph, state)(x, present, context, layer)

@@ -32,7 +32,8 @@ from limoe.plan.overlap import Cost, Times, schedule
 from limoe.plan.pods import Pod, find_pod
 from limoe.plan.prices import at_peak, exchange_seconds, through_memory
 from limoe.plan.scheduled import OneInstruction, schedule_step
-from limoe.train.step import Counts, Training, compile_step, prepare, step_key
+from limoe.train.gradient import step_key
+from limoe.train.step import Counts, Training, compile_step, prepare
 
 SECONDS_OF_A_DAY = 86_400
 

@@ -1,4 +1,4 @@
-"""One training step: loss, gradient (in one piece or by chunks) and update, as a pure function of the train state."""
+"""One training step, gradient and update, as a pure function of the train state."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from limoe.config.schema import Config
 from limoe.model.build import Parameters, abstract_model, create_model, parameter_kinds
-from limoe.model.moe import LayerRouting, RoutingContext, RoutingFigures, layer_figures
-from limoe.model.tower import Embeddings, Encoded, scale_images
-from limoe.parallel.mesh import Placement, gathered, parameter_specs, state_shardings
-from limoe.train.losses import LossTerms, total_loss
+from limoe.model.moe import RoutingFigures, layer_figures
+from limoe.parallel.mesh import Placement, parameter_specs, state_shardings
+from limoe.train.gradient import gradient
+from limoe.train.losses import LossTerms
 from limoe.train.optim import make_optimizer
 
 
@@ -94,92 +93,6 @@ def new_state(config: Config, training: Training, placement: Placement | None = 
 def _new_state(config: Config, optimizer: optax.GradientTransformation, placement: Placement | None) -> TrainState:
     parameters = create_model(config, placement)[1]
     return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
-
-
-def step_key(seed: int, step: Int[Array, ""]) -> Array:
-    """The key of a step's router noise."""
-    return jax.random.fold_in(jax.random.key(seed), step)
-
-
-def gradient(
-    graph: nnx.GraphDef,
-    parameters: Parameters,
-    images: UInt8[Array, "B H W 3"],
-    text: Int[Array, "B N"],
-    step: Int[Array, ""],
-    config: Config,
-    placement: Placement | None = None,
-) -> tuple[Parameters, LossTerms, LayerRouting | None]:
-    """Gradient of the loss of the whole batch, its terms and its routing.
-
-    With `train.accumulation` > 1 the batch is worked in chunks, twice: first embeddings and routing sums of all
-    chunks, from which the loss of the whole batch (all negatives, all statistics) and its cotangents follow; then each
-    chunk's share of the gradient from its cotangents. Equal to the gradient in one piece within rounding.
-    """
-    key, chunks = step_key(config.train.seed, step), config.train.accumulation
-
-    groups = config.num_groups if config.model.moe_layers else 0
-    stride = 0 if placement is None else groups // placement.size
-    kinds = parameter_kinds(graph, parameters)
-
-    def encode(parameters: Parameters, images: Array, text: Array, first_group: Array) -> Encoded:
-        # Segments gather their own, a period at a time.
-        outside = {name: value for name, value in parameters.items() if name != "segments"}
-        model = nnx.merge(graph, {**parameters, **gathered(outside, kinds, placement)})
-        return model(scale_images(images), text, RoutingContext(key, first_group, stride))
-
-    def loss(parameters: Parameters, encoded: Encoded) -> tuple[Float[Array, ""], LossTerms]:
-        scale, bias = jnp.exp(parameters["log_scale"]), parameters.get("logit_bias")
-        mesh = None if placement is None else placement.mesh
-        image, text = encoded.embeddings
-        terms = total_loss(image, text, encoded.routing, scale, bias, config.loss, config.model, mesh)
-        return terms.total, terms
-
-    if chunks == 1:
-
-        def whole(parameters: Parameters) -> tuple[Float[Array, ""], tuple[LossTerms, LayerRouting | None]]:
-            encoded = encode(parameters, images, text, jnp.int32(0))
-            total, terms = loss(parameters, encoded)
-            return total, (terms, encoded.routing)
-
-        (_, (terms, routing)), grads = jax.value_and_grad(whole, has_aux=True)(parameters)
-        return grads, terms, routing
-
-    # Each device works its own rows chunk after chunk.
-    shares = 1 if placement is None else placement.size
-    first_group = groups // (shares * chunks) * jnp.arange(chunks, dtype=jnp.int32)
-    parts = (
-        rearrange(images, "(p n b) ... -> n (p b) ...", p=shares, n=chunks),
-        rearrange(text, "(p n b) t -> n (p b) t", p=shares, n=chunks),
-        first_group,
-    )
-    by_chunk = jax.lax.map(lambda part: encode(parameters, *part), parts)
-    (_, (terms)), (own, cotangent) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
-        parameters, _join(by_chunk, shares)
-    )
-
-    def add(total: Parameters, step: tuple[tuple[Array, Array, Array], Encoded]) -> tuple[Parameters, None]:
-        part, cotangent = step
-        _, pull = jax.vjp(lambda p: encode(p, *part), parameters)
-        return jax.tree.map(jnp.add, total, pull(cotangent)[0]), None
-
-    grads, _ = jax.lax.scan(add, own, (parts, _cut(cotangent, shares, chunks)))
-    return grads, terms, _join(by_chunk, shares).routing
-
-
-def _join(encoded: Encoded, shares: int) -> Encoded:
-    """Chunks to the whole: embeddings along the batch, sums along the groups (the second axis after layers)."""
-    embeddings = jax.tree.map(lambda x: rearrange(x, "n (p b) d -> (p n b) d", p=shares), encoded.embeddings)
-    routing = jax.tree.map(lambda x: rearrange(x, "n l (p g) ... -> l (p n g) ...", p=shares), encoded.routing)
-    return Encoded(Embeddings(*embeddings), routing)
-
-
-def _cut(encoded: Encoded, shares: int, chunks: int) -> Encoded:
-    """The inverse of `_join`."""
-    sizes = {"p": shares, "n": chunks}
-    embeddings = jax.tree.map(lambda x: rearrange(x, "(p n b) d -> n (p b) d", **sizes), encoded.embeddings)
-    routing = jax.tree.map(lambda x: rearrange(x, "l (p n g) ... -> n l (p g) ...", **sizes), encoded.routing)
-    return Encoded(Embeddings(*embeddings), routing)
 
 
 Step = Callable[

@@ -120,7 +120,7 @@ def _in_one_piece(
     activation: str,
 ) -> MoeOutput:
     """As many rows as there are travel at once."""
-    axis, (routing, plan, tokens) = spec.exchange.expert_axis, decided
+    axis, (routing, _, plan, tokens) = spec.exchange.expert_axis, decided
     shipped = ragged.plan_exchange(
         routing,
         plan,
@@ -134,7 +134,7 @@ def _in_one_piece(
     rows = local.run_experts(rows, weights, *shipped.received, choice, activation)
     back = ragged.send_back(rows, shipped, axis)
     out = apply(local.span_of(choice.combine), None, (back, routing.gate), (plan,))
-    return MoeOutput(out, routing.sums, plan.kept)
+    return decided._replace(plan=plan).output(out)
 
 
 def _in_chunks(
@@ -147,7 +147,7 @@ def _in_chunks(
 ) -> MoeOutput:
     """Blocks of equal size travel in pieces that may overlap with the experts of other pieces."""
     axis, num_chunks = spec.exchange.expert_axis, spec.exchange.num_chunks
-    routing, plan, tokens = decided
+    routing, _, plan, tokens = decided
     received = exchange.received_chunks(plan, axis, num_chunks)
     plan = exchange.in_chunks(plan, num_chunks)
     sent = apply(local.span_of(choice.dispatch), None, (tokens,), (plan,))
@@ -159,7 +159,7 @@ def _in_chunks(
         )
     back = checkpoint_name(jnp.concatenate(returned), "moe_returned")
     out = apply(local.span_of(choice.combine), None, (back, routing.gate), (plan,))
-    return MoeOutput(out, routing.sums, plan.kept)
+    return decided._replace(plan=plan).output(out)
 
 
 def check_exchange(spec: MoeSpec, num_experts: int, shards: int) -> None:
