@@ -43,7 +43,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, step: int, harm: Any) -> None:
 
 
 def bad_loss(state: Any, report: Any) -> Any:
-    loss = report.loss._replace(auxiliary=report.loss.auxiliary._replace(load=jnp.float32(jnp.nan)))
+    loss = report.loss._replace(auxiliary={**report.loss.auxiliary, "load": jnp.float32(jnp.nan)})
     return state, report._replace(loss=loss)
 
 
