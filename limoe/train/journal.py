@@ -74,7 +74,7 @@ class Journal:
     def _figures(self, done: FinishedStep, top1: float | None) -> dict[str, Any]:
         report = done.report
         figures: dict[str, Any] = {
-            **by_name(report.loss),
+            **{name: np.float32(value) for name, value in by_name(report.loss).items()},
             "gradient_norm": report.gradient_norm,
             "learning_rate": self._learning_rate[done.step - 1 - self._first],
             "scale": report.scale,
