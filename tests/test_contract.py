@@ -35,7 +35,7 @@ BLOCK, PACKED, DROPLESS = 1.0, 4.0, None
 LAYOUTS = [BLOCK, PACKED, DROPLESS]
 BAD = [np.nan, np.inf, -np.inf]
 POISONS = [np.nan, np.inf]
-NO_SUMS = RoutingSums(*(np.zeros((GROUPS, 1), np.float32),) * 7)  # which a plan does not read
+NO_SUMS = RoutingSums(*(np.zeros((GROUPS, 1, EXPERTS), np.float32),) * 7)  # of which a plan reads the shape
 
 
 class Inputs:
