@@ -12,7 +12,17 @@ from sharding_cases import Arguments, arguments, collectives, mesh_of
 from spec_cases import spec_and_inputs
 
 from limoe.config.presets import preset
-from moe_kernels import EXCHANGE_NAMES, SAVED_NAMES, MoeOutput, expert_capacity, make_plan, moe_mlp, route, router_noise
+from moe_kernels import (
+    EXCHANGE_NAMES,
+    SAVED_NAMES,
+    MoeOutput,
+    MoeSpec,
+    expert_capacity,
+    make_plan,
+    moe_mlp,
+    route,
+    router_noise,
+)
 from moe_kernels.parallel.exchange import block_rows, in_chunks
 
 pytestmark = pytest.mark.devices(8)
@@ -151,7 +161,7 @@ def test_blocks_at_the_paper_s_sizes_hold_little_more_than_the_rows(name, chips,
 
 def test_chunks_deal_rows_out_in_turn():
     a = problem()
-    routing = jax.jit(functools.partial(route, num_choices=2, num_groups=2))(a.tokens, a.router)
+    routing = jax.jit(functools.partial(route, spec=MoeSpec(num_choices=2, num_groups=2)))(a.tokens, a.router)
     plan = make_plan(routing, num_experts=EXPERTS, num_groups=2, capacity=100, rows_per_expert=240)
     cut = in_chunks(plan, 3)
     row, source = np.asarray(cut.row).ravel(), np.asarray(cut.source)
