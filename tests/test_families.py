@@ -6,6 +6,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from sharding_cases import mesh_of
@@ -41,6 +42,14 @@ ROUTERS = {
     "best of a group": RouterSpec(expert_groups=2, groups_chosen=1, group_best=1),
 }
 BIASES = {"no bias": (False, False), "bias": (True, False), "choice bias": (False, True), "both": (True, True)}
+
+
+@pytest.fixture
+def as_users_run_it():
+    """The suite's import hook checks every annotation first; users do not have it."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def arguments(seed: int = 0):
@@ -279,13 +288,13 @@ def test_old_keywords_say_where_they_went(options, message):
         expert_parallel.moe_mlp(x, router, experts["mlp"], mesh=None)
 
 
-def test_weights_of_another_kind_are_refused_in_one_line():
+def test_weights_of_another_kind_are_refused_in_one_line(as_users_run_it):
     x, router, experts, _ = arguments()
     with pytest.raises(TypeError, match="weights are a tuple; give MlpWeights, GluWeights or WithShared"):
         moe_mlp(x, router, tuple(experts["mlp"]))
 
 
-def test_numpy_float64_is_what_jax_makes_of_it():
+def test_numpy_float64_is_what_jax_makes_of_it(as_users_run_it):
     x, router, experts, _ = arguments()
     numpy = jax.tree.map(lambda a: np.asarray(a, np.float64), (x, router.kernel, experts["mlp"]))
     assert_near(moe_mlp(*numpy).tokens, moe_mlp(x, router.kernel, experts["mlp"]).tokens)
@@ -302,7 +311,7 @@ def test_the_bias_for_the_choice_balances_without_a_loss():
     assert spread[-1] <= spread[0] / 3
 
 
-def test_explain_is_a_command(capsys):
+def test_explain_is_a_command(capsys, as_users_run_it):
     shape = "--tokens=54272 --width=768 --expert-width=3072 --experts=32 --choices=1 --groups=8 --capacity-factor=1.05"
     main(["explain", "--chip=v5p", *shape.split(), "--json"])
     found = json.loads(capsys.readouterr().out)

@@ -8,7 +8,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tpu_aot import TOPOLOGIES, WIDTHS, kernel_vmem
 
-from moe_kernels import Routing, RoutingSums
+from moe_kernels import RouterWeights, Routing, RoutingSums
 from moe_kernels.backends import choose, problem_of
 from moe_kernels.backends.base import RouteInputs, RouteStatic
 from moe_kernels.backends.tpu.route.tiles import backward_tiles, forward_tiles
@@ -60,7 +60,7 @@ def compile_both(chip: str, width: int, problem: str, dtype):
         found = problem_of("route", tokens, experts, route=static)
         chosen.append(found)
         span = choose(found)
-        routing, saved = span.forward(static, tokens, router, inputs)
+        routing, saved = span.forward(static, tokens, RouterWeights(router), inputs)
         return routing, span.backward(static, saved, cotangent, tokens if passes else None)
 
     mapped = jax.shard_map(both, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
