@@ -161,8 +161,10 @@ def by_kernel_alone(span: Span) -> Span:
     def forward(static: RouteStatic, tokens: Array, router: RouterWeights, inputs: RouteInputs) -> tuple[Any, Any]:
         return span.forward(static, tokens, router.kernel, inputs)
 
-    def backward(static: RouteStatic, saved: Any, cotangent: Any, *passed: Array) -> tuple[Array, RouterWeights]:
-        tokens, kernel = span.backward(static, saved, cotangent, *passed)
+    def backward(
+        static: RouteStatic, saved: Any, cotangent: Any, passed: Array | None = None
+    ) -> tuple[Array, RouterWeights]:
+        tokens, kernel = span.backward(static, saved, cotangent, passed)
         return tokens, RouterWeights(kernel)
 
     return Span(forward, backward)
