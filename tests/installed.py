@@ -18,7 +18,7 @@ def main() -> None:
     page = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
     layer, gradient = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[:2]
     assert "moe_mlp(" in layer and "jax.grad" in gradient
-    exec(layer + gradient)
+    exec(layer + gradient, {"__name__": "__main__"})
 
     for command in ([Path(sys.executable).with_name("limoe")], [sys.executable, "-m", "limoe"]):
         done = subprocess.run([*command, "train"], capture_output=True, text=True)
