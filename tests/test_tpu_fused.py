@@ -17,7 +17,7 @@ from moe_kernels import MlpWeights, combine, dispatch, expert_mlp
 from moe_kernels.backends import explain
 from moe_kernels.backends.base import MlpStatic, Problem
 from moe_kernels.backends.tpu.common.launch import Target
-from moe_kernels.backends.tpu.common.tiling import RowCuts, Tiles
+from moe_kernels.backends.tpu.common.tiling import RowCuts, Sizes, Tiles
 from moe_kernels.backends.tpu.fused import span as in_layer
 from moe_kernels.backends.tpu.fused.forward import run_fused
 from moe_kernels.backends.tpu.fused.in_place import LayerOperands
@@ -350,7 +350,8 @@ def test_what_explain_says_of_both_passes(chip, width, said):
 def test_blocks_cover_tokens_rows_and_columns_within_vmem(width, rows, choose):
     for chip, weight_itemsize in itertools.product(TPUS.values(), (2, 4)):
         for expert_width in (128, 257, 2880, 4 * width):
-            tiles = choose(Layout(4001, 1, 1, 4, 4 * rows, rows), width, expert_width, 2, weight_itemsize, chip)
+            layout = Layout(4001, 1, 1, 4, 4 * rows, rows)
+            tiles = choose(Sizes(layout, width, expert_width, 2, weight_itemsize, chip))
             if tiles is None:
                 continue
             assert tiles.mlp.vmem <= chip.vmem and tiles.inputs * tiles.load >= 4001
