@@ -34,7 +34,7 @@ class Tpu:
     spellings: str
     """Pattern of all names that JAX's versions give it."""
     topology: str
-    """As libtpu names its pods."""
+    """The name of its pods in libtpu."""
     vmem: int
     """Bytes, of each core."""
     depth: int
@@ -58,7 +58,7 @@ class Tpu:
 
     @property
     def dimensions(self) -> int:
-        """Of the torus that chips form."""
+        """Number of dimensions of the torus that the chips form."""
         return len(self.largest)
 
     @property
@@ -73,7 +73,7 @@ class Tpu:
 
     @property
     def rates(self) -> Rates:
-        """Of the data sheet."""
+        """Peaks from the data sheet."""
         return Rates(self.flops, self.flops / FLOAT32_PASSES, self.hbm_bandwidth)
 
 

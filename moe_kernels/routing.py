@@ -47,8 +47,8 @@ def route(
 class Routed(NamedTuple):
     """A routing, and the tokens as the router passes them on.
 
-    Who uses these has their cotangent added to the router's own where that is made, in float32 (on GPUs to the rounded
-    product, by XLA), and not by a pass of its own over both.
+    The layer dispatches these tokens, so their cotangent comes back to the router. The router adds it in float32 to the
+    one that it makes itself; no other pass over the tokens is needed. (On GPUs XLA adds it to the rounded product.)
     """
 
     routing: Routing

@@ -13,7 +13,7 @@ from model_cases import small_config
 from limoe.config.presets import preset
 from limoe.config.schema import ConfigError
 from limoe.model import attention_kernel
-from limoe.model.attention import Device, attend, why_not_kernel
+from limoe.model.attention import TracedChip, attend, why_not_kernel
 from limoe.model.attention_kernel import Geometry
 from limoe.parallel.mesh import place
 
@@ -144,12 +144,12 @@ def test_on_a_mesh_the_kernel_gives_what_xla_gives_on_one_device():
 
 
 def test_what_the_kernel_does_not_take_goes_to_xla_or_is_an_error():
-    chip, model = Device("tpu", "TPU v5", 64), preset("b16").model
+    chip, model = TracedChip("tpu", "TPU v5", 64), preset("b16").model
     assert why_not_kernel(model, 16384 * 212, "bfloat16", False, chip) is None
     assert why_not_kernel(preset("l16").model, 16384 * 212, "bfloat16", False, chip) is None
-    assert why_not_kernel(preset("h14").model, 21504 * 272, "bfloat16", False, Device("tpu", "TPU v5", 512)) is None
+    assert why_not_kernel(preset("h14").model, 21504 * 272, "bfloat16", False, TracedChip("tpu", "TPU v5", 512)) is None
     reasons = {
-        "platform cpu": why_not_kernel(model, 16384 * 212, "bfloat16", False, Device("cpu", "cpu")),
+        "platform cpu": why_not_kernel(model, 16384 * 212, "bfloat16", False, TracedChip("cpu", "cpu")),
         "no masks": why_not_kernel(model, 16384 * 212, "bfloat16", True, chip),
         "no whole examples": why_not_kernel(model, 100 * 212, "bfloat16", False, chip),
         "no multiple of 848": why_not_kernel(model, 64 * 2 * 212, "bfloat16", False, chip),

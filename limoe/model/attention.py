@@ -24,7 +24,7 @@ from limoe.parallel.mesh import Placement
 
 
 @dataclasses.dataclass(frozen=True)
-class Device:
+class TracedChip:
     """What a program is traced for: the platform, the kind of chip as JAX names it, and over how many devices examples
     are split."""
 
@@ -33,10 +33,10 @@ class Device:
     count: int = 1
 
 
-def device_of(placement: Placement | None) -> Device:
+def device_of(placement: Placement | None) -> TracedChip:
     """The device of a mesh, else JAX's default one."""
     device = jax.devices()[0] if placement is None else placement.mesh.devices.flat[0]
-    return Device(device.platform, device.device_kind, 1 if placement is None else placement.size)
+    return TracedChip(device.platform, device.device_kind, 1 if placement is None else placement.size)
 
 
 def geometry_of(config: ModelConfig) -> Geometry:
@@ -45,11 +45,11 @@ def geometry_of(config: ModelConfig) -> Geometry:
     return Geometry(((0, image), (image, length)), config.width, config.num_heads)
 
 
-def why_not_kernel(config: ModelConfig, num_tokens: int, dtype: Any, masked: bool, device: Device) -> str | None:
+def why_not_kernel(config: ModelConfig, num_tokens: int, dtype: Any, masked: bool, device: TracedChip) -> str | None:
     """Why the kernel does not take these tokens; None if it does.
 
     >>> from limoe.config.presets import preset
-    >>> model, chip = preset("b16").model, Device("tpu", "TPU v5", 64)
+    >>> model, chip = preset("b16").model, TracedChip("tpu", "TPU v5", 64)
     >>> why_not_kernel(model, 16384 * 212, "bfloat16", False, chip) is None
     True
     >>> why_not_kernel(model, 16384 * 212, "bfloat16", True, chip)
@@ -106,18 +106,18 @@ def _by_xla(query: Array, key: Array, value: Array, present: Array | None, confi
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _by_kernel(geometry: Geometry, device: Device, query: Array, key: Array, value: Array) -> Float[Array, "T D"]:
+def _by_kernel(geometry: Geometry, device: TracedChip, query: Array, key: Array, value: Array) -> Float[Array, "T D"]:
     return attention_kernel.forward(geometry, device.kind, device.platform != "tpu", query, key, value)
 
 
 def _by_kernel_forward(
-    geometry: Geometry, device: Device, query: Array, key: Array, value: Array
+    geometry: Geometry, device: TracedChip, query: Array, key: Array, value: Array
 ) -> tuple[Array, tuple[Array, Array, Array]]:
     return _by_kernel(geometry, device, query, key, value), (query, key, value)
 
 
 def _by_kernel_backward(
-    geometry: Geometry, device: Device, saved: tuple[Array, Array, Array], cotangent: Array
+    geometry: Geometry, device: TracedChip, saved: tuple[Array, Array, Array], cotangent: Array
 ) -> tuple[Array, Array, Array]:
     return attention_kernel.backward(geometry, device.kind, device.platform != "tpu", *saved, cotangent)
 

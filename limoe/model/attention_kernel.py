@@ -76,7 +76,7 @@ class Window(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Of the window."""
+        """Number of tokens in the window."""
         return self.end - self.start
 
     def only(self, shape: tuple[int, ...], axis: int) -> Bool[Array, "..."] | None:
@@ -190,7 +190,7 @@ def _launch(
 
 
 def _array_side(kind: str) -> int:
-    """Of a matrix unit; 128 where kernels are interpreted."""
+    """Rows and columns of the chip's matrix unit; 128 where kernels are interpreted."""
     tpu = find_tpu(kind)
     return tpu.depth if tpu else 128
 

@@ -143,7 +143,7 @@ class _Operand(NamedTuple):
     register: str
     number: int
     entries: int | None
-    """Of an integer input."""
+    """Value of an integer input."""
     in_hbm: bool
 
 

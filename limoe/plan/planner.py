@@ -256,7 +256,7 @@ def _costs(program: Program, pod: Pod, placement: Placement) -> list[tuple[Run, 
 
 
 def _cost(program: Program, run: Run, pod: Pod, placement: Placement) -> Cost:
-    """Of one run of an instruction."""
+    """What one run of an instruction costs."""
     chip, here = pod.chip, (program, run.instruction, run.computation)
     products, in_kernels, exchanges = matmuls(*here), kernels(*here), collectives(*here)
     spent = sum(product.on_array(chip.depth) * product.passes for product in products)

@@ -45,7 +45,7 @@ class Experts(NamedTuple):
 
     @classmethod
     def of(cls, shape: tuple[int, ...], num_experts: int, *, axis: int = 0, keepdims: bool = True) -> Experts:
-        """For a block of that shape."""
+        """The same for a block of that shape."""
         ids = lax.broadcasted_iota(jnp.int32, shape, axis)
         real = None if num_experts == shape[axis] else ids < num_experts
         return cls(ids.astype(jnp.float32), real, axis, keepdims)

@@ -25,7 +25,7 @@ Simulator = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Device:
+class Gpu:
     """Where a kernel runs: the chip, its number of streaming multiprocessors, and the simulator that stands for it."""
 
     chip: Generation
@@ -45,7 +45,7 @@ class Device:
 def launch(
     kernel: Callable[[Any, Any, Any], None],
     name: str,
-    device: Device,
+    device: Gpu,
     inputs: Any,
     outputs: Any,
     scratch: Any,

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, Device, Ring, launch, over_steps, specialise
+from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, Gpu, Ring, launch, over_steps, specialise
 from moe_kernels.backends.gpu.common.schedule import RowTiles
 from moe_kernels.backends.gpu.sm90.epilogues import Epilogue, Fetched, Results, Store, Tile
 from moe_kernels.backends.gpu.sm90.tiling import CHUNK, DEPTH, WARPGROUP_ROWS, Blocks, choose_blocks
@@ -32,7 +32,7 @@ def row_matmul(
     rows: Float[Array, "R D"],
     weight: Float[Array, "E D F"] | Float[Array, "E F D"],
     tiles: RowTiles,
-    device: Device,
+    device: Gpu,
     epilogue: Epilogue = Store(),  # noqa: B008 (frozen)
     *,
     transposed: bool = False,

@@ -188,7 +188,7 @@ class InPlace:
         return ((self.scratch.data, self.scratch.picked),)
 
     def pick(self, item: Scalar, base: Scalar, rows: int) -> None:
-        """Copy some rows of an expert from the places of their tokens; rows that nobody has read something."""
+        """Copy some rows of an expert from the places of their tokens. Rows without a token get any row."""
         tiles, first = self.tiles, item * self.tiles.moved + base
         for n in range(rows):
             place = self.steering.place[first + n]

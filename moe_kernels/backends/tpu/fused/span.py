@@ -1,9 +1,9 @@
 """The span from tokens to tokens, `out = gate * mlp(x)` of the expert that has the token: one kernel for each pass.
 
 Where tokens and the gradients of the output do not fit VMEM together, the backward pass is made of the kernels for its
-parts, and the rows of the forward pass are kept for it; where two experts' rows do not fit, they are gathered again.
-What is kept else beside the operands is the output before gates, of which the gradient of a gate is the product with
-that of the output.
+parts. The rows of the forward pass are then kept for it; where two experts' rows do not fit, they are gathered again.
+Besides its operands, the forward pass keeps its output before the gates: the gradient of a gate is the product of that
+with the gradient of the output.
 """
 
 from __future__ import annotations
