@@ -115,17 +115,10 @@ def expect(op: Op, truth: Truth, tokens: np.ndarray | None = None, *, is_dense: 
     if op == "combine":
         back = reference.combine_gradient(rows, gate, d_tokens, plan)
         gradients = {"rows": _choices(plan, back.rows), "gate": back.gate}
-        products = _choices(plan, rows).reshape(*gate.shape, -1) * d_tokens[:, None]
-        added = {"dgate": np.linalg.norm(products, axis=2)}
-        return Expected(reference.combine(rows, gate, plan), gradients, tokens, added)
+        return Expected(reference.combine(rows, gate, plan), gradients, tokens, _gates_added_up(rows, d_tokens, plan))
     if op == "grouped_matmul":
-        d_hidden = _rows(plan, to_double(inputs.d_hidden[choices]))
-        out, d_in, d_w1 = np.zeros_like(d_hidden), np.zeros_like(rows), np.zeros_like(weights.w1)
-        for e, (first, size) in enumerate(zip(plan.first, plan.size, strict=True)):
-            run = slice(first, first + size)
-            out[run], d_in[run] = rows[run] @ weights.w1[e], d_hidden[run] @ weights.w1[e].T
-            d_w1[e] = rows[run].T @ d_hidden[run]
-        return Expected(_choices(plan, out), {"rows": _choices(plan, d_in), "w1": d_w1}, tokens)
+        found = _matmul(rows, weights.w1, _rows(plan, to_double(inputs.d_hidden[choices])), plan)
+        return Expected(_choices(plan, found.out), {"rows": _choices(plan, found.rows), "w1": found.w1}, tokens)
     if op == "expert_mlp":
         back = reference.expert_mlp_gradient(rows, weights, d_rows, plan)
         gradients = {"rows": _choices(plan, back.rows), "weights": back.weights}
@@ -150,6 +143,29 @@ def expect(op: Op, truth: Truth, tokens: np.ndarray | None = None, *, is_dense: 
     of_logits = sum(np.square(d_logits(np.where(np.arange(case.choices) == k, sizes, 0))) for k in range(case.choices))
     added["drouter"] = np.sqrt(np.square(x).T @ np.mean(of_logits, axis=1))
     return Expected(reference.combine(expert_rows, gate, plan), gradients, tokens, added)
+
+
+def _gates_added_up(rows: np.ndarray, d_tokens: np.ndarray, plan: reference.Plan) -> dict[str, np.ndarray]:
+    """What the gradient of each gate adds up: the product of its row and of its token's gradient."""
+    products = _choices(plan, rows).reshape(len(d_tokens), -1, d_tokens.shape[1]) * d_tokens[:, None]
+    return {"dgate": np.linalg.norm(products, axis=2)}
+
+
+class Matmul(NamedTuple):
+    """A grouped matmul of rows, and its gradients."""
+
+    out: np.ndarray  # [R, F]
+    rows: np.ndarray  # [R, D]
+    w1: np.ndarray  # [E, D, F]
+
+
+def _matmul(rows: np.ndarray, w1: np.ndarray, d_hidden: np.ndarray, plan: reference.Plan) -> Matmul:
+    found = Matmul(np.zeros_like(d_hidden), np.zeros_like(rows), np.zeros_like(w1))
+    for e, (first, size) in enumerate(zip(plan.first, plan.size, strict=True)):
+        run = slice(first, first + size)
+        found.out[run], found.rows[run] = rows[run] @ w1[e], d_hidden[run] @ w1[e].T
+        found.w1[e] = rows[run].T @ d_hidden[run]
+    return found
 
 
 class AddedUp(NamedTuple):
