@@ -233,10 +233,11 @@ def auxiliary_weights(loss: LossConfig) -> dict[str, float]:
     (0.04, 0.0)
     """
     extra = loss.extra_weights
-    own = {name: getattr(loss, f"{name}_weight") for name in AUXILIARY_LOSSES if getattr(loss, name, False)}
+    paper = [name for name in AUXILIARY_LOSSES if name not in EXTRA_LOSSES]
+    own = {name: getattr(loss, f"{name}_weight") for name in paper if getattr(loss, name)}
     active = {**own, **extra}
     share = loss.aux_weight / max(len(active), 1)
-    return {name: share * active.get(name, 0.0) for name in AUXILIARY_LOSSES}
+    return {name: share * active[name] if name in active else 0.0 for name in AUXILIARY_LOSSES}
 
 
 def total_loss(

@@ -5,6 +5,7 @@ A row is picked from the place of its token, and its result is put there: nobody
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -134,7 +135,7 @@ def from_lanes(lanes: Float[Array, "N L"], tiles: FusedTiles, length: int) -> Fl
 
 
 @dataclasses.dataclass(frozen=True)
-class InPlace:
+class InPlace(abc.ABC):
     """A kernel that has all tokens in VMEM, for one step of its grid: its static facts, scalars and arrays.
 
     It says what happens to a block of tokens (`load`), to a chunk of an expert (`compute`) and to a block of results
@@ -150,17 +151,17 @@ class InPlace:
     outputs: Any
     scratch: Any
 
+    @abc.abstractmethod
     def load(self, block: Scalar) -> None:
         """Bring a block of tokens."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def compute(self, number: Scalar) -> None:
         """Work on a chunk of an expert; move rows of its neighbours."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def leave(self, block: Scalar) -> None:
         """Give a block of results."""
-        raise NotImplementedError
 
     def run(self) -> None:
         """Do the step: blocks of tokens, then chunks of experts, then blocks of results."""
