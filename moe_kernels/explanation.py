@@ -83,7 +83,7 @@ def explain(
     if not isinstance(router, RouterWeights | Routing):
         router = RouterWeights(router)
     on = traced_for() if chip is None else Traced("tpu", TPUS[chip].kind, TPUS[chip].num_cores)
-    shapes = local.shapes_of(tokens, router, local.split_shared(weights)[0], spec)
+    shapes = local.shapes_of(tokens, router, local.routed_of(weights), spec)
     if shards == 1:
         return Explanation(local.choose_here(router, shapes, spec, RouteInputs(), on=on), on)
     check_exchange(spec, shapes.num_experts, shards)

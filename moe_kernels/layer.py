@@ -67,11 +67,8 @@ def moe_mlp(
     router = router if isinstance(router, Routing) else router_weights(router)
     if mesh is not None:
         return _on_mesh(tokens, router, weights, spec, inputs, mesh)
-    routed, shared = local.split_shared(weights)
-    output = local.moe_mlp_here(tokens, router, routed, spec, inputs)
-    if shared is None:
-        return output
-    return output._replace(tokens=output.tokens + local.shared_expert(tokens, shared, spec))
+    output = local.moe_mlp_here(tokens, router, local.routed_of(weights), spec, inputs)
+    return local.with_shared(output, tokens, weights, spec)
 
 
 def _refuse_renamed(renamed: dict[str, Any]) -> None:
@@ -95,7 +92,7 @@ def _on_mesh(
     axes = _token_axes(mesh, spec.exchange)
     shards, expert_axis = math.prod(mesh.shape[axis] for axis in axes), spec.exchange.expert_axis
     local.check_router(tokens, router, spec, inputs)
-    check_experts(local.split_shared(weights)[0], local.num_experts_of(router), tokens.shape[1])
+    check_experts(local.routed_of(weights), local.num_experts_of(router), tokens.shape[1])
     check_exchange(spec, local.num_experts_of(router), mesh.shape[expert_axis])
     if spec.num_groups % shards:
         raise ValueError(
@@ -111,14 +108,14 @@ def _on_mesh(
         return moe_mlp_on_shard(tokens, router, weights, here, inputs._replace(first_group=first))
 
     by_token, whole = PartitionSpec(axes), PartitionSpec()
-    routed, shared = PartitionSpec(expert_axis), local.split_shared(weights)[1]
+    routed = PartitionSpec(expert_axis)
     sharded = jax.shard_map(
         on_shard,
         mesh=mesh,
         in_specs=(
             by_token,
             by_token if isinstance(router, Routing) else whole,
-            routed if shared is None else WithShared._make((routed, whole, whole)),
+            WithShared._make((routed, whole, whole)) if isinstance(weights, WithShared) else routed,
             RouteInputs._make((by_token, by_token, by_token, by_token, by_token, whole, whole)),
         ),
         out_specs=by_token,

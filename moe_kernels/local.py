@@ -210,9 +210,16 @@ def run_experts(
     return apply(span_of(choice.down), MatmulStatic(layout), (hidden, MatmulWeights(weights.down)), (runs,))
 
 
-def split_shared(weights: ExpertWeights) -> tuple[MlpWeights | GluWeights, WithShared | None]:
-    """The routed experts, and all with the shared one if there is one."""
-    return (weights.routed, weights) if isinstance(weights, WithShared) else (weights, None)
+def routed_of(weights: ExpertWeights) -> MlpWeights | GluWeights:
+    """The experts that the router chooses among."""
+    return weights.routed if isinstance(weights, WithShared) else weights
+
+
+def with_shared(output: MoeOutput, tokens: Float[Array, "T D"], weights: ExpertWeights, spec: MoeSpec) -> MoeOutput:
+    """The output of the routed experts, and of the shared one if there is one."""
+    if not isinstance(weights, WithShared):
+        return output
+    return output._replace(tokens=output.tokens + shared_expert(tokens, weights, spec))
 
 
 def shared_expert(tokens: Float[Array, "T D"], weights: WithShared, spec: MoeSpec) -> Float[Array, "T D"]:

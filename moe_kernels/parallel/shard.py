@@ -57,14 +57,9 @@ def moe_mlp_on_shard(
     router = router if isinstance(router, Routing) else router_weights(router)
     shards = jax.lax.axis_size(spec.exchange.expert_axis)
     check_exchange(spec, local.num_experts_of(router), shards)
-    routed, shared = local.split_shared(weights)
-    if shards == 1:
-        output = local.moe_mlp_here(tokens, router, routed, spec, inputs)
-    else:
-        output = _exchanged(tokens, router, routed, spec, inputs)
-    if shared is None:
-        return output
-    return output._replace(tokens=output.tokens + local.shared_expert(tokens, shared, spec))
+    work = local.moe_mlp_here if shards == 1 else _exchanged
+    output = work(tokens, router, local.routed_of(weights), spec, inputs)
+    return local.with_shared(output, tokens, weights, spec)
 
 
 def _exchanged(
