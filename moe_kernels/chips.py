@@ -12,6 +12,8 @@ import re
 from typing import NamedTuple
 
 MIB, GIB = 2**20, 2**30
+# A register of a TPU holds so many rows of so many 32-bit numbers.
+SUBLANES, LANES = 8, 128
 # A float32 product on a matrix unit that multiplies bfloat16.
 FLOAT32_PASSES = 6
 

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_kernels.capacity import most_rows, plan_layout
+from moe_kernels.chips import SUBLANES
 from moe_kernels.packed_sort import Field, descending, sort_fields
 from moe_kernels.types import ROW_ALIGNMENT, Layout, Plan, Routing, Runs, round_up
-
-SUBLANES = 8
 
 
 class _Sorted(NamedTuple):

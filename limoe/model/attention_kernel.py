@@ -22,9 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
-from moe_kernels.chips import find_tpu
+from moe_kernels.chips import LANES, find_tpu
+from moe_kernels.precision import dot
 
-LANES, TILE_ROWS = 128, 16
+TILE_ROWS = 16
 """Of a tile of bfloat16; one of float32 has half of the rows."""
 MOST_EXAMPLES, MOST_PERIODS = 8, 2
 """Examples that are written out in the program of a kernel, and how often a step of the grid repeats that."""
@@ -274,10 +275,10 @@ class _ForwardRefs(NamedTuple):
 def _forward(geometry: Geometry, base: Any, refs: tuple[Any, ...]) -> None:
     at, scale = _ForwardRefs(*refs), geometry.head_width**-0.5
     for piece in _pieces(geometry, base):
-        scores = piece.hide(_dot(piece.of(at.query), at.key[piece.where()], (1, 1)), axis=1)
+        scores = piece.hide(dot(piece.of(at.query), at.key[piece.where()], (1, 1)), axis=1)
         weight = jnp.exp((scores - jnp.max(scores, axis=1, keepdims=True)) * scale)
         total = jnp.sum(weight, axis=1, keepdims=True)
-        piece.write(at.out, _dot(weight.astype(at.out.dtype), piece.rows_of(at.value), (1, 0)) / total)
+        piece.write(at.out, dot(weight.astype(at.out.dtype), piece.rows_of(at.value), (1, 0)) / total)
 
 
 class _BackwardRefs(NamedTuple):
@@ -295,23 +296,12 @@ def _backward(geometry: Geometry, base: Any, refs: tuple[Any, ...]) -> None:
     at, scale = _BackwardRefs(*refs), geometry.head_width**-0.5
     for piece in _pieces(geometry, base):
         q, k, v, dy = piece.of(at.query), piece.rows_of(at.key), piece.rows_of(at.value), piece.of(at.dout)
-        scores = piece.hide(_dot(k, q, (1, 1)), axis=0)
+        scores = piece.hide(dot(k, q, (1, 1)), axis=0)
         weight = jnp.exp((scores - jnp.max(scores, axis=0, keepdims=True)) * scale)
         weight = weight / jnp.sum(weight, axis=0, keepdims=True)
-        dweight = _dot(v, dy, (1, 1))
+        dweight = dot(v, dy, (1, 1))
         dscores = weight * (dweight - jnp.sum(weight * dweight, axis=0, keepdims=True)) * scale
         weight, dscores = weight.astype(q.dtype), dscores.astype(q.dtype)
-        piece.write(at.dvalue, _dot(weight, dy, (1, 0)))
-        piece.write(at.dkey, _dot(dscores, q, (1, 0)))
-        piece.write(at.dquery, _dot(dscores, k, (0, 0)))
-
-
-def _dot(a: Float[Array, "..."], b: Float[Array, "..."], contract: tuple[int, int]) -> Float[Array, "..."]:
-    """Product over one axis of each, accumulated in float32; float32 factors are multiplied as float32."""
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
+        piece.write(at.dvalue, dot(weight, dy, (1, 0)))
+        piece.write(at.dkey, dot(dscores, q, (1, 0)))
+        piece.write(at.dquery, dot(dscores, k, (0, 0)))

@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.tpu.common.activation import activate_and_slope
-from moe_kernels.backends.tpu.common.rows import Scalar, dot
+from moe_kernels.backends.tpu.common.rows import Scalar
+from moe_kernels.precision import dot
 from moe_kernels.types import Activation
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from moe_kernels.backends.tpu.common.schedule import Schedule
 from moe_kernels.backends.tpu.common.tiling import PIECE, RowCuts
@@ -148,14 +148,3 @@ def used_rows(
         first = schedule.run_first[run]
         used |= (row >= first) & (row < first + schedule.run_size[run])
     return used & (row < schedule.offset[at] + schedule.size[at])
-
-
-def dot(a: Float[Array, "..."], b: Float[Array, "..."], contract: tuple[int, int]) -> Float[Array, "..."]:
-    """Product over one axis of each, accumulated in float32; float32 factors are multiplied as float32."""
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )

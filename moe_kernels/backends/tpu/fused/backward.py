@@ -30,7 +30,8 @@ from moe_kernels.backends.tpu.common.weights import cast_weights, room_for_casts
 from moe_kernels.backends.tpu.fused.in_place import InPlace, LayerOperands, Phased, column, from_lanes, in_lanes
 from moe_kernels.backends.tpu.fused.tiles import FusedTiles
 from moe_kernels.backends.tpu.mlp.forward import weight_blocks
-from moe_kernels.backends.tpu.permute.words import LANES, SUBLANES, pack, unpack
+from moe_kernels.backends.tpu.permute.words import pack, unpack
+from moe_kernels.chips import LANES, SUBLANES
 from moe_kernels.types import MlpWeights
 
 

@@ -25,13 +25,15 @@ from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.common.activation import activate
 from moe_kernels.backends.tpu.common.grid import grid_of
 from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
-from moe_kernels.backends.tpu.common.rows import Scalar, dot
+from moe_kernels.backends.tpu.common.rows import Scalar
 from moe_kernels.backends.tpu.common.tiling import PIECE
 from moe_kernels.backends.tpu.common.weights import cast_weights, room_for_casts
 from moe_kernels.backends.tpu.fused.in_place import InPlace, LayerOperands, Phased, column, in_lanes
 from moe_kernels.backends.tpu.fused.tiles import FusedTiles
 from moe_kernels.backends.tpu.mlp.forward import weight_blocks
-from moe_kernels.backends.tpu.permute.words import LANES, SUBLANES, pack, unpack
+from moe_kernels.backends.tpu.permute.words import pack, unpack
+from moe_kernels.chips import LANES, SUBLANES
+from moe_kernels.precision import dot
 
 
 class LayerResults(NamedTuple):

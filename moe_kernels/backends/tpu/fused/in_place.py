@@ -22,7 +22,8 @@ from moe_kernels.backends.tpu.common.rows import Scalar
 from moe_kernels.backends.tpu.common.schedule import make_schedule
 from moe_kernels.backends.tpu.common.tiling import covers
 from moe_kernels.backends.tpu.fused.tiles import FusedTiles
-from moe_kernels.backends.tpu.permute.words import LANES, SUBLANES, columns, move_row, pack
+from moe_kernels.backends.tpu.permute.words import columns, move_row, pack
+from moe_kernels.chips import LANES, SUBLANES
 from moe_kernels.types import MlpWeights, Plan
 
 

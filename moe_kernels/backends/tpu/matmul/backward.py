@@ -22,12 +22,13 @@ from moe_kernels.backends.tpu.common.activation import activate_and_slope
 from moe_kernels.backends.tpu.common.gradients import Gradient, Gradients, by_expert, gradient_dtype, gradient_slots
 from moe_kernels.backends.tpu.common.grid import Grid, grid_of, scalars_of, sizes_of
 from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
-from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of, used_rows
+from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, over_pieces, pieces_of, used_rows
 from moe_kernels.backends.tpu.common.step import ChunkCopies, Step, this_step
 from moe_kernels.backends.tpu.common.tiling import Tiles, one_item
 from moe_kernels.backends.tpu.common.weights import cast_weights, room_for_casts
 from moe_kernels.backends.tpu.matmul.forward import MatmulSaved, products, rounded, weight_blocks
 from moe_kernels.backends.tpu.matmul.tiles import matmul_backward_tiles
+from moe_kernels.precision import dot
 from moe_kernels.types import Runs
 
 

@@ -20,11 +20,12 @@ from moe_kernels.backends.base import MatmulStatic, MatmulWeights, epilogue_of
 from moe_kernels.backends.tpu.common.activation import activate
 from moe_kernels.backends.tpu.common.grid import Grid, grid_of, scalars_of, sizes_of
 from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
-from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, dot, over_pieces, pieces_of
+from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, over_pieces, pieces_of
 from moe_kernels.backends.tpu.common.step import ChunkCopies, this_step
 from moe_kernels.backends.tpu.common.tiling import Tiles
 from moe_kernels.backends.tpu.common.weights import cast_weights, room_for_casts
 from moe_kernels.backends.tpu.matmul.tiles import matmul_forward_tiles
+from moe_kernels.precision import dot
 from moe_kernels.types import MatmulActivation, Runs
 
 

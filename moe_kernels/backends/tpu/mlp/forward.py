@@ -22,12 +22,13 @@ from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.common.activation import activate
 from moe_kernels.backends.tpu.common.grid import Grid, WeightMaps, grid_of, scalars_of, sizes_of
 from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
-from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, dot, over_pieces_or_shorter
+from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, over_pieces_or_shorter
 from moe_kernels.backends.tpu.common.step import ChunkCopies, this_step
 from moe_kernels.backends.tpu.common.tiling import Tiles
 from moe_kernels.backends.tpu.common.weights import cast_weights, room_for_casts
 from moe_kernels.backends.tpu.mlp.hidden import keeps_hidden
 from moe_kernels.backends.tpu.mlp.tiles import mlp_forward_tiles
+from moe_kernels.precision import dot
 from moe_kernels.types import MlpWeights, Runs
 
 

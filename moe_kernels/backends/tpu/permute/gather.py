@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
 from moe_kernels.backends.tpu.permute.tiles import GatherTiles, gather_tiles
-from moe_kernels.backends.tpu.permute.words import LANES, SUBLANES, columns, move_row, pack, unpack
+from moe_kernels.backends.tpu.permute.words import columns, move_row, pack, unpack
+from moe_kernels.chips import LANES, SUBLANES
 
 
 def gather_rows(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, DTypeLike, Float, Int
 
-LANES, SUBLANES = 128, 8
+from moe_kernels.chips import LANES, SUBLANES
 
 
 def columns(plane: int, planes: int, dtype: DTypeLike) -> Iterator[slice]:

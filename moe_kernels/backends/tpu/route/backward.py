@@ -22,7 +22,6 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_kernels.backends.base import RouteStatic
 from moe_kernels.backends.route_parts import NEVER, Experts, split
 from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
-from moe_kernels.backends.tpu.common.rows import dot
 from moe_kernels.backends.tpu.route.forward import RouteSaved
 from moe_kernels.backends.tpu.route.parts import (
     add_pieces,
@@ -34,7 +33,9 @@ from moe_kernels.backends.tpu.route.parts import (
     over_experts,
     turned_router,
 )
-from moe_kernels.backends.tpu.route.tiles import LANES, RouteTiles, backward_tiles
+from moe_kernels.backends.tpu.route.tiles import RouteTiles, backward_tiles
+from moe_kernels.chips import LANES
+from moe_kernels.precision import dot
 from moe_kernels.types import Routing, RoutingSums
 
 

@@ -31,7 +31,8 @@ from moe_kernels.backends.tpu.route.parts import (
     members,
     over_experts,
 )
-from moe_kernels.backends.tpu.route.tiles import LANES, RouteTiles, forward_tiles
+from moe_kernels.backends.tpu.route.tiles import RouteTiles, forward_tiles
+from moe_kernels.chips import LANES
 from moe_kernels.types import Routing, RoutingSums
 
 

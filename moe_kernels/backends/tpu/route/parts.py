@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from moe_kernels.backends.base import RouteInputs
 from moe_kernels.backends.route_parts import NEVER, split
-from moe_kernels.backends.tpu.common.rows import dot
-from moe_kernels.backends.tpu.route.tiles import LANES, RouteTiles
+from moe_kernels.backends.tpu.route.tiles import RouteTiles
+from moe_kernels.chips import LANES
+from moe_kernels.precision import dot
 
 
 def by_group(values: Array, groups: int, tiles: RouteTiles) -> Array:

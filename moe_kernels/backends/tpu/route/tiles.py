@@ -13,11 +13,10 @@ from jax.experimental import pallas as pl
 from moe_kernels.backends.base import Problem, RouteStatic
 from moe_kernels.backends.tpu.common.launch import Block
 from moe_kernels.backends.tpu.common.vmem import fits, needed_vmem
-from moe_kernels.chips import MIB, Tpu
+from moe_kernels.chips import LANES, MIB, Tpu
 from moe_kernels.fitted import FITTED
 from moe_kernels.types import round_up
 
-LANES = 128
 # Tokens of a tile at most, and logits of one: the more at once, the better the compiler fills its bundles (a loop over
 # 256 tokens at a time takes up to 1.7 times as many, modelled), and the longer it compiles.
 MOST_TOKENS, MOST_VALUES = 1024, 32 * 1024
