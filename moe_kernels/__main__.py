@@ -1,4 +1,4 @@
-"""`python -m moe_kernels explain`: which back end works a layer of some shape on a chip, and why the others do not."""
+"""`python -m moe_kernels explain`: which back end runs a layer of a given shape on a chip, and why others do not."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from moe_kernels import Explanation, GluWeights, MlpWeights, MoeSpec, explain
 from moe_kernels.chips import TPUS
 
 _COUNTS = {
-    "tokens": "tokens of a device",
+    "tokens": "tokens on one device (T)",
     "width": "width of a token (D)",
     "expert-width": "width of an expert's hidden layer (F)",
-    "experts": "experts, all of them (E)",
+    "experts": "experts on all devices together (E)",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command with these arguments, by default those of the process."""
+    """Run the command with these arguments (default: those of the process)."""
     parser = argparse.ArgumentParser("python -m moe_kernels", description=__doc__)
     command = parser.add_subparsers(required=True, metavar="COMMAND").add_parser("explain", description=__doc__)
     command.add_argument("--chip", required=True, choices=[*TPUS])
     for name, text in _COUNTS.items():
         command.add_argument(f"--{name}", required=True, type=int, help=text)
-    command.add_argument("--choices", type=int, default=1, help="experts of a token (K)")
-    command.add_argument("--groups", type=int, default=1, help="groups that are planned by themselves (G)")
-    command.add_argument("--capacity-factor", help="places over the mean load; nothing is dropped without it")
+    command.add_argument("--choices", type=int, default=1, help="experts that each token chooses (K)")
+    command.add_argument("--groups", type=int, default=1, help="groups of tokens; each has its own capacity (G)")
+    command.add_argument(
+        "--capacity-factor", help="capacity over the mean load of an expert (none: nothing is dropped)"
+    )
     command.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     command.add_argument("--gated", action="store_true", help="gated experts (SwiGLU)")
     command.add_argument("--shards", type=int, default=1, help="devices that share the experts")

@@ -1,4 +1,4 @@
-"""Activations by name. One that is added here runs on the XLA back end; kernels say which they know."""
+"""Activations by name. The XLA back end runs every entry of the table; each kernel says which it knows."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ ACTIVATIONS: dict[str, ActivationFunction] = {
     "relu": jax.nn.relu,
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
 }
-"""Element by element, in the dtype of the argument, differentiable by JAX. A program may add its own."""
+"""Each function works element by element, keeps the dtype of its argument, and is differentiable by JAX. A program may
+add its own."""
 
 
 def function_of(activation: str) -> ActivationFunction:
-    """The function of that name. Raises ValueError for a name that is not in `ACTIVATIONS`.
+    """Look up an activation by name. Raises ValueError for a name that is not in `ACTIVATIONS`.
 
     >>> float(function_of("silu")(jnp.zeros(())))
     0.0

@@ -1,4 +1,4 @@
-"""How many places an expert has, and how rows lie: static facts of a layer, in exact arithmetic."""
+"""The number of places of an expert and the layout of the rows: static facts of a layer, in exact arithmetic."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from fractions import Fraction
 from moe_kernels.spec import MoeSpec
 from moe_kernels.types import ROW_ALIGNMENT, CapacityFactor, Layout, round_up
 
-# An [E, rows] block is planned while it holds at most this many times the rows that choices can fill; above it (a large
-# capacity factor), empty places would cost more than the tile loop of a packed layout.
+# The plan uses an [E, rows] block if the block has at most this many times the rows that choices can fill. With a
+# larger capacity factor, empty places would cost more than the tile loop of a packed layout.
 BLOCK_LIMIT = 1.25
 
 
 def as_fraction(name: str, factor: CapacityFactor) -> Fraction:
-    """The exact value of a factor that must be positive. Raises ValueError, with the argument's name.
+    """Convert a positive factor to its exact value. Raises ValueError, with the argument's name.
 
     >>> as_fraction("capacity_factor", 1.05)
     Fraction(21, 20)
@@ -29,10 +29,10 @@ def as_fraction(name: str, factor: CapacityFactor) -> Fraction:
 
 
 def expert_capacity(group_size: int, num_choices: int, num_experts: int, capacity_factor: CapacityFactor) -> int:
-    """Places of an expert in a group, `C = ceil(S K c / E)` in exact arithmetic (paper, section 2).
+    """Compute the places of an expert in a group, `C = ceil(S K c / E)`, in exact arithmetic (paper, section 2).
 
-    A float stands for the decimal literal that prints as it (1.1 is 11/10, not the double just above it), and no
-    capacity exceeds S. Raises ValueError unless c > 0.
+    A float means the decimal number that it prints as: 1.1 is 11/10, not the double just above it. A capacity never
+    exceeds S. Raises ValueError unless c > 0.
 
     >>> expert_capacity(4096, 1, 32, 1.05)
     135
@@ -44,7 +44,7 @@ def expert_capacity(group_size: int, num_choices: int, num_experts: int, capacit
 
 
 def most_rows(num_tokens: int, num_groups: int, capacity: int | None) -> int:
-    """The most rows that an expert can get: at most one choice of each token, and `capacity` of each group.
+    """Compute the most rows that an expert can get: at most one from each token and `capacity` from each group.
 
     >>> most_rows(12, 2, 4), most_rows(12, 2, None)
     (8, 12)
@@ -61,8 +61,9 @@ def plan_layout(
     capacity: int | None,
     rows_per_expert: int | None,
 ) -> Layout:
-    """An `[E, rows]` block where that is asked for, or where the most rows of an expert keep it near the number of
-    choices; else runs packed one after the other.
+    """Choose the layout of the rows: an `[E, rows]` block, or runs packed one after the other.
+
+    It is a block if `rows_per_expert` is given, or if the block has few more rows than there are choices.
 
     >>> plan_layout(12, 1, 1, 2, None, None).num_rows
     32
@@ -82,7 +83,7 @@ def plan_layout(
 
 
 def capacity_of(spec: MoeSpec, num_tokens: int, num_experts: int) -> int | None:
-    """Places of an expert in each group of a layer; None without a limit.
+    """Compute the places of an expert in each group of a layer; None means no limit.
 
     >>> capacity_of(MoeSpec(num_groups=2, capacity_factor=1.0), 12, 3)
     2

@@ -1,8 +1,8 @@
-"""One table of accelerators, for kernels, planner and benchmarks: all that is known of a chip stands in its entry.
+"""The one table of accelerators. Kernels, planner and benchmarks read every figure of a chip here.
 
-Figures are those of the makers' data sheets and of the "How to Scale Your Model" book; nothing here was measured. The
-entry of a TPU is one device as JAX shows it: half a chip of v4 (as compiled for) and 7x, both cores of a chip of v5p.
-What depends on the compiler's version stands in `fitted.json`.
+Figures come from the makers' data sheets and from the book "How to Scale Your Model"; none was measured here. A TPU's
+entry describes one JAX device: half a chip of v4 and 7x, a whole chip of v5p with both cores. Constants that depend on
+the compiler's version are in `fitted.json`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import re
 from typing import NamedTuple
 
 MIB, GIB = 2**20, 2**30
-# A register of a TPU holds so many rows of so many 32-bit numbers.
+# A register of a TPU holds 8 sublanes of 128 lanes, 32-bit numbers each.
 SUBLANES, LANES = 8, 128
-# A float32 product on a matrix unit that multiplies bfloat16.
+# Passes of a bfloat16 matrix unit for one exact float32 product.
 FLOAT32_PASSES = 6
 
 
 class Rates(NamedTuple):
-    """Peaks of a device: FLOP/s by dtype (float32: exact products), and bytes/s of its memory."""
+    """Peak rates of a device: FLOP/s for each dtype (float32: exact products) and memory bandwidth in bytes/s."""
 
     bfloat16: float
     float32: float
@@ -28,39 +28,39 @@ class Rates(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """One JAX device of a kind of TPU. Rates are of all its cores together."""
+    """One JAX device of a kind of TPU. A rate is the sum over its cores."""
 
     name: str
     kind: str
-    """As JAX names it."""
+    """JAX's name for it."""
     spellings: str
-    """Pattern of all names that JAX's versions give it."""
+    """A pattern for all names that versions of JAX give it."""
     topology: str
     """The name of its pods in libtpu."""
     vmem: int
-    """Bytes, of each core."""
+    """Bytes of each core."""
     depth: int
-    """Rows and columns of a matrix unit: loading its weights takes as long as a matmul of so many rows."""
+    """Rows and columns of a matrix unit. Loading its weights takes as long as multiplying this many rows."""
     flops: float
-    """Peak in bfloat16, FLOP/s, of the data sheet."""
+    """Peak bfloat16 FLOP/s from the data sheet."""
     gigahertz: float
-    """Assumed: clocks have no API; those of v5p and 7x are uncertain by 15% (libtpu's own model has 1.5 and 1.9)."""
+    """Assumed, since no API gives clocks. v5p and 7x are uncertain by 15% (libtpu's own model has 1.5 and 1.9)."""
     macs_per_cycle: int
-    """Multiply-adds in bfloat16, of each core."""
+    """Multiply-adds in bfloat16 of each core."""
     hbm_bytes: int
-    """What the compiler may use."""
+    """Bytes that the compiler may use."""
     hbm_bandwidth: float
     """Bytes/s."""
     link_bandwidth: float
-    """Bytes/s of one link between chips in one direction, for the share of one device."""
+    """One device's share of one link between chips, in one direction, bytes/s."""
     largest: tuple[int, ...]
-    """Chips along each dimension of the torus of a whole pod."""
+    """Chips along each dimension of a whole pod's torus."""
     num_cores: int = 1
     devices_per_chip: int = 1
 
     @property
     def dimensions(self) -> int:
-        """Number of dimensions of the torus that the chips form."""
+        """The number of dimensions of the torus that the chips form."""
         return len(self.largest)
 
     @property
@@ -70,12 +70,12 @@ class Tpu:
 
     @property
     def smallest_topology(self) -> str:
-        """The smallest one that libtpu describes."""
+        """The smallest topology that libtpu describes."""
         return f"{self.topology}:{'2x2' if self.dimensions == 2 else '2x2x1'}"
 
     @property
     def rates(self) -> Rates:
-        """Peaks from the data sheet."""
+        """Peak rates from the data sheet."""
         return Rates(self.flops, self.flops / FLOAT32_PASSES, self.hbm_bandwidth)
 
 
@@ -151,7 +151,7 @@ TPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A generation of GPUs, as its kernels are looked up, and bytes of shared memory that a block may use."""
+    """A generation of GPUs: the name under which kernels are looked up, and a block's bytes of shared memory."""
 
     name: str
     shared_memory: int
@@ -161,21 +161,21 @@ _HOPPER, _BLACKWELL = Generation("hopper", 232_448), Generation("blackwell", 232
 
 
 class Gpu(NamedTuple):
-    """A card, or all cards of a generation: a pattern of the whole name that JAX gives, and what is known of it."""
+    """A card, or all cards of a generation. The pattern `spellings` must match the whole name that JAX gives."""
 
     spellings: str
     rates: Rates | None
-    """Of the data sheet, dense."""
+    """Peak rates from the data sheet, without sparsity."""
     generation: Generation | None
-    """None where no kernels are made for it."""
+    """None if there are no kernels for it."""
 
 
-# The first pattern that fits counts.
+# The first pattern that matches counts.
 GPUS = (
     Gpu("NVIDIA A100.*40GB.*", Rates(312e12, 19.5e12, 1555e9), None),
     Gpu("NVIDIA A100-SXM4-80GB.*", Rates(312e12, 19.5e12, 2039e9), None),
     Gpu("NVIDIA H100.* HBM3.*", Rates(989e12, 67e12, 3350e9), _HOPPER),
-    # The NVL cards of H100 and H200 are slower, and not listed.
+    # The NVL cards of H100 and H200 are slower and are not listed.
     Gpu("NVIDIA H200(?! NVL).*", Rates(989e12, 67e12, 4800e9), _HOPPER),
     Gpu("NVIDIA B200.*", Rates(2250e12, 75e12, 8000e9), _BLACKWELL),
     Gpu(r".*\bG?H(20|100|200|800)\b.*", None, _HOPPER),
@@ -184,7 +184,7 @@ GPUS = (
 
 
 def find_tpu(kind: str) -> Tpu | None:
-    """The TPU that JAX calls `kind`, None if it is not in the table.
+    """Find the TPU that JAX calls `kind`; None if it is not in the table.
 
     >>> find_tpu("TPU v5 lite").name, find_tpu("TPU v3")
     ('v5e', None)
@@ -193,7 +193,7 @@ def find_tpu(kind: str) -> Tpu | None:
 
 
 def find_gpu(kind: str) -> Gpu | None:
-    """The GPU that JAX calls `kind`, None if it is not in the table.
+    """Find the GPU that JAX calls `kind`; None if it is not in the table.
 
     >>> find_gpu("NVIDIA H200 141GB HBM3e").rates.memory, find_gpu("NVIDIA H200 NVL").rates
     (4800000000000.0, None)
@@ -202,7 +202,7 @@ def find_gpu(kind: str) -> Gpu | None:
 
 
 def find_generation(kind: str) -> Generation | None:
-    """The generation of the GPU that JAX calls `kind`, None if no kernels are made for it.
+    """Find the generation of the GPU that JAX calls `kind`; None if there are no kernels for it.
 
     >>> find_generation("NVIDIA H200 141GB HBM3e").shared_memory
     232448
@@ -214,7 +214,7 @@ def find_generation(kind: str) -> Generation | None:
 
 
 def find_rates(kind: str) -> Rates | None:
-    """The peaks of the device that JAX calls `kind`, None if its data sheet is not in the table.
+    """Find the peak rates of the device that JAX calls `kind`; None if its data sheet is not in the table.
 
     >>> find_rates("TPU v5 lite").bfloat16, find_rates("NVIDIA H200 NVL")
     (197000000000000.0, None)

@@ -1,4 +1,4 @@
-"""Who works a layer: all its spans chosen once, from its spec and shapes, for the device that is traced for."""
+"""The choice of back ends for all spans of a layer, made once, from its spec, its shapes and the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe_kernels.types import Layout
 
 @dataclasses.dataclass(frozen=True)
 class LayerShapes:
-    """Sizes and dtypes of a layer on one device; experts are all of them."""
+    """Sizes and dtypes of a layer on one device. `num_experts` counts the experts of all devices."""
 
     num_tokens: int
     width: int
@@ -28,9 +28,10 @@ class LayerShapes:
 
 
 class LayerChoice(NamedTuple):
-    """Who works each verb, and the longer piece of the layer that stands for three of them (`layer`).
+    """The back end of each verb, and of the span `layer`, which stands for dispatch, experts and combine together.
 
-    Gated experts are two matmuls: `experts` the first, with its gate, and `down` the second; else `down` is None.
+    Gated experts are two matmuls: `experts` is the first, with its gate, and `down` the second. Otherwise `down` is
+    None.
     """
 
     route: Choice
@@ -50,7 +51,7 @@ def choose_layer(
     backend: str | None = None,
     on: Traced | None = None,
 ) -> LayerChoice:
-    """Choose all spans of a layer; with `received`, the layout of the rows that other shards send to its experts.
+    """Choose all spans of a layer. `received` is the layout of the rows that other shards send to its experts, if any.
 
     >>> from moe_kernels.capacity import plan_layout
     >>> shapes = LayerShapes(8, 4, 16, 2, "float32", "float32", "gelu_tanh")
@@ -104,10 +105,10 @@ def _matmul(problem: Problem, width: int, expert_width: int, epilogue: Epilogue)
 
 
 def _whole(common: Problem, shapes: LayerShapes, received: Layout | None, backend: str | None) -> Choice:
-    """Dispatch, experts and combine as one, where a back end has that."""
+    """Choose a span for dispatch, experts and combine together, if a back end has one."""
     reason = "gated experts are two matmuls" if shapes.gated else None
     if received is not None:
-        reason = "experts have rows from other shards"
+        reason = "its experts get rows from other shards"
     if reason is not None:
         return Choice(None, None, "", {each.name: reason for each in backends.BACKENDS})
     problem = dataclasses.replace(common, span="dispatch_mlp_combine", expert_width=shapes.expert_width)

@@ -1,10 +1,10 @@
-"""The name of 0.1.0 for the layer on a mesh; says what replaces it."""
+"""The names of 0.1.0 for the layer on a mesh. Each raises an error that says what replaces it."""
 
 from typing import Any, NoReturn
 
 
 def moe_mlp(*arguments: Any, **options: Any) -> NoReturn:
-    """Raise TypeError: the layer on a mesh is `moe_kernels.moe_mlp` with `mesh`.
+    """Raise TypeError: use `moe_kernels.moe_mlp` with `mesh`.
 
     >>> moe_mlp()
     Traceback (most recent call last):
@@ -16,7 +16,7 @@ def moe_mlp(*arguments: Any, **options: Any) -> NoReturn:
 
 
 def moe_mlp_on_shard(*arguments: Any, **options: Any) -> NoReturn:
-    """Raise TypeError: it is `moe_kernels.moe_mlp_on_shard`.
+    """Raise TypeError: use `moe_kernels.moe_mlp_on_shard`.
 
     >>> moe_mlp_on_shard()
     Traceback (most recent call last):

@@ -1,4 +1,4 @@
-"""Expert matmuls over the runs of a plan, with their derivatives."""
+"""Matmuls of experts over the runs of a plan, with their derivatives."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def grouped_matmul(
     backend: str | None = None,
     tiles: Hashable | None = None,
 ) -> Float[Array, "R F"]:
-    """Multiply the rows of every expert by its own matrix, `act(x W_e + b_e)`, result in the dtype of the rows.
+    """Multiply the rows of every expert by its own matrix, `act(x W_e + b_e)`; the result has the dtype of the rows.
 
-    Matmuls accumulate in float32; with an activation (`gelu_tanh`, `gelu_erf` or `silu`, computed in float32) its
-    argument is rounded to the dtype of the rows, as in `expert_mlp`. Gradients for rows, weight and bias, those of the
-    weights in their dtypes and exactly 0 for an expert without rows: `dX_e = dH_e W_eᵀ`, `dW_e = X_eᵀ dH_e` and
-    `db_e = Σ dH_e`, where `dH` is `dY` taken back through the activation. The argument of the activation is
-    kept for the way back by the GPU kernels, and elsewhere computed again from the inputs. What stands in unused rows
-    of the result is not promised, and what stands in unused rows of the input is never read into a gradient. `tiles`
-    are block sizes for both passes (`GivenTiles` of the TPU kernels), which choose their own by default. Raises
-    ValueError for shapes that do not fit the plan, for another activation, and for block sizes that do not fit.
+    Matmuls accumulate in float32. The argument of an activation is rounded to the dtype of the rows; the activation
+    itself is computed in float32. Rows, weight and bias get gradients: `dX_e = dH_e W_eᵀ`, `dW_e = X_eᵀ dH_e` and `db_e
+    = Σ dH_e`, where `dH` is `dY` times the slope of the activation. Gradients of weights have the dtype of the weights
+    and are exactly 0 for an expert without rows. For the backward pass, GPU kernels keep the argument of the
+    activation; other back ends compute it again. Unused rows of the result may hold anything; unused rows of the input
+    never affect a gradient. `tiles` are the block sizes of both passes (`GivenTiles` for the TPU kernels); by default
+    the kernels choose. Raises ValueError for shapes that do not fit the plan, for an unknown activation, and for block
+    sizes that do not fit.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import dispatch, make_plan, route
@@ -66,11 +66,11 @@ def grouped_glu(
     backend: str | None = None,
     tiles: Hashable | None = None,
 ) -> Float[Array, "R F"]:
-    """Both first matmuls of gated expert MLPs in one, `act(x G_e) * (x U_e)`, so that rows are read once.
+    """Compute both first matmuls of gated expert MLPs, `act(x G_e) * (x U_e)`; kernels read the rows once for both.
 
-    `silu` makes SwiGLU, `gelu_tanh` and `gelu_erf` GEGLU. Both products are rounded to the dtype of the rows, the
-    activation and its product with `x U_e` are computed in float32. Everything else, gradients included, as in
-    `grouped_matmul`; both products are kept by the GPU kernels, and elsewhere computed again on the way back.
+    `silu` makes SwiGLU, `gelu_tanh` and `gelu_erf` make GEGLU. Both products are rounded to the dtype of the rows. The
+    activation and its product with `x U_e` are computed in float32. Everything else, gradients included, is as in
+    `grouped_matmul`. For the backward pass, GPU kernels keep both products; other back ends compute them again.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import dispatch, make_plan, route
@@ -122,9 +122,9 @@ def expert_mlp(
 ) -> Float[Array, "R D"]:
     """Apply every expert's MLP, `act(x w1 + b1) w2 + b2`, to its rows.
 
-    Matmuls accumulate in float32; the hidden layer is rounded to the dtype of the rows before and after the activation
-    (`gelu_tanh` or `gelu_erf`, computed in float32). Unused rows and `tiles` as in `grouped_matmul`. Raises
-    ValueError for shapes and block sizes that do not fit and for another activation.
+    Matmuls accumulate in float32. The activation is computed in float32; the hidden layer is rounded to the dtype of
+    the rows before and after it. Unused rows and `tiles` are as in `grouped_matmul`. Raises ValueError for shapes and
+    block sizes that do not fit and for an unknown activation.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import MlpWeights, dispatch, make_plan, route
@@ -151,14 +151,14 @@ def expert_mlp(
 
 
 class ExpertSizes(NamedTuple):
-    """F and the dtype of experts' weights."""
+    """The expert width F and the dtype of the experts' weights."""
 
     expert_width: int
     dtype: str
 
 
 def expert_sizes(weights: MlpWeights | GluWeights) -> ExpertSizes:
-    """F and the dtype, of plain or gated experts.
+    """Read F and the dtype from the weights of plain or gated experts.
 
     >>> import jax.numpy as jnp
     >>> expert_sizes(MlpWeights(jnp.ones((2, 4, 8)), None, jnp.ones((2, 8, 4)), None)).expert_width
@@ -169,7 +169,7 @@ def expert_sizes(weights: MlpWeights | GluWeights) -> ExpertSizes:
 
 
 def activation_of(weights: MlpWeights | GluWeights, spec: MoeSpec) -> str:
-    """The activation of a layer's experts. Raises ValueError for a name that does not exist.
+    """Find the activation of a layer's experts. Raises ValueError for an unknown name.
 
     >>> import jax.numpy as jnp
     >>> activation_of(MlpWeights(jnp.ones((2, 4, 8)), None, jnp.ones((2, 8, 4)), None), MoeSpec())
@@ -181,7 +181,7 @@ def activation_of(weights: MlpWeights | GluWeights, spec: MoeSpec) -> str:
 
 
 def check_experts(weights: MlpWeights | GluWeights, num_experts: int, width: int) -> None:
-    """Refuse weights that do not fit together or the rows."""
+    """Refuse weights whose shapes do not fit each other or the rows."""
     if isinstance(weights, GluWeights):
         expert_width = weights.gate.shape[-1]
         _check_weight("weights.gate", weights.gate, (num_experts, width, None))
@@ -189,7 +189,7 @@ def check_experts(weights: MlpWeights | GluWeights, num_experts: int, width: int
         _check_weight("weights.down", weights.down, (num_experts, expert_width, width))
         return
     if not isinstance(weights, MlpWeights):
-        raise TypeError(f"weights are a {type(weights).__name__}; give MlpWeights, GluWeights or WithShared")
+        raise TypeError(f"weights are a {type(weights).__name__}; pass MlpWeights, GluWeights or WithShared")
     expert_width = weights.w1.shape[-1]
     _check_weight("weights.w1", weights.w1, (num_experts, width, None))
     _check_weight("weights.w2", weights.w2, (num_experts, expert_width, width))

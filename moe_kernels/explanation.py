@@ -1,4 +1,4 @@
-"""Who works a layer on a chip, and why the others do not: for a person and as JSON."""
+"""Which back end runs each part of a layer on a chip, and why others do not: as text and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_kernels.types import RouterWeights, Routing
 
 
 class Explanation(NamedTuple):
-    """The choice of each verb of a layer; prints as text, `as_json` for programs.
+    """The choice for each verb of a layer. It prints as text; `as_json` is for programs.
 
     >>> Explanation._fields
     ('choice', 'on')
@@ -24,7 +24,7 @@ class Explanation(NamedTuple):
     on: Traced
 
     def as_json(self) -> dict[str, dict[str, Any]]:
-        """For each verb and for the whole layer `{"backend": name, "how": text, "refused": {name: reason}}`."""
+        """Give `{"backend": name, "how": text, "refused": {name: reason}}` for each verb and for the whole layer."""
         return {name: _as_json(choice) for name, choice in self._verbs().items()}
 
     def _verbs(self) -> dict[str, Choice]:
@@ -66,11 +66,11 @@ def explain(
     chip: str | None = None,
     shards: int = 1,
 ) -> Explanation:
-    """Say which back end works each part of a layer, how, and why the others do not.
+    """Say which back end runs each part of a layer, how, and why others do not.
 
-    Arguments are those of `moe_mlp`, as arrays or `jax.ShapeDtypeStruct`s; `tokens` are those of one device. `chip` is
-    one of v4, v5e, v5p, v6e and 7x (None: the device that is here). With `shards` above 1 that many devices share the
-    experts. Raises ValueError for another chip and for experts that cannot be split.
+    The arguments are those of `moe_mlp`, as arrays or `jax.ShapeDtypeStruct`s. `tokens` are those of one device. `chip`
+    is v4, v5e, v5p, v6e or 7x (None: this machine's device). `shards` is the number of devices that share the experts.
+    Raises ValueError for an unknown chip and for experts that cannot be split.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import MlpWeights

@@ -1,4 +1,4 @@
-"""Routing figures of each modality from sums; a figure that ignores modality hides a minority that is dropped."""
+"""Routing figures of each modality. A figure over all modalities would hide that tokens of a rare one are dropped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe_kernels.types import RoutingSums
 
 
 class RoutingFigures(NamedTuple):
-    """What to watch, for each modality (paper, section 6); entropies in nats, NaN for a modality without tokens.
+    """What to watch for each modality (paper, section 6). Entropies are in nats; NaN for a modality without tokens.
 
     >>> RoutingFigures._fields[:3]
     ('wanted', 'kept', 'success_rate')
@@ -20,18 +20,18 @@ class RoutingFigures(NamedTuple):
     wanted: Float[Array, "M E"]
     kept: Float[Array, "M E"]
     success_rate: Float[Array, " M"]
-    """Share of choices that found room."""
+    """The share of choices that found a place."""
     largest_gate: Float[Array, " M"]
     local_entropy: Float[Array, " M"]
-    """Mean entropy of a token's softmax."""
+    """The mean over tokens of the entropy of a token's router probabilities."""
     mean_entropy: Float[Array, " M"]
-    """Entropy of the mean softmax."""
+    """The entropy of the mean router probabilities."""
     effective_experts: Float[Array, " M"]
-    """exp(mean_entropy): how many experts the modality spreads over."""
+    """exp(mean_entropy): over how many experts the modality spreads."""
 
 
 def entropy_of_mean(probability: Float[Array, "... E"], tokens: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Entropy (nats) of the mean distribution, from summed probabilities and the number of tokens; `0 log 0 = 0`.
+    """Compute the entropy (nats) of a mean distribution from summed probabilities and a token count; `0 log 0 = 0`.
 
     >>> import jax.numpy as jnp
     >>> round(float(entropy_of_mean(jnp.array([3.0, 3.0]), jnp.array(6.0))), 4)
@@ -39,7 +39,7 @@ def entropy_of_mean(probability: Float[Array, "... E"], tokens: Float[Array, "..
     """
     mean = probability / tokens[..., None]
     positive = mean > 0
-    # Two selections, so that the derivative of log at 0 never meets a zero cotangent (0 * inf = NaN).
+    # Without the first selection, the derivative of log at 0 would meet a zero cotangent (0 * inf = NaN).
     log = jnp.log(jnp.where(positive, mean, jnp.float32(1)))
     return -jnp.sum(jnp.where(mean == 0, jnp.float32(0), mean * log), axis=-1)
 

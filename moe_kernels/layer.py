@@ -38,17 +38,17 @@ def moe_mlp(
     """Send every token through its `num_choices` best experts: `y = sum of gate_e MLP_e(x)` (paper, section 2).
 
     `router` is a matrix, `RouterWeights` with biases, or a `Routing` that the caller made (`make_routing`). `weights`
-    are those of plain or gated experts, or of both with a shared one. A token without a place is 0 in the output but
-    for the shared expert; so is padding. Returns the tokens with the router's sums and what was kept. Differentiable
-    once in tokens, router and weights.
+    are plain or gated experts, with or without a shared expert. Padding and tokens without a place are 0 in the output,
+    except for what the shared expert adds. Returns the tokens, the router's sums and the counts of kept choices.
+    Differentiable once in tokens, router and weights.
 
-    With a `mesh` it is the same function of global arrays, called outside of `shard_map`: tokens and inputs are split
-    by whole groups over `spec.exchange.token_axes`, experts over `expert_axis`, router and shared expert are
-    everywhere. Rows are exchanged among the devices that differ in `expert_axis` alone, twice forward and twice
-    backward. Without a capacity limit, what finds no room in a receiver's buffer (`buffer_factor`) is dropped, evenly
-    from the longest runs of one expert's rows from one device, the last groups of each first, and shows as the
-    difference between `sums.wanted` and `kept`; what overflows depends on the mesh, nothing else does. Take gradients
-    of this function, not of something inside its `shard_map`. Raises ValueError for arguments that do not fit.
+    With a `mesh`, `moe_mlp` is the same function of global arrays; call it outside `shard_map`. It splits tokens and
+    inputs by whole groups over `spec.exchange.token_axes`, and experts over `expert_axis`. Every device has the router
+    and the shared expert. Devices that differ only in `expert_axis` exchange rows, twice forward and twice backward.
+    Without a capacity limit, rows that do not fit in a receiver's buffer (`buffer_factor`) are dropped. Each receiver
+    cuts the longest runs to one length, and a run loses its last groups first. The dropped rows are the difference
+    between `sums.wanted` and `kept`; only they depend on the mesh. Take gradients of this function, not of something
+    inside its `shard_map`. Raises ValueError for arguments that do not fit.
 
     >>> import jax, jax.numpy as jnp
     >>> from moe_kernels import MlpWeights, MoeSpec
@@ -119,7 +119,7 @@ def _on_mesh(
             RouteInputs._make((by_token, by_token, by_token, by_token, by_token, whole, whole)),
         ),
         out_specs=by_token,
-        # Interpreted kernels do not trace with it; gradients are right without it as long as they are taken outside.
+        # Interpreted kernels do not trace with the check. Without it, gradients are right if they are taken outside.
         check_vma=False,
     )
     first_group = jnp.asarray(inputs.first_group, jnp.int32)

@@ -1,4 +1,4 @@
-"""The layer on one device: route, plan, dispatch, experts, combine, by spans that were chosen once."""
+"""The layer on one device: route, plan, dispatch, experts, combine, with spans that were chosen once."""
 
 from __future__ import annotations
 
@@ -32,14 +32,13 @@ from moe_kernels.types import (
     WithShared,
 )
 
-# Names of values that every remat policy should save: routing is decided once, since a near tie could flip if
-# recomputed.
+# Names of values that every remat policy should save. If routing were computed again, a near tie could flip.
 SAVED_NAMES = ("moe_routing", "moe_plan")
 
 
 class Decision(NamedTuple):
-    """Where every token goes: what the router chose, by which numbers places were claimed, and who found room; the
-    tokens, passed on by the router."""
+    """Where every token goes: the routing, the priority by which tokens claimed places, the plan, and the tokens as the
+    router passed them on."""
 
     routing: Routing
     priority: Float[Array, " T"] | None
@@ -47,14 +46,14 @@ class Decision(NamedTuple):
     tokens: Float[Array, "T D"]
 
     def output(self, tokens: Float[Array, "T D"]) -> MoeOutput:
-        """The result of a layer that made these tokens of the others."""
+        """Combine the decision with the layer's output tokens."""
         return MoeOutput(tokens, self.routing.sums, self.plan.kept, self.routing.expert, self.priority)
 
 
 def shapes_of(
     tokens: Float[Array, "T D"], router: RouterWeights | Routing, weights: MlpWeights | GluWeights, spec: MoeSpec
 ) -> LayerShapes:
-    """Sizes and dtypes of a layer's arguments, which need to be no more than shapes.
+    """Read sizes and dtypes from a layer's arguments, which may be arrays or `jax.ShapeDtypeStruct`s.
 
     >>> weights = MlpWeights(jnp.ones((2, 4, 8)), None, jnp.ones((2, 8, 4)), None)
     >>> shapes_of(jnp.ones((6, 4)), RouterWeights(jnp.ones((4, 2))), weights, MoeSpec()).expert_width
@@ -74,7 +73,7 @@ def shapes_of(
 
 
 def num_experts_of(router: RouterWeights | Routing) -> int:
-    """E, of a router or of a routing.
+    """Read E from a router or a routing.
 
     >>> num_experts_of(RouterWeights(jnp.ones((4, 2))))
     2
@@ -83,7 +82,7 @@ def num_experts_of(router: RouterWeights | Routing) -> int:
 
 
 def layout_of(spec: MoeSpec, shapes: LayerShapes, rows_per_expert: int | None = None) -> Layout:
-    """How the rows of a layer lie.
+    """Choose the layout of a layer's rows.
 
     >>> layout_of(MoeSpec(), LayerShapes(8, 4, 16, 2, "float32", "float32", "silu")).num_rows
     16
@@ -101,7 +100,7 @@ def moe_mlp_here(
     spec: MoeSpec,
     inputs: RouteInputs,
 ) -> MoeOutput:
-    """`moe_mlp` on one device, for routed experts."""
+    """Run the routed experts of `moe_mlp` on one device."""
     check_router(tokens, router, spec, inputs)
     check_experts(weights, num_experts_of(router), tokens.shape[1])
     shapes = shapes_of(tokens, router, weights, spec)
@@ -125,18 +124,18 @@ def choose_here(
     inputs: RouteInputs,
     on: Traced | None = None,
 ) -> LayerChoice:
-    """The spans of a layer on one device."""
+    """Choose the spans of a layer on one device."""
     return choose_layer(shapes, static_of(router, spec, inputs), layout_of(spec, shapes), backend=spec.backend, on=on)
 
 
 def static_of(router: RouterWeights | Routing, spec: MoeSpec, inputs: RouteInputs) -> RouteStatic:
-    """What is static about the routing, also of one that was given."""
+    """Collect the static facts of the routing, whether the layer computes it or the caller made it."""
     biased = isinstance(router, RouterWeights) and is_biased(router)
     return route_static(spec, num_experts_of(router), inputs, biased=biased)
 
 
 def span_of(choice: Choice) -> Span:
-    """The span of a verb that was chosen. Raises ValueError where no back end takes it, with everybody's reason."""
+    """Get the chosen span. Raises ValueError if no back end took the problem, with the reason of each."""
     if choice.span is None:
         reasons = "; ".join(f"{backend}: {reason}" for backend, reason in choice.refused.items())
         raise ValueError(f"no back end takes this layer: {reasons}")
@@ -151,7 +150,8 @@ def decide(
     choice: LayerChoice,
     rows_per_expert: int | None = None,
 ) -> Decision:
-    """Route, unless a `Routing` is given, and plan; rows are an `[E, rows_per_expert]` block if that is given."""
+    """Route, unless the caller made a `Routing`, and plan. With `rows_per_expert`, rows are an `[E, rows_per_expert]`
+    block."""
     num_experts = num_experts_of(router)
     if isinstance(router, RouterWeights):
         routing, tokens = routed(span_of(choice.route), static_of(router, spec, inputs), tokens, router, inputs)
@@ -174,7 +174,7 @@ def decide(
 def check_router(
     tokens: Float[Array, "T D"], router: RouterWeights | Routing, spec: MoeSpec, inputs: RouteInputs
 ) -> None:
-    """Refuse a router, or a routing of the user's, that is not for these tokens and this spec."""
+    """Refuse a router, or a routing that the caller made, that does not fit these tokens and this spec."""
     if isinstance(router, RouterWeights):
         check_route(tokens, router, spec, inputs)
         return
@@ -182,14 +182,14 @@ def check_router(
     wanted = (tokens.shape[0], spec.num_choices)
     if routing.expert.shape != wanted or routing.gate.shape != wanted:
         raise ValueError(
-            f"the routing has experts {routing.expert.shape} and gates {routing.gate.shape}; the layer is for "
+            f"the routing has experts {routing.expert.shape} and gates {routing.gate.shape}; the layer needs "
             f"[T, K] = {wanted}"
         )
     groups = (spec.num_groups, spec.num_modalities)
     if routing.sums.tokens.shape != groups:
         raise ValueError(
-            f"the routing's sums are of {routing.sums.tokens.shape} groups and modalities, the layer has {groups}; "
-            "give make_routing the layer's spec"
+            f"the routing's sums have {routing.sums.tokens.shape} groups and modalities, the layer has {groups}; "
+            "pass the layer's spec to make_routing"
         )
 
 
@@ -201,7 +201,7 @@ def run_experts(
     choice: LayerChoice,
     activation: str,
 ) -> Float[Array, "R D"]:
-    """Every expert's MLP on its rows: one span, or for gated experts two matmuls."""
+    """Apply every expert's MLP to its rows: one span, or two matmuls for gated experts."""
     first = span_of(choice.experts)
     if isinstance(weights, MlpWeights):
         return apply(first, MlpStatic(layout, activation), (rows, weights), (runs,))
@@ -211,19 +211,19 @@ def run_experts(
 
 
 def routed_of(weights: ExpertWeights) -> MlpWeights | GluWeights:
-    """The experts that the router chooses among."""
+    """Get the experts that the router chooses among."""
     return weights.routed if isinstance(weights, WithShared) else weights
 
 
 def with_shared(output: MoeOutput, tokens: Float[Array, "T D"], weights: ExpertWeights, spec: MoeSpec) -> MoeOutput:
-    """The output of the routed experts, and of the shared one if there is one."""
+    """Add the shared expert's output to that of the routed experts, if there is a shared expert."""
     if not isinstance(weights, WithShared):
         return output
     return output._replace(tokens=output.tokens + shared_expert(tokens, weights, spec))
 
 
 def shared_expert(tokens: Float[Array, "T D"], weights: WithShared, spec: MoeSpec) -> Float[Array, "T D"]:
-    """What the shared expert adds, `s(x) shared(x)`; matmuls accumulate in float32, the hidden layer is rounded."""
+    """Compute the shared expert, `s(x) shared(x)`. Matmuls accumulate in float32; the hidden layer is rounded."""
     one, dtype = weights.shared, tokens.dtype
     activate = function_of(activation_of(one, spec))
 

@@ -1,7 +1,7 @@
-"""Sort by several whole numbers at once, packed into as few words as hold their bits.
+"""Sort by several integers at once, packed into as few words as possible.
 
-What a sort costs goes with the arrays that it moves and compares, on a CPU as on a TPU: an expert, the bits of a
-priority and a token are two words of 31 bits, a token and its row mostly one.
+On a CPU and on a TPU, the cost of a sort grows with the number of arrays that it moves and compares. An expert, the
+bits of a priority and a token fit in two words of 31 bits; a token and its row mostly fit in one.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ WORD = 31  # bits of an int32 that is not negative
 
 
 class Field(NamedTuple):
-    """Whole numbers from 0 to `limit - 1`, at most 2^32."""
+    """Integers from 0 to `limit - 1`; `limit` is at most 2^32."""
 
     values: Shaped[Array, "..."]
     limit: int
 
     @property
     def bits(self) -> int:
-        """Bits that hold any of the numbers."""
+        """The number of bits that hold any of the values."""
         return max(1, (self.limit - 1).bit_length())
 
 
 def descending(values: Float[Array, "..."]) -> Field:
-    """Float32 numbers as a field that ascends where they descend; zeros of both signs are equal, NaN comes last.
+    """Make a field that sorts float32 numbers in descending order. Zeros of both signs are equal; NaN comes last.
 
     >>> field = descending(jnp.array([1.0, jnp.inf, -0.0, 0.0, -jnp.inf, jnp.nan]))
     >>> [int(rank) for rank in jnp.argsort(field.values, stable=True)], bool(field.values[2] == field.values[3])
@@ -43,7 +43,9 @@ def descending(values: Float[Array, "..."]) -> Field:
 
 
 def sort_fields(fields: Sequence[Field]) -> tuple[Array, ...]:
-    """Sort along the last axis by the first field, then the next one and so on; all fields are keys, so ties are equal.
+    """Sort along the last axis by the first field, then by the next, and so on.
+
+    All fields are keys, so tied entries are equal in every field.
 
     >>> [field.tolist() for field in sort_fields([Field(jnp.array([1, 0, 1]), 2), Field(jnp.array([7, 8, 6]), 9)])]
     [[0, 1, 1], [8, 6, 7]]
@@ -56,7 +58,8 @@ def sort_fields(fields: Sequence[Field]) -> tuple[Array, ...]:
 
 
 def _places(fields: Sequence[Field]) -> list[list[tuple[int, int, int]]]:
-    """For each field its parts, high bits first: the word, the bits of the part, and the bits of the word below it."""
+    """Give the parts of each field, high bits first: the word, the part's bits, and how many bits of the word are below
+    it."""
     word, room, places = 0, WORD, []
     for field in fields:
         left, parts = field.bits, []

@@ -1,4 +1,4 @@
-"""Tokens into expert rows and back; both directions, and both derivatives, are gathers."""
+"""Copy tokens to expert rows and back. Both directions and both derivatives are gathers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from moe_kernels.types import Plan
 def dispatch(tokens: Float[Array, "T D"], plan: Plan, *, backend: str | None = None) -> Float[Array, "R D"]:
     """Copy tokens into the rows that the plan gave them; unused rows are 0.
 
-    Derivative: `dtokens[t] = sum_k drows[row[t, k]]` over the choices that found room. Raises ValueError for a plan
-    made for another number of tokens.
+    Derivative: `dtokens[t] = sum_k drows[row[t, k]]` over the choices that found a place. Raises ValueError for a plan
+    of another number of tokens.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import make_plan, route
@@ -31,10 +31,10 @@ def dispatch(tokens: Float[Array, "T D"], plan: Plan, *, backend: str | None = N
 def combine(
     rows: Float[Array, "R D"], gate: Float[Array, "T K"], plan: Plan, *, backend: str | None = None
 ) -> Float[Array, "T D"]:
-    """Weigh each token's rows by its gates and add them, `y[t] = sum_k gate[t, k] rows[row[t, k]]`, in float32.
+    """Weigh each token's rows by its gates and add them in float32: `y[t] = sum_k gate[t, k] rows[row[t, k]]`.
 
-    A choice without room contributes 0; a gate that is not finite makes its token NaN. Raises ValueError for shapes
-    that do not fit the plan.
+    A choice without a place adds 0. A gate that is not finite makes its token NaN. Raises ValueError for shapes that do
+    not fit the plan.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import make_plan, route

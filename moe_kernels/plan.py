@@ -1,4 +1,4 @@
-"""Who sits where: the places of all choices, from one stable sort."""
+"""The plan of a layer: which row each choice gets, from one sort."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Sorted(NamedTuple):
     order: Int[Array, "G Q"]
     """Choice `s * K + k` at each place of the order."""
     expert: Int[Array, "G Q"]
-    """Expert at each place; E behind all of them, for choices that claim nothing."""
+    """Expert at each place. At the end, E stands for choices that claim no place."""
     start: Int[Array, "G E"]
     wanted: Int[Array, "G E"]
 
@@ -38,13 +38,13 @@ def make_plan(
     num_modalities: int = 1,
     rows_per_expert: int | None = None,
 ) -> Plan:
-    """Give every choice its row, exactly `min(wanted, capacity)` of each group and expert (paper, section 2).
+    """Assign rows to choices: exactly `min(wanted, capacity)` for each group and expert (paper, section 2).
 
-    All first choices claim places before all second ones; among equals the larger `priority [T]` claims first, then the
-    lower token index (None: order of arrival). `capacity=None` keeps everything. Padding (gate 0) and tokens with gates
-    that are not finite claim nothing. Rows of an expert lie group after group without gaps, in claim order, in an
-    `[E, rows_per_expert]` block if that is given (to be exchanged, say), else as costs least. Not differentiable.
-    Raises ValueError for shapes that do not fit.
+    All first choices claim places before all second choices. Among equals, the token with the larger `priority [T]`
+    claims first, then the one with the lower index (None: order of arrival). `capacity=None` keeps every choice.
+    Padding (gate 0) and tokens whose gates are not finite claim no place. The rows of an expert follow group after
+    group without gaps, in claim order. With `rows_per_expert` they are an `[E, rows_per_expert]` block, as an exchange
+    needs; else the cheaper layout is chosen. Not differentiable. Raises ValueError for shapes that do not fit.
 
     >>> from moe_kernels import bpr_priority, route
     >>> import jax.numpy as jnp
@@ -69,13 +69,13 @@ def make_plan(
         raise ValueError(f"num_modalities={num_modalities} needs modality ids; pass modality=[T] integers")
 
     if num_experts != (expected := routing.sums.wanted.shape[-1]):
-        raise ValueError(f"num_experts={num_experts} is not the {expected} experts that the routing is for")
+        raise ValueError(f"num_experts={num_experts} must be the {expected} experts of the routing")
 
     most = most_rows(num_tokens, num_groups, capacity)
     if rows_per_expert is not None and (rows_per_expert < most or rows_per_expert % ROW_ALIGNMENT):
         raise ValueError(
             f"rows_per_expert={rows_per_expert} must hold the {most} rows that an expert can get and be a multiple of "
-            f"{ROW_ALIGNMENT}; use None to leave it open"
+            f"{ROW_ALIGNMENT}; use None to have it chosen"
         )
     layout = plan_layout(num_tokens, num_choices, num_groups, num_experts, capacity, rows_per_expert)
     routing, priority = jax.lax.stop_gradient((routing, priority))
@@ -90,7 +90,7 @@ def make_plan(
 
 
 class _Places(NamedTuple):
-    """Row of every choice, choice of every row, and where each expert's rows lie."""
+    """The row of every choice, the choice of every row, and the runs of every expert."""
 
     row: Int[Array, " TK"]
     source: Int[Array, " R"]
@@ -98,7 +98,7 @@ class _Places(NamedTuple):
 
 
 def _places(ranked: _Sorted, kept: Int[Array, "G E"], layout: Layout) -> _Places:
-    """Rows of an expert group after group, in claim order, for the `kept` first choices of each group."""
+    """Assign rows to the first `kept` choices of each group and expert, group after group, in claim order."""
     num_experts = layout.num_experts
     size = jnp.sum(kept, axis=0, dtype=jnp.int32)
     if layout.rows_per_expert is not None:
@@ -121,14 +121,14 @@ def _places(ranked: _Sorted, kept: Int[Array, "G E"], layout: Layout) -> _Places
 
 def _sort(routing: Routing, priority: Float[Array, " T"] | None, num_groups: int, num_experts: int) -> _Sorted:
     num_choices = routing.expert.shape[1]
-    # Gates of padding are 0; a token with logits that are not finite has NaN gates: neither may enter a comparison.
+    # Padding has gates of 0; a token with logits that are not finite has NaN gates. Neither may enter a comparison.
     gate = routing.gate
     claims = jnp.any(gate != 0, axis=1, keepdims=True) & jnp.all(jnp.isfinite(gate), axis=1, keepdims=True)
     column = jnp.arange(num_choices, dtype=jnp.int32)
     nobody = jnp.int32(num_experts * num_choices)
     key = jnp.where(claims, routing.expert * num_choices + column, nobody).reshape(num_groups, -1)
     choice = jnp.broadcast_to(jnp.arange(key.shape[1], dtype=jnp.int32), key.shape)
-    # The choice is the last key rather than carried by a stable sort: one order, and less to move on CPU and on TPU.
+    # The choice is the last key, which makes the order unique; a stable sort would move more data on CPU and TPU.
     fields = [Field(key, num_experts * num_choices + 1), Field(choice, key.shape[1])]
     if priority is not None:
         rank = jnp.broadcast_to(jnp.where(claims, priority[:, None], jnp.float32(0)), routing.expert.shape)
@@ -138,7 +138,7 @@ def _sort(routing: Routing, priority: Float[Array, " T"] | None, num_groups: int
 
     def count_below(method: str, key: Array) -> Array:
         search = functools.partial(jnp.searchsorted, v=bounds, method=method)
-        # Not mapped over a single group: a TPU would leave seven of eight sublanes idle.
+        # No vmap over a single group: a TPU would leave seven of eight sublanes idle.
         return (jax.vmap(search)(key) if num_groups > 1 else search(key[0])[None]).astype(jnp.int32)
 
     start = jax.lax.platform_dependent(
@@ -165,8 +165,9 @@ def _sort_groups(fields: Sequence[Field]) -> tuple[Array, ...]:
 
 
 def _look_up(table: Int[Array, "G E"], index: Int[Array, "G Q"]) -> Int[Array, "G Q"]:
-    """Entries of each group's table, 0 behind its end. A TPU gathers a single number in 10 cycles, and compares and
-    adds up a short table in a tenth of one."""
+    """Look up entries of each group's table; an index past its end gives 0.
+
+    A TPU takes 10 cycles to gather one number, but a tenth of a cycle to compare and add up a short table."""
 
     def compare(table: Array, index: Array) -> Array:
         hit = index[..., None] == jnp.arange(table.shape[1], dtype=jnp.int32)
@@ -179,15 +180,15 @@ def _look_up(table: Int[Array, "G E"], index: Int[Array, "G Q"]) -> Int[Array, "
 def _rows_in_claim_order(
     ranked: _Sorted, kept: Int[Array, "G E"], base: Int[Array, "G E"], layout: Layout
 ) -> Int[Array, "G Q"]:
-    """Row of the choice at every place of the claim order; `num_rows` for a choice that finds no room."""
+    """Find the row of the choice at every place of the claim order; `num_rows` for a choice without a place."""
     place = jnp.arange(ranked.order.shape[1], dtype=jnp.int32)
-    # The end is 0 for choices that claim nothing.
+    # The end is 0 for choices that claim no place.
     taken = place < _look_up(ranked.start + kept, ranked.expert)
     return jnp.where(taken, place + _look_up(base - ranked.start, ranked.expert), layout.num_rows)
 
 
 def _flat_choice(ranked: _Sorted) -> Int[Array, " TK"]:
-    """Flat choice `t * K + k` at every place of the claim order, group after group."""
+    """Give the flat choice `t * K + k` at every place of the claim order, group after group."""
     num_groups, size = ranked.order.shape
     return (jnp.arange(num_groups, dtype=jnp.int32)[:, None] * size + ranked.order).reshape(-1)
 
@@ -195,7 +196,7 @@ def _flat_choice(ranked: _Sorted) -> Int[Array, " TK"]:
 def _both_ways_by_scatter(
     ranked: _Sorted, in_order: Int[Array, "G Q"], first: Int[Array, " E"], size: Int[Array, " E"], *, layout: Layout
 ) -> tuple[Int[Array, " TK"], Int[Array, " R"]]:
-    """Row of every choice, and choice of every row."""
+    """Invert the claim order into the row of every choice and the choice of every row."""
     choice, row = _flat_choice(ranked), in_order.reshape(-1)
     source = jnp.full((layout.num_rows,), choice.size, jnp.int32)
     return jnp.zeros_like(row).at[choice].set(row, unique_indices=True), source.at[row].set(choice, mode="drop")
@@ -204,13 +205,13 @@ def _both_ways_by_scatter(
 def _both_ways_by_sort(
     ranked: _Sorted, in_order: Int[Array, "G Q"], first: Int[Array, " E"], size: Int[Array, " E"], *, layout: Layout
 ) -> tuple[Int[Array, " TK"], Int[Array, " R"]]:
-    """As `_both_ways_by_scatter`, for TPUs: sorting 16,384 pairs takes a fifteenth of scattering them."""
+    """Do the same on TPUs, where sorting 16,384 pairs takes a fifteenth of the time of scattering them."""
     choice, row = _flat_choice(ranked), in_order.reshape(-1)
     nobody = jnp.int32(choice.size)
     choices, rows = (functools.partial(Field, limit=limit + 1) for limit in (choice.size, layout.num_rows))
     _, of_choice = sort_fields([choices(choice), rows(row)])
     if layout.rows_per_expert is None:
-        # Pairs of the rows that pad runs to whole tiles, too, make the place of every pair its row.
+        # With pairs also for the rows that pad runs to whole tiles, each pair sorts to the position of its row.
         padding = (first + size)[:, None] + jnp.arange(ROW_ALIGNMENT - 1, dtype=jnp.int32)
         padding = jnp.where(padding < round_up(first + size, ROW_ALIGNMENT)[:, None], padding, layout.num_rows)
         row = jnp.concatenate([row, padding.reshape(-1)])
@@ -231,7 +232,7 @@ def _both_ways_by_sort(
 def kept_by_modality(
     routing: Routing, row: Int[Array, "G Q"], modality: Int[Array, " T"] | None, num_modalities: int, layout: Layout
 ) -> Float[Array, "G M E"]:
-    """Count the choices that found room, by comparison and sum (fused by XLA, no one-hot tensor is stored)."""
+    """Count the choices that found a place, by comparison and sum. XLA fuses both and stores no one-hot tensor."""
     shape = (layout.num_groups, -1, layout.num_choices)
     expert = routing.expert.reshape(shape)
     found = row.reshape(shape) < layout.num_rows

@@ -1,4 +1,4 @@
-"""Who claims a place first."""
+"""Priorities: which token claims a place first."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def bpr_priority(routing: Routing) -> Float[Array, " T"]:
 def random_priority(
     key: Key[Array, ""], *, num_groups: int, group_size: int, first_group: int | Int[Array, ""] = 0
 ) -> Float[Array, " T"]:
-    """A random order in every group, drawn from `fold_in(key, first_group + g)`.
+    """Draw a random order for every group g from `fold_in(key, first_group + g)`.
 
     >>> import jax
     >>> random_priority(jax.random.key(0), num_groups=2, group_size=3).shape
@@ -36,7 +36,7 @@ def random_priority(
 
 
 def modality_priority(modality: Int[Array, " T"], first_modality: int) -> Float[Array, " T"]:
-    """All tokens of one modality before all others, each in order of arrival.
+    """Put all tokens of one modality before all others, each modality in order of arrival.
 
     >>> import jax.numpy as jnp
     >>> modality_priority(jnp.array([0, 1, 1]), 1).tolist()
@@ -46,9 +46,9 @@ def modality_priority(modality: Int[Array, " T"], first_modality: int) -> Float[
 
 
 def priority_of(spec: MoeSpec, routing: Routing, inputs: RouteInputs) -> Float[Array, " T"] | None:
-    """The priority that a layer asks for; None is the order of arrival.
+    """Compute the priority that a spec asks for; None is the order of arrival.
 
-    Raises ValueError where it needs an input that is not there.
+    Raises ValueError if an input that the priority needs is missing.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import route

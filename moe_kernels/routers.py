@@ -1,4 +1,5 @@
-"""Router families by name: what a gate is, and what distribution over experts losses and figures see."""
+"""Router families by name. A family defines the gates, and the distribution over experts that losses and figures
+use."""
 
 from __future__ import annotations
 
@@ -21,9 +22,9 @@ class RouterFamily(NamedTuple):
     """
 
     score: OfLogits
-    """What the gate of an expert is, before it is renormalised or scaled. Larger for a larger logit."""
+    """The gate of each expert before it is renormalised or scaled. A larger logit must give a larger gate."""
     log_probability: OfLogits
-    """Logarithm of the distribution over experts that the sums of a routing hold."""
+    """The logarithm of the distribution over experts that enters the sums of a routing."""
     normalised: bool
     """Whether the scores of a token are that distribution."""
 
@@ -44,11 +45,11 @@ ROUTERS: dict[str, RouterFamily] = {
         normalised=False,
     ),
 }
-"""A program may add its own; kernels know "softmax", the XLA back end works all of them."""
+"""A program may add its own. Kernels know only "softmax"; the XLA back end runs every family."""
 
 
 def family_of(name: str) -> RouterFamily:
-    """The family of that name. Raises ValueError for a name that is not in `ROUTERS`.
+    """Look up a router family by name. Raises ValueError for a name that is not in `ROUTERS`.
 
     >>> family_of("softmax").normalised
     True

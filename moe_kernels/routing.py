@@ -1,4 +1,4 @@
-"""Tokens to experts: the router's decision, its gates and the sums that losses and figures need."""
+"""The router: choices, gates, and the sums that losses and figures need."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def route(
 ) -> Routing:
     """Choose the `spec.num_choices` best experts of every token (paper, section 2), in float32.
 
-    `tokens [T, D]` lie group after group, `T / num_groups` in each. Noise is added to the logits for the decision and
-    the gates. Ties go to the lower expert index. Gates are what `spec.router` makes of the logits: by default
-    probabilities, not renormalised; 0 for padding. Differentiable in tokens and router, once. Raises ValueError for
+    `tokens [T, D]` come group after group, `T / num_groups` in each. Noise is added to the logits for the choice and
+    the gates. Ties go to the lower expert index. `spec.router` says how logits become gates; by default gates are
+    probabilities, not renormalised. Padding has gate 0. Differentiable once in tokens and router. Raises ValueError for
     shapes that do not fit.
 
     >>> import jax.numpy as jnp
@@ -47,8 +47,8 @@ def route(
 class Routed(NamedTuple):
     """A routing, and the tokens as the router passes them on.
 
-    The layer dispatches these tokens, so their cotangent comes back to the router. The router adds it in float32 to the
-    one that it makes itself; no other pass over the tokens is needed. (On GPUs XLA adds it to the rounded product.)
+    The layer dispatches these tokens, so their cotangent comes back to the router. The router adds it in float32 to its
+    own cotangent of the tokens, which saves a pass over them. (On GPUs, XLA adds it to the rounded product.)
     """
 
     routing: Routing
@@ -58,18 +58,18 @@ class Routed(NamedTuple):
 def routed(
     span: Span, static: RouteStatic, tokens: Float[Array, "T D"], router: RouterWeights, inputs: RouteInputs
 ) -> Routed:
-    """Route by a span that was chosen."""
+    """Route with a chosen span."""
     return apply(_passing(span), static, (tokens, router), (_arrays(inputs),))
 
 
 def _arrays(inputs: RouteInputs) -> RouteInputs:
-    """What a router reads of the inputs."""
+    """Keep only the inputs that a router reads."""
     return inputs._replace(token_priority=None, key=None, first_group=0)
 
 
 @functools.lru_cache
 def _passing(span: Span) -> Span:
-    """A routing span that also gives its tokens on; one for each, so that JAX finds what it has traced before."""
+    """Make a routing span that also passes its tokens on. The cache lets JAX find earlier traces."""
 
     def forward(static: RouteStatic, tokens: Array, router: Any, inputs: RouteInputs) -> tuple[Routed, Any]:
         routing, saved = span.forward(static, tokens, router, inputs)
@@ -82,7 +82,7 @@ def _passing(span: Span) -> Span:
 
 
 def router_weights(router: Float[Array, "D E"] | RouterWeights) -> RouterWeights:
-    """The router as `RouterWeights`, whatever the user gave.
+    """Convert a router to `RouterWeights`.
 
     >>> router_weights(jnp.eye(2)).bias is None
     True
@@ -91,7 +91,7 @@ def router_weights(router: Float[Array, "D E"] | RouterWeights) -> RouterWeights
 
 
 def is_biased(router: RouterWeights) -> bool:
-    """Whether the router has a bias of either kind.
+    """Say whether the router has a bias of either kind.
 
     >>> is_biased(RouterWeights(jnp.eye(2)))
     False
@@ -100,7 +100,7 @@ def is_biased(router: RouterWeights) -> bool:
 
 
 def route_static(spec: MoeSpec, num_experts: int, inputs: RouteInputs, *, biased: bool) -> RouteStatic:
-    """What back ends need to know of a routing call.
+    """Collect what back ends need to know about a routing call.
 
     >>> route_static(MoeSpec(), 2, RouteInputs(), biased=False).noise_std
     0.5
@@ -125,12 +125,12 @@ def make_routing(
     spec: MoeSpec = MoeSpec(),  # noqa: B008 (frozen)
     inputs: RouteInputs = RouteInputs(),  # noqa: B008 (a tuple)
 ) -> Routing:
-    """The `Routing` of a router of one's own: each token's experts and gates, with true sums over the tokens.
+    """Make a `Routing` from your own router's experts and gates, with correct sums over the tokens.
 
-    `probability` is the distribution over experts that losses see; without it, its sums are 0. Groups and modalities
-    are those of `spec` and `inputs`; padding (`mask`) gets gate 0. Gates are differentiated by JAX. Raises ValueError
-    for shapes that do not fit, and for experts out of range or twice in a token where their values are known; under
-    `jit`, where they are not, such a token takes no place and is NaN.
+    `probability` is the distribution over experts that losses use; without it, its sums are 0. `spec` and `inputs` give
+    groups and modalities; padding (`mask`) gets gate 0. JAX differentiates the gates. Raises ValueError for shapes that
+    do not fit. Also raises ValueError if a token has an expert twice or out of range; under `jit`, where values are not
+    known, such a token takes no place and is NaN.
 
     >>> import jax.numpy as jnp
     >>> routing = make_routing(jnp.array([[1], [0]]), jnp.array([[0.5], [-2.0]]), num_experts=2)
@@ -168,7 +168,7 @@ def make_routing(
 
 
 def _is_choice(expert: Int[Array, "T K"], num_experts: int) -> Bool[Array, " T"]:
-    """Whether a token's experts are there, each once."""
+    """Say for each token whether its experts exist and are all different."""
     inside = jnp.all((expert >= 0) & (expert < num_experts), axis=1)
     ordered = jnp.sort(expert, axis=1)
     return inside & jnp.all(ordered[:, 1:] != ordered[:, :-1], axis=1)
@@ -177,7 +177,7 @@ def _is_choice(expert: Int[Array, "T K"], num_experts: int) -> Bool[Array, " T"]
 def _check_choice(expert: Array, gate: Array, num_experts: int, probability: Array | None) -> None:
     if expert.ndim != 2 or gate.shape != expert.shape or not jnp.issubdtype(expert.dtype, jnp.integer):
         raise ValueError(
-            f"expert {expert.dtype}{expert.shape} and gate {gate.shape} must be integers and numbers of one [T, K]"
+            f"expert {expert.dtype}{expert.shape} must be integers [T, K], and gate {gate.shape} of the same shape"
         )
     if probability is not None and probability.shape != (len(expert), num_experts):
         raise ValueError(f"probability has shape {probability.shape}; it must be [T, E] = {(len(expert), num_experts)}")
@@ -186,16 +186,17 @@ def _check_choice(expert: Array, gate: Array, num_experts: int, probability: Arr
     wrong = np.flatnonzero(~np.asarray(_is_choice(expert, num_experts)))
     if len(wrong):
         raise ValueError(
-            f"token {wrong[0]} has experts {np.asarray(expert[wrong[0]]).tolist()}; they must be different ones from 0 "
-            f"to {num_experts - 1} (leave padding out with inputs.mask)"
+            f"token {wrong[0]} has experts {np.asarray(expert[wrong[0]]).tolist()}; use different ones from 0 "
+            f"to {num_experts - 1} (mark padding with inputs.mask)"
         )
 
 
 def balance_bias(bias: Float[Array, " E"], wanted: Float[Array, "... E"], rate: float) -> Float[Array, " E"]:
-    """The next `RouterWeights.choice_bias`: up by `rate` for experts that were wanted less than the mean, else down.
+    """Compute the next `RouterWeights.choice_bias`: `rate` higher for experts wanted less than the mean, `rate` lower
+    above.
 
-    Balancing without an auxiliary loss (Wang et al. 2024; DeepSeek-V3, section 2.1.2). `wanted` are the choices by
-    expert, `routing.sums.wanted` of the whole step; leading axes are added up.
+    This balances experts without an auxiliary loss (Wang et al. 2024; DeepSeek-V3, section 2.1.2). `wanted` is
+    `routing.sums.wanted` of the whole step; leading axes are summed.
 
     >>> import jax.numpy as jnp
     >>> balance_bias(jnp.zeros(3), jnp.array([[4.0, 1.0, 1.0]]), 0.5).tolist()
@@ -210,8 +211,8 @@ def router_noise(
 ) -> Float[Array, "T E"]:
     """Draw the training noise N(0, 1/E²) for `num_groups` groups of `group_size` tokens (paper, section 2).
 
-    Each group has its own stream, `fold_in(key, first_group + g)`: how groups are spread over devices or accumulation
-    chunks does not change a single draw.
+    Each group has its own stream, `fold_in(key, first_group + g)`, so no draw depends on how groups are spread over
+    devices or accumulation chunks.
 
     >>> import jax
     >>> both = router_noise(jax.random.key(0), num_groups=2, group_size=3, num_experts=4)
@@ -225,7 +226,7 @@ def router_noise(
 
 
 def check_route(tokens: Array, router: RouterWeights, spec: MoeSpec, inputs: RouteInputs) -> None:
-    """Refuse arguments that do not fit together, naming the argument, its value and what to do."""
+    """Refuse arguments that do not fit together. The error names the argument, its value and what to do."""
     kernel = router.kernel
     if tokens.ndim != 2 or kernel.ndim != 2:
         raise ValueError(
@@ -244,7 +245,7 @@ def check_route(tokens: Array, router: RouterWeights, spec: MoeSpec, inputs: Rou
             raise ValueError(f"router.{name} has shape {bias.shape}; it must be [E] = {(num_experts,)}")
     if spec.num_choices > num_experts:
         raise ValueError(
-            f"num_choices={spec.num_choices} is not between 1 and the {num_experts} experts; choose at most E"
+            f"num_choices={spec.num_choices} is more than the {num_experts} experts; choose at most {num_experts}"
         )
     _check_router(spec.router, spec.num_choices, num_experts)
     _check_groups(num_tokens, spec)
@@ -258,8 +259,8 @@ def _check_router(router: RouterSpec, num_choices: int, num_experts: int) -> Non
         return
     if groups < 1 or num_experts % groups or not 1 <= chosen <= groups:
         raise ValueError(
-            f"expert_groups={groups} with groups_chosen={chosen} do not divide {num_experts} experts; use a divisor, "
-            "and choose at least one group and at most all"
+            f"expert_groups={groups} with groups_chosen={chosen} do not fit {num_experts} experts; use a divisor of "
+            f"{num_experts}, and choose at least 1 group and at most all"
         )
     if num_choices > chosen * (num_experts // groups):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a layer is: everything static about it as frozen dataclasses, and the arrays that vary from call to call."""
+"""The static options of a layer, as frozen dataclasses, and the arrays that vary from call to call."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from moe_kernels.types import Activation, CapacityFactor, MatmulActivation, Prio
 
 @dataclasses.dataclass(frozen=True)
 class RouterSpec:
-    """How logits become a choice and gates: the family of the scores, and what is done to them.
+    """How logits become choices and gates.
 
-    `family` names an entry of `moe_kernels.ROUTERS`, "softmax" or "sigmoid" unless more are registered. With
-    `renormalise` the gates of a token's choices add up to 1; every gate is then multiplied by `scale`. With
-    `expert_groups` above 1 only the experts of the `groups_chosen` best groups can be chosen; a group counts as much as
-    the `group_best` largest scores in it together (DeepSeek-V3, section 2.1.2).
+    `family` names an entry of `moe_kernels.ROUTERS`: "softmax", "sigmoid" or one that the program added. With
+    `renormalise` the gates of a token's choices add up to 1. Then every gate is multiplied by `scale`. With
+    `expert_groups` above 1, a token chooses only among the experts of its `groups_chosen` best groups. The score of a
+    group is the sum of its `group_best` largest scores (DeepSeek-V3, section 2.1.2).
 
     >>> RouterSpec("sigmoid", renormalise=True, scale=2.5, expert_groups=8, groups_chosen=4).family
     'sigmoid'
@@ -33,13 +33,13 @@ class RouterSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ExchangeSpec:
-    """How a layer is spread over a mesh; without a mesh nothing reads it.
+    """How a layer is spread over a mesh. Without a mesh it has no effect.
 
-    Experts are split over `expert_axis`, tokens over `token_axes` (None: all axes of the mesh in its order). With a
-    capacity limit, rows are exchanged in `num_chunks` pieces of equal size that may overlap with the experts of other
-    pieces. Without one, a device has room for `buffer_factor` times the rows that it sends itself, or (None) for all
-    that could arrive. Groups of a device are numbered from `group_stride` after the first group of the device before it
-    (None: its number of groups), for callers that work only some groups of each device at a time.
+    Experts are split over `expert_axis`, tokens over `token_axes` (None: all axes of the mesh, in its order). With a
+    capacity limit, rows are exchanged in `num_chunks` chunks of equal size; the exchange of one chunk may overlap with
+    the experts' work on another. Without a limit, a device has room for `buffer_factor` times the rows that it sends
+    (None: for all that could arrive). The first groups of two neighbouring devices are `group_stride` apart in number
+    (None: a device's number of groups); set it if a call covers only some groups of each device.
 
     >>> ExchangeSpec().expert_axis
     'expert'
@@ -54,14 +54,14 @@ class ExchangeSpec:
 
 @dataclasses.dataclass(frozen=True)
 class MoeSpec:
-    """Everything static about a layer: router, choices, groups, capacity, order, activation, exchange, back end.
+    """Everything static about a layer: router, choices, groups, capacity, priority, activation, exchange, back end.
 
-    Tokens lie group after group, `num_groups` in a call; each group is planned by itself, with `ceil(S K c / E)` places
-    an expert for `capacity_factor=c`, or without a limit for None. Who gets a place: by `priority`, "bpr" (largest gate
-    first), "arrival", "random" (needs `RouteInputs.key`) or "modality" (`first_modality` first). `noise_std` is the
-    standard deviation of `RouteInputs.noise` (default 1/E), which the smooth load needs. `activation` is that of the
-    experts (None: `gelu_tanh` for `MlpWeights`, `silu` for `GluWeights`). `backend` asks for kernels by name (None: the
-    first that takes the problem). Raises ValueError for values that cannot be.
+    A call has `num_groups` groups of tokens, one after the other. In each group an expert has `ceil(S K c / E)` places
+    for `capacity_factor=c`; None means no limit. `priority` says who gets a place first: "bpr" (largest gate),
+    "arrival", "random" (needs `RouteInputs.key`) or "modality" (`first_modality`). `noise_std` is the standard
+    deviation of `RouteInputs.noise` (default 1/E); the smooth load needs it. `activation` is that of the experts (None:
+    `gelu_tanh` for `MlpWeights`, `silu` for `GluWeights`). `backend` names the back end (None: the first that takes the
+    problem). Raises ValueError for impossible values.
 
     >>> MoeSpec(num_choices=2, capacity_factor=1.25).priority
     'bpr'
@@ -96,13 +96,13 @@ class MoeSpec:
 
 
 class RouteInputs(NamedTuple):
-    """Arrays of a call beside tokens and weights; none of them is differentiated, each may be left out.
+    """Arrays of a call beside tokens and weights. Each is optional and gets no gradient.
 
-    `noise` is added to the logits for the decision and the gates. `modality` holds ids from 0 to `num_modalities - 1`.
-    `mask` is False for padding, which takes no place, has gate 0 and is in no sum. `key` is for the random priority;
-    group g of this call draws from `first_group + g`. An earlier call over the same tokens may have decided what is not
-    to be decided again: `expert` is its choice, for which gates and sums are worked out, and tokens claim places by
-    `token_priority`, the largest first.
+    `noise` is added to the logits for the choice and the gates. `modality` holds ids from 0 to `num_modalities - 1`.
+    `mask` is False for padding, which takes no place, has gate 0 and enters no sum. `key` is for the random priority;
+    group g of the call draws from `first_group + g`. To repeat the decision of an earlier call over the same tokens,
+    pass its `expert` and `priority`: gates and sums are then computed for the choices `expert`, and the largest
+    `token_priority` claims a place first.
 
     >>> RouteInputs().first_group
     0

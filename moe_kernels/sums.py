@@ -1,4 +1,4 @@
-"""Sums over the tokens of each group and modality, by selection: padding and other modalities never enter one."""
+"""Sums over the tokens of each group and modality. Selection keeps padding and other modalities out of each sum."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 def members_of(
     num_tokens: int, num_modalities: int, modality: Int[Array, " T"] | None, mask: Bool[Array, " T"] | None
 ) -> list[Bool[Array, " T"]]:
-    """Which tokens belong to each modality; padding to none.
+    """Find the tokens of each modality; padding belongs to none.
 
     >>> [member.tolist() for member in members_of(2, 1, None, jnp.array([True, False]))]
     [[True, False]]
@@ -36,7 +36,7 @@ def total(values: Array, members: list[Bool[Array, " T"]], num_groups: int) -> F
 
 
 def counts(expert: Int[Array, "T K"], counted: Bool[Array, " T"], num_experts: int) -> Int[Array, "T E"]:
-    """How often each token wants each expert; nothing where it is not counted.
+    """Count how often each token wants each expert; 0 for tokens that are not `counted`.
 
     >>> counts(jnp.array([[1, 0]]), jnp.array([True]), 3).tolist()
     [[1, 1, 0]]

@@ -1,4 +1,4 @@
-"""The alphabet of the package, the values that flow through a layer, and what is static about them.
+"""The letters of all axes, the values that flow through a layer, and their static facts.
 
 Axes: `T` tokens, `G` groups, `S` tokens in a group, `D` width, `F` expert width, `E` experts, `K` choices,
 `C` capacity, `R` rows, `N` runs, `M` modalities. Traced values are NamedTuples; static facts are frozen dataclasses.
@@ -14,23 +14,23 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-# Rows that a run is rounded up to and starts at multiples of: a float32 tile of a TPU has 8, and copies on a GPU start
-# at a multiple of 8. On a CPU every row of padding costs its share of the matmuls: at a capacity of 135 places,
-# 144 rows (16) instead of 136 (8) took 5% longer (2 cores, November 2026).
+# Runs start at multiples of this many rows and are rounded up to them. A float32 tile of a TPU has 8 rows, and copies
+# on a GPU start at a multiple of 8. On a CPU every row of padding costs its share of the matmuls: at a capacity of 135
+# places, 144 rows (multiples of 16) took 5% longer than 136 (2 cores, November 2026).
 ROW_ALIGNMENT = 8
 Number = TypeVar("Number", int, Array, np.ndarray)
 
 Activation = MatmulActivation = str
 """A name in `moe_kernels.ACTIVATIONS`."""
 Epilogue = Literal["none", "pointwise", "gated"]
-"""What a grouped matmul does before it rounds its result: nothing, bias and activation, a product of two matmuls."""
+"""What a grouped matmul does before it rounds its result: nothing, bias and activation, or a product of two matmuls."""
 Priority = Literal["bpr", "arrival", "random", "modality"]
 CapacityFactor = float | int | str | Fraction
-"""A float stands for the decimal literal that prints as it."""
+"""A float means the decimal number that it prints as."""
 
 
 def round_up(value: Number, multiple: int) -> Number:
-    """The next multiple.
+    """Round up to a multiple.
 
     >>> round_up(9, 8)
     16
@@ -39,10 +39,10 @@ def round_up(value: Number, multiple: int) -> Number:
 
 
 class RoutingSums(NamedTuple):
-    """Sums over the tokens of a group that losses and figures are functions of; padding is left out of every one.
+    """Sums over the tokens of a group, without padding. All losses and figures are functions of them.
 
-    Sums add up over groups, devices and accumulation chunks, so whatever is computed from them does not depend on how a
-    step was cut. They are of the *clean* router (no noise) unless stated; natural logarithms; all float32.
+    Sums add up over groups, devices and accumulation chunks, so a loss does not depend on how a step was split. They
+    are of the *clean* router (no noise) unless stated. Logarithms are natural; everything is float32.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import MoeSpec, route
@@ -54,9 +54,9 @@ class RoutingSums(NamedTuple):
     tokens: Float[Array, "G M"]
     """Number of tokens."""
     wanted: Float[Array, "G M E"]
-    """Choices that fell on each expert, before any capacity (noisy router)."""
+    """Choices of each expert, before any capacity limit (noisy router)."""
     probability: Float[Array, "G M E"]
-    """Sum of the softmax over experts."""
+    """Sum of the probabilities of each expert."""
     entropy: Float[Array, "G M"]
     """Sum of each token's entropy over experts."""
     logsumexp_squared: Float[Array, "G M"]
@@ -79,15 +79,15 @@ class Routing(NamedTuple):
 
     expert: Int[Array, "T K"]
     gate: Float[Array, "T K"]
-    """float32 probabilities, not renormalised; 0 for padding, NaN for a token whose logits are not finite."""
+    """float32, as `RouterSpec` says; 0 for padding, NaN for a token whose logits are not finite."""
     sums: RoutingSums
 
 
 class Runs(NamedTuple):
-    """Rows lie in runs: `size` rows of `expert` from row `first` on. First rows ascend, no row is in two runs.
+    """Runs of rows: `size` rows of `expert` from row `first` on. First rows ascend, and no row is in two runs.
 
-    A run starts at a multiple of 8 rows (`ROW_ALIGNMENT`): kernels copy rows by eights and may overwrite those up
-    to the next run's first one.
+    A run starts at a multiple of 8 rows (`ROW_ALIGNMENT`). Kernels copy eight rows at a time and may overwrite rows up
+    to the start of the next run.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import make_plan, route
@@ -104,12 +104,11 @@ class Runs(NamedTuple):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What is static about the rows of a plan.
+    """The static facts of a plan's rows.
 
-    `rows_per_expert` is the distance between the first rows of neighbouring experts where that is fixed (a capacity
-    near the mean load), so that the rows are an `[E, rows_per_expert]` block; None where runs start at traced places.
-    An expert has `runs_per_expert` runs, adjacent and, in a block, equally far apart (one from each shard after an
-    exchange).
+    `rows_per_expert` is set if the rows are an `[E, rows_per_expert]` block (a capacity near the mean load); None if
+    the first rows of the runs are traced. An expert has `runs_per_expert` adjacent runs, at equal distances in a block;
+    after an exchange it has one from each shard.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import make_plan, route
@@ -128,7 +127,7 @@ class Layout:
 
 
 class Plan(NamedTuple):
-    """Who sits where: built once a layer, read by dispatch, the experts, combine and every backward pass.
+    """Which row each choice gets. Built once a layer; dispatch, experts, combine and every backward pass read it.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import make_plan, route
@@ -138,19 +137,20 @@ class Plan(NamedTuple):
     """
 
     row: Int[Array, "T K"]
-    """Row of each choice; `layout.num_rows` for a choice that found no room."""
+    """Row of each choice; `layout.num_rows` for a choice without a place."""
     source: Int[Array, " R"]
     """Flat choice `t * K + k` that fills each row; `T * K` for an unused row."""
     runs: Runs
     kept: Float[Array, "G M E"]
-    """Choices that found room, by group, modality and expert."""
+    """Choices that found a place, by group, modality and expert."""
     layout: Layout
 
 
 class RouterWeights(NamedTuple):
-    """Weights of a router: `logits = x kernel + bias`; `choice_bias` is added to the scores for the choice alone.
+    """Weights of a router: `logits = x kernel + bias`. `choice_bias` is added to the scores for the choice only.
 
-    The gates do not see `choice_bias`, and it gets no gradient (balancing without an auxiliary loss: Wang et al. 2024).
+    Gates do not depend on `choice_bias`, and it gets no gradient (balancing without an auxiliary loss, Wang et al.
+    2024).
 
     >>> import jax.numpy as jnp
     >>> RouterWeights(jnp.ones((4, 2))).bias is None
@@ -209,10 +209,11 @@ ExpertWeights = MlpWeights | GluWeights | WithShared
 
 
 class MoeOutput(NamedTuple):
-    """Result of a layer: the tokens, the router's sums and what the plan kept; and what was decided.
+    """Result of a layer: the tokens, the router's sums, the counts of kept choices, and the decision.
 
-    `expert` and `priority` (None in order of arrival) as `RouteInputs` make a second call over the same tokens decide
-    the same, whatever rounds differently there. No gradient goes through them.
+    Pass `expert` and `priority` (None in order of arrival) to a second call over the same tokens, as
+    `RouteInputs.expert` and `token_priority`. It then decides the same even if it rounds differently. No gradient goes
+    through them.
 
     >>> MoeOutput._fields
     ('tokens', 'sums', 'kept', 'expert', 'priority')

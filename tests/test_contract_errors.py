@@ -52,7 +52,7 @@ LAYER_MISTAKES = [
     ({"router": jnp.ones((5, 3))}, "router of shape (5, 3) does not take tokens of width 4; make it [D, E]"),
     ({"router": jnp.ones((4, 0))}, "router of shape (4, 0) has no expert"),
     ({"num_choices": 0}, "num_choices=0 must be at least 1"),
-    ({"num_choices": 4}, "num_choices=4 is not between 1 and the 3 experts"),
+    ({"num_choices": 4}, "num_choices=4 is more than the 3 experts; choose at most 3"),
     ({"num_groups": 4}, "6 tokens cannot be split into num_groups=4; use a divisor of 6"),
     ({"num_groups": 0}, "num_groups=0 must be at least 1"),
     ({"num_modalities": 0}, "num_modalities=0 must be at least 1"),

@@ -251,7 +251,7 @@ def test_experts_out_of_range_or_twice_are_refused_and_under_jit_take_no_place(w
 
 def test_the_number_of_experts_is_that_of_the_routing():
     x, router, _, _ = arguments()
-    with pytest.raises(ValueError, match="num_experts=2 is not the 8 experts that the routing is for"):
+    with pytest.raises(ValueError, match="num_experts=2 must be the 8 experts of the routing"):
         make_plan(route(x, router), num_experts=2)
 
 
@@ -290,7 +290,7 @@ def test_old_keywords_say_where_they_went(options, message):
 
 def test_weights_of_another_kind_are_refused_in_one_line(as_users_run_it):
     x, router, experts, _ = arguments()
-    with pytest.raises(TypeError, match="weights are a tuple; give MlpWeights, GluWeights or WithShared"):
+    with pytest.raises(TypeError, match="weights are a tuple; pass MlpWeights, GluWeights or WithShared"):
         moe_mlp(x, router, tuple(experts["mlp"]))
 
 

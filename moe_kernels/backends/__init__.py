@@ -14,13 +14,13 @@ from moe_kernels.backends.tpu import TPU
 from moe_kernels.backends.xla import XLA
 
 BACKENDS: list[Backend] = [TPU, GPU, XLA]
-"""The first that takes a problem gets it. A program may insert its own."""
+"""The first back end that takes a problem gets it. A program may insert its own."""
 
 __all__ = ["BACKENDS", "Choice", "Traced", "choice_of", "choose", "explain", "find", "problem_of", "traced_for"]
 
 
 class Traced(NamedTuple):
-    """The device that a program is traced for: its platform, kind and cores (0 if unknown)."""
+    """The device for which a program is traced: its platform, kind and cores (0 if unknown)."""
 
     platform: str
     chip: str
@@ -28,10 +28,9 @@ class Traced(NamedTuple):
 
 
 def traced_for() -> Traced:
-    """The device of the mesh inside `shard_map` or under `jax.set_mesh`, else JAX's default device.
+    """Find the device of the mesh inside `shard_map` or under `jax.set_mesh`, else JAX's default device.
 
-    The former also when a program is compiled for a chip that this machine does not have. Cores are TensorCores or
-    multiprocessors.
+    The mesh may be of a chip that this machine does not have. Cores are TensorCores or multiprocessors.
 
     >>> traced_for().platform
     'cpu'
@@ -43,7 +42,7 @@ def traced_for() -> Traced:
     if isinstance(chosen, str):
         chosen = jax.devices(chosen)[0]
     chosen = chosen or jax.devices()[0]
-    # A GPU counts its multiprocessors as `core_count`, which its abstract device calls `num_cores`.
+    # A GPU calls the number of its multiprocessors `core_count`; its abstract device calls it `num_cores`.
     cores = getattr(chosen, "num_cores", None) or getattr(chosen, "core_count", None) or 0
     return Traced(chosen.platform, chosen.device_kind, cores)
 
@@ -53,7 +52,7 @@ def problem_of(
 ) -> Problem:
     """Describe a call by its span, its main array and further `facts` of `Problem`, on the device `on`.
 
-    By default that is the device that the call is traced for.
+    The default is the device for which the call is traced.
 
     >>> import jax.numpy as jnp
     >>> problem_of("dispatch", jnp.zeros((4, 8)), 2).shape
@@ -66,22 +65,22 @@ def problem_of(
 
 
 class Choice(NamedTuple):
-    """Who works a problem, and why the others do not; `backend` and `span` are None where nobody does."""
+    """The back end that takes a problem, and why others do not; `backend` and `span` are None if none does."""
 
     backend: str | None
     span: Span | None
     how: str
-    """How the back end works it."""
+    """How the back end runs it."""
     refused: dict[str, str]
-    """The reason of each back end that does not take it."""
+    """The reason of each back end that refuses it."""
 
 
 def choice_of(problem: Problem, name: str | None = None) -> Choice:
-    """The first back end that takes the problem, or the named one.
+    """Choose the first back end that takes the problem, or the named one.
 
-    A span that the named back end does not have goes to the first that takes it, so that a whole layer can be asked for
-    by the name of kernels that are only part of it. A span of several verbs is a back end's own: nobody stands in.
-    Raises ValueError for a name that does not exist.
+    If the named back end lacks the span, the first back end that takes it gets it: the named kernels may be only part
+    of a layer. A span of several verbs never goes to another back end than the named one. Raises ValueError for an
+    unknown name.
 
     >>> choice_of(Problem("dispatch", "cpu", "float32", (4, 8), 2)).backend
     'xla'
@@ -119,9 +118,9 @@ def _first(problem: Problem, backends: list[Backend]) -> Choice:
 
 
 def choose(problem: Problem, name: str | None = None) -> Span:
-    """The span of the back end that `choice_of` finds.
+    """Get the span of the back end that `choice_of` finds.
 
-    Raises ValueError where nobody takes the problem, with everybody's reason.
+    Raises ValueError if no back end takes the problem, with the reason of each.
 
     >>> choose(Problem("dispatch", "cpu", "float32", (4, 8), 2), "xla").forward.__name__
     'dispatch_forward'
@@ -134,7 +133,7 @@ def choose(problem: Problem, name: str | None = None) -> Span:
 
 
 def find(problem: Problem, name: str | None = None) -> Span | None:
-    """The span of a longer piece of the layer where a back end fills it, else None.
+    """Get the span if some back end fills it, else None.
 
     >>> find(Problem("dispatch_mlp_combine", "cpu", "float32", (4, 8), 2)) is None
     True
@@ -143,7 +142,7 @@ def find(problem: Problem, name: str | None = None) -> Span | None:
 
 
 def explain(problem: Problem) -> str:
-    """Say line by line which back end a problem gets, and why the others do not take it.
+    """Say line by line which back end takes a problem, and why others do not.
 
     >>> print(explain(Problem("dispatch", "tpu", "int8", (4, 8), 2)))
     tpu: no, dtype int8 is none of ('float32', 'bfloat16')

@@ -1,4 +1,4 @@
-"""What a back end is: a name, the reason why it cannot take a problem, and the spans that it fills."""
+"""The definition of a back end: a name, a reason why it cannot take a problem, and the spans that it fills."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ SpanName = Literal["route", "dispatch", "grouped_matmul", "expert_mlp", "combine
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The static facts by which a back end is chosen: what is asked for, on which platform, in which shape and dtype.
+    """The static facts by which a back end is chosen: span, platform, shapes and dtypes.
 
-    `shape` and `dtype` are those of the tokens or rows; `expert_width` is the F of a matmul's weights; `layout` is that
-    of the rows, and `route` what is static about a routing call; `chip` is the device kind as JAX names it ("TPU v5
-    lite"), empty if unknown, `num_cores` its TensorCores or multiprocessors, 0 if unknown; `named` says that the user
-    asked for this back end by name, which is how a kernel runs interpreted on a CPU; `epilogue` is that of a grouped
-    matmul; `weight_dtype` is that of the experts' weights and `activation` what follows their first
-    matmul, both empty if unknown or not there; `tiles` are block sizes that a call brings along, of the class that its
-    back end has for them, None to have them chosen.
+    `shape` and `dtype` are those of the tokens or rows, `layout` is that of the rows. `expert_width` is the F of a
+    matmul's weights. `route` has the static facts of a routing call. `chip` is JAX's device kind ("TPU v5 lite"), empty
+    if unknown; `num_cores` counts its TensorCores or multiprocessors, 0 if unknown. `named` says that the user named
+    this back end; only then does a kernel run interpreted on a CPU. `epilogue` is that of a grouped matmul.
+    `weight_dtype` is that of the experts' weights, and `activation` follows their first matmul; each is empty if
+    unknown or absent. `tiles` are the call's own block sizes, of its back end's class for them; None to have them
+    chosen.
 
     >>> Problem("dispatch", "cpu", "float32", (4, 8), 2).span
     'dispatch'
@@ -51,9 +51,9 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class RouteStatic:
-    """Static facts of a routing call; `noise_std` is the standard deviation that the smooth load assumes.
+    """Static facts of a routing call. `noise_std` is the standard deviation that the smooth load assumes.
 
-    `biased` says that the router has a bias of either kind, `chosen` that the choice is an input.
+    `biased` says that the router has a bias of either kind; `chosen` says that the choice is an input.
     """
 
     num_choices: int
@@ -66,13 +66,13 @@ class RouteStatic:
 
     @property
     def beyond_kernels(self) -> str | None:
-        """Why kernels, which take the K largest of a softmax, cannot work it.
+        """Why kernels cannot run it; they only take the K largest entries of a softmax.
 
         >>> RouteStatic(1, 1, 1, 0.5, RouterSpec("sigmoid")).beyond_kernels
-        'the router is not a softmax of which the largest are taken as they are'
+        'the router is not a plain softmax with its K largest entries as gates'
         """
         if self.router != RouterSpec():
-            return "the router is not a softmax of which the largest are taken as they are"
+            return "the router is not a plain softmax with its K largest entries as gates"
         if self.biased:
             return "the router has a bias"
         return "the choice is already made" if self.chosen else None
@@ -87,7 +87,7 @@ class MlpStatic:
 
 
 class MatmulWeights(NamedTuple):
-    """What a grouped matmul is of: `act(x weight + bias)`, times `x up` where there is an `up`."""
+    """Weights of a grouped matmul: `act(x weight + bias)`, times `x up` if `up` is given."""
 
     weight: Float[Array, "E D F"]
     bias: Float[Array, "E F"] | None = None
@@ -96,14 +96,14 @@ class MatmulWeights(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MatmulStatic:
-    """Static facts of a grouped matmul; with an `up` there is an activation."""
+    """Static facts of a grouped matmul. Weights with `up` always have an activation."""
 
     layout: Layout
     activation: str | None = None
 
 
 def epilogue_of(weights: MatmulWeights, activation: str | None) -> Epilogue:
-    """What follows the matmul.
+    """Say what follows the matmul.
 
     >>> import jax.numpy as jnp
     >>> epilogue_of(MatmulWeights(jnp.ones((2, 4, 8))), "silu")
@@ -117,10 +117,10 @@ def epilogue_of(weights: MatmulWeights, activation: str | None) -> Epilogue:
 class Span(NamedTuple):
     """A forward function and its hand-written derivative.
 
-    `forward(static, *differentiable, *constants)` returns `(result, saved)`; `backward(static, saved, cotangent)`
-    returns a tuple with one cotangent for each differentiable argument; that of `route` also takes the cotangent of
-    tokens that were passed on, to be added to theirs. `static` is hashable. Neither is ever differentiated by JAX.
-    `value` is the result alone, where that costs less than `forward`.
+    `forward(static, *differentiable, *constants)` returns `(result, saved)`. `backward(static, saved, cotangent)`
+    returns a tuple with one cotangent for each differentiable argument. The backward function of `route` also takes the
+    cotangent of the tokens that it passed on, and adds it to its own. `static` is hashable. JAX differentiates neither
+    function. `value` returns the result alone; it is set if that costs less than `forward`.
 
     >>> Span(lambda static, x: (2 * x, None), lambda static, saved, dx: (2 * dx,)).value is None
     True
@@ -133,13 +133,12 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """A row of the table of back ends. `why_not` is pure: None if the problem is taken, else the reason.
+    """A row of the table of back ends. `why_not` is pure: None if it takes the problem, else the reason.
 
-    `spans` gives for each operation the function from a problem that is taken to its span; equal problems should get
-    the same span, so that JAX finds what it has traced before. Those in `optional` go to the first back end that takes
-    them where this one was named and refuses: a whole layer can be asked for by the name of its matmuls. `note` says
-    how a problem that is taken is worked, where there is a choice, `work` what all its work is made of, and `tiles` the
-    class of the block sizes that a call may bring along.
+    `spans` maps each span name to a function from a problem to a span. Equal problems should get the same span object,
+    so that JAX finds earlier traces. If the user names this back end and it refuses a span in `optional`, another back
+    end fills that span: a user may name a back end for its matmuls alone. `note` says how it runs a problem, if there
+    are several ways; `work` says what it is made of. `tiles` is the class of the block sizes that a call may pass.
 
     >>> Backend("mine", lambda problem: "not today", spans={}).why_not(Problem("dispatch", "cpu", "float32", (4, 8), 2))
     'not today'
@@ -156,7 +155,7 @@ class Backend:
 
 @functools.lru_cache
 def by_kernel_alone(span: Span) -> Span:
-    """A routing span whose router is a plain `[D, E]` matrix, for `RouterWeights` without biases."""
+    """Adapt a routing span for a plain `[D, E]` matrix to `RouterWeights` without biases."""
 
     def forward(static: RouteStatic, tokens: Array, router: RouterWeights, inputs: RouteInputs) -> tuple[Any, Any]:
         return span.forward(static, tokens, router.kernel, inputs)
@@ -174,7 +173,7 @@ KERNEL_ACTIVATIONS = ("gelu_tanh", "gelu_erf", "silu")
 
 
 def activation_misfit(problem: Problem) -> str | None:
-    """Why kernels, which have slopes of their own, cannot work an activation.
+    """Say why kernels cannot run an activation; they have hand-written slopes for these alone. None if they can.
 
     >>> activation_misfit(Problem("expert_mlp", "tpu", "float32", (16, 8), 2, activation="relu"))
     "activation 'relu' is none of gelu_tanh, gelu_erf, silu"
@@ -185,7 +184,7 @@ def activation_misfit(problem: Problem) -> str | None:
 
 
 def rows_misfit(layout: Layout | None) -> str | None:
-    """Why kernels that copy rows by eights cannot work on rows that lie so.
+    """Say why kernels that copy eight rows at a time cannot take a layout. None if they can.
 
     >>> rows_misfit(Layout(8, 1, 1, 2, 24, 12))
     'runs of 12 rows do not start at multiples of 8'
@@ -199,7 +198,7 @@ def rows_misfit(layout: Layout | None) -> str | None:
 
 
 def apply(span: Span, static: Any, differentiable: tuple[Any, ...], constants: tuple[Any, ...]) -> Any:
-    """Run a span with its own derivative; constants get none.
+    """Run a span with its own derivative; `constants` get no gradient.
 
     Reverse mode works once. Forward mode and second derivatives raise TypeError.
     """

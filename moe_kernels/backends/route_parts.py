@@ -1,4 +1,4 @@
-"""What the routing kernels of TPUs and GPUs share: float32 in exact pieces, softmax over the axis of experts."""
+"""Parts shared by the routing kernels of TPUs and GPUs: float32 in exact pieces, softmax over the axis of experts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FAR = float("-inf")
 
 
 def split(values: Float[Array, "..."], count: int) -> list[Float[Array, "..."]]:
-    """Float32 as the sum of so many bfloat16 numbers, large ones first; three hold all its digits.
+    """Split float32 into a sum of `count` bfloat16 numbers, the largest first; three hold all its digits.
 
-    By bits and not by casts there and back, which a compiler may drop.
+    It splits the bits, because a compiler may drop a cast to bfloat16 and back.
 
     >>> [float(piece) for piece in split(jnp.float32(1 + 2**-20), 3)]
     [1.0, 9.5367431640625e-07, 0.0]
@@ -36,39 +36,39 @@ class Experts(NamedTuple):
     """The axis of experts of a block of logits, `[E, C]` or `[S, E]`."""
 
     ids: Float[Array, "A B"]
-    """The index of each, as float32, which they are exact in: integers are not reduced on every chip."""
+    """The index of each expert, as exact float32, because some chips cannot reduce integers."""
     real: Bool[Array, "A B"] | None
-    """Which are experts; None if all are."""
+    """Which entries are experts; None if all are."""
     axis: int
     keepdims: bool
-    """Whether a reduction keeps its axis."""
+    """Whether a reduction keeps the reduced axis."""
 
     @classmethod
     def of(cls, shape: tuple[int, ...], num_experts: int, *, axis: int = 0, keepdims: bool = True) -> Experts:
-        """The same for a block of that shape."""
+        """Describe the axis of experts of a block with this shape."""
         ids = lax.broadcasted_iota(jnp.int32, shape, axis)
         real = None if num_experts == shape[axis] else ids < num_experts
         return cls(ids.astype(jnp.float32), real, axis, keepdims)
 
     def over(self, reduce: Callable[..., jax.Array], values: Array) -> Array:
-        """A reduction over the experts."""
+        """Reduce over the experts."""
         return reduce(values, axis=self.axis, keepdims=self.keepdims)
 
     def spread(self, values: Array) -> Array:
-        """One value a token for every expert."""
+        """Broadcast one value for each token to all experts."""
         return values if self.keepdims else lax.broadcast_in_dim(values, self.ids.shape, (1 - self.axis,))
 
     def only(self, values: Float[Array, "A B"], other: float) -> Float[Array, "A B"]:
-        """Something else where there is no expert."""
+        """Put `other` where there is no expert."""
         return values if self.real is None else jnp.where(self.real, values, jnp.full_like(values, other))
 
     def finite(self, logits: Float[Array, "A B"]) -> Bool[Array, "..."]:
-        """Whether all logits of a token are."""
+        """Say for each token whether all its logits are finite."""
         broken = jnp.where(jnp.abs(logits) < -FAR, jnp.zeros_like(logits), jnp.ones_like(logits))
         return self.over(jnp.max, self.only(broken, 0.0)) == 0
 
     def softmax(self, logits: Float[Array, "A B"]) -> Softmax:
-        """Over the experts."""
+        """Compute the softmax over the experts."""
         top = self.over(jnp.max, self.only(logits, FAR))
         distance = self.only(logits - self.spread(top), 0.0)
         power = self.only(jnp.exp(distance), 0.0)
@@ -93,7 +93,7 @@ class Softmax(NamedTuple):
 
     @property
     def log_partition(self) -> Float[Array, "..."]:
-        """Log of the sum of all exponentials."""
+        """The logarithm of the sum of all exponentials."""
         return self.top + self.log_total
 
     @property

@@ -1,8 +1,8 @@
-"""Rows to the shards that hold their experts, and back; called inside `shard_map`.
+"""Send rows to the shards that hold their experts, and back; called inside `shard_map`.
 
-Expert e lives on shard `e // (E / shards)` of the axis. What is sent is the `[E, rows]` block of a plan, and so
-`[shards, experts per shard, rows, D]` as it stands, in the dtype of the rows; what is received is arranged expert after
-expert, one run from each sending shard. The derivative of each exchange is the exchange in the other direction.
+Shard `e // (E / shards)` of the axis holds expert e. A shard sends its plan's `[E, rows]` block in the dtype of the
+rows; reshaped, that is `[shards, experts per shard, rows, D]`. Received rows are ordered by expert, with one run from
+each sending shard. The derivative of each exchange is the exchange in the other direction.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from jaxtyping import Array, Float, Int
 
 from moe_kernels.types import Layout, Plan, Runs, round_up
 
-# A block is rounded up to the depth of the MXU (128 rows), or half or a quarter of it, where that adds at most a
-# twentieth, and else to a bfloat16 tile of a TPU, which has 16 rows.
+# A block is rounded up to the depth of the MXU (128 rows), half or a quarter of it, if that adds at most a twentieth.
+# Else it is rounded up to a bfloat16 tile of a TPU, which has 16 rows.
 ALIGNMENTS, LEAST_ALIGNMENT = (128, 64, 32), 16
 
 
 class Received(NamedTuple):
-    """Runs of this shard's experts in rows from all shards, and what is static about them."""
+    """Runs of this shard's experts in the rows from all shards, and their static facts."""
 
     runs: Runs
     layout: Layout
 
 
 def block_rows(rows: int, num_chunks: int) -> int:
-    """Rows of an expert's block that holds `rows` rows and can be cut into chunks.
+    """Compute the rows of an expert's block that holds `rows` rows and can be split into chunks.
 
     >>> block_rows(250, 1), block_rows(135, 1), block_rows(135, 2), block_rows(3, 1)
     (256, 144, 160, 16)
@@ -42,10 +42,10 @@ def block_rows(rows: int, num_chunks: int) -> int:
 
 
 def in_chunks(plan: Plan, num_chunks: int) -> Plan:
-    """The plan with rows chunk after chunk, each an `[E, rows / chunks]` block: row p of an expert goes to chunk
-    `p % chunks`, so that all chunks are equally full.
+    """Reorder a plan's rows chunk after chunk, each an `[E, rows / chunks]` block.
 
-    To dispatch and combine these are `chunks * E` experts.
+    Row p of an expert goes to chunk `p % chunks`, which fills all chunks equally. Dispatch and combine see `chunks * E`
+    experts.
     """
     if num_chunks == 1:
         return plan
@@ -75,13 +75,13 @@ def in_chunks(plan: Plan, num_chunks: int) -> Plan:
 
 
 def _chunk_sizes(size: Int[Array, "..."], num_chunks: int) -> Int[Array, "N ..."]:
-    """How many of `size` rows dealt out in turn each chunk gets."""
+    """Compute how many of `size` rows each chunk gets if they are dealt out in turn."""
     chunk = jnp.arange(num_chunks, dtype=jnp.int32).reshape(-1, *(1,) * size.ndim)
     return (size + (num_chunks - 1) - chunk) // num_chunks
 
 
 def received_layout(layout: Layout, shards: int, num_chunks: int) -> Layout:
-    """How the rows of a chunk lie where they arrive: those of a shard's experts, from all shards.
+    """Give the layout of a chunk's rows where they arrive: rows of one shard's experts, from all shards.
 
     >>> received_layout(Layout(64, 1, 1, 8, 128, 16), shards=4, num_chunks=1).num_rows
     128
@@ -100,12 +100,13 @@ def received_layout(layout: Layout, shards: int, num_chunks: int) -> Layout:
 
 
 def received_chunks(plan: Plan, axis: str, num_chunks: int) -> list[Received]:
-    """What this shard's experts get in each chunk, by one exchange of counts, `[shards, experts here]` int32."""
+    """Find out what this shard's experts get in each chunk, by one exchange of counts, int32 `[shards, experts
+    here]`."""
     shards = jax.lax.axis_size(axis)
     arrived = received_layout(plan.layout, shards, num_chunks)
     local = arrived.num_experts
     counts = jax.lax.all_to_all(plan.runs.size.reshape(shards, local), axis, 0, 0, tiled=True)
-    # Saved with the plan, so that no remat policy that saves plans exchanges counts again.
+    # A remat policy that saves plans saves the counts too, and does not exchange them again.
     counts = checkpoint_name(counts.T.reshape(-1), "moe_plan")
     run = jnp.arange(local * shards, dtype=jnp.int32)
     first = run * (arrived.num_rows // len(run))
@@ -116,7 +117,7 @@ def received_chunks(plan: Plan, axis: str, num_chunks: int) -> list[Received]:
 
 
 def send(rows: Float[Array, "R D"], received: Received, axis: str) -> Float[Array, "R D"]:
-    """Ship an `[E, rows]` block to the shards of its experts; there, expert after expert and shard after shard."""
+    """Send an `[E, rows]` block to the shards of its experts; it arrives ordered by expert, then by sending shard."""
     local, shards, size, width = _block(rows, received)
     block = jax.lax.all_to_all(rows.reshape(shards, local, size, width), axis, 0, 0, tiled=True)
     return checkpoint_name(block.swapaxes(0, 1).reshape(rows.shape), "moe_received")

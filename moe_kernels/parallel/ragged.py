@@ -1,10 +1,9 @@
-"""Rows to the shards that hold their experts, and back, as many as there are: for a layer without a capacity limit.
+"""Send rows to the shards that hold their experts, and back, without padding: for a layer without a capacity limit.
 
-What is sent are the runs of a plan; what is received lies expert after expert, shard after shard, each run from a tile
-boundary on. Every shard learns where the others' runs lie from one all-gather of `[2, E]` integers, and so works out by
-itself what everybody sends and where it lands. TPU and GPU ship rows by `ragged_all_to_all` (compiled for TPUs, not for
-GPUs); other platforms, which do not have it, gather everything and pick. The derivative of either is the same exchange
-the other way round.
+A shard sends the runs of its plan. Received runs are ordered by expert, then by sending shard, and start at tile
+boundaries. From one all-gather of `[2, E]` integers, every shard computes what each shard sends and where it arrives.
+TPUs and GPUs use `ragged_all_to_all` (compiled for TPUs, not for GPUs). Other platforms do not have it: they gather all
+rows and pick. The derivative of an exchange is the exchange in the other direction.
 """
 
 from __future__ import annotations
@@ -29,22 +28,22 @@ PLATFORMS_WITH_RAGGED = ("tpu", "gpu")
 
 
 class Slices(NamedTuple):
-    """What this shard sends and receives: one slice for each (peer, expert of the receiver), in this order."""
+    """What this shard sends and receives: one slice for each peer and expert of the receiver, in this order."""
 
     first: Int[Array, " N"]
-    """Row here of what is sent."""
+    """First row here of the sent slice."""
     size: Int[Array, " N"]
     first_there: Int[Array, " N"]
-    """Row at the peer where it lands."""
+    """First row where the slice arrives at the peer."""
     received_first: Int[Array, " N"]
-    """Row here where the peer's slice lands."""
+    """First row where the peer's slice arrives here."""
     received_size: Int[Array, " N"]
     received_from: Int[Array, " N"]
-    """Row at the peer that it came from."""
+    """First row of that slice at the peer."""
 
 
 class RaggedExchange(NamedTuple):
-    """All about one layer's exchange: the plan with what fits, what is shipped, and the rows that arrive."""
+    """One layer's exchange: the plan cut to what fits, the slices, and the rows that arrive."""
 
     plan: Plan
     slices: Slices
@@ -53,7 +52,7 @@ class RaggedExchange(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Shipment:
-    """What is static about an exchange in one direction."""
+    """The static facts of an exchange in one direction."""
 
     axis: str
     num_sent: int
@@ -65,7 +64,7 @@ class _Shipment:
 
 
 def received_rows(num_tokens: int, num_choices: int, shards: int, local: int, factor: CapacityFactor | None) -> int:
-    """Rows of the buffer that holds `factor` times the choices of one shard, however they are spread over runs.
+    """Compute the rows of a buffer for `factor` times the choices of one shard, however runs divide them.
 
     >>> received_rows(64, 2, 4, 2, None), received_rows(64, 2, 4, 2, 1.5)
     (568, 248)
@@ -77,7 +76,7 @@ def received_rows(num_tokens: int, num_choices: int, shards: int, local: int, fa
 
 
 def received_layout(layout: Layout, shards: int, factor: CapacityFactor | None) -> Layout:
-    """How the rows lie where they arrive: as many from each shard as there are.
+    """Give the layout of the rows where they arrive, with runs of any length from each shard.
 
     >>> received_layout(Layout(64, 2, 1, 8, 200, None), 4, None).num_rows
     568
@@ -103,7 +102,7 @@ def plan_exchange(
     axis: str,
     buffer_factor: CapacityFactor | None,
 ) -> RaggedExchange:
-    """Work out who sends what; choices that do not fit in a receiver's buffer lose their place in the plan."""
+    """Compute which shard sends what. Choices that do not fit in a receiver's buffer lose their place in the plan."""
     layout, shards, here = plan.layout, jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     arrived = received_layout(layout, shards, buffer_factor)
     local, num_rows = arrived.num_experts, arrived.num_rows
@@ -136,16 +135,16 @@ def plan_exchange(
 
 
 def _level(aligned: Int[Array, "receivers N"], num_rows: int) -> Int[Array, " receivers"]:
-    """The most rows that a run may keep so that all of a receiver fit: the largest multiple of the alignment.
+    """Compute the most rows that a run may keep if all runs of a receiver are to fit, a multiple of the alignment.
 
-    Runs below it stay whole, so what overflows is lost by the longest runs alone, evenly.
+    Shorter runs keep all rows, so only the longest runs lose rows, down to one length.
     """
     num_runs = aligned.shape[1]
     ascending = jnp.sort(aligned, axis=1)
     below = jnp.cumsum(ascending, axis=1, dtype=jnp.int32) - ascending
     others = jnp.arange(num_runs, 0, -1, dtype=jnp.int32)
     shared = (num_rows - below) // others // ROW_ALIGNMENT * ROW_ALIGNMENT
-    # The first run that is longer than its share of what the shorter ones leave.
+    # Find the first run that is longer than its share of what the shorter runs leave.
     too_long = ascending > shared
     first = jnp.argmax(too_long, axis=1)
     level = jnp.take_along_axis(shared, first[:, None], axis=1)[:, 0]
@@ -155,7 +154,7 @@ def _level(aligned: Int[Array, "receivers N"], num_rows: int) -> Int[Array, " re
 def _cut(
     routing: Routing, plan: Plan, size: Int[Array, " E"], modality: Int[Array, " T"] | None, num_modalities: int
 ) -> Plan:
-    """The plan with only the first `size` rows of every expert."""
+    """Keep only the first `size` rows of every expert in the plan."""
     layout, first = plan.layout, plan.runs.first
     routing = jax.lax.stop_gradient(routing)
     fits = (plan.row < layout.num_rows) & (plan.row - first[routing.expert] < size[routing.expert])
@@ -174,7 +173,7 @@ def _cut(
 
 
 def send(rows: Float[Array, "R D"], exchange: RaggedExchange, axis: str) -> Float[Array, "Q D"]:
-    """Ship the rows of a plan to the shards of their experts; unused rows there are 0."""
+    """Send the rows of a plan to the shards of their experts; unused rows there are 0."""
     shipment = _shipment(rows, exchange, axis)
     return checkpoint_name(apply(_SHIP, shipment, (rows,), (exchange.slices,)), "moe_received")
 

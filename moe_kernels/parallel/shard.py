@@ -1,8 +1,8 @@
-"""The layer inside `shard_map`: what one shard does, with the exchange of rows between dispatch and experts.
+"""The layer on one shard inside `shard_map`, with an exchange of rows before and after the experts.
 
     tokens ─route, plan, dispatch─▶ rows ═exchange═▶ rows ─experts─▶ rows ═exchange═▶ rows ─combine─▶ tokens
 
-Tokens are routed and planned where they are, so the result, drops included, does not depend on the mesh.
+Each shard routes and plans its own tokens, so the result, drops included, does not depend on the mesh.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from moe_kernels.routing import router_weights
 from moe_kernels.spec import MoeSpec, RouteInputs
 from moe_kernels.types import ExpertWeights, GluWeights, MlpWeights, MoeOutput, RouterWeights, Routing
 
-# Names of the exchanged rows. A remat policy that saves them beside SAVED_NAMES exchanges twice in the backward pass of
-# a layer and keeps two more [R, D] of it; one that does not exchanges four times.
+# Names of the exchanged rows. A remat policy that saves them beside SAVED_NAMES keeps two more [R, D] arrays of a
+# layer, and its backward pass exchanges twice; otherwise it exchanges four times.
 EXCHANGE_NAMES = ("moe_received", "moe_returned")
 
 
@@ -35,12 +35,12 @@ def moe_mlp_on_shard(
     spec: MoeSpec = MoeSpec(),  # noqa: B008 (frozen)
     inputs: RouteInputs = RouteInputs(),  # noqa: B008 (a tuple)
 ) -> MoeOutput:
-    """What one shard does in `moe_mlp`, for a program that has `shard_map` around more than the layer.
+    """Do what one shard does in `moe_mlp`, for a program that has `shard_map` around more than the layer.
 
-    Everything is this shard's own: its tokens and groups (`inputs.first_group` is the number of its first one in the
-    whole batch, `spec.num_groups` are its groups), the whole router, and the weights of its E / shards experts; so are
-    the result's tokens and sums. Rows are exchanged over `spec.exchange.expert_axis`. Raises ValueError for a number of
-    experts that cannot be split over the axis.
+    Pass this shard's tokens, the whole router, and the weights of this shard's E / shards experts. `spec.num_groups`
+    counts this shard's groups; `inputs.first_group` is the number of the first of them in the whole batch. Tokens and
+    sums of the result are this shard's too. Rows are exchanged over `spec.exchange.expert_axis`. Raises ValueError if
+    the experts cannot be split over the axis.
 
     >>> import jax, jax.numpy as jnp
     >>> from jax.sharding import PartitionSpec
@@ -81,7 +81,7 @@ def _exchanged(
 
 
 def block_rows(spec: MoeSpec, shapes: LayerShapes) -> int | None:
-    """Rows of the block that an expert's rows are sent in; None without a capacity limit, where blocks are ragged."""
+    """Compute the rows of the block in which an expert's rows are sent; None without a capacity limit."""
     capacity = capacity_of(spec, shapes.num_tokens, shapes.num_experts)
     if capacity is None:
         return None
@@ -96,7 +96,7 @@ def choose_exchanged(
     shards: int,
     on: Traced | None = None,
 ) -> LayerChoice:
-    """The spans of a layer whose experts get their rows from all shards."""
+    """Choose the spans of a layer whose experts get rows from all shards."""
     layout = local.layout_of(spec, shapes, block_rows(spec, shapes))
     if spec.capacity_factor is None:
         received = ragged.received_layout(layout, shards, spec.exchange.buffer_factor)
@@ -114,7 +114,7 @@ def _in_one_piece(
     choice: LayerChoice,
     activation: str,
 ) -> MoeOutput:
-    """As many rows as there are travel at once."""
+    """Exchange all rows at once, without padding."""
     axis, (routing, _, plan, tokens) = spec.exchange.expert_axis, decided
     shipped = ragged.plan_exchange(
         routing,
@@ -140,7 +140,7 @@ def _in_chunks(
     choice: LayerChoice,
     activation: str,
 ) -> MoeOutput:
-    """Blocks of equal size travel in pieces that may overlap with the experts of other pieces."""
+    """Exchange blocks in chunks of equal size; the exchange of one chunk may overlap with the experts of another."""
     axis, num_chunks = spec.exchange.expert_axis, spec.exchange.num_chunks
     routing, _, plan, tokens = decided
     received = exchange.received_chunks(plan, axis, num_chunks)
@@ -158,7 +158,7 @@ def _in_chunks(
 
 
 def check_exchange(spec: MoeSpec, num_experts: int, shards: int) -> None:
-    """Refuse what the exchange cannot do."""
+    """Refuse options that the exchange cannot satisfy."""
     options = spec.exchange
     if num_experts % shards:
         divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
@@ -177,6 +177,6 @@ def check_exchange(spec: MoeSpec, num_experts: int, shards: int) -> None:
         as_fraction("buffer_factor", options.buffer_factor)
     if options.num_chunks > 1 and spec.capacity_factor is None:
         raise ValueError(
-            f"num_chunks={options.num_chunks} needs a capacity limit; without one the exchange is one piece: use "
+            f"num_chunks={options.num_chunks} needs a capacity limit; without one the exchange is in one chunk: use "
             "num_chunks=1"
         )
