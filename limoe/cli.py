@@ -23,33 +23,39 @@ from limoe.errors import LimoeError, nearest
 
 FLAGS = flags.FLAGS
 _PRESET = flags.DEFINE_string("preset", "tiny", f"named configuration: {', '.join(PRESETS)}")
-_WORKDIR = flags.DEFINE_string("workdir", None, "train: folder of the run (default: runs/PRESET); eval: that of a run")
-_SET = flags.DEFINE_multi_string("set", [], "settings by name, key=value; several may follow one another")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "train: the run's folder (default: runs/PRESET); eval: the run to evaluate"
+)
+_SET = flags.DEFINE_multi_string("set", [], "one or more settings, key=value")
 _DATA = flags.DEFINE_string(
-    "data", "", "shards to evaluate on (default: those of the run); a classes.json in the folder asks for zero-shot"
+    "data", "", "eval: shards to evaluate on (default: the run's); with a classes.json in the folder also zero-shot"
 )
 _PROBE_DATA = flags.DEFINE_string(
-    "probe-data", "", "eval: shards with a class each, for a linear probe of 10 images a class (default: no probe)"
+    "probe-data",
+    "",
+    "eval: shards with class labels, for a linear probe with 10 images of each class (default: no probe)",
 )
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object")
 _PROFILE = flags.DEFINE_integer(
     "profile", 0, "steps to trace with jax.profiler into WORKDIR/profile, after the first five; 0 = none", lower_bound=0
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "train: address HOST:PORT of process 0, for several processes")
-_NUM_PROCESSES = flags.DEFINE_integer("num-processes", None, "train: processes that train together", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process-id", None, "train: number of this one, from 0", lower_bound=0)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num-processes", None, "train: number of processes that train together", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer("process-id", None, "train: number of this process, from 0", lower_bound=0)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the TPU pod, kind and chips along each side, as in v5p:8x8x8")
-_BATCH = flags.DEFINE_integer("batch", None, "plan: pairs of a step, instead of the preset's", lower_bound=2)
-_SEARCH = flags.DEFINE_bool("search", False, "plan: try meshes, rematerialisation and chunking, show the best")
+_BATCH = flags.DEFINE_integer("batch", None, "plan: pairs in a step (default: the preset's)", lower_bound=2)
+_SEARCH = flags.DEFINE_bool("search", False, "plan: try meshes, rematerialisation and chunks, and show the best")
 _SCHEDULE = flags.DEFINE_bool(
-    "schedule", False, "plan: also model the step from the compiler's own schedule, which takes minutes more"
+    "schedule", False, "plan: also model the step from the compiler's own schedule; takes minutes more"
 )
 
 USAGE = """limoe: train and evaluate a language-image mixture of experts.
 
   limoe train [--preset=tiny] [--workdir=runs/PRESET] [--set key=value ...] [--profile=STEPS]
       Train, evaluate, and write figures and summary.json into the work folder. Without arguments: the tiny model on the
-      embedded world, a few minutes on two CPU cores. The same command goes on with an interrupted run.
+      embedded world, a few minutes on two CPU cores. The same command continues an interrupted run.
       On several hosts: the same command on each; TPU pods, Slurm and GKE are recognised, elsewhere add
       --coordinator=HOST:PORT --num-processes=P --process-id=0..P-1.
   limoe eval --workdir=DIR [--data=SHARDS] [--probe-data=SHARDS] [--json]
@@ -58,25 +64,26 @@ USAGE = """limoe: train and evaluate a language-image mixture of experts.
       Parameters and FLOPs of a configuration; nothing is allocated.
   limoe plan --preset=h14 --topology=v5p:8x8x8 [--batch=PAIRS] [--set key=value ...] [--search] [--schedule]
              [--json]
-      Compile the train step for a TPU pod that is not here: whether it fits, and how fast it can be (modelled).
+      Compile the train step for a TPU pod without having one: does it fit, and how fast can it be (modelled)?
   limoe settings [--preset=tiny]
       All settings that --set takes, with value, type and unit.
   limoe --help
       All of this, the flags and the settings.
 """
 
-# What the extra `train` installs, by the names that are imported.
+# Import names of the packages that the extra `train` installs.
 TRAINER = ("einops", "flax", "grain", "matplotlib", "optax", "orbax", "PIL", "sentencepiece", "tqdm")
 
 _HELP = ("help", "-h", "-help", "--help")
 
 
 class UsageError(Exception):
-    """The words of the command are off."""
+    """The command line has wrong words or flags."""
 
 
 def main(words: Sequence[str]) -> int:
-    """Run a command line, given without the program's name; the exit status, 1 for a failure, 2 for wrong usage."""
+    """Run a command line, given without the program's name. Returns the exit status: 1 for a failure, 2 for wrong
+    usage."""
     if missing := [name for name in TRAINER if importlib.util.find_spec(name) is None]:
         packages = "pip install 'limoe-jax[train]', or in a checkout pip install '.[train]'"
         print(f"limoe: {', '.join(missing)} not installed; the trainer needs its extra: {packages}", file=sys.stderr)
@@ -89,15 +96,15 @@ def main(words: Sequence[str]) -> int:
         print(f"limoe: {error}\n\n{USAGE}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        raise  # whoever read our output has gone; see `run`
+        raise  # the reader of our output has closed it; see `run`
     except (LimoeError, OSError) as error:
         print(f"limoe: {error}", file=sys.stderr)
         return 1
 
 
 def _parse(words: Sequence[str]) -> list[str]:
-    """Parse the flags; the other words."""
-    for name in _FLAGS:  # so that a second call in one process begins anew
+    """Parse the flags and return the other words."""
+    for name in _FLAGS:  # a second call in one process starts from the defaults
         FLAGS[name].unparse()
     try:
         return FLAGS(["limoe", *words])[1:]
@@ -223,7 +230,7 @@ def run() -> None:
         status = main(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:
-        # As in `limoe settings | head`: not an error worth a traceback, also not in the flush at exit.
+        # As in `limoe settings | head`: no traceback for it, neither here nor from the flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except KeyboardInterrupt:

@@ -1,15 +1,16 @@
-"""What a person can mend, and the hint for a slip of the pen."""
+"""Errors that a user can fix, and hints for misspelled words."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class LimoeError(Exception):
-    """The command line prints the message of such an error; any other is a bug and keeps its traceback."""
+    """An error that the user can fix: the command line prints only its message. Any other error is a bug and keeps its
+    traceback."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that looks most like this one, if one does.
+    """Find the known word that looks most like this one; None if none is close.
 
     >>> nearest("trian", ["train", "eval"]), nearest("zzz", ["train", "eval"])
     ('train', None)

@@ -116,7 +116,7 @@ def test_two_processes_stop_together_lose_one_and_still_end_like_one(tmp_path, m
     with Team(folder, *CROSSING) as team:
         ended = [team.end(number) for number in range(2)]
     assert [one.status for one in ended] == [0, 0], ended
-    assert f"going on from the checkpoint of step {last}" in ended[0].said
+    assert f"continuing from the checkpoint of step {last}" in ended[0].said
     assert_same_steps_again(before, metrics(folder), last)
     alone = [text for text in MESH if not text.startswith("mesh.")]
     single = ran(tmp_path / "single", *alone).folder

@@ -140,7 +140,7 @@ def test_a_signal_saves_and_the_restart_is_exact(
     assert not (tmp_path / "run" / "summary.json").exists()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     again = ran(tmp_path / "run")
-    assert f"going on from the checkpoint of step {saved}" in again.said
+    assert f"continuing from the checkpoint of step {saved}" in again.said
     assert result(tmp_path / "run") == expected
 
 
@@ -160,7 +160,7 @@ def test_a_signal_outside_the_loop_ends_the_run_at_once(
         assert "Stopped by SIGTERM before the first step; the work folder is free for any settings" in said
         assert os.listdir(tmp_path / "run") == [".lock"]
     else:
-        assert "Stopped by SIGTERM; what was saved is kept" in said
+        assert "Stopped by SIGTERM; the same command continues" in said
     assert not (tmp_path / "run" / "summary.json").exists()
     ran(tmp_path / "run")
     assert result(tmp_path / "run") == expected
@@ -269,7 +269,7 @@ def test_a_killed_process_started_again_ends_with_the_same_bits(tmp_path: Path, 
     process = start(folder, mine)
     said, complained = process.communicate()
     assert process.returncode == 0, complained
-    assert f"going on from the checkpoint of step {STEPS}" in said or "is finished" in said
+    assert f"continuing from the checkpoint of step {STEPS}" in said or "is finished" in said
     assert "Traceback" not in complained
     assert not list(cache.rglob("*.tmp")), "what the killed writer of the world left"
     assert result(folder) == expected
@@ -288,7 +288,7 @@ def test_a_damaged_newest_checkpoint_falls_back(
     content[len(content) // 2] ^= 4
     largest.write_bytes(content)
     again = ran(tmp_path / "run")
-    assert f"skipped checkpoint {newest}" in again.said and "going on from the checkpoint of step 8" in again.said
+    assert f"skipped checkpoint {newest}" in again.said and "continuing from the checkpoint of step 8" in again.said
     assert result(tmp_path / "run") == expected
     assert newest.with_name(f"{newest.name}.damaged").is_dir()
 

@@ -267,7 +267,7 @@ def test_a_registered_logger_gets_each_step_and_is_closed(tmp_path: Path, kept: 
 
 def test_an_error_of_a_logger_says_which(tmp_path: Path, kept: list[Kept]) -> None:
     with pytest.raises(
-        loggers.LoggerError, match=r"logger 'kept' failed at step 9: OSError: the service is away; mend it or"
+        loggers.LoggerError, match=r"logger 'kept' failed at step 9: OSError: the service is away; fix or unregister it"
     ):
         run_steps(tmp_path, config(12), Device(0.0), batches(2))
     assert kept[0].closed

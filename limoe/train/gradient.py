@@ -1,4 +1,4 @@
-"""The gradient of a step's loss, of the whole batch at once or chunk by chunk, as a pure function."""
+"""The gradient of a step's loss as a pure function, for the whole batch at once or chunk by chunk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from limoe.train.losses import LossTerms, total_loss
 
 
 class Gradient(NamedTuple):
-    """The gradient in every parameter, the terms of the loss, and the routing stacked by MoE layer (None if dense)."""
+    """The gradient of every parameter, the terms of the loss, and the routing stacked by MoE layer (None if dense)."""
 
     parameters: Parameters
     loss: LossTerms
@@ -28,7 +28,7 @@ class Gradient(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Some pairs of a batch, and the index of their first routing group within it; stacked, several of these."""
+    """Some pairs of a batch, and the index of their first routing group in it. Also several chunks, stacked."""
 
     images: UInt8[Array, "... B H W 3"]
     text: Int[Array, "... B N"]
@@ -40,7 +40,7 @@ Loss = Callable[[Parameters, Encoded], tuple[Float[Array, ""], LossTerms]]
 
 
 def step_key(seed: int, step: Int[Array, ""]) -> Array:
-    """The key of a step's router noise."""
+    """Make the key of a step's router noise."""
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
@@ -53,12 +53,12 @@ def gradient(
     config: Config,
     placement: Placement | None = None,
 ) -> Gradient:
-    """Gradient of the loss of the whole batch, its terms and its routing.
+    """Compute the gradient of the whole batch's loss, the loss terms and the routing.
 
-    With `train.accumulation` > 1 the batch is worked in chunks, twice: first embeddings and routing sums of all
-    chunks, from which the loss of the whole batch (all negatives, all statistics) and its cotangents follow; then each
-    chunk's share of the gradient from its cotangents. Which experts a token goes to, and who finds room, is decided by
-    the first pass alone. Equal to the gradient in one piece within rounding.
+    With `train.accumulation` > 1 the batch is processed in chunks, in two passes. The first pass computes the
+    embeddings and routing sums of all chunks. They give the loss of the whole batch, with all negatives and all
+    statistics, and its cotangents. The second pass turns each chunk's cotangents into its part of the gradient. It uses
+    the experts and places that the first pass chose. The result equals the gradient in one piece up to rounding.
     """
     key = step_key(config.train.seed, step)
     shares = 1 if placement is None else placement.size
@@ -67,7 +67,7 @@ def gradient(
     kinds = parameter_kinds(graph, parameters)
 
     def encode(parameters: Parameters, chunk: Chunk, choice: RoutingChoice | None) -> Encoded:
-        # Segments gather their own, a period at a time.
+        # Segments gather their own parameters, one period at a time.
         outside = {name: value for name, value in parameters.items() if name != "segments"}
         model = nnx.merge(graph, {**parameters, **gathered(outside, kinds, placement)})
         context = RoutingContext(key, chunk.first_group, stride, choice)
@@ -83,7 +83,7 @@ def gradient(
     chunks = config.train.accumulation
     if chunks == 1:
         return _in_one_piece(encode, loss, parameters, Chunk(images, text, jnp.int32(0)))
-    # Each device works its own rows chunk after chunk.
+    # Each device processes its own rows chunk after chunk.
     parts = Chunk(
         rearrange(images, "(p n b) ... -> n (p b) ...", p=shares, n=chunks),
         rearrange(text, "(p n b) t -> n (p b) t", p=shares, n=chunks),
@@ -109,7 +109,7 @@ def _by_chunks(encode: Encode, loss: Loss, parameters: Parameters, parts: Chunk,
 
     def add(total: Parameters, step: tuple[Chunk, RoutingChoice | None, Encoded]) -> tuple[Parameters, None]:
         part, choice, cotangent = step
-        # A near tie could fall the other way the second time, above all in bfloat16.
+        # The second pass could decide a near tie differently, above all in bfloat16.
         _, pull = jax.vjp(lambda p: _differentiable(encode(p, part, choice)), parameters)
         return jax.tree.map(jnp.add, total, pull(cotangent)[0]), None
 
@@ -119,12 +119,12 @@ def _by_chunks(encode: Encode, loss: Loss, parameters: Parameters, parts: Chunk,
 
 
 def _differentiable(encoded: Encoded) -> Encoded:
-    """What the loss is a function of: all but the choices."""
+    """Keep what the loss depends on: everything but the choices."""
     return encoded._replace(choice=None)
 
 
 def _join(encoded: Encoded, shares: int) -> Encoded:
-    """Chunks to the whole: embeddings along the batch, sums along the groups (the second axis after layers)."""
+    """Join chunks: embeddings along the batch, sums along the groups (the axis after layers)."""
     embeddings = jax.tree.map(lambda x: rearrange(x, "n (p b) d -> (p n b) d", p=shares), encoded.embeddings)
     routing = jax.tree.map(lambda x: rearrange(x, "n l (p g) ... -> l (p n g) ...", p=shares), encoded.routing)
     return Encoded(embeddings, routing, None)

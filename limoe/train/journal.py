@@ -1,4 +1,4 @@
-"""What the first process tells of each finished step: a line of the log, the registered loggers, the progress bar."""
+"""What the first process reports of each finished step: to the log, to registered loggers and to the progress bar."""
 
 from __future__ import annotations
 
@@ -25,26 +25,25 @@ from limoe.workdir.metrics import MetricsLog
 
 
 class FinishedStep(NamedTuple):
-    """A step whose report has been read and found good."""
+    """A step whose report was read and has no fault."""
 
     step: int
     report: StepReport
     bad: BadExamples
     seconds: float
-    """Since the report before it, or since the device was given work again: where steps follow each other, their
-    length."""
+    """Time since the report before it, or since the device got work again. For steps in a row it is their length."""
 
 
 class Journal:
-    """The record of one command of a run, which begins after the last step of `log`; open inside a `with` block.
+    """The record of one command of a run, from the step after the last one in `log`. Use it in a `with` block.
 
-    `began` is when the run began by `time.monotonic`, had its commands followed each other at once.
+    `began` is the start of the run by `time.monotonic`, as if its commands had run without pauses.
     """
 
     def __init__(self, log: MetricsLog, folder: Path, config: Config, began: float, say: Callable[[str], None]) -> None:
         self._log, self._settings, self._began, self._say = log, config.train, began, say
         self._first, self._num_bad = log.last_step or 0, 0
-        # All at once and now: a little program between two steps would wait for the one that runs.
+        # Computed now, all at once: a small program between two steps would wait for the running one.
         self._learning_rate = np.asarray(
             jax.vmap(make_schedule(config.optimizer, config.train.steps))(np.arange(self._first, config.train.steps))
         )
@@ -61,14 +60,14 @@ class Journal:
         self._loggers.close()
 
     def write(self, done: FinishedStep, top1: float | None) -> None:
-        """Log a step and show it; `top1` is its zero-shot accuracy where it was evaluated."""
+        """Log a step and show it. `top1` is its zero-shot accuracy, if it was evaluated."""
         figures = self._figures(done, top1)
         self._log.append(done.step, figures)
         self._loggers.log(done.step, figures)
         self._show(done, top1)
 
     def sync(self) -> None:
-        """Wait until all lines are on the disk."""
+        """Wait until all lines are on disk."""
         self._log.sync()
 
     def _figures(self, done: FinishedStep, top1: float | None) -> dict[str, Any]:
@@ -115,9 +114,9 @@ class Journal:
 
 
 def is_whole(step: int, settings: TrainConfig) -> bool:
-    """Whether a line has the counts by layer, modality and expert, and all digits of figures by layer and modality.
+    """Say whether a line is whole: with counts by layer, modality and expert, and all digits of other figures.
 
-    Other lines have null, and six decimals: counts are five sixths of a whole line's bytes. Figures and summary are
+    Other lines have null for counts, which are five sixths of a whole line, and six decimals. Figures and summary are
     means over the last steps, whose lines are all whole.
 
     >>> from limoe.config.presets import preset

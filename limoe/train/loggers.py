@@ -1,4 +1,5 @@
-"""Where the figures of each step go besides metrics.jsonl: one class for a service, and one line that registers it."""
+"""Loggers: where the figures of each step go besides metrics.jsonl. A service needs one class and one `register`
+call."""
 
 from __future__ import annotations
 
@@ -12,22 +13,22 @@ from limoe.errors import LimoeError
 
 
 class LoggerError(LimoeError, RuntimeError):
-    """A registered logger failed; the message says which, at which step, and what to do."""
+    """A registered logger failed. The message says which logger, at which step, and what to do."""
 
 
 class Logger(Protocol):
     """Gets the figures of each finished step, in order, in the first process only.
 
-    They are those of a line of metrics.jsonl, as numbers, texts, NumPy arrays and None. A run that goes on from a
+    The figures are those of a line of metrics.jsonl: numbers, texts, NumPy arrays and None. A run that continues from a
     checkpoint logs the steps after it again.
     """
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Take the figures of a step; the loop waits meanwhile, so hand over to a thread what takes long."""
+        """Take the figures of a step. The training loop waits for this call, so do slow work in a thread."""
         ...
 
     def close(self) -> None:
-        """The command makes no more steps, whatever the reason."""
+        """Finish: the command makes no more steps, for whatever reason."""
         ...
 
 
@@ -35,7 +36,7 @@ _REGISTERED: dict[str, Callable[[Path, Config], Logger]] = {}
 
 
 def register(name: str, make: Callable[[Path, Config], Logger]) -> None:
-    """Have every later run of this program log to `make(work folder, config)` too.
+    """Make every later run of this program also log to `make(work folder, config)`.
 
     Raises ValueError if another logger has that name.
 
@@ -57,12 +58,12 @@ def register(name: str, make: Callable[[Path, Config], Logger]) -> None:
 
 
 def unregister(name: str) -> None:
-    """Log there no more; KeyError if there is no such logger."""
+    """Remove a logger. Raises KeyError if there is none of that name."""
     del _REGISTERED[name]
 
 
 class Loggers:
-    """The registered loggers of a run, open; an error of one ends the run as a LoggerError."""
+    """The open loggers of a run. An error in one of them ends the run as a LoggerError."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         self._open: dict[str, Logger] = {}
@@ -71,13 +72,13 @@ class Loggers:
                 self._open[name] = make(folder, config)
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Hand the figures of a step to each."""
+        """Pass the figures of a step to each logger."""
         for name, logger in self._open.items():
             with _named(name, f"step {step}"):
                 logger.log(step, figures)
 
     def close(self) -> None:
-        """Close each."""
+        """Close each logger."""
         with contextlib.ExitStack() as stack:
             for name, logger in self._open.items():
                 stack.enter_context(_named(name, "closing"))
@@ -90,6 +91,6 @@ def _named(name: str, when: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise LoggerError(
-            f"logger {name!r} failed at {when}: {type(error).__name__}: {error}; mend it or leave it out, and the same "
-            "command goes on from the last checkpoint"
+            f"logger {name!r} failed at {when}: {type(error).__name__}: {error}; fix or unregister it; the same "
+            "command then continues from the last checkpoint"
         ) from error

@@ -1,4 +1,4 @@
-"""The trainer, to be read from top to bottom: prepare, restore, step, log, save, evaluate, summarise."""
+"""The trainer, in reading order: prepare, restore, step, log, save, evaluate, summarise."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ from limoe.workdir.metrics import MetricsLog, read_metrics, write_json
 
 
 class TrainingError(LimoeError, RuntimeError):
-    """Training cannot go on; the message says why, since when, and what to do."""
+    """Training cannot continue. The message says why, since which step, and what to do."""
 
 
-# After so many bad examples in a command the processes no longer ask each other which they were, step after step.
+# After this many bad examples in a command, processes no longer exchange the examples' keys at each step.
 _BAD_ASKED_FOR = 100
 
 
 def train(config: Config, folder: str | Path, *, profile_steps: int = 0, say: Callable[[str], None] = print) -> int:
-    """Train until `train.steps`, evaluate, and write figures and summary into the work folder; the exit status.
+    """Train until `train.steps`, evaluate, and write figures and summary into the work folder. Returns the exit status.
 
-    An unfinished run in the folder goes on where its last good checkpoint is, bit for bit as if it had never stopped;
-    of a finished one only its result is shown. SIGTERM or Ctrl-C end the run at once, or in the loop over steps after
-    the step that is going on and a checkpoint of it. Raises TrainingError when a loss, a gradient or the parameters are
-    not finite, WorkdirError, CheckpointError, DataError, StorageError and ConfigError as their modules say. No example
-    here: the shortest run takes ten seconds.
+    An unfinished run in the folder continues from its last good checkpoint, bit for bit as if it had never stopped. For
+    a finished run only its result is shown. SIGTERM or Ctrl-C ends the command: at once, or in the loop over steps
+    after the current step is done and saved. Raises TrainingError if a loss, a gradient or the parameters are not
+    finite; and WorkdirError, CheckpointError, DataError, StorageError and ConfigError as their modules say. There is no
+    example, because the shortest run takes ten seconds.
     """
     first = processes.is_first()
     say = say if first else _silent
@@ -79,7 +79,7 @@ def train(config: Config, folder: str | Path, *, profile_steps: int = 0, say: Ca
             if first and workdir.discard_unstarted():
                 say(f"Stopped by {signals.received} before the first step; the work folder is free for any settings.")
             else:
-                say(f"Stopped by {signals.received}; what was saved is kept, and the same command goes on from there.")
+                say(f"Stopped by {signals.received}; the same command continues from the last checkpoint.")
             watch.part()
         except BaseException:
             if first:
@@ -89,18 +89,18 @@ def train(config: Config, folder: str | Path, *, profile_steps: int = 0, say: Ca
 
 
 def _silent(text: str) -> None:
-    """What the processes say that are not the first one."""
+    """Say nothing; used by all processes but the first."""
 
 
 def _open(folder: str | Path, config: Config) -> Workdir:
-    """The work folder, which the first process makes and locks for all."""
+    """Open the work folder; the first process makes and locks it for all."""
     _refuse_other_settings(config)
     with processes.first_before_others("the work folder is there"):
         return Workdir.open(folder, config) if processes.is_first() else Workdir.existing(folder)
 
 
 def _refuse_other_settings(config: Config) -> None:
-    """Raise ConfigError in every process if one has other settings than the first: it would train something else."""
+    """Raise ConfigError in every process if one of them has other settings than the first."""
     first, *others = map(from_json, processes.texts_of_all(to_json(config)))
     for number, other in enumerate(others, 1):
         if names := differences(first, other):
@@ -116,7 +116,7 @@ def _train(
 ) -> None:
     began = time.monotonic()
     with processes.first_before_others("data and tokenizer are there"):
-        inputs.ready_tokenizer(config, workdir.tokenizer)  # refused before minutes of writing and indexing, not after
+        inputs.ready_tokenizer(config, workdir.tokenizer)  # refuses before minutes of writing and indexing
         folders = inputs.data_folders(config, _bar("writing the embedded world", "pair"))
         source = inputs.training_source(config, folders)
         for damage in source.damages:
@@ -144,7 +144,7 @@ def _train(
             profile = stack.enter_context(Profile(workdir.path / "profile", profile_steps, first, beside_bars(say)))
             state = run.steps(state, step_function, batches.from_step, signals, profile)
         if run.stopped:
-            say(f"Stopped after step {int(state.step)}, which is saved; the same command goes on from there.")
+            say(f"Stopped after step {int(state.step)}, which is saved; the same command continues from there.")
             return
     encoder.use(state.parameters)
     _finish(config, workdir, encoder, evaluation, tokenizer, began, say)
@@ -159,7 +159,7 @@ class _Ahead(NamedTuple):
 
 
 class _Running(NamedTuple):
-    """A step that the devices have been given, and what was bad among the rows of this process."""
+    """A step that was given to the devices, and the bad examples among this process's rows."""
 
     step: int
     report: StepReport
@@ -169,16 +169,15 @@ class _Running(NamedTuple):
 class _Run:
     """The loop over steps and what happens between them.
 
-    The devices never wait for this process: while step n runs, batch n + 1 is sent to them, and then the report of step
-    n - 1 is read, checked and logged. So of what a report says it is known a step late:
+    The devices never wait for this process. While step n runs, this process sends batch n + 1 to them, then reads,
+    checks and logs the report of step n - 1. It therefore learns what a report says one step late:
 
-    - A loss or gradient that is not finite ends the run before anything of its step is logged or saved; the step after
-      it has been computed in vain.
-    - Bad examples are counted in the line of the step that they were read for, as ever.
-    - One process stops after the step that runs when the signal comes. Of several, each tells the others with the
-      next step that it has one; when that step's report is read the step after it runs, and all stop after that one.
+    - A loss or gradient that is not finite ends the run before anything of its step is logged or saved. The step after
+    it was computed in vain. - Bad examples are counted in the line of the step for which they were read. - A single
+    process stops after the step that runs when the signal comes. One of several processes tells the others of its
+    signal with its next step. They read that step's report while the following step runs, and all stop after that one.
 
-    A step after which something is saved or evaluated is waited for, and so is the last one.
+    The loop waits for the last step, and for each step after which it saves or evaluates.
     """
 
     def __init__(
@@ -190,7 +189,7 @@ class _Run:
     ) -> None:
         self.settings, self.checkpoints, self.encoder, self.evaluation = settings, checkpoints, encoder, evaluation
         self.placement = encoder.placement
-        self.journal: Journal | None = None  # of the first process
+        self.journal: Journal | None = None  # only in the first process
         self.alone = jax.process_count() == 1
         self.num_bad = 0
         self.stopped = False
@@ -204,7 +203,7 @@ class _Run:
         signals: StopSignals,
         profile: Profile,
     ) -> TrainState:
-        """Step until the end or a signal; the state then, which is saved."""
+        """Step until the end or a signal, save, and return the state."""
         first = int(state.step)
         if first == self.settings.steps:
             return state
@@ -230,7 +229,7 @@ class _Run:
                     break
             self.checkpoints.wait()
         if not self.stopped:
-            # A signal that came while the last step was written has not been seen.
+            # A signal may have come while the last step was written.
             self.stopped = processes.added_up(int(bool(signals.received)), 0)[0] > 0
         return state
 
@@ -242,7 +241,7 @@ class _Run:
         return bool(every) and step % every == 0 and self.evaluation.zero_shot is not None
 
     def _send(self, batch: Batch) -> _Ahead:
-        """Start to send the rows of this process to its devices."""
+        """Start to send this process's rows to its devices."""
         images, tokens = (
             jax.device_put(part) if self.placement is None else joined(part, self.placement)
             for part in (batch.images, batch.tokens)
@@ -250,14 +249,14 @@ class _Run:
         return _Ahead(images, tokens, batch.bad)
 
     def _counts(self, counts: Counts) -> np.ndarray | Array:
-        """What this process tells the others, as rows of its devices, of which one has it."""
+        """Write what this process tells the others into the row of one of its devices; its other rows are 0."""
         devices = 1 if self.placement is None else self.placement.size // jax.process_count()
         rows = np.zeros((devices, len(counts)), np.int32)
         rows[0] = counts
         return joined(rows, self.placement)
 
     def _wait_for(self, running: _Running, state: TrainState) -> None:
-        """Finish a step while the devices have nothing else to do: log it, and evaluate and save where that is due."""
+        """Finish a step while the devices are idle: log it, and evaluate and save if that is due."""
         done = self._read(running)
         save = self._is_saved(done.step) or self.stopped
         if save:
@@ -274,7 +273,7 @@ class _Run:
         self.read_at = time.monotonic()
 
     def _read(self, running: _Running) -> FinishedStep:
-        """Wait for a step's report, and take from it what all processes then know."""
+        """Wait for a step's report and read from it what all processes told each other."""
         report = jax.device_get(running.report)
         now = time.monotonic()
         seconds, self.read_at = now - self.read_at, now
@@ -290,12 +289,12 @@ class _Run:
             self.journal.write(done, top1)
 
     def _check_report(self, step: int, report: StepReport) -> None:
-        """Stop on a loss or gradient that is not finite, before anything of this step is written or saved."""
+        """Stop at a loss or gradient that is not finite, before anything of this step is logged or saved."""
         values = {**by_name(report.loss), "gradient_norm": float(report.gradient_norm)}
         self._refuse(step, [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)])
 
     def _check_parameters(self, step: int, parameters: Parameters) -> None:
-        """Stop before saving parameters that an update from a finite loss and gradient has ruined."""
+        """Stop before saving parameters that are not finite although loss and gradient were."""
         finite = jax.device_get(_all_finite(parameters))
         paths = [
             (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
@@ -324,9 +323,9 @@ def _finish(
     began: float,
     say: Callable[[str], None],
 ) -> None:
-    """Evaluate, draw, and write the summary, whose presence marks the run as finished.
+    """Evaluate, draw figures, and write the summary, which marks the run as finished.
 
-    Killed at any moment before that, the next start comes here again with the parameters of the last checkpoint.
+    If the command is killed before that, the next start does this again with the parameters of the last checkpoint.
     """
     say("evaluating (dropless) and drawing figures")
     model, batch_size = config.model, config.train.batch_size
@@ -334,7 +333,7 @@ def _finish(
     reached = evaluate(encoder, evaluation)
     history = results.training_history(log, reached, results.bound(model, batch_size))
     with contextlib.ExitStack() as stack:
-        # All processes compute what is drawn, each with its part of the model.
+        # All processes compute the figures together, each with its part of the model.
         mine = processes.is_first()
         figures = workdir.figures if mine else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         results.draw(figures, model, batch_size, history, log.last, encoder, evaluation, tokenizer)
@@ -349,9 +348,9 @@ def _finish(
 
 
 def _bad_of_all(own: BadExamples, counts: Counts, *, ask: bool) -> BadExamples:
-    """The bad examples of all processes, given how many there are; the first few of them process by process.
+    """Collect the bad examples of all processes: the total count, and the first few keys in order of processes.
 
-    Where the others shall not be asked, those of this process.
+    With `ask=False` the keys are those of this process only.
     """
     first = own.first
     if counts.bad and ask:
@@ -366,14 +365,14 @@ def _all_finite(tree: Any) -> Any:
 
 
 def _seconds_before(log: MetricsLog | None) -> float:
-    """Seconds that earlier commands of this run took, up to the last step that they logged."""
+    """Read the seconds that earlier commands of this run took, up to their last logged step."""
     return 0.0 if log is None or log.last is None else float(log.last["elapsed_seconds"])
 
 
 def _restore(
     checkpoints: Checkpoints, abstract: TrainState, log: MetricsLog | None, say: Callable[[str], None]
 ) -> TrainState | None:
-    """The state of the newest good checkpoint, None without one; the log is cut to the same step."""
+    """Restore the newest good checkpoint, if there is one, and cut the log to the same step."""
     restored = checkpoints.restore(abstract)
     if log is None:
         return None if restored is None else restored.state
@@ -387,13 +386,13 @@ def _restore(
         )
     for message in restored.skipped:
         say(message)
-    say(f"going on from the checkpoint of step {restored.step}")
+    say(f"continuing from the checkpoint of step {restored.step}")
     log.truncate_after(restored.step)
     return restored.state
 
 
 def _bar(description: str, unit: str) -> Callable[[int, int], None]:
-    """A progress callback `(done, total)` that draws a bar."""
+    """Make a progress callback `(done, total)` that draws a bar."""
     bar: list[tqdm] = []
 
     def progress(done: int, total: int) -> None:

@@ -1,7 +1,7 @@
-"""Contrastive and auxiliary losses, all of them as functions of sums over the step's tokens (paper, section 3).
+"""Contrastive losses from embeddings, and auxiliary losses from sums over the step's tokens (paper, section 3).
 
-Because they take sums, they do not depend on how the step was cut into devices or chunks. Every term is always
-computed and always in the result; what is switched off has weight 0 in the total, never a missing key.
+Losses do not depend on how the step was split over devices or chunks. Every term is always computed and always in the
+result; a term that is switched off has weight 0 in the total.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from limoe.config.schema import EXTRA_LOSSES, LossConfig, ModelConfig
 from limoe.model.moe import IMAGE, TEXT, LayerRouting, RoutingSums, entropy_of_mean
 
 AuxiliaryTerms = dict[str, Float[Array, ""]]
-"""Every loss of `AUXILIARY_LOSSES` by its name, whether it is on or off, summed over MoE layers."""
+"""Every loss of `AUXILIARY_LOSSES` by name, on or off, summed over MoE layers."""
 
 
 class LossTerms(NamedTuple):
-    """The loss of a step: `total = contrastive + auxiliary_total`, and the terms, also those that are switched off."""
+    """The loss of a step: `total = contrastive + auxiliary_total`, and all auxiliary terms, on or off."""
 
     total: Float[Array, ""]
     contrastive: Float[Array, ""]
@@ -34,10 +34,10 @@ class LossTerms(NamedTuple):
 def softmax_contrastive(
     image: Float[Array, "B P"], text: Float[Array, "B P"], scale: Float[Array, ""], *, mesh: Mesh | None = None
 ) -> Float[Array, ""]:
-    """Mean over both directions of the cross-entropy of each pair among the whole batch, in float32 (paper, section 3).
+    """Compute the mean cross-entropy of each pair against the whole batch, both ways, in float32 (paper, section 3).
 
-    `L_j = -1/2 log softmax_k(s <i_j, t_k>)_j - 1/2 log softmax_k(s <i_k, t_j>)_j`; embeddings are L2-normalised.
-    On a mesh, whose devices split the rows, each compares its own with all others: `[B / devices, B]` numbers.
+    `L_j = -1/2 log softmax_k(s <i_j, t_k>)_j - 1/2 log softmax_k(s <i_k, t_j>)_j`; embeddings are L2-normalised. On a
+    mesh, each device compares its own rows with all others, in a matrix `[B / devices, B]`.
 
     >>> import jax.numpy as jnp
     >>> round(float(softmax_contrastive(jnp.eye(2), jnp.eye(2), jnp.float32(0.0))), 4)
@@ -60,9 +60,9 @@ def sigmoid_contrastive(
     *,
     mesh: Mesh | None = None,
 ) -> Float[Array, ""]:
-    """Each of the B² pairs as a decision of its own: `-1/B sum_jk log sigmoid(±(s <i_j, t_k> + b))` (Zhai et al. 2023).
+    """Treat each of the B² pairs as one decision: `-1/B sum_jk log sigmoid(±(s <i_j, t_k> + b))` (Zhai et al. 2023).
 
-    `mesh` as in `softmax_contrastive`.
+    `mesh` is as in `softmax_contrastive`.
 
     >>> import jax.numpy as jnp
     >>> round(float(sigmoid_contrastive(jnp.eye(2), jnp.eye(2), jnp.float32(0.0), jnp.float32(0.0))), 4)
@@ -76,7 +76,7 @@ def sigmoid_contrastive(
 
 
 class _Rows(NamedTuple):
-    """One device's rows of the batch, and how to get everybody's."""
+    """One device's rows of the batch, and a function that gathers the rows of all devices."""
 
     image: Float[Array, "N P"]
     text: Float[Array, "N P"]
@@ -91,7 +91,7 @@ def _by_rows(
     text: Float[Array, "B P"],
     *scalars: Float[Array, ""],
 ) -> Float[Array, " B"]:
-    """The term of every row, each computed where the row is; the gradient of a gather is a reduce-scatter."""
+    """Compute the term of every row on the device that has the row. The gradient of the gather is a reduce-scatter."""
     axes = tuple(mesh.axis_names)
 
     def here(image: Array, text: Array, *scalars: Array) -> Array:
@@ -101,7 +101,7 @@ def _by_rows(
         )
 
     rows, whole = PartitionSpec(axes), PartitionSpec()
-    # No psum in here: gradients through one would depend on what check_vma knows. The mean is taken outside.
+    # No psum in here, because its gradient would depend on check_vma. The mean is taken outside.
     sharded = jax.shard_map(
         here, mesh=mesh, in_specs=(rows, rows, *[whole] * len(scalars)), out_specs=rows, check_vma=False
     )
@@ -123,12 +123,12 @@ def _sigmoid_terms(rows: _Rows, scale: Float[Array, ""], bias: Float[Array, ""])
 
 
 def _similarity(image: Float[Array, "N P"], text: Float[Array, "B P"]) -> Float[Array, "N B"]:
-    # HIGHEST: the default of a float32 dot is bfloat16 on TPU and tf32 on GPU.
+    # HIGHEST, because by default a float32 dot uses bfloat16 on TPUs and tf32 on GPUs.
     return jnp.dot(image, text.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 def squared_variation(values: Float[Array, "... E"]) -> Float[Array, "..."]:
-    """Squared coefficient of variation over experts, `(std / mean)²` with the population's std.
+    """Compute the squared coefficient of variation over experts, `(std / mean)²`, with the population's std.
 
     >>> import jax.numpy as jnp
     >>> float(squared_variation(jnp.array([1.0, 0.0, 0.0, 0.0])))
@@ -182,14 +182,14 @@ AUXILIARY_LOSSES: dict[str, AuxiliaryLoss] = {
     "global_text": _global(TEXT, "text"),
     "global_image": _global(IMAGE, "image"),
 }
-"""Every auxiliary loss: those of the paper, whose settings have their names, and those that were registered."""
+"""Every auxiliary loss: those of the paper, which have settings of the same names, and registered ones."""
 
 
 def register(name: str, function: AuxiliaryLoss) -> None:
-    """Add an auxiliary loss of one's own, which `loss.extra=name=weight` switches on.
+    """Add an auxiliary loss of your own; `loss.extra=name=weight` switches it on.
 
-    The weight counts like those of the others: the active losses are averaged, then multiplied by `loss.aux_weight`.
-    Raises ValueError for a name that a loss has already.
+    Its weight counts like those of other losses: active losses are averaged, then multiplied by `loss.aux_weight`.
+    Raises ValueError if a loss has that name already.
     """
     if name in AUXILIARY_LOSSES:
         raise ValueError(f"there is an auxiliary loss {name!r} already; take another name")
@@ -198,16 +198,16 @@ def register(name: str, function: AuxiliaryLoss) -> None:
 
 
 def unregister(name: str) -> None:
-    """Take a loss out again that was registered."""
+    """Remove a registered loss."""
     EXTRA_LOSSES.remove(name)
     del AUXILIARY_LOSSES[name]
 
 
 def auxiliary_terms(sums: RoutingSums, loss: LossConfig, model: ModelConfig) -> AuxiliaryTerms:
-    """All auxiliary losses from sums stacked by layer, `[L, G, M, ...]`; summed over layers (paper, section 3).
+    """Compute all auxiliary losses from sums stacked by layer, `[L, G, M, ...]`, and add them over layers (section 3).
 
-    With `loss.aux_scope=batch` the sums of all groups are added first; with `group` each group has a loss of its own
-    and the mean over groups is taken. Entropies in nats. A modality without tokens in a group contributes 0.
+    With `loss.aux_scope=batch` the sums of all groups are added first. With `group` each group has its own loss, and
+    the result is the mean over groups. Entropies are in nats. A modality without tokens in a group adds 0.
 
     >>> from limoe.config.presets import preset
     >>> one, even = jnp.ones((1, 1, 2)), jnp.ones((1, 1, 2, 8))  # a layer, a group, both modalities, eight experts
@@ -223,9 +223,9 @@ def auxiliary_terms(sums: RoutingSums, loss: LossConfig, model: ModelConfig) -> 
 
 
 def auxiliary_weights(loss: LossConfig) -> dict[str, float]:
-    """The weight of each term in the total: its own weight over the number of active terms, times `aux_weight`.
+    """Compute the weight of each term in the total: its own weight over the number of active terms, times `aux_weight`.
 
-    The active losses are averaged, then multiplied by 0.04 (paper, section 3); a term that is off has weight 0.
+    The paper averages the active losses and multiplies by 0.04 (section 3). A term that is off has weight 0.
 
     >>> from limoe.config.presets import preset
     >>> weights = auxiliary_weights(preset("b16").loss)
@@ -250,9 +250,9 @@ def total_loss(
     model: ModelConfig,
     mesh: Mesh | None = None,
 ) -> LossTerms:
-    """The loss of the whole step from its embeddings and routing sums; a dense model has auxiliary terms 0.
+    """Compute the loss of the whole step from its embeddings and routing sums. A dense model has auxiliary terms of 0.
 
-    `mesh` says that the rows of the embeddings are split over all of its devices.
+    With a `mesh`, the rows of the embeddings are split over all its devices.
 
     >>> from limoe.config.presets import preset
     >>> dense = preset("tiny-dense")
@@ -269,7 +269,7 @@ def total_loss(
         auxiliary = {name: jnp.float32(0) for name in AUXILIARY_LOSSES}
     else:
         auxiliary = auxiliary_terms(routing.sums, loss, model)
-    # Selected, not multiplied: a term that is off must not carry its NaN into the total.
+    # Select instead of multiplying: a NaN of a term that is off must not reach the total.
     weights = auxiliary_weights(loss)
     auxiliary_total = jnp.zeros((), jnp.float32)
     for name, term in auxiliary.items():
@@ -279,7 +279,7 @@ def total_loss(
 
 
 def by_name(terms: LossTerms) -> dict[str, float]:
-    """The terms as plain numbers, for the log: total, contrastive, auxiliary_total and each auxiliary term."""
+    """Convert the terms to plain numbers for the log: total, contrastive, auxiliary_total and each auxiliary term."""
     auxiliary = {name: terms.auxiliary[name] for name in AUXILIARY_LOSSES}  # JAX sorts the names of a dict
     flat = {**terms._asdict(), **auxiliary}
     del flat["auxiliary"]

@@ -1,4 +1,4 @@
-"""Adafactor and AdamW, their learning rate, and which parameters are decayed and factored (paper section 4)."""
+"""Adafactor and AdamW, the learning rate, and which parameters are decayed and factored (paper, section 4)."""
 
 from typing import Any, NamedTuple
 
@@ -12,13 +12,14 @@ from limoe.parallel.parameters import Kinds, parameter_path
 
 
 def make_schedule(optimizer: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """The learning rate of the update after s finished ones: linear warm-up, reverse square root, linear cool-down.
+    """Make the learning rate of the update after s finished ones: linear warm-up, reverse square root, linear
+    cool-down.
 
     With n = s + 1 (no update has a rate of zero), peak P, W warm-up and Q cool-down steps, timescale H and N steps:
 
         rate(s) = P * min(1, n / W) * sqrt(H / (H + max(0, n - W))) * clip((N + 1 - n) / Q, 0, 1)
 
-    A factor whose W or Q is 0 is left out. The rate is zero from s = N on when there is a cool-down.
+    A factor whose W or Q is 0 is left out. With a cool-down the rate is zero from s = N on.
 
     >>> from limoe.config.presets import preset
     >>> config = preset("b16")
@@ -41,7 +42,7 @@ def make_schedule(optimizer: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 class FactoredMoment(NamedTuple):
-    """Mean square of the gradient of a stack of matrices [..., D, F] over their columns and over their rows."""
+    """Mean squares of the gradient of a stack of matrices [..., D, F]: over columns and over rows."""
 
     row: Float[Array, "*stack D"]
     column: Float[Array, "*stack F"]
@@ -56,7 +57,7 @@ class AdafactorState(NamedTuple):
 
 
 def scale_by_adafactor(optimizer: OptimizerConfig, kinds: Kinds) -> optax.GradientTransformation:
-    """Adafactor as the paper's section 4 has it, without learning rate: no update clipping, no parameter scaling.
+    """Make Adafactor as in section 4 of the paper, without a learning rate, update clipping or parameter scaling.
 
     For update t = 1, 2, ... of a matrix with gradient g [D, F], all in float32:
 
@@ -65,9 +66,9 @@ def scale_by_adafactor(optimizer: OptimizerConfig, kinds: Kinds) -> optax.Gradie
         u = g / sqrt(r c / mean(r))
         m = momentum m + (1 - momentum) u                      kept in bfloat16, used before it is rounded
 
-    Only the last two axes are factored, when the parameter's kind allows it and both are at least `factored_size`; axes
-    in front of them (experts, layers of a scan) count separate matrices. Other parameters keep the whole second moment
-    v: u = g / sqrt(v). Optax's factoring picks the two largest axes, be they experts or layers.
+    Only the last two axes are factored, if the parameter's kind allows it and both have at least `factored_size`. Axes
+    before them (experts, layers of a scan) count separate matrices. Other parameters keep the whole second moment v: u
+    = g / sqrt(v). Optax's own Adafactor would factor the two largest axes, even experts or layers.
 
     >>> from limoe.parallel.parameters import EXPERT_KERNEL, EXPERT_VECTOR
     >>> params = {"w1": jnp.zeros((8, 64, 128)), "b1": jnp.zeros((8, 128))}
@@ -91,7 +92,7 @@ def scale_by_adafactor(optimizer: OptimizerConfig, kinds: Kinds) -> optax.Gradie
         )
 
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, AdafactorState]:
-        del params  # their size plays no part: no parameter scaling
+        del params  # not needed: no parameter scaling
         num_updates = jnp.asarray(optax.safe_increment(state.num_updates))
         beta = jnp.minimum(1.0 - num_updates.astype(jnp.float32) ** -optimizer.decay, optimizer.beta2_cap)
         second_moment = {}
@@ -113,7 +114,7 @@ def scale_by_adafactor(optimizer: OptimizerConfig, kinds: Kinds) -> optax.Gradie
 
 
 def _no_moment(shape: tuple[int, ...], factored: bool, factored_size: int) -> FactoredMoment | Float[Array, "..."]:
-    """The second moment before the first update."""
+    """Make the second moment before the first update."""
     if factored and len(shape) >= 2 and min(shape[-2:]) >= factored_size:
         column = (*shape[:-2], shape[-1])
         return FactoredMoment(row=jnp.zeros(shape[:-1], jnp.float32), column=jnp.zeros(column, jnp.float32))
@@ -121,10 +122,11 @@ def _no_moment(shape: tuple[int, ...], factored: bool, factored_size: int) -> Fa
 
 
 def _normalised(gradient: Float[Array, "..."], moment: FactoredMoment | Float[Array, "..."]) -> Float[Array, "..."]:
-    """The gradient over the root of its mean square."""
+    """Divide the gradient by the root of its mean square."""
     if not isinstance(moment, FactoredMoment):
         return gradient * jax.lax.rsqrt(moment)
-    # Root by root: r c or r / mean(r) would underflow for a row of zeros beside large ones, and 0 * inf is NaN.
+    # Take each root by itself: for a row of zeros beside large ones, r c or r / mean(r) would underflow to 0 * inf =
+    # NaN.
     row, column = jax.lax.rsqrt(moment.row), jax.lax.rsqrt(moment.column)
     root = jnp.sqrt(jnp.mean(moment.row, axis=-1))
     return gradient * row[..., :, None] * (root[..., None] * column)[..., None, :]
@@ -142,13 +144,13 @@ def _updated_moment(
 
 
 def make_optimizer(optimizer: OptimizerConfig, num_steps: int, kinds: Kinds) -> optax.GradientTransformation:
-    """The optimiser of a run for parameters of these kinds (a tree of them: an nnx State or nested dicts and lists).
+    """Make the optimiser of a run for parameters of these kinds (a tree: an nnx State or nested dicts and lists).
 
-    In order: clip by the global norm; Adafactor or Adam; decay of the kernels; multiply by minus the learning rate. The
-    decay follows the schedule but not its height: a kernel shrinks by the share `weight_decay` a step at the peak rate.
-    (The paper's 1e-5 read as a multiple of its rate of 1e-3 would take 0.4% off a kernel in 400,000 steps.) Not
-    promised: that a gradient which is not finite shows in the updates. A norm that overflows makes them zero, so the
-    caller checks the loss and `optax.global_norm` of the gradients itself.
+    It clips by the global norm, applies Adafactor or Adam, decays the kernels, and multiplies by minus the learning
+    rate. The decay is relative to the peak of the schedule: at the peak rate a kernel shrinks by the share
+    `weight_decay` in a step. (As a multiple of the paper's rate of 1e-3, its 1e-5 would take only 0.4% off a kernel in
+    400,000 steps.) Updates may hide a gradient that is not finite: a norm that overflows makes them zero. The caller
+    must check the loss and `optax.global_norm` of the gradients.
 
     >>> from limoe.parallel.parameters import KERNEL, VECTOR
     >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}

@@ -1,4 +1,4 @@
-"""`--profile`: a trace of a few steps for whoever asks where a step's time goes."""
+"""`--profile`: a trace of a few steps, which shows where a step's time goes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 
-# The first step compiles and the next ones warm up: a profile starts after them.
+# The first step compiles and the next ones warm up, so a profile starts after them.
 PROFILE_AFTER = 5
 
 
 class Profile:
-    """Traces `num_steps` steps with jax.profiler into a folder, after the first ones; says what it has traced.
+    """Traces `num_steps` steps with jax.profiler into a folder, after the first ones, and says which it has traced.
 
     >>> with Profile(Path("runs/tiny/profile"), 3, 0, print) as profile:
     ...     for step in range(1, 5):
@@ -31,7 +31,8 @@ class Profile:
         return self
 
     def at(self, step: int, running: Any = None) -> None:
-        """Start or stop before this step, once the one before it, whose outputs are `running`, has ended."""
+        """Start or stop the trace before this step, after waiting for the step before it, whose outputs are
+        `running`."""
         if self._num_steps and step in (self._start, self._start + self._num_steps):
             jax.block_until_ready(running)
         if self._num_steps and step == self._start:

@@ -1,4 +1,4 @@
-"""Progress for whoever watches: a bar on a terminal, a line now and then in a file or a pipe."""
+"""Progress: a bar on a terminal, a line now and then in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-# Brief, so that loss and success rates fit into 80 columns.
+# Short enough that loss and success rates fit in 80 columns.
 _FORMAT = "{desc}{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"
 _SECONDS_BETWEEN_DRAWINGS, _SECONDS_BETWEEN_LINES = 0.5, 30.0
 
 
 class _Lines:
-    """Standard error with a line for each drawing of a bar, instead of a return to the start of the line."""
+    """Standard error that writes a line each time a bar is drawn, instead of returning to the start of the line."""
 
     def write(self, text: str) -> None:
         text = text.strip("\r\n ")
@@ -26,7 +26,7 @@ class _Lines:
 
 
 def beside_bars(say: Callable[[str], None]) -> Callable[[str], None]:
-    """The same for texts that are said while a bar is drawn."""
+    """Adapt `say` for use while a bar is drawn."""
 
     def tell(text: str) -> None:
         with tqdm.external_write_mode():
@@ -36,9 +36,9 @@ def beside_bars(say: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def progress_bar(description: str, *, total: int, unit: str, done: int = 0, delay: float = 0.0) -> tqdm:
-    """A bar on standard error; where that is no terminal, a line every half minute and one at the end.
+    """Make a bar on standard error; without a terminal it prints a line every half minute and one at the end.
 
-    It is not shown at all if it finishes within `delay` seconds.
+    Nothing is shown if the bar finishes within `delay` seconds.
 
     >>> with progress_bar("reading", total=10, unit="file", done=4) as bar:
     ...     _ = bar.update(6)
@@ -54,7 +54,7 @@ def progress_bar(description: str, *, total: int, unit: str, done: int = 0, dela
         unit=unit,
         bar_format=_FORMAT,
         file=sys.stderr if watched else _Lines(),
-        # Not tqdm's own guess, which draws nothing on a terminal that does not know its size.
+        # tqdm's own guess draws nothing on a terminal that does not know its size.
         ncols=terminal.columns if watched else None,
         nrows=terminal.lines if watched else None,
         mininterval=_SECONDS_BETWEEN_DRAWINGS if watched else _SECONDS_BETWEEN_LINES,

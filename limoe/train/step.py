@@ -1,4 +1,4 @@
-"""One training step, gradient and update, as a pure function of the train state."""
+"""One training step as a pure function of the train state: gradient and update."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from limoe.train.optim import make_optimizer
 
 
 class TrainState(NamedTuple):
-    """All that a run needs to go on: the number of steps done, parameters and the optimiser's state."""
+    """All that a run needs to continue: the number of finished steps, the parameters and the optimiser's state."""
 
     step: Int[Array, ""]
     parameters: Parameters
@@ -29,10 +29,10 @@ class TrainState(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What a process tells the others with its rows of a batch.
+    """What a process tells the others together with its rows of a batch.
 
-    They ride in the step's own inputs and outputs, so that processes agree without a program of its own; the result of
-    training does not depend on them.
+    They travel in the step's inputs and outputs, so processes need no extra program to agree. They do not affect
+    training.
     """
 
     stop_wishes: int
@@ -41,20 +41,20 @@ class Counts(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """What a step reports; `routing` fields are stacked by MoE layer, None for a dense model."""
+    """What a step reports. Fields of `routing` are stacked by MoE layer; None for a dense model."""
 
     loss: LossTerms
     routing: RoutingFigures | None
     gradient_norm: Float[Array, ""]
     scale: Float[Array, ""]
     counts: Int[Array, " C"]
-    """The `Counts` of all processes, added up."""
+    """The sum of the `Counts` of all processes."""
 
 
 class Training(NamedTuple):
-    """What makes a run besides its state: the model's static part, the optimiser, and the abstract state.
+    """A run without its state: the model's static part, the optimiser, and the abstract state.
 
-    With a placement the leaves of `abstract` carry their shardings.
+    With a placement, the leaves of `abstract` have shardings.
     """
 
     graph: nnx.GraphDef
@@ -63,7 +63,7 @@ class Training(NamedTuple):
 
 
 def prepare(config: Config, placement: Placement | None = None) -> Training:
-    """All of a run that is known before a parameter is allocated.
+    """Prepare what a run needs before any parameter is allocated.
 
     >>> from limoe.config.presets import preset
     >>> prepare(preset("b16")).abstract.parameters["token_table"].dtype
@@ -83,7 +83,7 @@ def prepare(config: Config, placement: Placement | None = None) -> Training:
 
 
 def new_state(config: Config, training: Training, placement: Placement | None = None) -> TrainState:
-    """The state before the first step, from `train.seed`; on a mesh each device makes its own part only."""
+    """Make the state before the first step from `train.seed`. On a mesh each device makes only its own part."""
     create = lambda: _new_state(config, training.optimizer, placement)  # noqa: E731
     if placement is None:
         return create()
@@ -98,13 +98,13 @@ def _new_state(config: Config, optimizer: optax.GradientTransformation, placemen
 Step = Callable[
     [TrainState, UInt8[Array, "B H W 3"], Int[Array, "B N"], Int[Array, "P C"]], tuple[TrainState, StepReport]
 ]
-"""(state, images, text, counts) to the next state and a report; a row of `counts` for each of P devices."""
+"""Maps (state, images, text, counts) to the next state and a report. `counts` has a row for each of P devices."""
 
 
 def make_step(
     graph: nnx.GraphDef, optimizer: optax.GradientTransformation, config: Config, placement: Placement | None = None
 ) -> Step:
-    """The train step of a configuration, to be compiled with the state donated."""
+    """Make the train step of a configuration. Compile it with the state donated."""
 
     def train_step(
         state: TrainState, images: UInt8[Array, "B H W 3"], text: Int[Array, "B N"], counts: Int[Array, "P C"]
@@ -125,11 +125,12 @@ def make_step(
 
 
 def compile_step(training: Training, config: Config, placement: Placement | None = None) -> Step:
-    """The train step under jit, the state donated; on a mesh every argument has its place, the report is everywhere."""
+    """Jit the train step with the state donated. On a mesh every argument has its sharding; the report is
+    replicated."""
     step = make_step(training.graph, training.optimizer, config, placement)
     if placement is None:
         return jax.jit(step, donate_argnums=0)
-    # Else libtpu compiles exchanges of rows as steps of their own, however many chunks there are.
+    # Without it, libtpu does not overlap exchanges of rows with other work, however many chunks there are.
     on_tpu = placement.mesh.devices.flat[0].platform == "tpu"
     options = {"xla_tpu_enable_async_all_to_all": True} if on_tpu else None
     state, rows = jax.tree.map(lambda leaf: leaf.sharding, training.abstract), placement.rows

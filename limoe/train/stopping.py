@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run without losing anything: at once, or after the step that is going on."""
+"""SIGTERM and Ctrl-C end a run without losing anything: at once, or after the current step."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _STANDARD_ERROR = 2
 
 
 class StopSignals:
-    """While it is open both signals raise KeyboardInterrupt; inside `patiently` the first one is only noted.
+    """While this is open, both signals raise KeyboardInterrupt; inside `patiently` the first one is only noted.
 
-    Only for the main thread, which Python gives its signals to.
+    Use it in the main thread only, because Python delivers signals there.
 
     >>> with StopSignals() as signals, signals.patiently():
     ...     os.kill(os.getpid(), signal.SIGTERM)
@@ -42,7 +42,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def patiently(self) -> Iterator[None]:
-        """Inside, the first signal only sets `received`; the second one, of those who cannot wait, interrupts."""
+        """In this block the first signal only sets `received`; a second signal interrupts."""
         self._patient = True
         try:
             yield
@@ -53,5 +53,5 @@ class StopSignals:
         again, self.received = bool(self.received), signal.Signals(number).name
         if again or not self._patient:
             raise KeyboardInterrupt
-        # Not print: the signal may have come in the middle of one.
+        # Not print, because the signal may have interrupted a print.
         os.write(_STANDARD_ERROR, f"\n{self.received}: saving after this step\n".encode())
