@@ -34,10 +34,7 @@ def decode(content: bytes, *, size: int) -> UInt8[np.ndarray, "size size 3"]:
             if width * height > MAX_PIXELS:
                 raise ImageError(f"the image is too large: {width} x {height} pixels, the limit is {MAX_PIXELS}")
             image.draft("RGB", (size, size))
-            pixels = image if image.mode == "RGB" else _to_rgb(image)
-            if pixels.size != (size, size):
-                pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
-            return np.asarray(pixels)
+            return to_square(image, size=size)
     except (ImageError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -48,6 +45,18 @@ def decode(content: bytes, *, size: int) -> UInt8[np.ndarray, "size size 3"]:
     # zlib.error, ...).
     except Exception as error:
         raise ImageError(f"the image does not decode: {type(error).__name__}: {error}") from error
+
+
+def to_square(image: Image.Image, *, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Convert an opened image to RGB and resize it as `decode` does.
+
+    >>> to_square(Image.new("L", (3, 5), 7), size=2)[0, 0].tolist()
+    [7, 7, 7]
+    """
+    pixels = image if image.mode == "RGB" else _to_rgb(image)
+    if pixels.size != (size, size):
+        pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(pixels)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
