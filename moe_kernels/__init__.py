@@ -1,7 +1,7 @@
 """Mixture-of-experts kernels for JAX: top-k routing, capacity-aware dispatch and combine, expert matmuls, gradients."""
 
 from moe_kernels import expert_parallel
-from moe_kernels.activations import ACTIVATIONS
+from moe_kernels.activations import ACTIVATIONS, ClampedSwiglu
 from moe_kernels.backends import BACKENDS
 from moe_kernels.backends.base import Backend, Problem, Span
 from moe_kernels.capacity import expert_capacity
@@ -20,6 +20,7 @@ from moe_kernels.spec import ExchangeSpec, MoeSpec, RouteInputs, RouterSpec
 from moe_kernels.types import (
     ExpertWeights,
     GluWeights,
+    JoinedGluWeights,
     Layout,
     MlpWeights,
     MoeOutput,
@@ -39,10 +40,12 @@ __all__ = [
     "ROUTERS",
     "SAVED_NAMES",
     "Backend",
+    "ClampedSwiglu",
     "ExchangeSpec",
     "ExpertWeights",
     "Explanation",
     "GluWeights",
+    "JoinedGluWeights",
     "Layout",
     "MlpWeights",
     "MoeOutput",

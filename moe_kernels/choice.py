@@ -8,8 +8,10 @@ from typing import NamedTuple
 import jax
 
 from moe_kernels import backends
+from moe_kernels.activations import ClampedSwiglu
 from moe_kernels.backends import Choice, Traced
 from moe_kernels.backends.base import Epilogue, Problem, RouteStatic
+from moe_kernels.experts import GluMatmuls
 from moe_kernels.types import Layout
 
 
@@ -23,15 +25,16 @@ class LayerShapes:
     num_experts: int
     dtype: str
     weight_dtype: str
-    activation: str
-    gated: bool = False
+    activation: str | ClampedSwiglu
+    glu: GluMatmuls | None = None
+    gates_on_input: bool = False
 
 
 class LayerChoice(NamedTuple):
     """The back end of each verb, and of the span `layer`, which stands for dispatch, experts and combine together.
 
-    Gated experts are two matmuls: `experts` is the first, with its gate, and `down` the second. Otherwise `down` is
-    None.
+    Gated experts are two matmuls: `experts` is the first, with its gate if no bias or clamp is in between, and `down`
+    the second. Otherwise `down` is None.
     """
 
     route: Choice
@@ -67,7 +70,7 @@ def choose_layer(
         route=route,
         layout=layout,
         weight_dtype=shapes.weight_dtype,
-        activation=shapes.activation,
+        activation=shapes.activation if isinstance(shapes.activation, str) else "",
     )
     rows = dataclasses.replace(common, shape=(layout.num_rows, shapes.width))
     here = layout if received is None else received
@@ -80,10 +83,11 @@ def choose_layer(
         layout=here,
     )
     down = None
-    if shapes.gated:
-        experts = _matmul(experts, shapes.width, shapes.expert_width, "gated")
+    if shapes.glu is not None:
         plain = dataclasses.replace(experts, activation="")
-        down = backends.choice_of(_matmul(plain, shapes.expert_width, shapes.width, "none"), backend)
+        down = backends.choice_of(_matmul(plain, shapes.expert_width, shapes.width, shapes.glu.down), backend)
+        follows = experts if shapes.glu.first == "gated" else plain
+        experts = _matmul(follows, shapes.width, shapes.glu.columns, shapes.glu.first)
     return LayerChoice(
         route=backends.choice_of(common, backend),
         dispatch=backends.choice_of(dataclasses.replace(common, span="dispatch"), backend),
@@ -106,7 +110,9 @@ def _matmul(problem: Problem, width: int, expert_width: int, epilogue: Epilogue)
 
 def _whole(common: Problem, shapes: LayerShapes, received: Layout | None, backend: str | None) -> Choice:
     """Choose a span for dispatch, experts and combine together, if a back end has one."""
-    reason = "gated experts are two matmuls" if shapes.gated else None
+    reason = None if shapes.glu is None else "gated experts are two matmuls"
+    if shapes.gates_on_input:
+        reason = "gates are on the input of the experts"
     if received is not None:
         reason = "its experts get rows from other shards"
     if reason is not None:

@@ -9,11 +9,11 @@ from typing import NamedTuple
 from jaxtyping import Array, Float
 
 from moe_kernels import backends
-from moe_kernels.activations import function_of
+from moe_kernels.activations import ClampedSwiglu, function_of
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights, MlpStatic, apply, epilogue_of
 from moe_kernels.permute import check_rows
 from moe_kernels.spec import MoeSpec
-from moe_kernels.types import Activation, GluWeights, MlpWeights, Plan
+from moe_kernels.types import Activation, Epilogue, GluWeights, JoinedGluWeights, MlpWeights, PlainWeights, Plan
 
 
 def grouped_matmul(
@@ -157,46 +157,96 @@ class ExpertSizes(NamedTuple):
     dtype: str
 
 
-def expert_sizes(weights: MlpWeights | GluWeights) -> ExpertSizes:
-    """Read F and the dtype from the weights of plain or gated experts.
+def expert_sizes(weights: PlainWeights) -> ExpertSizes:
+    """Read F and the dtype from the weights of plain or gated experts. Raises TypeError for anything else.
 
     >>> import jax.numpy as jnp
     >>> expert_sizes(MlpWeights(jnp.ones((2, 4, 8)), None, jnp.ones((2, 8, 4)), None)).expert_width
     8
     """
-    first = weights.w1 if isinstance(weights, MlpWeights) else weights.gate
-    return ExpertSizes(first.shape[-1], str(first.dtype))
+    if isinstance(weights, JoinedGluWeights):
+        return ExpertSizes(weights.gate_up.shape[-1] // 2, str(weights.gate_up.dtype))
+    if isinstance(weights, GluWeights):
+        return ExpertSizes(weights.gate.shape[-1], str(weights.gate.dtype))
+    if isinstance(weights, MlpWeights):
+        return ExpertSizes(weights.w1.shape[-1], str(weights.w1.dtype))
+    raise TypeError(
+        f"weights are a {type(weights).__name__}; pass MlpWeights, GluWeights, JoinedGluWeights or WithShared"
+    )
 
 
-def activation_of(weights: MlpWeights | GluWeights, spec: MoeSpec) -> str:
+def activation_of(weights: PlainWeights, spec: MoeSpec) -> str | ClampedSwiglu:
     """Find the activation of a layer's experts. Raises ValueError for an unknown name.
 
     >>> import jax.numpy as jnp
     >>> activation_of(MlpWeights(jnp.ones((2, 4, 8)), None, jnp.ones((2, 8, 4)), None), MoeSpec())
     'gelu_tanh'
     """
-    activation = spec.activation or ("silu" if isinstance(weights, GluWeights) else "gelu_tanh")
+    if isinstance(weights, MlpWeights):
+        return plain_activation(spec)
+    activation = spec.activation or "silu"
+    if isinstance(activation, str):
+        function_of(activation)
+    return activation
+
+
+def plain_activation(spec: MoeSpec) -> str:
+    """Find the activation of experts that are not gated. Raises ValueError for one that is of gated experts alone.
+
+    >>> plain_activation(MoeSpec(activation="relu"))
+    'relu'
+    """
+    activation = spec.activation or "gelu_tanh"
+    if not isinstance(activation, str):
+        raise ValueError(f"activation={activation} is of gated experts; pass GluWeights or JoinedGluWeights")
     function_of(activation)
     return activation
 
 
-def check_experts(weights: MlpWeights | GluWeights, num_experts: int, width: int) -> None:
-    """Refuse weights whose shapes do not fit each other or the rows."""
-    if isinstance(weights, GluWeights):
-        expert_width = weights.gate.shape[-1]
-        _check_weight("weights.gate", weights.gate, (num_experts, width, None))
-        _check_weight("weights.up", weights.up, (num_experts, width, expert_width))
-        _check_weight("weights.down", weights.down, (num_experts, expert_width, width))
-        return
-    if not isinstance(weights, MlpWeights):
-        raise TypeError(f"weights are a {type(weights).__name__}; pass MlpWeights, GluWeights or WithShared")
-    expert_width = weights.w1.shape[-1]
-    _check_weight("weights.w1", weights.w1, (num_experts, width, None))
-    _check_weight("weights.w2", weights.w2, (num_experts, expert_width, width))
-    if weights.b1 is not None:
-        _check_weight("weights.b1", weights.b1, (num_experts, expert_width))
-    if weights.b2 is not None:
-        _check_weight("weights.b2", weights.b2, (num_experts, width))
+@dataclasses.dataclass(frozen=True)
+class GluMatmuls:
+    """The matmuls of gated experts: the columns of the first, and what follows it and the second one.
+
+    Where the first is not `gated` itself, it has only its bias, and what is between the matmuls is plain JAX.
+    """
+
+    columns: int
+    first: Epilogue
+    down: Epilogue
+
+
+def glu_matmuls(weights: PlainWeights, activation: str | ClampedSwiglu) -> GluMatmuls | None:
+    """Find the matmuls of gated experts; None for plain ones.
+
+    >>> import jax.numpy as jnp
+    >>> glu_matmuls(JoinedGluWeights(jnp.ones((2, 4, 16)), jnp.ones((2, 8, 4))), "silu")
+    GluMatmuls(columns=16, first='none', down='none')
+    """
+    if isinstance(weights, MlpWeights):
+        return None
+    down = "none" if weights.down_bias is None else "pointwise"
+    if isinstance(weights, JoinedGluWeights):
+        return GluMatmuls(weights.gate_up.shape[-1], "none" if weights.gate_up_bias is None else "pointwise", down)
+    alone = weights.gate_bias is None and isinstance(activation, str)
+    first = "gated" if alone else "none" if weights.gate_bias is None else "pointwise"
+    return GluMatmuls(weights.gate.shape[-1], first, down)
+
+
+def check_experts(weights: PlainWeights, num_experts: int | None, width: int) -> None:
+    """Refuse weights whose shapes do not fit each other or the rows; those of one expert have `num_experts=None`."""
+    f, lead = expert_sizes(weights).expert_width, () if num_experts is None else (num_experts,)
+    into, out, wide, narrow = (*lead, width, f), (*lead, f, width), (*lead, f), (*lead, width)
+    if isinstance(weights, MlpWeights):
+        wanted = into, wide, out, narrow
+    elif isinstance(weights, GluWeights):
+        wanted = into, into, out, wide, wide, narrow
+        if (weights.gate_bias is None) != (weights.up_bias is None):
+            raise ValueError("weights have a bias of gate or of up alone; give both (zeros for none), or neither")
+    else:
+        wanted = (*lead, width, 2 * f), out, (*lead, 2 * f), narrow
+    for name, array, shape in zip(weights._fields, weights, wanted, strict=True):
+        if array is not None:
+            _check_weight(f"weights.{name}", array, shape)
 
 
 def _check_weight(name: str, array: Float[Array, "..."], expected: tuple[int | None, ...]) -> None:

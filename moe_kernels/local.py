@@ -9,22 +9,25 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from moe_kernels.activations import function_of
+from moe_kernels.activations import function_of, gated
 from moe_kernels.backends import Choice, Traced
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights, MlpStatic, RouteStatic, Span, apply
+from moe_kernels.backends.xla.activation import glu_backward, glu_forward
+from moe_kernels.backends.xla.permute import weigh_backward, weigh_forward
 from moe_kernels.capacity import capacity_of, plan_layout
 from moe_kernels.choice import LayerChoice, LayerShapes, choose_layer
-from moe_kernels.experts import activation_of, check_experts, expert_sizes
+from moe_kernels.experts import activation_of, check_experts, expert_sizes, glu_matmuls, plain_activation
 from moe_kernels.plan import make_plan
 from moe_kernels.priority import priority_of
 from moe_kernels.routing import check_route, is_biased, route_static, routed
 from moe_kernels.spec import MoeSpec, RouteInputs
 from moe_kernels.types import (
     ExpertWeights,
-    GluWeights,
+    JoinedGluWeights,
     Layout,
     MlpWeights,
     MoeOutput,
+    PlainWeights,
     Plan,
     RouterWeights,
     Routing,
@@ -34,6 +37,10 @@ from moe_kernels.types import (
 
 # Names of values that every remat policy should save. If routing were computed again, a near tie could flip.
 SAVED_NAMES = ("moe_routing", "moe_plan")
+
+# Plain JAX on every platform: `act(gate) * up` between two matmuls, and gates on the input of the experts.
+_GLU = Span(glu_forward, glu_backward)
+_WEIGH = Span(weigh_forward, weigh_backward)
 
 
 class Decision(NamedTuple):
@@ -51,7 +58,7 @@ class Decision(NamedTuple):
 
 
 def shapes_of(
-    tokens: Float[Array, "T D"], router: RouterWeights | Routing, weights: MlpWeights | GluWeights, spec: MoeSpec
+    tokens: Float[Array, "T D"], router: RouterWeights | Routing, weights: PlainWeights, spec: MoeSpec
 ) -> LayerShapes:
     """Read sizes and dtypes from a layer's arguments, which may be arrays or `jax.ShapeDtypeStruct`s.
 
@@ -59,7 +66,7 @@ def shapes_of(
     >>> shapes_of(jnp.ones((6, 4)), RouterWeights(jnp.ones((4, 2))), weights, MoeSpec()).expert_width
     8
     """
-    sizes = expert_sizes(weights)
+    sizes, activation = expert_sizes(weights), activation_of(weights, spec)
     return LayerShapes(
         num_tokens=tokens.shape[0],
         width=tokens.shape[1],
@@ -67,8 +74,9 @@ def shapes_of(
         num_experts=num_experts_of(router),
         dtype=str(tokens.dtype),
         weight_dtype=sizes.dtype,
-        activation=activation_of(weights, spec),
-        gated=isinstance(weights, GluWeights),
+        activation=activation,
+        glu=glu_matmuls(weights, activation),
+        gates_on_input=spec.gates_on == "input",
     )
 
 
@@ -96,7 +104,7 @@ def layout_of(spec: MoeSpec, shapes: LayerShapes, rows_per_expert: int | None = 
 def moe_mlp_here(
     tokens: Float[Array, "T D"],
     router: RouterWeights | Routing,
-    weights: MlpWeights | GluWeights,
+    weights: PlainWeights,
     spec: MoeSpec,
     inputs: RouteInputs,
 ) -> MoeOutput:
@@ -108,13 +116,31 @@ def moe_mlp_here(
     decided = decide(tokens, router, spec, inputs, choice)
     routing, _, plan, tokens = decided
     if choice.layer.span is not None and isinstance(weights, MlpWeights):
-        static = MlpStatic(plan.layout, shapes.activation)
+        static = MlpStatic(plan.layout, plain_activation(spec))
         out = apply(choice.layer.span, static, (tokens, routing.gate, weights), (plan,))
     else:
-        rows = apply(span_of(choice.dispatch), None, (tokens,), (plan,))
-        rows = run_experts(rows, weights, plan.runs, plan.layout, choice, shapes.activation)
-        out = apply(span_of(choice.combine), None, (rows, routing.gate), (plan,))
+        rows = dispatch_rows(decided, choice, spec)
+        rows = run_experts(rows, weights, plan.runs, plan.layout, choice, spec)
+        out = combine_rows(rows, decided, choice, spec)
     return decided.output(out)
+
+
+def dispatch_rows(decided: Decision, choice: LayerChoice, spec: MoeSpec) -> Float[Array, "R D"]:
+    """Copy tokens into their rows, and weigh them if gates are on the input of the experts."""
+    rows = apply(span_of(choice.dispatch), None, (decided.tokens,), (decided.plan,))
+    if spec.gates_on == "output":
+        return rows
+    return apply(_WEIGH, None, (rows, decided.routing.gate), (decided.plan,))
+
+
+def combine_rows(
+    rows: Float[Array, "R D"], decided: Decision, choice: LayerChoice, spec: MoeSpec
+) -> Float[Array, "T D"]:
+    """Add the rows of each token, weighed unless gates are on the input of the experts."""
+    gate = decided.routing.gate
+    if spec.gates_on == "input":
+        gate = jnp.where(jnp.isfinite(gate), jnp.float32(1), jnp.float32(jnp.nan))
+    return apply(span_of(choice.combine), None, (rows, gate), (decided.plan,))
 
 
 def choose_here(
@@ -195,22 +221,48 @@ def check_router(
 
 def run_experts(
     rows: Float[Array, "R D"],
-    weights: MlpWeights | GluWeights,
+    weights: PlainWeights,
     runs: Runs,
     layout: Layout,
     choice: LayerChoice,
-    activation: str,
+    spec: MoeSpec,
 ) -> Float[Array, "R D"]:
-    """Apply every expert's MLP to its rows: one span, or two matmuls for gated experts."""
+    """Apply every expert's MLP to its rows: one span, or matmuls for gated experts."""
     first = span_of(choice.experts)
     if isinstance(weights, MlpWeights):
-        return apply(first, MlpStatic(layout, activation), (rows, weights), (runs,))
+        return apply(first, MlpStatic(layout, plain_activation(spec)), (rows, weights), (runs,))
+    activation = activation_of(weights, spec)
+
+    def product(weight: Array, bias: Array | None) -> Float[Array, "R F"]:
+        return apply(first, MatmulStatic(layout), (rows, MatmulWeights(weight, bias)), (runs,))
+
+    if isinstance(weights, JoinedGluWeights):
+        both = halves(product(weights.gate_up, weights.gate_up_bias), spec.interleaved)
+        hidden = apply(_GLU, activation, both, ())
+    elif weights.gate_bias is None and isinstance(activation, str):
+        fused = MatmulWeights(weights.gate, up=weights.up)
+        hidden = apply(first, MatmulStatic(layout, activation), (rows, fused), (runs,))
+    else:
+        both = product(weights.gate, weights.gate_bias), product(weights.up, weights.up_bias)
+        hidden = apply(_GLU, activation, both, ())
     assert choice.down is not None
-    hidden = apply(first, MatmulStatic(layout, activation), (rows, MatmulWeights(weights.gate, up=weights.up)), (runs,))
-    return apply(span_of(choice.down), MatmulStatic(layout), (hidden, MatmulWeights(weights.down)), (runs,))
+    down = MatmulWeights(weights.down, weights.down_bias)
+    return apply(span_of(choice.down), MatmulStatic(layout), (hidden, down), (runs,))
 
 
-def routed_of(weights: ExpertWeights) -> MlpWeights | GluWeights:
+def halves(both: Float[Array, "T H"], interleaved: bool) -> tuple[Float[Array, "T F"], Float[Array, "T F"]]:
+    """Split the product with `gate_up` into that with the gate and that with `up`.
+
+    >>> [half.tolist() for half in halves(jnp.arange(4.0)[None], True)]
+    [[[0.0, 2.0]], [[1.0, 3.0]]]
+    """
+    if interleaved:
+        return both[:, ::2], both[:, 1::2]
+    width = both.shape[1] // 2
+    return both[:, :width], both[:, width:]
+
+
+def routed_of(weights: ExpertWeights) -> PlainWeights:
     """Get the experts that the router chooses among."""
     return weights.routed if isinstance(weights, WithShared) else weights
 
@@ -225,18 +277,21 @@ def with_shared(output: MoeOutput, tokens: Float[Array, "T D"], weights: ExpertW
 def shared_expert(tokens: Float[Array, "T D"], weights: WithShared, spec: MoeSpec) -> Float[Array, "T D"]:
     """Compute the shared expert, `s(x) shared(x)`. Matmuls accumulate in float32; the hidden layer is rounded."""
     one, dtype = weights.shared, tokens.dtype
-    activate = function_of(activation_of(one, spec))
+    check_experts(one, None, tokens.shape[1])
 
-    def product(x: Array, weight: Array) -> Array:
-        return jnp.dot(x, weight.astype(dtype), preferred_element_type=jnp.float32)
+    def product(x: Array, weight: Array, bias: Array | None = None) -> Array:
+        out = jnp.dot(x, weight.astype(dtype), preferred_element_type=jnp.float32)
+        return out if bias is None else out + bias[None].astype(jnp.float32)
 
-    if isinstance(one, GluWeights):
-        hidden = activate(product(tokens, one.gate)) * product(tokens, one.up)
-        out = product(hidden.astype(dtype), one.down)
+    if isinstance(one, MlpWeights):
+        hidden = function_of(plain_activation(spec))(product(tokens, one.w1, one.b1))
+        out = product(hidden.astype(dtype), one.w2, one.b2)
     else:
-        before = product(tokens, one.w1) + (0.0 if one.b1 is None else one.b1[None].astype(jnp.float32))
-        out = product(activate(before).astype(dtype), one.w2)
-        out += 0.0 if one.b2 is None else one.b2[None].astype(jnp.float32)
+        if isinstance(one, JoinedGluWeights):
+            both = halves(product(tokens, one.gate_up, one.gate_up_bias), spec.interleaved)
+        else:
+            both = product(tokens, one.gate, one.gate_bias), product(tokens, one.up, one.up_bias)
+        out = product(gated(*both, activation_of(one, spec)).astype(dtype), one.down, one.down_bias)
     if weights.gate is not None:
         out *= jax.nn.sigmoid(product(tokens, weights.gate))[:, None]
     return out.astype(dtype)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moe_kernels.types import Activation, CapacityFactor, MatmulActivation, Priority
+from moe_kernels.activations import ClampedSwiglu
+from moe_kernels.types import CapacityFactor, Priority
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +61,9 @@ class MoeSpec:
     for `capacity_factor=c`; None means no limit. `priority` says who gets a place first: "bpr" (largest gate),
     "arrival", "random" (needs `RouteInputs.key`) or "modality" (`first_modality`). `noise_std` is the standard
     deviation of `RouteInputs.noise` (default 1/E); the smooth load needs it. `activation` is that of the experts (None:
-    `gelu_tanh` for `MlpWeights`, `silu` for `GluWeights`). `backend` names the back end (None: the first that takes the
-    problem). Raises ValueError for impossible values.
+    `gelu_tanh` for `MlpWeights`, else `silu`). `interleaved` says that the columns of `JoinedGluWeights` alternate.
+    `gates_on="input"` multiplies an expert's input by its gate, not its output (Llama 4). `backend` names the back end
+    (None: the first that takes the problem). Raises ValueError for impossible values.
 
     >>> MoeSpec(num_choices=2, capacity_factor=1.25).priority
     'bpr'
@@ -75,13 +77,17 @@ class MoeSpec:
     capacity_factor: CapacityFactor | None = None
     priority: Priority = "bpr"
     first_modality: int = 0
-    activation: Activation | MatmulActivation | None = None
+    activation: str | ClampedSwiglu | None = None
+    interleaved: bool = False
+    gates_on: Literal["output", "input"] = "output"
     exchange: ExchangeSpec = ExchangeSpec()
     backend: str | None = None
 
     def __post_init__(self) -> None:
         if self.priority not in get_args(Priority):
             raise ValueError(f"priority={self.priority!r} is not one of {', '.join(get_args(Priority))}")
+        if self.gates_on not in ("output", "input"):
+            raise ValueError(f"gates_on={self.gates_on!r} is not one of output, input")
         if self.num_choices < 1:
             raise ValueError(f"num_choices={self.num_choices} must be at least 1")
         if self.num_groups < 1:

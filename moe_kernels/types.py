@@ -179,6 +179,8 @@ class MlpWeights(NamedTuple):
 class GluWeights(NamedTuple):
     """Weights of all gated experts: `y = (activation(x gate) * (x up)) down` (Shazeer 2020).
 
+    A bias is added to its product. There are biases of `gate` and `up`, or of neither.
+
     >>> import jax.numpy as jnp
     >>> GluWeights(gate=jnp.ones((2, 4, 8)), up=jnp.ones((2, 4, 8)), down=jnp.ones((2, 8, 4))).down.shape
     (2, 8, 4)
@@ -187,6 +189,29 @@ class GluWeights(NamedTuple):
     gate: Float[Array, "E D F"]
     up: Float[Array, "E D F"]
     down: Float[Array, "E F D"]
+    gate_bias: Float[Array, "E F"] | None = None
+    up_bias: Float[Array, "E F"] | None = None
+    down_bias: Float[Array, "E D"] | None = None
+
+
+class JoinedGluWeights(NamedTuple):
+    """Weights of gated experts with `gate` and `up` in one array, which is multiplied as it is.
+
+    The columns of `gate` come first, then those of `up`; with `MoeSpec.interleaved` they alternate.
+
+    >>> import jax.numpy as jnp
+    >>> JoinedGluWeights(gate_up=jnp.ones((2, 4, 16)), down=jnp.ones((2, 8, 4))).gate_up_bias is None
+    True
+    """
+
+    gate_up: Float[Array, "E D 2*F"]
+    down: Float[Array, "E F D"]
+    gate_up_bias: Float[Array, "E 2*F"] | None = None
+    down_bias: Float[Array, "E D"] | None = None
+
+
+PlainWeights = MlpWeights | GluWeights | JoinedGluWeights
+"""Experts that a router chooses among."""
 
 
 class WithShared(NamedTuple):
@@ -200,12 +225,12 @@ class WithShared(NamedTuple):
     True
     """
 
-    routed: MlpWeights | GluWeights
-    shared: MlpWeights | GluWeights
+    routed: PlainWeights
+    shared: PlainWeights
     gate: Float[Array, " D"] | None = None
 
 
-ExpertWeights = MlpWeights | GluWeights | WithShared
+ExpertWeights = PlainWeights | WithShared
 
 
 class MoeOutput(NamedTuple):

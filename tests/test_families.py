@@ -12,7 +12,9 @@ import pytest
 from sharding_cases import mesh_of
 
 from moe_kernels import (
+    ClampedSwiglu,
     GluWeights,
+    JoinedGluWeights,
     MlpWeights,
     MoeSpec,
     RouteInputs,
@@ -62,7 +64,12 @@ def arguments(seed: int = 0):
     mlp = MlpWeights(normal(e, d, f), normal(e, f), normal(e, f, d), normal(e, d))
     glu = GluWeights(normal(e, d, f), normal(e, d, f), normal(e, f, d))
     router = RouterWeights(normal(d, e), normal(e), normal(e, scale=0.1))
-    return normal(TOKENS, d), router, {"mlp": mlp, "glu": glu}, normal(TOKENS, d)
+    x, dy = normal(TOKENS, d), normal(TOKENS, d)
+    biased = glu._replace(gate_bias=normal(e, f), up_bias=normal(e, f), down_bias=normal(e, d))
+    joined = JoinedGluWeights(normal(e, d, 2 * f), glu.down)
+    in_turns = joined._replace(gate_up_bias=normal(e, 2 * f), down_bias=normal(e, d))
+    experts = {"mlp": mlp, "glu": glu, "glu with biases": biased, "joined": joined, "interleaved": in_turns}
+    return x, router, experts, dy
 
 
 def router_of(router: RouterWeights, biases: str) -> RouterWeights:
@@ -70,12 +77,32 @@ def router_of(router: RouterWeights, biases: str) -> RouterWeights:
     return RouterWeights(router.kernel, router.bias if bias else None, router.choice_bias if choice_bias else None)
 
 
-def expert_loop(x, w, e):
+def clamped(gate, up):
+    """As gpt-oss has it, with a limit that many entries reach."""
+    gate, up = jnp.minimum(gate, 1.5), jnp.clip(up, -1.5, 1.5)
+    return gate * jax.nn.sigmoid(1.3 * gate) * (up + 1)
+
+
+CLAMPED = ClampedSwiglu(alpha=1.3, limit=1.5)
+
+
+def expert_loop(x, w, e, spec: MoeSpec):
     """All tokens through expert e; e None: weights of one expert."""
     w = w if e is None else jax.tree.map(lambda a: a[e], w)
-    if isinstance(w, GluWeights):
-        return dot("tf,fd->td", jax.nn.silu(dot("td,df->tf", x, w.gate)) * dot("td,df->tf", x, w.up), w.down)
-    return dot("tf,fd->td", jax.nn.gelu(dot("td,df->tf", x, w.w1) + w.b1, approximate=True), w.w2) + w.b2
+    if isinstance(w, MlpWeights):
+        return dot("tf,fd->td", jax.nn.gelu(dot("td,df->tf", x, w.w1) + w.b1, approximate=True), w.w2) + w.b2
+    if isinstance(w, JoinedGluWeights):
+        biases = (None, None) if w.gate_up_bias is None else jnp.split(w.gate_up_bias, 2)
+        parts = jnp.split(w.gate_up, 2, axis=1)
+        if spec.interleaved:
+            biases, parts = ([a[..., n::2] for n in range(2)] for a in (w.gate_up_bias, w.gate_up))
+        w = GluWeights(*parts, w.down, *biases, w.down_bias)
+    gate, up = (
+        dot("td,df->tf", x, weight) + (0 if bias is None else bias)
+        for weight, bias in ((w.gate, w.gate_bias), (w.up, w.up_bias))
+    )
+    hidden = clamped(gate, up) if spec.activation == CLAMPED else jax.nn.silu(gate) * up
+    return dot("tf,fd->td", hidden, w.down) + (0 if w.down_bias is None else w.down_bias)
 
 
 def scores(x, router: RouterWeights, spec: RouterSpec):
@@ -98,20 +125,24 @@ def chosen_by(x, router: RouterWeights, spec: RouterSpec, num_choices: int) -> n
     return np.argsort(-ranked, axis=1, kind="stable")[:, :num_choices]
 
 
-def naive(x, router: RouterWeights, weights, spec: RouterSpec, chosen: np.ndarray):
+def naive(x, router: RouterWeights, weights, spec: MoeSpec, chosen: np.ndarray):
     """The layer without a capacity, by a loop over experts."""
     shared = weights if isinstance(weights, WithShared) else None
     weights = weights.routed if shared else weights
-    gate = jnp.take_along_axis(scores(x, router, spec), jnp.asarray(chosen), axis=1)
-    if spec.renormalise:
+    gate = jnp.take_along_axis(scores(x, router, spec.router), jnp.asarray(chosen), axis=1)
+    if spec.router.renormalise:
         gate = gate / gate.sum(axis=1, keepdims=True)
-    gate = spec.scale * gate
+    gate = spec.router.scale * gate
     y = jnp.zeros_like(x)
     for e in range(EXPERTS):
-        share = jnp.sum(jnp.where(chosen == e, gate, 0.0), axis=1, keepdims=True)
-        y += share * expert_loop(x, weights, e)
+        hit = chosen == e
+        share = jnp.sum(jnp.where(hit, gate, 0.0), axis=1, keepdims=True)
+        if spec.gates_on == "input":
+            y += hit.any(axis=1)[:, None] * expert_loop(share * x, weights, e, spec)
+        else:
+            y += share * expert_loop(x, weights, e, spec)
     if shared:
-        once = expert_loop(x, shared.shared, None)
+        once = expert_loop(x, shared.shared, None, spec)
         y += once if shared.gate is None else jax.nn.sigmoid(dot("td,d->t", x, shared.gate))[:, None] * once
     return y
 
@@ -129,10 +160,10 @@ def check(x, router, weights, dy, spec: MoeSpec, mesh=None):
         return jnp.sum(moe_mlp(x, router, weights, spec, mesh=mesh).tokens * dy)
 
     def twin(x, router, weights):
-        return jnp.sum(naive(x, router, weights, spec.router, chosen) * dy)
+        return jnp.sum(naive(x, router, weights, spec, chosen) * dy)
 
     found = jax.jit(jax.value_and_grad(mine, argnums=(0, 1, 2)))(x, router, weights)
-    wanted_y = naive(x, router, weights, spec.router, chosen)
+    wanted_y = naive(x, router, weights, spec, chosen)
     assert_near(jax.jit(lambda *a: moe_mlp(*a, spec, mesh=mesh).tokens)(x, router, weights), wanted_y, "y")
     wanted = jax.value_and_grad(twin, argnums=(0, 1, 2))(x, router, weights)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found[1]), jax.tree.leaves(wanted[1]), strict=True):
@@ -158,28 +189,53 @@ def test_every_router(name, biases):
     check(x, router_of(router, biases), experts["mlp"], dy, MoeSpec(num_choices=CHOICES, router=ROUTERS[name]))
 
 
-def shared_weights(experts, gated: bool):
+def one_of(experts, rng):
+    return jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape[1:]), jnp.float32), experts)
+
+
+def weights_of(experts, kind: str):
+    """The weights of a kind of experts, and what a spec has to say of them."""
     rng = np.random.default_rng(9)
-    one = GluWeights(*(jnp.asarray(rng.normal(size=leaf.shape[1:]), jnp.float32) for leaf in experts["glu"]))
-    gate = jnp.asarray(rng.normal(size=WIDTH), jnp.float32) if gated else None
-    return WithShared(experts["glu"], one, gate)
+    if kind.startswith("shared"):
+        gate = jnp.asarray(rng.normal(size=WIDTH), jnp.float32) if kind == "shared with a gate" else None
+        return WithShared(experts["glu"], one_of(experts["glu"], rng), gate), {}
+    if kind == "gpt-oss":
+        weights = experts["interleaved"]
+        return WithShared(weights, one_of(weights, rng)), {"interleaved": True, "activation": CLAMPED}
+    if kind == "Llama 4":
+        return WithShared(experts["joined"], one_of(experts["joined"], rng)), {"gates_on": "input"}
+    if kind == "clamped with biases":
+        weights = experts["glu with biases"]
+        return WithShared(weights, one_of(weights, rng)), {"activation": CLAMPED}
+    return experts[kind], {}
+
+
+EVERYDAY_EXPERTS = {("xla", "glu"), ("xla", "shared with a gate"), ("xla", "Llama 4"), ("tpu", "gpt-oss")}
+EVERYDAY_EXPERTS |= {("xla", "clamped with biases")}
+KINDS = (
+    "glu",
+    "glu with biases",
+    "clamped with biases",
+    "joined",
+    "shared",
+    "shared with a gate",
+    "gpt-oss",
+    "Llama 4",
+)
 
 
 @pytest.mark.parametrize(
     ("backend", "kind"),
     [
-        ("xla", "glu"),
-        ("xla", "shared with a gate"),
-        ("tpu", "shared"),
-        pytest.param("xla", "shared", marks=pytest.mark.full),
-        pytest.param("tpu", "glu", marks=pytest.mark.full),
-        pytest.param("tpu", "shared with a gate", marks=pytest.mark.full),
+        pytest.param(backend, kind, marks=[] if (backend, kind) in EVERYDAY_EXPERTS else pytest.mark.full)
+        for backend in ("xla", "tpu")
+        for kind in KINDS
     ],
 )
 def test_every_kind_of_experts(kind, backend):
     x, router, experts, dy = arguments(1)
-    weights = experts["glu"] if kind == "glu" else shared_weights(experts, kind == "shared with a gate")
-    spec = MoeSpec(num_choices=CHOICES, router=ROUTERS["DeepSeek-V3"], backend=backend)
+    weights, options = weights_of(experts, kind)
+    spec = MoeSpec(num_choices=CHOICES, router=ROUTERS["DeepSeek-V3"], backend=backend, **options)
     check(x, router_of(router, "both"), weights, dy, spec)
     choice = explain(x, router, weights, spec).choice
     assert (choice.experts.backend, choice.down.backend) == (backend, backend) and choice.layer.backend is None
@@ -193,13 +249,15 @@ def test_every_kind_of_experts(kind, backend):
         pytest.param((2, 4), "mlp", marks=pytest.mark.full),
         pytest.param((1, 4), "shared with a gate", marks=pytest.mark.full),
         ((2, 4), "shared with a gate"),
+        ((2, 2), "gpt-oss"),
+        ((1, 2), "Llama 4"),
     ],
     ids=str,
 )
 def test_every_family_on_a_mesh(shape, kind):
     x, router, experts, dy = arguments(2)
-    weights = experts["mlp"] if kind == "mlp" else shared_weights(experts, True)
-    spec = MoeSpec(num_choices=CHOICES, num_groups=8, router=ROUTERS["DeepSeek-V3"])
+    weights, options = weights_of(experts, kind)
+    spec = MoeSpec(num_choices=CHOICES, num_groups=8, router=ROUTERS["DeepSeek-V3"], **options)
     check(x, router_of(router, "both"), weights, dy, spec, mesh=mesh_of(*shape))
     limited = dataclasses.replace(spec, capacity_factor=0.5)
     here, there = (moe_mlp(x, router, weights, limited, mesh=mesh) for mesh in (None, mesh_of(*shape)))
@@ -259,7 +317,7 @@ def test_the_number_of_experts_is_that_of_the_routing():
     ("spec", "message"),
     [
         ({"router": RouterSpec("softmaxx")}, "router family 'softmaxx' is not one of softmax, sigmoid"),
-        ({"router": RouterSpec(expert_groups=3)}, "expert_groups=3 with groups_chosen=1 do not divide 8 experts"),
+        ({"router": RouterSpec(expert_groups=3)}, "expert_groups=3 with groups_chosen=1 do not fit 8 experts"),
         ({"router": RouterSpec(expert_groups=4), "num_choices": 3}, "num_choices=3 is more than the 2 experts"),
     ],
     ids=str,
@@ -290,7 +348,9 @@ def test_old_keywords_say_where_they_went(options, message):
 
 def test_weights_of_another_kind_are_refused_in_one_line(as_users_run_it):
     x, router, experts, _ = arguments()
-    with pytest.raises(TypeError, match="weights are a tuple; pass MlpWeights, GluWeights or WithShared"):
+    with pytest.raises(
+        TypeError, match="weights are a tuple; pass MlpWeights, GluWeights, JoinedGluWeights or WithShared"
+    ):
         moe_mlp(x, router, tuple(experts["mlp"]))
 
 

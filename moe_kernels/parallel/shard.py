@@ -14,14 +14,13 @@ from jaxtyping import Array, Float
 
 from moe_kernels import local
 from moe_kernels.backends import Traced
-from moe_kernels.backends.base import apply
 from moe_kernels.capacity import as_fraction, capacity_of
 from moe_kernels.choice import LayerChoice, LayerShapes, choose_layer
 from moe_kernels.experts import check_experts
 from moe_kernels.parallel import exchange, ragged
 from moe_kernels.routing import router_weights
 from moe_kernels.spec import MoeSpec, RouteInputs
-from moe_kernels.types import ExpertWeights, GluWeights, MlpWeights, MoeOutput, RouterWeights, Routing
+from moe_kernels.types import ExpertWeights, MoeOutput, PlainWeights, RouterWeights, Routing
 
 # Names of the exchanged rows. A remat policy that saves them beside SAVED_NAMES keeps two more [R, D] arrays of a
 # layer, and its backward pass exchanges twice; otherwise it exchanges four times.
@@ -65,7 +64,7 @@ def moe_mlp_on_shard(
 def _exchanged(
     tokens: Float[Array, "T D"],
     router: RouterWeights | Routing,
-    weights: MlpWeights | GluWeights,
+    weights: PlainWeights,
     spec: MoeSpec,
     inputs: RouteInputs,
 ) -> MoeOutput:
@@ -77,7 +76,7 @@ def _exchanged(
     rows_per_expert = block_rows(spec, shapes)
     decided = local.decide(tokens, router, spec, inputs, choice, rows_per_expert)
     run = _in_one_piece if rows_per_expert is None else _in_chunks
-    return run(decided, weights, spec, inputs, choice, shapes.activation)
+    return run(decided, weights, spec, inputs, choice)
 
 
 def block_rows(spec: MoeSpec, shapes: LayerShapes) -> int | None:
@@ -108,53 +107,46 @@ def choose_exchanged(
 
 def _in_one_piece(
     decided: local.Decision,
-    weights: MlpWeights | GluWeights,
+    weights: PlainWeights,
     spec: MoeSpec,
     inputs: RouteInputs,
     choice: LayerChoice,
-    activation: str,
 ) -> MoeOutput:
     """Exchange all rows at once, without padding."""
-    axis, (routing, _, plan, tokens) = spec.exchange.expert_axis, decided
+    axis = spec.exchange.expert_axis
     shipped = ragged.plan_exchange(
-        routing,
-        plan,
+        decided.routing,
+        decided.plan,
         inputs.modality,
         spec.num_modalities,
         axis=axis,
         buffer_factor=spec.exchange.buffer_factor,
     )
-    plan = shipped.plan
-    rows = ragged.send(apply(local.span_of(choice.dispatch), None, (tokens,), (plan,)), shipped, axis)
-    rows = local.run_experts(rows, weights, *shipped.received, choice, activation)
+    decided = decided._replace(plan=shipped.plan)
+    rows = ragged.send(local.dispatch_rows(decided, choice, spec), shipped, axis)
+    rows = local.run_experts(rows, weights, *shipped.received, choice, spec)
     back = ragged.send_back(rows, shipped, axis)
-    out = apply(local.span_of(choice.combine), None, (back, routing.gate), (plan,))
-    return decided._replace(plan=plan).output(out)
+    return decided.output(local.combine_rows(back, decided, choice, spec))
 
 
 def _in_chunks(
     decided: local.Decision,
-    weights: MlpWeights | GluWeights,
+    weights: PlainWeights,
     spec: MoeSpec,
     inputs: RouteInputs,
     choice: LayerChoice,
-    activation: str,
 ) -> MoeOutput:
     """Exchange blocks in chunks of equal size; the exchange of one chunk may overlap with the experts of another."""
     axis, num_chunks = spec.exchange.expert_axis, spec.exchange.num_chunks
-    routing, _, plan, tokens = decided
-    received = exchange.received_chunks(plan, axis, num_chunks)
-    plan = exchange.in_chunks(plan, num_chunks)
-    sent = apply(local.span_of(choice.dispatch), None, (tokens,), (plan,))
+    received = exchange.received_chunks(decided.plan, axis, num_chunks)
+    decided = decided._replace(plan=exchange.in_chunks(decided.plan, num_chunks))
+    sent = local.dispatch_rows(decided, choice, spec)
     returned = []
     for chunk, rows in zip(received, jnp.split(sent, num_chunks), strict=True):
         arrived = exchange.send(rows, chunk, axis)
-        returned.append(
-            exchange.send_back(local.run_experts(arrived, weights, *chunk, choice, activation), chunk, axis)
-        )
+        returned.append(exchange.send_back(local.run_experts(arrived, weights, *chunk, choice, spec), chunk, axis))
     back = checkpoint_name(jnp.concatenate(returned), "moe_returned")
-    out = apply(local.span_of(choice.combine), None, (back, routing.gate), (plan,))
-    return decided._replace(plan=plan).output(out)
+    return decided.output(local.combine_rows(back, decided, choice, spec))
 
 
 def check_exchange(spec: MoeSpec, num_experts: int, shards: int) -> None:

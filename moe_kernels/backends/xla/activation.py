@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moe_kernels.activations import function_of
+from moe_kernels.activations import ClampedSwiglu, function_of, gated
 
 
 def activate(hidden: Float[Array, "..."], activation: str) -> Float[Array, "..."]:
@@ -25,3 +25,21 @@ def activate_and_slope(hidden: Float[Array, "..."], activation: str) -> tuple[Fl
     [0.0, 0.5]
     """
     return jax.jvp(function_of(activation), (hidden.astype(jnp.float32),), (jnp.ones(hidden.shape, jnp.float32),))
+
+
+def glu_forward(
+    activation: str | ClampedSwiglu, gate: Float[Array, "R F"], up: Float[Array, "R F"]
+) -> tuple[Float[Array, "R F"], tuple[Float[Array, "R F"], Float[Array, "R F"]]]:
+    """`act(gate) * up` of two products that are kept for the backward pass.
+
+    >>> float(glu_forward("silu", jnp.zeros((1, 1)), jnp.ones((1, 1)))[0][0, 0])
+    0.0
+    """
+    return gated(gate, up, activation), (gate, up)
+
+
+def glu_backward(
+    activation: str | ClampedSwiglu, saved: tuple[Float[Array, "R F"], Float[Array, "R F"]], dout: Float[Array, "R F"]
+) -> tuple[Float[Array, "R F"], Float[Array, "R F"]]:
+    """Cotangents of both products."""
+    return jax.vjp(lambda gate, up: gated(gate, up, activation), *saved)[1](dout)

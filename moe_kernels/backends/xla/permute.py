@@ -2,7 +2,8 @@
 
 The plan holds the permutation both ways (`row` of a choice, `source` of a row), so no direction needs a scatter:
 dispatch `rows[r] = tokens[source[r] // K]` has the derivative `dtokens[t] = sum_k drows[row[t, k]]`, and combine
-`y[t] = sum_k gate[t, k] rows[row[t, k]]` has `drows[r] = gate[source[r]] dy[source[r] // K]`.
+`y[t] = sum_k gate[t, k] rows[row[t, k]]` has `drows[r] = gate[source[r]] dy[source[r] // K]`. Where gates weigh what
+experts get, `weigh` follows dispatch, on every platform.
 """
 
 from __future__ import annotations
@@ -27,6 +28,29 @@ def _tokens_of_row(tokens: Float[Array, "T D"], plan: Plan) -> Float[Array, "R D
     used = plan.source < layout.num_tokens * layout.num_choices
     picked = jnp.take(tokens, plan.source // layout.num_choices, axis=0, mode="clip")
     return jnp.where(used[:, None], picked, jnp.zeros((), tokens.dtype))
+
+
+def weigh_forward(
+    static: None, rows: Float[Array, "R D"], gate: Float[Array, "T K"], plan: Plan
+) -> tuple[Float[Array, "R D"], tuple[Float[Array, "R D"], Float[Array, "T K"], Plan]]:
+    """Multiply each row by the gate of its choice: `y[r] = gate[source[r]] rows[r]`; 0 in unused rows."""
+    return _weighed(rows, gate, plan), (rows, gate, plan)
+
+
+def weigh_backward(
+    static: None, saved: tuple[Float[Array, "R D"], Float[Array, "T K"], Plan], dout: Float[Array, "R D"]
+) -> tuple[Float[Array, "R D"], Float[Array, "T K"]]:
+    """Cotangents of rows and gates: `drows = gate dy`, `dgate = <rows, dy>`."""
+    rows, gate, plan = saved
+    product = jnp.sum(rows.astype(jnp.float32) * dout.astype(jnp.float32), axis=1)
+    dgate = jnp.where(plan.row < plan.layout.num_rows, jnp.take(product, plan.row, mode="clip"), jnp.float32(0))
+    return _weighed(dout, gate, plan), dgate
+
+
+def _weighed(rows: Float[Array, "R D"], gate: Float[Array, "T K"], plan: Plan) -> Float[Array, "R D"]:
+    used = (plan.source < gate.size)[:, None]
+    weight = jnp.take(gate.reshape(-1), plan.source, mode="clip")[:, None]
+    return jnp.where(used, weight * rows.astype(jnp.float32), jnp.float32(0)).astype(rows.dtype)
 
 
 def dispatch_forward(static: None, tokens: Float[Array, "T D"], plan: Plan) -> tuple[Float[Array, "R D"], Plan]:
@@ -59,9 +83,7 @@ def combine_backward(
 ) -> tuple[Float[Array, "R D"], Float[Array, "T K"]]:
     """Cotangents of rows and gates: `drows = gate dy`, `dgate = <rows, dy>`."""
     rows, gate, plan = saved
-    used = plan.source < gate.size
-    gate_of_row = jnp.where(used, jnp.take(gate.reshape(-1), plan.source, mode="clip"), jnp.float32(0))
-    drows = (gate_of_row[:, None] * _tokens_of_row(dtokens, plan).astype(jnp.float32)).astype(rows.dtype)
+    drows = _weighed(_tokens_of_row(dtokens, plan), gate, plan)
     dy = dtokens.astype(jnp.float32)
     dgate = jnp.stack(
         [
