@@ -1,6 +1,8 @@
 """The oracle: LIMoE in NumPy and float64, in loops that can be checked by eye. It shares no code with the product."""
 
 from reference import losses, metrics, model
+from reference.activations import activate, activate_derivative, gelu, gelu_derivative
+from reference.glu import Clamped, GluWeights, glu_experts, glu_experts_gradient
 from reference.matmul import MatmulGradients, grouped_matmul, grouped_matmul_gradient
 from reference.moe import (
     MlpWeights,
@@ -12,22 +14,35 @@ from reference.moe import (
     dispatch_gradient,
     expert_mlp,
     expert_mlp_gradient,
-    gelu,
-    gelu_derivative,
     moe_layer,
     moe_layer_gradient,
 )
 from reference.plan import Plan, claim_order, expert_capacity, make_plan
-from reference.routing import Routing, RoutingSums, entropy, logsumexp, route, route_gradient, softmax, zero_sums
+from reference.routing import (
+    Router,
+    Routing,
+    RoutingSums,
+    entropy,
+    logsumexp,
+    route,
+    route_gradient,
+    softmax,
+    zero_sums,
+)
 
 __all__ = [
+    "Clamped",
+    "GluWeights",
     "MatmulGradients",
     "MlpWeights",
     "MoeGradients",
     "MoeOutput",
     "Plan",
+    "Router",
     "Routing",
     "RoutingSums",
+    "activate",
+    "activate_derivative",
     "claim_order",
     "combine",
     "combine_gradient",
@@ -39,6 +54,8 @@ __all__ = [
     "expert_mlp_gradient",
     "gelu",
     "gelu_derivative",
+    "glu_experts",
+    "glu_experts_gradient",
     "grouped_matmul",
     "grouped_matmul_gradient",
     "logsumexp",

@@ -1,13 +1,11 @@
 """Matmuls of every expert's rows with its own matrices, what may follow them, and their gradients derived by hand."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from reference.moe import gelu, gelu_derivative
+from reference.activations import Activation, activate, activate_derivative
 from reference.plan import Plan
-
-MatmulActivation = Literal["gelu_tanh", "gelu_erf", "silu"]
 
 
 class MatmulGradients(NamedTuple):
@@ -23,31 +21,6 @@ class MatmulGradients(NamedTuple):
     up: np.ndarray | None  # [E, D, F]
 
 
-def activate(value: np.ndarray, activation: MatmulActivation | None) -> np.ndarray:
-    """GELU, or SiLU x / (1 + exp(-x)); None leaves the value as it is.
-
-    >>> activate(np.array([1.0]), "silu").round(6)
-    array([0.731059])
-    """
-    if activation is None:
-        return value
-    return value / (1.0 + np.exp(-value)) if activation == "silu" else gelu(value, activation)
-
-
-def activate_derivative(value: np.ndarray, activation: MatmulActivation | None) -> np.ndarray:
-    """Derivative of `activate`; of SiLU, with s = 1 / (1 + exp(-x)):  s + x s (1 - s).
-
-    >>> activate_derivative(np.array([0.0]), "silu")
-    array([0.5])
-    """
-    if activation is None:
-        return np.ones(np.shape(value))
-    if activation == "silu":
-        s = 1.0 / (1.0 + np.exp(-value))
-        return s + value * s * (1.0 - s)
-    return gelu_derivative(value, activation)
-
-
 def grouped_matmul(
     rows: np.ndarray,
     weight: np.ndarray,
@@ -55,7 +28,7 @@ def grouped_matmul(
     *,
     bias: np.ndarray | None = None,
     up: np.ndarray | None = None,
-    activation: MatmulActivation | None = None,
+    activation: Activation | None = None,
 ) -> np.ndarray:
     """Every row x of expert e, [R, D] to [R, F]: act(x weight_e + bias_e), times x up_e if given; unused rows are zero.
 
@@ -80,7 +53,7 @@ def grouped_matmul_gradient(
     *,
     bias: np.ndarray | None = None,
     up: np.ndarray | None = None,
-    activation: MatmulActivation | None = None,
+    activation: Activation | None = None,
 ) -> MatmulGradients:
     """Gradients of `grouped_matmul`, given that of its output [R, F].
 

@@ -6,7 +6,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from reference.moe import Activation, MlpWeights, MoeOutput, gelu, moe_layer
+from reference.activations import Activation, gelu
+from reference.moe import MlpWeights, MoeOutput, moe_layer
 from reference.plan import Priority
 from reference.routing import softmax
 

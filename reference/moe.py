@@ -1,15 +1,14 @@
 """The MoE layer, row by row, and its gradients derived by hand (paper, section 2)."""
 
-import math
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from reference.activations import Activation, activate, activate_derivative
+from reference.glu import Clamped, GluWeights, glu_experts, glu_experts_gradient
 from reference.plan import Plan, Priority, expert_capacity, make_plan
-from reference.routing import Routing, RoutingSums, normal_cdf, route, route_gradient, zero_sums
-
-Activation = Literal["gelu_tanh", "gelu_erf"]
+from reference.routing import Router, Routing, RoutingSums, route, route_gradient, zero_sums
 
 
 class MlpWeights(NamedTuple):
@@ -59,7 +58,7 @@ class MoeOutput(NamedTuple):
     kept: np.ndarray  # [G, M, E]
     routing: Routing
     plan: Plan
-    rows: np.ndarray  # [R, D], after dispatch
+    rows: np.ndarray  # [R, D], after dispatch, times their gates if those are on the input
     expert_rows: np.ndarray  # [R, D], after the experts
 
 
@@ -67,46 +66,15 @@ class MoeGradients(NamedTuple):
     """Gradients with respect to the arguments of the layer, and to the two values in the middle.
 
     >>> MoeGradients._fields
-    ('tokens', 'router', 'weights', 'gate', 'rows')
+    ('tokens', 'router', 'weights', 'gate', 'rows', 'bias')
     """
 
     tokens: np.ndarray  # [T, D]
     router: np.ndarray  # [D, E]
-    weights: MlpWeights
+    weights: MlpWeights | GluWeights
     gate: np.ndarray  # [T, K]
     rows: np.ndarray  # [R, D]
-
-
-def gelu(value: np.ndarray, activation: Activation = "gelu_tanh") -> np.ndarray:
-    """x Phi(x), exactly (gelu_erf) or in the tanh form (gelu_tanh); ValueError for another name.
-
-    >>> gelu(np.array([1.0]), "gelu_tanh").round(6), gelu(np.array([1.0]), "gelu_erf").round(6)
-    (array([0.841192]), array([0.841345]))
-    """
-    if activation == "gelu_tanh":
-        return 0.5 * value * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (value + 0.044715 * value**3)))
-    if activation == "gelu_erf":
-        return value * np.vectorize(normal_cdf, otypes=[float])(value)
-    raise ValueError(f"activation {activation!r} is not gelu_tanh or gelu_erf")
-
-
-def gelu_derivative(value: np.ndarray, activation: Activation = "gelu_tanh") -> np.ndarray:
-    """Derivative of `gelu`.
-
-    tanh form, h = tanh(u), u = c (x + a x^3):  (1 + h) / 2 + x (1 - h^2) c (1 + 3 a x^2) / 2.
-    erf form:  Phi(x) + x phi(x).
-
-    >>> gelu_derivative(np.array([0.0]))
-    array([0.5])
-    """
-    if activation == "gelu_tanh":
-        scale = math.sqrt(2.0 / math.pi)
-        h = np.tanh(scale * (value + 0.044715 * value**3))
-        return 0.5 * (1.0 + h) + 0.5 * value * (1.0 - h**2) * scale * (1.0 + 3.0 * 0.044715 * value**2)
-    if activation == "gelu_erf":
-        density = np.exp(-0.5 * value**2) / math.sqrt(2.0 * math.pi)
-        return np.vectorize(normal_cdf, otypes=[float])(value) + value * density
-    raise ValueError(f"activation {activation!r} is not gelu_tanh or gelu_erf")
+    bias: np.ndarray  # [E], of the router
 
 
 def dispatch(tokens: np.ndarray, plan: Plan) -> np.ndarray:
@@ -140,7 +108,7 @@ def dispatch_gradient(d_rows: np.ndarray, plan: Plan) -> np.ndarray:
 
 
 def expert_mlp(rows: np.ndarray, weights: MlpWeights, plan: Plan, activation: Activation = "gelu_tanh") -> np.ndarray:
-    """Every expert's MLP on its own rows [R, D]: gelu(x w1 + b1) w2 + b2; unused rows are zero.
+    """Every expert's MLP on its own rows [R, D]: act(x w1 + b1) w2 + b2; unused rows are zero.
 
     >>> plan = make_plan(np.array([[0]]), np.array([[1.0]]), num_experts=1, row_multiple=2)
     >>> weights = MlpWeights(np.zeros((1, 2, 3)), np.zeros((1, 3)), np.zeros((1, 3, 2)), np.ones((1, 2)))
@@ -150,7 +118,7 @@ def expert_mlp(rows: np.ndarray, weights: MlpWeights, plan: Plan, activation: Ac
     output = np.zeros(rows.shape)
     for e in range(len(plan.first)):
         for r in range(plan.first[e], plan.first[e] + plan.size[e]):
-            hidden = gelu(rows[r] @ weights.w1[e] + weights.b1[e], activation)
+            hidden = activate(rows[r] @ weights.w1[e] + weights.b1[e], activation)
             output[r] = hidden @ weights.w2[e] + weights.b2[e]
     return output
 
@@ -160,8 +128,8 @@ def expert_mlp_gradient(
 ) -> ExpertGradients:
     """Gradients of `expert_mlp` with respect to its rows [R, D] and its weights, given that of its output [R, D].
 
-    For one row x of expert e, with a = x w1 + b1, h = gelu(a), y = h w2 + b2:
-      dw2 += h^T dy    db2 += dy    da = (dy w2^T) gelu'(a)    dw1 += x^T da    db1 += da    dx = da w1^T
+    For one row x of expert e, with a = x w1 + b1, h = act(a), y = h w2 + b2:
+      dw2 += h^T dy    db2 += dy    da = (dy w2^T) act'(a)    dw1 += x^T da    db1 += da    dx = da w1^T
     Experts without rows get exactly zero.
 
     >>> plan = make_plan(np.array([[0]]), np.array([[1.0]]), num_experts=2)
@@ -174,9 +142,9 @@ def expert_mlp_gradient(
     for e in range(len(plan.first)):
         for r in range(plan.first[e], plan.first[e] + plan.size[e]):
             before = rows[r] @ weights.w1[e] + weights.b1[e]
-            d_weights.w2[e] += np.outer(gelu(before, activation), d_output[r])
+            d_weights.w2[e] += np.outer(activate(before, activation), d_output[r])
             d_weights.b2[e] += d_output[r]
-            d_before = (weights.w2[e] @ d_output[r]) * gelu_derivative(before, activation)
+            d_before = (weights.w2[e] @ d_output[r]) * activate_derivative(before, activation)
             d_weights.w1[e] += np.outer(rows[r], d_before)
             d_weights.b1[e] += d_before
             d_rows[r] = weights.w1[e] @ d_before
@@ -219,11 +187,65 @@ def combine_gradient(rows: np.ndarray, gate: np.ndarray, d_tokens: np.ndarray, p
     return CombineGradients(d_rows, d_gate)
 
 
+def weigh(rows: np.ndarray, gate: np.ndarray, plan: Plan) -> np.ndarray:
+    """Multiply each row [R, D] by the gate of the choice that fills it.
+
+    >>> plan = make_plan(np.array([[0]]), np.array([[0.5]]), num_experts=1)
+    >>> weigh(np.array([[4.0]]), np.array([[0.5]]), plan).tolist()
+    [[2.0]]
+    """
+    weighed = np.zeros(rows.shape)
+    for (t, k), position in np.ndenumerate(plan.position):
+        if position >= 0:
+            weighed[plan.row[t, k]] = gate[t, k] * rows[plan.row[t, k]]
+    return weighed
+
+
+def in_float64(weights: MlpWeights | GluWeights) -> MlpWeights | GluWeights:
+    """The same weights in float64.
+
+    >>> in_float64(MlpWeights(*np.zeros((4, 1), np.float32))).b1.dtype
+    dtype('float64')
+    """
+    return type(weights)(*(np.asarray(weight, np.float64) for weight in weights))
+
+
+def run_experts(rows: np.ndarray, weights: MlpWeights | GluWeights, plan: Plan, activation: Any) -> np.ndarray:
+    """Plain or gated experts, by the kind of their weights.
+
+    >>> plan = make_plan(np.array([[0]]), np.array([[1.0]]), num_experts=1)
+    >>> run_experts(np.ones((1, 1)), GluWeights(*np.ones((3, 1, 1, 1)), *np.zeros((3, 1, 1))), plan, "relu").tolist()
+    [[1.0]]
+    """
+    if isinstance(weights, GluWeights):
+        return glu_experts(rows, weights, plan, activation)
+    return expert_mlp(rows, weights, plan, activation)
+
+
+def run_experts_gradient(
+    rows: np.ndarray, weights: MlpWeights | GluWeights, d_output: np.ndarray, plan: Plan, activation: Any
+) -> Any:
+    """Gradients of `run_experts`.
+
+    >>> plan, weights = make_plan(np.array([[0]]), np.array([[1.0]]), num_experts=1), np.ones((3, 1, 1, 1))
+    >>> weights = GluWeights(*weights, *np.zeros((3, 1, 1)))
+    >>> run_experts_gradient(np.ones((1, 1)), weights, np.ones((1, 1)), plan, "relu").rows.tolist()
+    [[2.0]]
+    """
+    if isinstance(weights, GluWeights):
+        return glu_experts_gradient(rows, weights, d_output, plan, activation)
+    return expert_mlp_gradient(rows, weights, d_output, plan, activation)
+
+
 def moe_layer(
     tokens: np.ndarray,
     router: np.ndarray,
-    weights: MlpWeights,
+    weights: MlpWeights | GluWeights,
     *,
+    settings: Router = Router(),  # noqa: B008 (a tuple)
+    bias: np.ndarray | None = None,
+    choice_bias: np.ndarray | None = None,
+    gates_on: Literal["output", "input"] = "output",
     num_choices: int = 1,
     capacity_factor: float | str | Fraction | None = None,
     num_groups: int = 1,
@@ -232,7 +254,7 @@ def moe_layer(
     mask: np.ndarray | None = None,
     modality: np.ndarray | None = None,
     num_modalities: int = 1,
-    activation: Activation = "gelu_tanh",
+    activation: Activation | Clamped = "gelu_tanh",
     first_modality: int = 0,
     priority_values: np.ndarray | None = None,
     expert: np.ndarray | None = None,
@@ -240,17 +262,21 @@ def moe_layer(
 ) -> MoeOutput:
     """The whole layer: y_t = sum over the kept choices of gate * MLP_expert(x_t); see `route` and `make_plan`.
 
-    No capacity factor means dropless. Paper, section 2.
+    With gates on the input it is the sum of MLP_expert(gate * x_t). No capacity factor means dropless. Paper, section
+    2.
 
     >>> weights = MlpWeights(np.zeros((2, 2, 3)), np.zeros((2, 3)), np.zeros((2, 3, 2)), np.ones((2, 2)))
     >>> moe_layer(np.eye(2), np.zeros((2, 2)), weights, capacity_factor=1).tokens.tolist()
     [[0.5, 0.5], [0.0, 0.0]]
     """
     tokens, num_experts = np.asarray(tokens, np.float64), np.shape(router)[1]
-    weights = MlpWeights(*(np.asarray(weight, np.float64) for weight in weights))
+    weights = in_float64(weights)
     routing = route(
         tokens,
         router,
+        settings=settings,
+        bias=bias,
+        choice_bias=choice_bias,
         num_choices=num_choices,
         num_groups=num_groups,
         noise=noise,
@@ -276,28 +302,32 @@ def moe_layer(
         mask=mask,
         row_multiple=row_multiple,
     )
-    rows = dispatch(tokens, plan)
-    expert_rows = expert_mlp(rows, weights, plan, activation)
-    output = combine(expert_rows, routing.gate, plan)
+    rows, gate = dispatch(tokens, plan), routing.gate
+    if gates_on == "input":
+        rows, gate = weigh(rows, gate, plan), np.where(np.isnan(gate), np.nan, 1.0)
+    expert_rows = run_experts(rows, weights, plan, activation)
+    output = combine(expert_rows, gate, plan)
     return MoeOutput(output, routing.sums, plan.kept, routing, plan, rows, expert_rows)
 
 
 def moe_layer_gradient(
     tokens: np.ndarray,
     router: np.ndarray,
-    weights: MlpWeights,
+    weights: MlpWeights | GluWeights,
     output: MoeOutput,
     d_tokens: np.ndarray,
     d_sums: RoutingSums | None = None,
     *,
-    activation: Activation = "gelu_tanh",
+    activation: Activation | Clamped = "gelu_tanh",
+    gates_on: Literal["output", "input"] = "output",
 ) -> MoeGradients:
     """Gradients of `moe_layer`, given those of its output tokens [T, D] and of its sums (None: all zero).
 
     Backwards through combine, the experts and dispatch; the gates and the sums go back through `route_gradient` to the
     logits A = x W, and from there dW = x^T dA and dx = dA W^T (+ dispatch). Who sits where is piecewise constant.
     `tokens` and `wanted` in `d_sums` are ignored: they are counts. A token that is masked or whose logits are not
-    finite takes part in nothing: its own gradient is zero, and it adds nothing to any other.
+    finite takes part in nothing: its own gradient is zero, and it adds nothing to any other. With gates on the input,
+    for a kept choice k of token t in row r:  dx_t += gate_tk drows_r,  dgate_tk = x_t . drows_r.
 
     >>> weights = MlpWeights(np.zeros((2, 2, 3)), np.zeros((2, 3)), np.zeros((2, 3, 2)), np.ones((2, 2)))
     >>> output = moe_layer(np.eye(2), np.zeros((2, 2)), weights)
@@ -305,20 +335,25 @@ def moe_layer_gradient(
     [[1.0, 1.0], [0.0, 0.0]]
     """
     tokens, router = np.asarray(tokens, np.float64), np.asarray(router, np.float64)
-    weights = MlpWeights(*(np.asarray(weight, np.float64) for weight in weights))
+    weights = in_float64(weights)
     routing, plan = output.routing, output.plan
     if d_sums is None:
         num_groups, num_modalities, num_experts = output.kept.shape
         d_sums = zero_sums(num_groups=num_groups, num_modalities=num_modalities, num_experts=num_experts)
 
-    combined = combine_gradient(output.expert_rows, routing.gate, np.asarray(d_tokens, np.float64), plan)
-    experts = expert_mlp_gradient(output.rows, weights, combined.rows, plan, activation)
-    d_input = dispatch_gradient(experts.rows, plan)
+    gate = np.ones(routing.gate.shape) if gates_on == "input" else routing.gate
+    combined = combine_gradient(output.expert_rows, gate, np.asarray(d_tokens, np.float64), plan)
+    experts = run_experts_gradient(output.rows, weights, combined.rows, plan, activation)
+    d_rows, d_gate = experts.rows, combined.gate
+    if gates_on == "input":
+        d_gate = combine_gradient(d_rows, routing.gate, tokens, plan).gate
+        d_rows = weigh(d_rows, routing.gate, plan)
+    d_input = dispatch_gradient(d_rows, plan)
 
-    d_logits = route_gradient(routing, combined.gate, d_sums)
+    d_logits = route_gradient(routing, d_gate, d_sums)
     d_router = np.zeros(router.shape)
     for t in range(len(tokens)):
         if routing.active[t]:
             d_router += np.outer(tokens[t], d_logits[t])
             d_input[t] += router @ d_logits[t]
-    return MoeGradients(d_input, d_router, experts.weights, combined.gate, experts.rows)
+    return MoeGradients(d_input, d_router, experts.weights, d_gate, d_rows, d_logits.sum(axis=0))

@@ -1,7 +1,7 @@
 """Routing in float64: every token scores every expert and keeps its best few (paper, section 2)."""
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,25 @@ class RoutingSums(NamedTuple):
     largest_gate: np.ndarray  # [G, M]
 
 
+class Router(NamedTuple):
+    """How logits become choices and gates.
+
+    Scores are softmax(A) or sigmoid(A). The K largest are kept; with groups, of the experts in the best groups alone,
+    where a group counts by the sum of its `group_best` largest scores (DeepSeek-V3, section 2.1.2). Gates are their
+    scores, over their sum if renormalised, times `scale`.
+
+    >>> Router().family
+    'softmax'
+    """
+
+    family: Literal["softmax", "sigmoid"] = "softmax"
+    renormalise: bool = False
+    scale: float = 1.0
+    expert_groups: int = 1
+    groups_chosen: int = 1
+    group_best: int = 2
+
+
 class Routing(NamedTuple):
     """Which experts each token wants, and how much; the arrays that the derivative needs come along.
 
@@ -45,6 +64,7 @@ class Routing(NamedTuple):
     modality: np.ndarray  # [T] int
     active: np.ndarray  # [T] bool
     has_noise: bool
+    settings: Router = Router()
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -87,6 +107,31 @@ def top_k(values: np.ndarray, num_choices: int) -> list[int]:
     [1, 2, 3]
     """
     return sorted(range(len(values)), key=lambda index: (-values[index], index))[:num_choices]
+
+
+def scores(logits: np.ndarray, family: str) -> np.ndarray:
+    """Softmax, or 1 / (1 + exp(-A)).
+
+    >>> scores(np.array([0.0, 0.0]), "sigmoid")
+    array([0.5, 0.5])
+    """
+    return softmax(logits) if family == "softmax" else np.exp(-np.logaddexp(0.0, -np.asarray(logits, np.float64)))
+
+
+def choose(logits: np.ndarray, num_choices: int, settings: Router, choice_bias: np.ndarray | None) -> list[int]:
+    """The experts of one token, best first: by score plus bias, among those of the best groups.
+
+    >>> choose(np.array([3.0, 0.0, 2.0, 2.0]), 1, Router(expert_groups=2, group_best=2), None)
+    [0]
+    """
+    if choice_bias is None and settings.expert_groups == 1:
+        return top_k(logits, num_choices)
+    score = scores(logits, settings.family) + (0.0 if choice_bias is None else choice_bias)
+    groups = score.reshape(settings.expert_groups, -1)
+    merit = np.array([sum(sorted(group)[-settings.group_best :]) for group in groups])
+    for group in set(range(settings.expert_groups)) - set(top_k(merit, settings.groups_chosen)):
+        groups[group] = -np.inf
+    return top_k(groups.reshape(-1), num_choices)
 
 
 def normal_cdf(value: float) -> float:
@@ -133,6 +178,9 @@ def route(
     router: np.ndarray,
     *,
     num_choices: int,
+    settings: Router = Router(),  # noqa: B008 (a tuple)
+    bias: np.ndarray | None = None,
+    choice_bias: np.ndarray | None = None,
     num_groups: int = 1,
     noise: np.ndarray | None = None,
     modality: np.ndarray | None = None,
@@ -140,7 +188,9 @@ def route(
     mask: np.ndarray | None = None,
     expert: np.ndarray | None = None,
 ) -> Routing:
-    """Let every token choose its experts: the K largest of softmax(tokens @ router + noise), not renormalised.
+    """Let every token choose its experts: the K largest scores of tokens @ router + bias + noise.
+
+    By default scores are a softmax, and gates are they. `choice_bias` [E] is added to scores for the choice alone.
 
     Tokens [T, D], router [D, E], noise [T, E] (already scaled), modality [T], mask [T] (False = padding). Group g is
     the contiguous block of tokens g*S to (g+1)*S. Experts are ranked by noisy logit, equal ones by index. A token with
@@ -162,7 +212,7 @@ def route(
 
     # Infinities and NaN are values here, not accidents.
     with np.errstate(invalid="ignore", over="ignore"):
-        clean_logits = tokens @ router
+        clean_logits = tokens @ router + (0.0 if bias is None else bias)
         noisy_logits = clean_logits if noise is None else clean_logits + np.asarray(noise, np.float64)
     active = counted & np.isfinite(clean_logits).all(axis=1) & np.isfinite(noisy_logits).all(axis=1)
 
@@ -181,28 +231,33 @@ def route(
             if noise is not None:
                 sums.load[here] += np.nan
             continue
-        clean, noisy = softmax(clean_logits[t]), softmax(noisy_logits[t])
-        chosen[t] = top_k(noisy_logits[t], num_choices) if expert is None else expert[t]
+        clean, noisy = (scores(logits[t], settings.family) for logits in (clean_logits, noisy_logits))
+        clean = clean / clean.sum()
+        chosen[t] = choose(noisy_logits[t], num_choices, settings, choice_bias) if expert is None else expert[t]
         for k in range(num_choices):
             gate[t, k] = noisy[chosen[t, k]]
             sums.wanted[here][chosen[t, k]] += 1
+        gate[t] *= settings.scale / (gate[t].sum() if settings.renormalise else 1.0)
         sums.probability[here] += clean
         sums.entropy[here] += entropy(clean)
         sums.logsumexp_squared[here] += logsumexp(clean_logits[t]) ** 2
-        sums.largest_gate[here] += noisy.max()
+        sums.largest_gate[here] += gate[t].max()
         if noise is not None:
             sums.load[here] += smooth_load(clean_logits[t], noisy_logits[t], num_choices, 1.0 / num_experts)
-    return Routing(chosen, gate, sums, clean_logits, noisy_logits, group, modality, active, noise is not None)
+    return Routing(chosen, gate, sums, clean_logits, noisy_logits, group, modality, active, noise is not None, settings)
 
 
 def route_gradient(routing: Routing, d_gate: np.ndarray, d_sums: RoutingSums) -> np.ndarray:
     """Gradient [T, E] with respect to the clean logits A, given those of the gates [T, K] and of the sums.
 
-    With p = softmax(A), q = softmax(A + noise), L = logsumexp(A), H = -sum(p log p), u the experts of a token:
-      gates:              dA_j = q_j (dq_j - sum_i q_i dq_i),  dq_{u_k} = dgate_k;  largest gate: dq_{u_1} += dlargest
-      probability:        dA_j = p_j (dp_j - sum_i p_i dp_i)
-      entropy:            dA_j = -p_j (log p_j + H) dH
-      logsumexp squared:  dA_j = 2 L p_j d(L^2)
+    With s = scores(A), p = s / sum(s), q = scores(A + noise), L = logsumexp(A), H = -sum(p log p), u the experts of a
+    token, c the scale, S the sum of q over u, m the largest gate:
+      gates:              dq_{u_k} = c dgate_k;  renormalised: c (dgate_k - sum_i dgate_i q_{u_i} / S) / S
+                          softmax: dA_j = q_j (dq_j - sum_i q_i dq_i);  sigmoid: dA_j = q_j (1 - q_j) dq_j
+      largest gate:       dgate_m += dlargest
+      probability:        softmax: dA_j = p_j (dp_j - sum_i p_i dp_i);  sigmoid: the same times 1 - s_j
+      entropy:            dp_j = -(log p_j + 1) dH
+      logsumexp squared:  dA_j = 2 L softmax(A)_j d(L^2)
       load:               s_e = phi((eta - A_e) / sigma) / sigma dload_e,  eta = A_i + noise_i,  i = u_K
                           dA_j = s_j - [j = i] sum_e s_e
     Counts are piecewise constant. Masked tokens, and tokens whose logits are not finite (their output is the constant
@@ -214,26 +269,31 @@ def route_gradient(routing: Routing, d_gate: np.ndarray, d_sums: RoutingSums) ->
     0.0
     """
     num_experts, num_choices = routing.clean_logits.shape[1], routing.expert.shape[1]
-    sigma = 1.0 / num_experts
+    sigma, settings = 1.0 / num_experts, routing.settings
     d_logits = np.zeros_like(routing.clean_logits)
     for t in range(len(d_logits)):
         if not routing.active[t]:
             continue
         here = routing.group[t], routing.modality[t]
         clean_logits, noisy_logits = routing.clean_logits[t], routing.noisy_logits[t]
-        p, q = softmax(clean_logits), softmax(noisy_logits)
+        s, q = scores(clean_logits, settings.family), scores(noisy_logits, settings.family)
+        p = s / s.sum()
 
+        d_gates, own = d_gate[t].copy(), q[routing.expert[t]]
+        d_gates[np.argmax(routing.gate[t])] += d_sums.largest_gate[here]
+        if settings.renormalise:
+            d_gates = (d_gates - d_gates @ own / own.sum()) / own.sum()
         d_q = np.zeros(num_experts)
         for k in range(num_choices):
-            d_q[routing.expert[t, k]] += d_gate[t, k]
-        d_q[top_k(noisy_logits, 1)[0]] += d_sums.largest_gate[here]
-        d_logits[t] += q * (d_q - q @ d_q)
-
-        d_p = d_sums.probability[here]
-        d_logits[t] += p * (d_p - p @ d_p)
-        log_p = clean_logits - logsumexp(clean_logits)
-        d_logits[t] += -p * (log_p + entropy(p)) * d_sums.entropy[here]
-        d_logits[t] += 2.0 * logsumexp(clean_logits) * p * d_sums.logsumexp_squared[here]
+            d_q[routing.expert[t, k]] += settings.scale * d_gates[k]
+        log_p = np.log(s) - np.log(s.sum()) if settings.family == "sigmoid" else clean_logits - logsumexp(clean_logits)
+        d_p = d_sums.probability[here] - (log_p + 1.0) * d_sums.entropy[here]
+        if settings.family == "softmax":
+            d_logits[t] += q * (d_q - q @ d_q) + p * (d_p - p @ d_p)
+        else:
+            d_logits[t] += q * (1.0 - q) * d_q + p * (1.0 - s) * (d_p - p @ d_p)
+        d_square = 2.0 * logsumexp(clean_logits) * d_sums.logsumexp_squared[here]
+        d_logits[t] += softmax(clean_logits) * d_square
 
         if routing.has_noise:
             last = top_k(noisy_logits, num_choices)[-1]

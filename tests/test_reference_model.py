@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from reference import losses, model, softmax
-from reference.moe import Activation, gelu
+from reference.activations import Activation, gelu
 
 B, D, F, E, P, PATCH, NI, NT, V, HEADS = 4, 8, 6, 3, 5, 2, 6, 4, 11, 2
 

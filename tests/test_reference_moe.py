@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import reference
-from reference.moe import Activation
+from reference.activations import Activation
 
 T, D, F, E, G, M = 8, 3, 4, 3, 2, 2
 MASK = np.array([True, True, False, True, True, True, True, False])
@@ -46,7 +46,17 @@ CASES: list[dict[str, Any]] = [
     {"capacity_factor": 0.7, "noise": True, "masked": True},
     {"num_choices": 2, "capacity_factor": 0.6, "noise": True, "masked": True},
     {"num_choices": 2, "capacity_factor": 0.6, "priority": "modality", "first_modality": 1, "activation": "gelu_erf"},
+    {"num_choices": 2, "settings": reference.Router("sigmoid", True, 2.5, 3, 2, 1), "biased": True, "noise": True},
+    {"num_choices": 2, "settings": reference.Router(renormalise=True), "gated": reference.Clamped(1.7, 0.8, 1.0)},
+    {"settings": reference.Router("sigmoid"), "gates_on": "input", "gated": "gelu_erf", "capacity_factor": 0.6},
+    {"settings": reference.Router(scale=0.5), "gated": "relu", "masked": True, "noise": True},
+    {"activation": "relu_squared"},
 ]
+
+
+def gated_weights(random: np.random.Generator) -> reference.GluWeights:
+    shapes = [(E, D, F), (E, D, F), (E, F, D), (E, F), (E, F), (E, D)]
+    return reference.GluWeights(*(random.normal(size=shape) for shape in shapes))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -55,7 +65,11 @@ def test_gradients_equal_central_differences(case: dict[str, Any]) -> None:
     case = dict(case)
     noise = random.normal(size=(T, E)) / E if case.pop("noise", False) else None
     mask = MASK if case.pop("masked", False) else None
+    bias, choice_bias = random.normal(size=(2, E)) if case.pop("biased", False) else (np.zeros(E), None)
+    if "gated" in case:
+        weights, case["activation"] = gated_weights(random), case.pop("gated")
     settings = dict(case, noise=noise, mask=mask, num_groups=G, modality=MODALITY, num_modalities=M)
+    settings |= {"bias": bias, "choice_bias": choice_bias}
     d_tokens = random.normal(size=(T, D))
     nothing = reference.zero_sums(num_groups=G, num_modalities=M, num_experts=E)
     d_sums = reference.RoutingSums(*(random.normal(size=field.shape) for field in nothing))
@@ -69,11 +83,12 @@ def test_gradients_equal_central_differences(case: dict[str, Any]) -> None:
     output = reference.moe_layer(tokens, router, weights, **settings)
     if "capacity_factor" in case:
         assert output.kept.sum() < output.sums.wanted.sum()
-    activation: Activation = case.get("activation", "gelu_tanh")
-    found = reference.moe_layer_gradient(tokens, router, weights, output, d_tokens, d_sums, activation=activation)
+    passed = {name: case[name] for name in ("activation", "gates_on") if name in case}
+    found = reference.moe_layer_gradient(tokens, router, weights, output, d_tokens, d_sums, **passed)
     for name, argument, gradient in [
         ("tokens", tokens, found.tokens),
         ("router", router, found.router),
+        ("bias", bias, found.bias),
         *zip(weights._fields, weights, found.weights, strict=True),
     ]:
         expected = central_difference(loss, argument)
