@@ -1,4 +1,4 @@
-"""The command line: `limoe train`, `limoe eval`, `limoe describe`, `limoe plan`."""
+"""The command line: `limoe train`, `limoe eval`, `limoe classify`, `limoe export`, `limoe describe`, `limoe plan`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from limoe.errors import LimoeError, nearest
 FLAGS = flags.FLAGS
 _PRESET = flags.DEFINE_string("preset", "tiny", f"named configuration: {', '.join(PRESETS)}")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "train: the run's folder (default: runs/PRESET); eval: the run to evaluate"
+    "workdir", None, "train: the run's folder (default: runs/PRESET); eval, classify, export: the run to read"
 )
 _SET = flags.DEFINE_multi_string("set", [], "one or more settings, key=value")
 _DATA = flags.DEFINE_string(
@@ -51,6 +51,15 @@ _SCHEDULE = flags.DEFINE_bool(
     "schedule", False, "plan: also model the step from the compiler's own schedule; takes minutes more"
 )
 
+_CLASSES = flags.DEFINE_list("classes", [], "classify: names of the classes, with commas between them")
+_TEMPLATES = flags.DEFINE_string(
+    "templates", "none", "classify: sentences around a class name: none, simple or imagenet80 (CLIP's)"
+)
+_STEP = flags.DEFINE_integer(
+    "step", None, "classify, export: the checkpoint's step (default: the newest)", lower_bound=0
+)
+_OUT = flags.DEFINE_string("out", None, "export: the folder to write, which must be new or empty")
+
 USAGE = """limoe: train and evaluate a language-image mixture of experts.
 
   limoe train [--preset=tiny] [--workdir=runs/PRESET] [--set key=value ...] [--profile=STEPS]
@@ -60,6 +69,10 @@ USAGE = """limoe: train and evaluate a language-image mixture of experts.
       --coordinator=HOST:PORT --num-processes=P --process-id=0..P-1.
   limoe eval --workdir=DIR [--data=SHARDS] [--probe-data=SHARDS] [--json]
       Evaluate the newest checkpoint: zero-shot classification, retrieval, and, given labelled shards, a linear probe.
+  limoe classify --workdir=DIR --classes="red circle,blue square" [--templates=imagenet80] [--json] IMAGE...
+      How likely each class is for each picture. DIR is a run or an export.
+  limoe export --workdir=DIR --out=DIR [--step=STEP]
+      Write a model as safetensors with its settings, tokenizer, model card and encoders as jax.export programs.
   limoe describe [--preset=tiny] [--set key=value ...] [--json]
       Parameters and FLOPs of a configuration; nothing is allocated.
   limoe plan --preset=h14 --topology=v5p:8x8x8 [--batch=PAIRS] [--set key=value ...] [--search] [--schedule]
@@ -72,7 +85,7 @@ USAGE = """limoe: train and evaluate a language-image mixture of experts.
 """
 
 # Import names of the packages that the extra `train` installs.
-TRAINER = ("einops", "flax", "grain", "matplotlib", "optax", "orbax", "PIL", "sentencepiece", "tqdm")
+TRAINER = ("einops", "flax", "grain", "matplotlib", "optax", "orbax", "PIL", "safetensors", "sentencepiece", "tqdm")
 
 _HELP = ("help", "-h", "-help", "--help")
 
@@ -127,6 +140,8 @@ def _command(words: list[str]) -> int:
             raise UsageError(
                 f"limoe {command} does not take --{flag}; its flags are {', '.join(f'--{name}' for name in taken)}"
             )
+    if command in _TAKES_WORDS:
+        return function(words)
     settings = [*_SET.value, *(word for word in words if "=" in word and _SET.present)]
     strange = [word for word in words if word not in settings]
     if strange:
@@ -185,6 +200,39 @@ def _evaluate(settings: list[str]) -> int:
     return 0
 
 
+def _classify(images: list[str]) -> int:
+    from limoe.use.model import load
+
+    if _WORKDIR.value is None or not _CLASSES.value or not images:
+        raise UsageError("classify needs --workdir=DIR, --classes=NAME,NAME and one or more pictures")
+    model = load(_WORKDIR.value, step=_STEP.value)
+    scores = model.classify(images, _CLASSES.value, templates=_TEMPLATES.value)
+    found = {
+        image: dict(zip(_CLASSES.value, row.tolist(), strict=True)) for image, row in zip(images, scores, strict=True)
+    }
+    if _JSON.value:
+        print(json.dumps(found))
+        return 0
+    for image, row in found.items():
+        best = sorted(row.items(), key=lambda item: -item[1])[:5]
+        print(f"{image}: {', '.join(f'{name} {score:.1%}' for name, score in best)}")
+    return 0
+
+
+def _export(settings: list[str]) -> int:
+    from limoe.evaluate.restore import restored_encoder
+    from limoe.use.export import write_export
+
+    if _WORKDIR.value is None or _OUT.value is None:
+        raise UsageError("export needs --workdir=DIR, the folder of a trained run, and --out=DIR, a new folder")
+    restored = restored_encoder(_WORKDIR.value, step=_STEP.value)
+    for message in restored.skipped:
+        print(message, file=sys.stderr)
+    write_export(restored, _WORKDIR.value, _OUT.value)
+    print(f"wrote step {restored.step:,} of {_WORKDIR.value} into {_OUT.value}")
+    return 0
+
+
 def _plan(settings: list[str]) -> int:
     from limoe.plan import compiler
     from limoe.plan.planner import plan
@@ -212,16 +260,20 @@ def _plan(settings: list[str]) -> int:
 
 
 _FLAGS = ("preset", "workdir", "set", "profile", "data", "probe-data", "json")
-_FLAGS += ("topology", "batch", "search", "schedule")
+_FLAGS += ("topology", "batch", "search", "schedule", "classes", "templates", "step", "out")
 _PROCESS_FLAGS = ("coordinator", "num-processes", "process-id")
 _FLAGS += _PROCESS_FLAGS
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], tuple[str, ...]]] = {
     "train": (_train, ("preset", "workdir", "set", "profile", *_PROCESS_FLAGS)),
     "eval": (_evaluate, ("workdir", "data", "probe-data", "json")),
+    "classify": (_classify, ("workdir", "classes", "templates", "step", "json")),
+    "export": (_export, ("workdir", "out", "step")),
     "describe": (_describe, ("preset", "set", "json")),
     "plan": (_plan, ("preset", "topology", "batch", "set", "search", "schedule", "json")),
     "settings": (_settings, ("preset",)),
 }
+# Their words are no settings.
+_TAKES_WORDS = ("classify",)
 
 
 def run() -> None:

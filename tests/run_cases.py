@@ -92,7 +92,7 @@ def shared_compilation() -> Any:
 
 
 _steps: dict[Config, Callable[..., Any]] = {}
-_encoders: dict[Config, tuple[Any, Any]] = {}
+_encoders: dict[Config, dict[str, Any]] = {}
 
 
 def _compiled(config: Config) -> Config:
@@ -110,7 +110,7 @@ def _shared_step(training: Any, config: Config, placement: Any) -> Callable[...,
 class _SharedEncoder(Encoder):
     def __init__(self, graph: Any, parameters: Any, config: Config, tokenizer: Any, *, placement: Any):
         super().__init__(graph, parameters, config, tokenizer, placement=placement)
-        self._embed, self._assign = _encoders.setdefault(_compiled(config), (self._embed, self._assign))
+        self._programs = _encoders.setdefault(_compiled(config), self._programs)
 
 
 def command(*words: str) -> list[str]:

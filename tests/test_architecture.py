@@ -46,7 +46,20 @@ LEVELS = (
 )
 
 # The rooms of limoe in order of imports: a module imports modules of its own room and of earlier ones.
-ROOMS = ("errors", "config", "data", "parallel", "model", "workdir", "evaluate", "report", "train", "plan", "cli")
+ROOMS = (
+    "errors",
+    "config",
+    "data",
+    "parallel",
+    "model",
+    "workdir",
+    "evaluate",
+    "report",
+    "train",
+    "plan",
+    "use",
+    "cli",
+)
 
 MAX_LINES_OF_CODE = 320
 MAX_LINES_OF_A_FUNCTION = 60

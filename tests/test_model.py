@@ -112,6 +112,42 @@ def assignments(graph, parameters, images, text):
     return nnx.merge(graph, parameters).assignments(scale_images(images), text)
 
 
+@pytest.mark.parametrize("padding", ["keep", "mask"])
+def test_a_modality_alone_has_the_embeddings_and_experts_of_both(padding):
+    config = small_config(*TOWERS["single blocks, then a scan"][:2], f"text_padding={padding}")
+    graph, parameters = small_model(config)
+    images, text = small_batch(config)
+
+    @jax.jit
+    def alone(parameters, images, text):
+        model, scaled = nnx.merge(graph, parameters), scale_images(images)
+        parts = model.assignments(scaled, None), model.assignments(None, text)
+        return model.encode_image(scaled), model.encode_text(text), parts
+
+    image, words, parts = alone(parameters, images, text)
+    both = encode(graph, False, parameters, images, text, None).embeddings
+    # Sums of the same terms, in an order that may depend on the number of rows.
+    bound = 8 * np.finfo(np.float32).eps * np.sqrt(config.model.width)
+    np.testing.assert_allclose(image, both.image, atol=bound)
+    np.testing.assert_allclose(words, both.text, atol=bound)
+    expert = np.concatenate([part.expert for part in parts], axis=2)
+    np.testing.assert_array_equal(expert, assignments(graph, parameters, images, text).expert)
+
+
+def test_text_alone_costs_what_text_costs():
+    model = preset("b16").model
+    graph, parameters = abstract_model(preset("b16"))
+    text = jax.ShapeDtypeStruct((8, model.text_length), jnp.int32)
+    images = jax.ShapeDtypeStruct((8, model.image_size, model.image_size, 3), jnp.float32)
+
+    def flops(method, *inputs):
+        run = jax.jit(lambda parameters, *inputs: getattr(nnx.merge(graph, parameters), method)(*inputs))
+        return run.lower(parameters, *inputs).cost_analysis()["flops"]
+
+    both = jax.jit(lambda parameters, *inputs: nnx.merge(graph, parameters)(*inputs, None).embeddings.text)
+    assert both.lower(parameters, images, text).cost_analysis()["flops"] > 8 * flops("encode_text", text)
+
+
 def test_assignments_are_the_first_choices_of_an_evaluation():
     config = small_config(*TOWERS["single blocks, then a scan"][:2], "text_padding=mask", "num_choices=2")
     graph, parameters = small_model(config)

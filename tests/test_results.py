@@ -19,7 +19,7 @@ from limoe.data.files import DataError
 from limoe.data.inputs import DataFolders, evaluation_folders
 from limoe.data.shards import write_shard
 from limoe.data.tokenizer import train_tokenizer
-from limoe.evaluate import command, probe, retrieval, zero_shot
+from limoe.evaluate import command, probe, restore, retrieval, zero_shot
 from limoe.evaluate.command import evaluate_run, evaluation_text
 from limoe.evaluate.data import read_evaluation_data
 from limoe.evaluate.encode import Encoder
@@ -127,7 +127,7 @@ def test_parameters_are_read_alone_onto_the_devices_that_are_there(
 
     monkeypatch.setattr(ocp.Checkpointer, "restore", watched)
     one = command.evaluate_run(str(tmp_path / "run"), str(tmp_path), say=silent)
-    monkeypatch.setattr(command, "_memory_of", lambda device: 2**19)
+    monkeypatch.setattr(restore, "_memory_of", lambda device: 2**19)
     assert command.evaluate_run(str(tmp_path / "run"), str(tmp_path), say=silent) == one
     bytes_of = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
     assert [bytes_of(arrays) for arrays in read] == 2 * [bytes_of(training.abstract.parameters)]
@@ -157,14 +157,14 @@ MEMORY_OF_V5E = int(15.75 * 2**30)
     ],
 )
 def test_the_mesh_on_which_a_model_is_read(name: str, memories: list[int | None], expected: MeshConfig) -> None:
-    assert command.mesh_to_read_on(preset(name), memories) == expected
+    assert restore.mesh_to_read_on(preset(name), memories) == expected
 
 
 def test_image_features_are_what_is_projected() -> None:
     small = config()
     graph, parameters = create_model(small)
     captions = ["a red ring", "two blue squares"] * 9
-    encoder = Encoder(graph, parameters, small, train_tokenizer(captions, vocab_size=40, length=8), batch_size=4)
+    encoder = Encoder(graph, parameters, small, train_tokenizer(captions, vocab_size=40, length=8), batch_sizes=[4])
     images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     embeddings, features = encoder.images(images), encoder.image_features(images)
     projected = features.astype(np.float64) @ np.asarray(parameters["image_projection"]["kernel"], np.float64)

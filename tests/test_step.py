@@ -124,7 +124,7 @@ def test_a_choice_that_was_made_is_followed():
     @jax.jit
     def run(state, choice):
         context = RoutingContext(jax.random.key(0), 0, group_stride=0, choice=choice)
-        return nnx.merge(graph, state)(tokens, None, context, jnp.int32(1))
+        return nnx.merge(graph, state)(tokens, None, context, jnp.int32(1), config.lengths)
 
     first, report = run(state, None)
     again = jax.tree.map(lambda leaf: jnp.stack([jnp.zeros_like(leaf), leaf]), report.choice)  # of layer 1
@@ -233,7 +233,7 @@ def test_noise_and_random_order_are_functions_of_layer_and_group():
     @jax.jit
     def run(state, tokens, seed, number, first_group):
         context = RoutingContext(jax.random.key(seed), first_group, group_stride=0)
-        return nnx.merge(graph, state)(tokens, None, context, number)
+        return nnx.merge(graph, state)(tokens, None, context, number, config.lengths)
 
     whole, (routing, _) = run(state, tokens, 0, 0, 0)
     # Groups 2 and 3 alone, told that they are groups 2 and 3.

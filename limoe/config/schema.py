@@ -6,7 +6,7 @@ Fields marked [open] are not fixed by the paper; their default is this project's
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from limoe.config.section import Choices, ConfigError, Section, setting
 
@@ -17,6 +17,27 @@ EXTRA_LOSSES = Choices()
 
 # The token that fills a caption up, for tokenizer and model.
 PAD_ID = 0
+
+
+class Lengths(NamedTuple):
+    """Tokens of each modality in an example as the tower gets it; 0 for a modality that is left out.
+
+    >>> Lengths(196, 16).spans, Lengths(0, 16).spans
+    (((0, 196), (196, 212)), ((0, 16),))
+    """
+
+    image: int
+    text: int
+
+    @property
+    def total(self) -> int:
+        """Tokens of an example."""
+        return self.image + self.text
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Where the tokens of each modality that is there begin and end."""
+        return tuple(span for span in ((0, self.image), (self.image, self.total)) if span[0] < span[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +92,11 @@ class ModelConfig(Section):
     def tokens_per_example(self) -> int:
         """Image and text tokens of one example, padding included."""
         return self.num_image_tokens + self.text_length
+
+    @property
+    def lengths(self) -> Lengths:
+        """Tokens of each modality in an example."""
+        return Lengths(self.num_image_tokens, self.text_length)
 
     @property
     def head_width(self) -> int:

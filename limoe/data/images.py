@@ -9,6 +9,15 @@ from PIL import Image, UnidentifiedImageError
 # 64 Mi pixels are 200 MB as RGB, for each decoding thread; above that a few bytes of file could fill the memory.
 MAX_PIXELS = 64 * 2**20
 FORMATS = ("JPEG", "PNG", "WEBP")
+PREPROCESS = {
+    "mode": "RGB",
+    "background": [0, 0, 0],
+    "resize": "squash",
+    "interpolation": "bilinear",
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+}
+"""What becomes of a picture, in words that others use; mean and standard deviation are of values from 0 to 1."""
 
 
 class ImageError(ValueError):

@@ -1,24 +1,38 @@
-"""Embeddings and expert assignments of data sets, in batches of one compiled size, as in evaluation (dropless)."""
+"""Embeddings and expert assignments of data sets, dropless, in batches of few compiled sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float32, Int32, UInt8
 
 from limoe.config.schema import Config
 from limoe.data.tokenizer import Tokenizer
 from limoe.model.build import Parameters
 from limoe.model.moe import Assignment
-from limoe.model.tower import Embeddings, scale_images
+from limoe.model.tower import Limoe, scale_images
 from limoe.parallel.mesh import Placement, spread
+
+PROGRAMS: dict[str, Callable[..., Any]] = {
+    "image": lambda model, images: model.encode_image(scale_images(images)),
+    "features": lambda model, images: model.image_features(scale_images(images)),
+    "text": Limoe.encode_text,
+    "experts": lambda model, images, text: model.assignments(None if images is None else scale_images(images), text),
+}
+"""What a model computes of uint8 images and of token ids."""
 
 
 class Encoder:
-    """A model that embeds any number of images or texts; noise off, nothing dropped."""
+    """A model that embeds any number of images or texts, without noise and without dropping.
+
+    A batch has one of `batch_sizes`, in rising order, rounded up to a multiple of the devices: the smallest that holds
+    what is left, else the largest.
+    """
 
     def __init__(
         self,
@@ -28,63 +42,65 @@ class Encoder:
         tokenizer: Tokenizer,
         *,
         placement: Placement | None = None,
-        batch_size: int = 128,
+        batch_sizes: Sequence[int] = (128,),
     ) -> None:
         num_devices = 1 if placement is None else placement.size
         self._config, self._tokenizer, self.placement = config, tokenizer, placement
-        self._batch_size = -(-batch_size // num_devices) * num_devices
-
-        def embed(parameters: Parameters, images: jax.Array, text: jax.Array) -> Embeddings:
-            return nnx.merge(graph, parameters)(scale_images(images), text, None).embeddings
-
-        def assign(parameters: Parameters, images: jax.Array, text: jax.Array) -> Assignment:
-            return nnx.merge(graph, parameters).assignments(scale_images(images), text)
-
-        # Results whole on every device, so that every process has them.
+        self._batch_sizes = [-(-size // num_devices) * num_devices for size in batch_sizes]
+        # Results are replicated on every device, so every process has them.
         everywhere = None if placement is None else placement.everywhere
-        self._embed, self._assign = (jax.jit(function, out_shardings=everywhere) for function in (embed, assign))
+
+        def compiled(program: Callable[..., Any]) -> Callable[..., Any]:
+            run = lambda parameters, *inputs: program(nnx.merge(graph, parameters), *inputs)  # noqa: E731
+            return jax.jit(run, out_shardings=everywhere)
+
+        self._programs = {name: compiled(program) for name, program in PROGRAMS.items()}
         self.use(parameters)
 
     def use(self, parameters: Parameters) -> Encoder:
-        """Go on with other parameters of the same model, without compiling again."""
+        """Replace the parameters by others of the same model, without compiling again."""
         self.parameters = parameters
         self.scale = float(np.exp(parameters["log_scale"]))
         return self
 
-    def images(self, images: np.ndarray, parameters: Parameters | None = None) -> np.ndarray:
-        """Embeddings [N, P] of uint8 images [N, H, W, 3], by these parameters if not by one's own."""
-        text = np.ones((len(images), self._config.model.text_length), np.int32)
-        return self._all(parameters or self.parameters, images, text, "image")
+    def images(self, images: UInt8[np.ndarray, "N H W 3"]) -> Float32[np.ndarray, "N P"]:
+        """Embed images."""
+        return self._all("image", images)
 
-    def image_features(self, images: np.ndarray) -> np.ndarray:
-        """What `images` are projected from: mean of their tokens, L2-normalised, [N, D]."""
-        kernel = self.parameters["image_projection"]["kernel"]
-        unprojected = {**self.parameters, "image_projection": {"kernel": jnp.eye(len(kernel), dtype=kernel.dtype)}}
-        return self.images(images, unprojected)
+    def image_features(self, images: UInt8[np.ndarray, "N H W 3"]) -> Float32[np.ndarray, "N D"]:
+        """Compute the representation before the projection: the mean of an image's tokens, L2-normalised."""
+        return self._all("features", images)
 
-    def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings [N, P] of texts."""
-        size = self._config.model.image_size
-        return self._all(
-            self.parameters, np.zeros((len(texts), size, size, 3), np.uint8), self._tokenizer.encode(texts), "text"
-        )
+    def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "N P"]:
+        """Embed texts."""
+        return self._all("text", self.tokenize(texts))
 
-    def assignments(self, images: np.ndarray, texts: Sequence[str]) -> tuple[Assignment, np.ndarray]:
-        """First choice and gate of every token `[L, N, tokens]`, and the text ids [N, text tokens]."""
-        text = self._tokenizer.encode(texts)
-        parts = [self._assign(self.parameters, *batch) for batch in self._batches(images, text)]
-        joined = [jnp.concatenate(field, axis=1)[:, : len(images)] for field in zip(*parts, strict=True)]
-        return Assignment(*joined), text
+    def tokenize(self, texts: Sequence[str]) -> Int32[np.ndarray, "N T"]:
+        """Compute the token ids of texts."""
+        return self._tokenizer.encode(texts)
 
-    def _all(self, parameters: Parameters, images: np.ndarray, text: np.ndarray, which: str) -> np.ndarray:
-        parts = [np.asarray(getattr(self._embed(parameters, *batch), which)) for batch in self._batches(images, text)]
-        width = self._config.model.width
-        return np.concatenate([*parts, np.zeros((0, width), np.float32)])[: len(images)]
+    def piece(self, token: int) -> str:
+        """Look up a token id as text."""
+        return self._tokenizer.piece(token)
 
-    def _batches(
-        self, images: np.ndarray, text: np.ndarray
-    ) -> Iterator[tuple[np.ndarray | jax.Array, np.ndarray | jax.Array]]:
-        """Batches of one size, the last one filled up with copies of the last row."""
-        for first in range(0, len(images), self._batch_size):
-            rows = np.minimum(np.arange(first, first + self._batch_size), len(images) - 1)
-            yield spread(images[rows], self.placement), spread(text[rows], self.placement)
+    def assignments(
+        self, images: UInt8[np.ndarray, "N H W 3"] | None, text: Int32[np.ndarray, "N T"] | None
+    ) -> Assignment:
+        """Compute the first choice and gate of every token `[L, N, tokens]`; a modality that is None has no tokens."""
+        parts = [self._programs["experts"](self.parameters, *batch) for batch in self._batches(images, text)]
+        count = max(len(each) for each in (images, text) if each is not None)
+        return Assignment(*(jnp.concatenate(field, axis=1)[:, :count] for field in zip(*parts, strict=True)))
+
+    def _all(self, program: str, inputs: np.ndarray) -> Float32[np.ndarray, "N P"]:
+        run = self._programs[program]
+        parts = [np.asarray(run(self.parameters, *batch)) for batch in self._batches(inputs)]
+        return np.concatenate([*parts, np.zeros((0, self._config.model.width), np.float32)])[: len(inputs)]
+
+    def _batches(self, *inputs: np.ndarray | None) -> Iterator[list[np.ndarray | jax.Array | None]]:
+        """Cut inputs of one length into batches; copies of the last row fill the last batch."""
+        count, first = len(next(each for each in inputs if each is not None)), 0
+        while first < count:
+            size = next((size for size in self._batch_sizes if size >= count - first), self._batch_sizes[-1])
+            rows = np.minimum(np.arange(first, first + size), count - 1)
+            yield [None if each is None else spread(each[rows], self.placement) for each in inputs]
+            first += size

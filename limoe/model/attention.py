@@ -17,7 +17,7 @@ from einops import rearrange
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from limoe.config.schema import ConfigError, ModelConfig
+from limoe.config.schema import ConfigError, Lengths, ModelConfig
 from limoe.model import attention_kernel
 from limoe.model.attention_kernel import Geometry
 from limoe.parallel.mesh import Placement
@@ -39,13 +39,19 @@ def device_of(placement: Placement | None) -> TracedChip:
     return TracedChip(device.platform, device.device_kind, 1 if placement is None else placement.size)
 
 
-def geometry_of(config: ModelConfig) -> Geometry:
-    """How the tokens of an example lie."""
-    image, length = config.num_image_tokens, config.tokens_per_example
-    return Geometry(((0, image), (image, length)), config.width, config.num_heads)
+def geometry_of(config: ModelConfig, lengths: Lengths | None = None) -> Geometry:
+    """How the tokens of an example lie, of both modalities or of those in `lengths`."""
+    return Geometry((lengths or config.lengths).spans, config.width, config.num_heads)
 
 
-def why_not_kernel(config: ModelConfig, num_tokens: int, dtype: Any, masked: bool, device: TracedChip) -> str | None:
+def why_not_kernel(
+    config: ModelConfig,
+    num_tokens: int,
+    dtype: Any,
+    masked: bool,
+    device: TracedChip,
+    lengths: Lengths | None = None,
+) -> str | None:
     """Why the kernel does not take these tokens; None if it does.
 
     >>> from limoe.config.presets import preset
@@ -59,9 +65,10 @@ def why_not_kernel(config: ModelConfig, num_tokens: int, dtype: Any, masked: boo
         return f"platform {device.platform} is not tpu; named, it runs interpreted"
     if masked:
         return "it has no masks, which text_padding=mask needs"
-    if num_tokens % (device.count * config.tokens_per_example):
+    geometry = geometry_of(config, lengths)
+    if num_tokens % (device.count * geometry.length):
         return f"{num_tokens} tokens are no whole examples on each of {device.count} devices"
-    return attention_kernel.misfit(geometry_of(config), num_tokens // device.count, dtype)
+    return attention_kernel.misfit(geometry, num_tokens // device.count, dtype)
 
 
 def attend(
@@ -71,17 +78,20 @@ def attend(
     present: Bool[Array, "B S"] | None,
     config: ModelConfig,
     placement: Placement | None,
+    lengths: Lengths | None = None,
 ) -> Float[Array, "T D"]:
     """Attend within each modality of each example; `present` False hides a token from the others.
+
+    An example has tokens of both modalities, or as many of each as `lengths` says.
 
     By the kernel where it takes the tokens, else by XLA, as `model.attention` says. Raises ConfigError where the kernel
     was asked for and refuses.
     """
     device = device_of(placement)
     refusal = "model.attention=xla" if config.attention == "xla" else None
-    refusal = refusal or why_not_kernel(config, query.shape[0], query.dtype, present is not None, device)
+    refusal = refusal or why_not_kernel(config, query.shape[0], query.dtype, present is not None, device, lengths)
     if refusal is None:
-        run = functools.partial(_by_kernel, geometry_of(config), device)
+        run = functools.partial(_by_kernel, geometry_of(config, lengths), device)
         if placement is None:
             return run(query, key, value)
         rows = PartitionSpec(tuple(placement.mesh.axis_names))
@@ -91,14 +101,14 @@ def attend(
     if config.attention == "kernel":
         raise ConfigError(f"model.attention=kernel does not take this: {refusal}; use auto or xla")
     by_xla = jax.checkpoint(_by_xla, static_argnums=4) if config.remat == "attention" else _by_xla
-    return by_xla(query, key, value, present, config)
+    return by_xla(query, key, value, present, geometry_of(config, lengths))
 
 
-def _by_xla(query: Array, key: Array, value: Array, present: Array | None, config: ModelConfig) -> Float[Array, "T D"]:
-    sizes = {"s": config.tokens_per_example, "h": config.num_heads}
+def _by_xla(query: Array, key: Array, value: Array, present: Array | None, geometry: Geometry) -> Float[Array, "T D"]:
+    sizes = {"s": geometry.length, "h": geometry.num_heads}
     heads = [rearrange(x, "(b s) (h d) -> b s h d", **sizes) for x in (query, key, value)]
     parts = []
-    for start, end in geometry_of(config).spans:
+    for start, end in geometry.spans:
         span = slice(start, end)
         mask = None if present is None else present[:, None, None, span]
         parts.append(jax.nn.dot_product_attention(*(head[:, span] for head in heads), mask=mask))

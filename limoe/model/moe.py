@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from limoe.config import schema
-from limoe.config.schema import ModelConfig
+from limoe.config.schema import Lengths, ModelConfig
 from limoe.parallel.mesh import EXPERT, Placement, by_rows
 from limoe.parallel.parameters import EXPERT_KERNEL, EXPERT_VECTOR, ROUTER
 from moe_kernels import (
@@ -150,12 +150,13 @@ class MoeLayer(nnx.Module):
         present: Bool[Array, "B S"] | None,
         context: RoutingContext | None,
         layer: Int[Array, ""],
+        lengths: Lengths,
     ) -> tuple[Float[Array, "T D"], LayerReport]:
         """Route the examples in groups of `group_examples`; noise and random order are functions of (key, layer,
         group)."""
         mesh = None if self.placement is None else self.placement.mesh
-        batch = tokens.shape[0] // self.config.tokens_per_example
-        inputs = RouteInputs(modality=self._modality(batch), mask=None if present is None else present.reshape(-1))
+        batch = tokens.shape[0] // lengths.total
+        inputs = RouteInputs(modality=_modality(batch, lengths), mask=None if present is None else present.reshape(-1))
         if context is None:
             # Nothing is dropped, so it does not matter which groups there are.
             spec = self._spec(num_groups=1 if self.placement is None else self.placement.size)
@@ -223,17 +224,17 @@ class MoeLayer(nnx.Module):
         return by_rows(jax.vmap(draw)(first).reshape(groups * group_size, self.config.num_experts), self.placement)
 
     def first_choice(
-        self, tokens: Float[Array, "T D"], present: Bool[Array, "B S"] | None
+        self, tokens: Float[Array, "T D"], present: Bool[Array, "B S"] | None, lengths: Lengths
     ) -> tuple[Int[Array, "B S"], Float[Array, "B S"]]:
         """Best expert and its gate of every token, without noise; gate 0 for padding."""
-        examples = (-1, self.config.tokens_per_example)
+        examples = (-1, lengths.total)
         mask = None if present is None else present.reshape(-1)
         routing = route(tokens, self.router[...], inputs=RouteInputs(mask=mask))
         return routing.expert[:, 0].reshape(examples), routing.gate[:, 0].reshape(examples)
 
-    def _modality(self, batch: int) -> Int[Array, " T"]:
-        image, text = self.config.num_image_tokens, self.config.text_length
-        return jnp.tile(jnp.array([IMAGE] * image + [TEXT] * text, jnp.int32), batch)
+
+def _modality(batch: int, lengths: Lengths) -> Int[Array, " T"]:
+    return jnp.tile(jnp.array([IMAGE] * lengths.image + [TEXT] * lengths.text, jnp.int32), batch)
 
 
 def layer_figures(routing: LayerRouting) -> RoutingFigures:

@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
-from limoe.config.schema import PAD_ID, LossConfig, ModelConfig
+from limoe.config.schema import PAD_ID, Lengths, LossConfig, ModelConfig
 from limoe.model.attention import attend
 from limoe.model.moe import (
     Assignment,
@@ -89,10 +89,12 @@ class Attention(nnx.Module):
         self.value = nnx.Linear(width, width, **linear)
         self.out = nnx.Linear(width, width, **linear)
 
-    def __call__(self, x: Float[Array, "T D"], present: Bool[Array, "B S"] | None) -> Float[Array, "T D"]:
+    def __call__(
+        self, x: Float[Array, "T D"], present: Bool[Array, "B S"] | None, lengths: Lengths
+    ) -> Float[Array, "T D"]:
         """Attend; `present` False hides a token from the others."""
         query, key, value = (project(x) for project in (self.query, self.key, self.value))
-        return self.out(attend(query, key, value, present, self.config, self.placement))
+        return self.out(attend(query, key, value, present, self.config, self.placement, lengths))
 
 
 class Mlp(nnx.Module):
@@ -125,9 +127,11 @@ class Block(nnx.Module):
         else:
             self.mlp = Mlp(config, rngs=rngs)
 
-    def attend(self, x: Float[Array, "T D"], present: Bool[Array, "B S"] | None) -> Float[Array, "T D"]:
+    def attend(
+        self, x: Float[Array, "T D"], present: Bool[Array, "B S"] | None, lengths: Lengths
+    ) -> Float[Array, "T D"]:
         """The first half: attention and its residual."""
-        return x + self.attention(_computed_again(self.norm1, x), present)
+        return x + self.attention(_computed_again(self.norm1, x), present, lengths)
 
     def __call__(
         self,
@@ -135,13 +139,14 @@ class Block(nnx.Module):
         present: Bool[Array, "B S"] | None,
         context: RoutingContext | None,
         layer: Int[Array, ""],
+        lengths: Lengths,
     ) -> tuple[Float[Array, "T D"], LayerReport | None]:
         """Both halves; `layer` counts MoE layers."""
-        x = self.attend(x, present)
+        x = self.attend(x, present, lengths)
         normed = _computed_again(self.norm2, x)
         if not self.experts:
             return x + self.mlp(normed), None
-        y, report = self.moe(normed, present, context, layer)
+        y, report = self.moe(normed, present, context, layer, lengths)
         return x + y, report
 
 
@@ -159,11 +164,12 @@ class Period(nnx.Module):
         present: Bool[Array, "B S"] | None,
         context: RoutingContext | None,
         layer: Int[Array, ""],
+        lengths: Lengths,
     ) -> tuple[Float[Array, "T D"], list[LayerReport]]:
         """Run the blocks; the report of each MoE layer among them, in order."""
         reports = []
         for block in self.blocks:
-            x, report = block(x, present, context, layer + len(reports))
+            x, report = block(x, present, context, layer + len(reports), lengths)
             if report is not None:
                 reports.append(report)
         return x, reports
@@ -207,25 +213,35 @@ class Limoe(nnx.Module):
     ) -> Encoded:
         """Encode image-text pairs; `images` in -1..1, `text` ids with 0 as padding; without a context as in
         evaluation."""
-        present = self._present(text)
-        x = self._embed(images, text)
-        reports: list[LayerReport] = []
-        layer = 0
-        for segment, period in zip(self.segments_cut, self.segments, strict=True):
-            x, found = self._run(segment, period, x, present, context, layer)
-            layer += sum(segment.pattern) * segment.repeats
-            reports += found
-        embeddings = self._pool(_computed_again(self.norm, x), present)
+        (image, words), reports = self._means(images, text, context)
+        embeddings = Embeddings(_normalise(self.image_projection(image)), _normalise(self.text_projection(words)))
         if not reports:
             return Encoded(embeddings, None, None)
         return Encoded(embeddings, *jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *reports))
 
-    def assignments(self, images: Float[Array, "B H W 3"], text: Int[Array, "B N"]) -> Assignment:
-        """First choice of every token in every MoE layer at evaluation; raises ValueError for a dense model."""
+    def image_features(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+        """Encode images alone, as in evaluation, and return the L2-normalised mean of their tokens, which
+        `encode_image` projects."""
+        (image,), _ = self._means(images, None, None)
+        return _normalise(image)
+
+    def encode_image(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B P"]:
+        """Embed images alone, as in evaluation: the embeddings of `__call__`, without the cost of text."""
+        (image,), _ = self._means(images, None, None)
+        return _normalise(self.image_projection(image))
+
+    def encode_text(self, text: Int[Array, "B N"]) -> Float[Array, "B P"]:
+        """Embed text alone, as in evaluation: the embeddings of `__call__`, without the cost of images."""
+        (words,), _ = self._means(None, text, None)
+        return _normalise(self.text_projection(words))
+
+    def assignments(self, images: Float[Array, "B H W 3"] | None, text: Int[Array, "B N"] | None) -> Assignment:
+        """First choice of every token in every MoE layer at evaluation, of both modalities or of one.
+
+        Raises ValueError for a dense model."""
         if not self.config.moe_layers:
             raise ValueError("this model is dense: model.moe_layers=() leaves nothing to assign")
-        present = self._present(text)
-        x = self._embed(images, text)
+        x, present, lengths = self._tokens(images, text)
         experts, gates = [], []
         for segment, period in zip(self.segments_cut, self.segments, strict=True):
             graph, state = nnx.split(period)
@@ -233,26 +249,48 @@ class Limoe(nnx.Module):
                 one = state if segment.repeats == 1 else jax.tree.map(lambda leaf, i=repeat: leaf[i], state)
                 for block in nnx.merge(graph, one).blocks:
                     if block.experts:
-                        expert, gate = block.moe.first_choice(block.norm2(block.attend(x, present)), present)
+                        expert, gate = block.moe.first_choice(
+                            block.norm2(block.attend(x, present, lengths)), present, lengths
+                        )
                         experts.append(expert)
                         gates.append(gate)
-                    x, _ = block(x, present, None, jnp.int32(0))
+                    x, _ = block(x, present, None, jnp.int32(0), lengths)
         return Assignment(jnp.stack(experts), jnp.stack(gates))
 
-    def _present(self, text: Int[Array, "B N"]) -> Bool[Array, "B S"] | None:
-        if self.config.text_padding == "keep":
-            return None
-        image = jnp.ones((text.shape[0], self.config.num_image_tokens), bool)
-        return jnp.concatenate([image, text != PAD_ID], axis=1)
-
-    def _embed(self, images: Float[Array, "B H W 3"], text: Int[Array, "B N"]) -> Float[Array, "T D"]:
+    def _tokens(
+        self, images: Float[Array, "B H W 3"] | None, text: Int[Array, "B N"] | None
+    ) -> tuple[Float[Array, "T D"], Bool[Array, "B S"] | None, Lengths]:
+        """The tokens of the modalities that are given, which of them are not padding (None: all), and how they lie."""
         p, dtype = self.config.patch_size, compute_dtype(self.config)
-        patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
-        image = self.patch(patches) + self.image_position[...].astype(dtype)
-        words = self.token_table[...].astype(dtype)[text] + self.text_position[...].astype(dtype)
+        parts, present = [], []
+        if images is not None:
+            patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
+            parts.append(self.patch(patches) + self.image_position[...].astype(dtype))
+            present.append(jnp.ones(parts[0].shape[:2], bool))
+        if text is not None:
+            parts.append(self.token_table[...].astype(dtype)[text] + self.text_position[...].astype(dtype))
+            present.append(text != PAD_ID)
         # Flat from here on: 212 tokens of an example would be padded to whole tiles, or moved, at every kernel.
-        tokens = rearrange(jnp.concatenate([image, words], axis=1), "b s d -> (b s) d")
-        return by_rows(tokens, self.placement)
+        tokens = by_rows(rearrange(jnp.concatenate(parts, axis=1), "b s d -> (b s) d"), self.placement)
+        masked = self.config.text_padding == "mask" and text is not None
+        lengths = Lengths(0 if images is None else parts[0].shape[1], 0 if text is None else parts[-1].shape[1])
+        return tokens, jnp.concatenate(present, axis=1) if masked else None, lengths
+
+    def _means(
+        self,
+        images: Float[Array, "B H W 3"] | None,
+        text: Int[Array, "B N"] | None,
+        context: RoutingContext | None,
+    ) -> tuple[list[Float[Array, "B D"]], list[LayerReport]]:
+        """The mean token of each modality that is given, in float32, and what the MoE layers report."""
+        x, present, lengths = self._tokens(images, text)
+        reports: list[LayerReport] = []
+        layer = 0
+        for segment, period in zip(self.segments_cut, self.segments, strict=True):
+            x, found = self._run(segment, period, x, present, context, layer, lengths)
+            layer += sum(segment.pattern) * segment.repeats
+            reports += found
+        return _pool(_computed_again(self.norm, x), present, lengths), reports
 
     def _run(
         self,
@@ -262,6 +300,7 @@ class Limoe(nnx.Module):
         present: Bool[Array, "B S"] | None,
         context: RoutingContext | None,
         layer: int,
+        lengths: Lengths,
     ) -> tuple[Float[Array, "T D"], list[LayerReport]]:
         graph, state = nnx.split(period)
         kinds = kinds_of(period)
@@ -269,7 +308,7 @@ class Limoe(nnx.Module):
         def once(x: Array, state: PyTree, layer: Array) -> tuple[Array, list[LayerReport]]:
             # Here, not around the loop: one period at a time is whole.
             state = gathered(state, kinds, self.placement)
-            return nnx.merge(graph, state)(x, present, context, layer)
+            return nnx.merge(graph, state)(x, present, context, layer, lengths)
 
         if self.config.remat == "blocks":
             names = saved_names(self.placement)
@@ -288,19 +327,17 @@ class Limoe(nnx.Module):
         ordered = jax.tree.map(lambda *leaves: rearrange(jnp.stack(leaves), "p r ... -> (r p) ..."), *reports)
         return x, [ordered]
 
-    def _pool(self, x: Float[Array, "T D"], present: Bool[Array, "B S"] | None) -> Embeddings:
-        image = self.config.num_image_tokens
-        x = rearrange(x, "(b s) d -> b s d", s=self.config.tokens_per_example).astype(jnp.float32)
-        weight = jnp.ones(x.shape[:2], jnp.float32) if present is None else present.astype(jnp.float32)
 
-        def mean(span: slice) -> Float[Array, "B D"]:
-            total = jnp.sum(x[:, span] * weight[:, span, None], axis=1)
-            return total / jnp.maximum(jnp.sum(weight[:, span], axis=1, keepdims=True), 1.0)
+def _pool(x: Float[Array, "T D"], present: Bool[Array, "B S"] | None, lengths: Lengths) -> list[Float[Array, "B D"]]:
+    """The mean token of each modality that is there."""
+    x = rearrange(x, "(b s) d -> b s d", s=lengths.total).astype(jnp.float32)
+    weight = jnp.ones(x.shape[:2], jnp.float32) if present is None else present.astype(jnp.float32)
 
-        return Embeddings(
-            _normalise(self.image_projection(mean(slice(0, image)))),
-            _normalise(self.text_projection(mean(slice(image, None)))),
-        )
+    def mean(span: slice) -> Float[Array, "B D"]:
+        total = jnp.sum(x[:, span] * weight[:, span, None], axis=1)
+        return total / jnp.maximum(jnp.sum(weight[:, span], axis=1, keepdims=True), 1.0)
+
+    return [mean(slice(*span)) for span in lengths.spans]
 
 
 def _computed_again(function: Callable[[Array], Array], x: Float[Array, "T N"]) -> Float[Array, "T N"]:

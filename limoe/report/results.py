@@ -176,7 +176,8 @@ def layer_views(
 ) -> list[LayerView]:
     """For each MoE layer the patches and words with the largest gates of each expert (paper, section 6)."""
     assert last.wanted is not None
-    assignment, text = encoder.assignments(pairs.images, pairs.captions)
+    text = encoder.tokenize(pairs.captions)
+    assignment = encoder.assignments(pairs.images, text)
     patches = model.num_image_tokens
     views = []
     for number, block in enumerate(model.moe_layers):

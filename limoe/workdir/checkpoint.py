@@ -171,7 +171,7 @@ class Checkpoints:
             failure, self._failure = self._failure, None
             raise failure
 
-    def restore(self, abstract_state: Any, *, part: bool = False) -> Restored | None:
+    def restore(self, abstract_state: Any, *, part: bool = False, step: int | None = None) -> Restored | None:
         """Reads the newest sound checkpoint, or returns None if there has never been one.
 
         A checkpoint with a missing, cut or changed file is skipped and, once an older one has been read, renamed to
@@ -180,21 +180,26 @@ class Checkpoints:
         Args:
           abstract_state: the tree to restore into, of `jax.ShapeDtypeStruct` (or arrays); its shardings are used.
           part: the checkpoint may hold more arrays, which are not read; else that is refused.
+          step: the one to read; the newest sound one if not given.
 
         Raises:
-          CheckpointError: there are checkpoints but all are damaged, or the sound one has other arrays.
+          CheckpointError: there are checkpoints but all are damaged, the sound one has other arrays, or none is of
+            this step.
         """
         self.wait()
+        if step is not None and step not in self.steps():
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise CheckpointError(f"{self.folder} holds no checkpoint of step {step}; the steps that it has: {there}")
         skipped: list[tuple[Path, str]] = []
-        for step in self._steps_from_newest():
-            if damage := seal.damage_of(self._path(step)):
-                skipped.append((self._path(step), damage))
+        for found in self._steps_from_newest() if step is None else [step]:
+            if damage := seal.damage_of(self._path(found)):
+                skipped.append((self._path(found), damage))
                 continue
-            state = _read(self._path(step), step, abstract_state, part=part)
+            state = _read(self._path(found), found, abstract_state, part=part)
             if is_first() and not self._read_only:
                 _set_aside([path for path, _ in skipped])
-            self._newest = step
-            return Restored(step, state, tuple(f"skipped checkpoint {path}: {why}" for path, why in skipped))
+            self._newest = found
+            return Restored(found, state, tuple(f"skipped checkpoint {path}: {why}" for path, why in skipped))
         if self.folder.is_dir():
             skipped += [(path, "set aside before") for path in sorted(self.folder.glob(f"*{_DAMAGED}*"))]
         if skipped:
