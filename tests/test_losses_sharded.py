@@ -12,6 +12,7 @@ from moe_cases import assert_close
 from sharding_cases import collectives, mesh_of
 
 from limoe.train.losses import sigmoid_contrastive, softmax_contrastive
+from reference import losses
 
 pytestmark = pytest.mark.devices(8)
 
@@ -42,6 +43,35 @@ def test_loss_and_gradients_are_those_of_one_device(name, shape, names):
     assert_close(value, expected, length=BATCH, name="loss", roundings=10)
     for mine, twin in zip(grads, twins, strict=True):
         assert_close(np.ravel(mine)[None], np.ravel(twin)[None], length=BATCH, name="gradient", roundings=20)
+
+
+@pytest.mark.parametrize("mesh", [None, ((4,), ("data",))], ids=["one device", "four"])
+def test_a_tiny_loss_keeps_its_digits_and_its_sign(mesh):
+    scale = 100.0
+    image, noise = np.random.default_rng(0).normal(size=(2, BATCH, WIDTH))
+    arrays = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, image + 0.1 * noise)]
+    image, text = (jnp.asarray(x, jnp.float32) for x in arrays)
+    placed = mesh and mesh_of(*mesh[0], names=mesh[1])
+    value, grads = jax.jit(with_gradient(softmax_contrastive, placed, 1))(image, text, jnp.float32(scale))
+
+    exact = [np.asarray(x, np.float64) for x in (image, text)]
+    logits = losses.contrastive_logits(*exact, np.log(scale))
+    expected, slope = losses.softmax_contrastive_loss(logits), losses.softmax_contrastive_gradient(logits)
+    # exp of a gap is known to the gap's own error, that of two products of length WIDTH times the scale.
+    bound = 2 * scale * 2.0**-23 * WIDTH**0.5
+    assert 0 < expected < 1e-6
+    assert abs(value - expected) <= bound * expected
+    gradients = scale * slope @ exact[1], scale * slope.T @ exact[0], np.sum(slope * logits) / scale
+    for mine, gradient in zip(grads, gradients, strict=True):
+        assert np.linalg.norm(mine - gradient) <= 4 * bound * np.linalg.norm(gradient)
+
+
+def test_a_loss_of_far_too_large_gaps_is_finite():
+    image = jnp.eye(2)
+    value, grads = with_gradient(softmax_contrastive, None, 1)(image, image[::-1], jnp.float32(1e4))
+    assert value == 1e4 and grads[2] == 1
+    alone, slopes = with_gradient(softmax_contrastive, None, 1)(image[:1], image[1:], jnp.float32(1e4))
+    assert alone == 0 and all((slope == 0).all() for slope in slopes)
 
 
 @pytest.mark.parametrize(("name", "gathers"), [("softmax", 2), ("sigmoid", 1)])

@@ -6,14 +6,13 @@ result; a term that is switched off has weight 0 in the total.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from limoe.config.schema import EXTRA_LOSSES, LossConfig, ModelConfig
 from limoe.model.moe import IMAGE, TEXT, LayerRouting, RoutingSums, entropy_of_mean
@@ -43,13 +42,7 @@ def softmax_contrastive(
     >>> round(float(softmax_contrastive(jnp.eye(2), jnp.eye(2), jnp.float32(0.0))), 4)
     0.6931
     """
-    if mesh is not None:
-        return jnp.mean(_by_rows(_softmax_terms, mesh, image, text, scale))
-    logits = scale * _similarity(image, text)
-    pairs = jnp.diagonal(logits)
-    to_text = jax.nn.logsumexp(logits, axis=1) - pairs
-    to_image = jax.nn.logsumexp(logits, axis=0) - pairs
-    return jnp.mean(to_text + to_image) / 2
+    return jnp.mean(_by_rows(_softmax_terms, mesh, image, text, scale))
 
 
 def sigmoid_contrastive(
@@ -68,37 +61,36 @@ def sigmoid_contrastive(
     >>> round(float(sigmoid_contrastive(jnp.eye(2), jnp.eye(2), jnp.float32(0.0), jnp.float32(0.0))), 4)
     1.3863
     """
-    if mesh is not None:
-        return jnp.mean(_by_rows(_sigmoid_terms, mesh, image, text, scale, bias))
-    logits = scale * _similarity(image, text) + bias
-    signs = 2 * jnp.eye(logits.shape[0], dtype=logits.dtype) - 1
-    return -jnp.sum(jax.nn.log_sigmoid(signs * logits)) / logits.shape[0]
+    return jnp.mean(_by_rows(_sigmoid_terms, mesh, image, text, scale, bias))
 
 
 class _Rows(NamedTuple):
-    """One device's rows of the batch, and a function that gathers the rows of all devices."""
+    """The rows that one device compares with all rows of the batch."""
 
     image: Float[Array, "N P"]
     text: Float[Array, "N P"]
-    first: Int[Array, ""]
-    gather: Callable[[Array], Array]
+    all_image: Float[Array, "B P"]
+    all_text: Float[Array, "B P"]
+    is_pair: Bool[Array, "N B"]
 
 
 def _by_rows(
     terms: Callable[..., Float[Array, " N"]],
-    mesh: Mesh,
+    mesh: Mesh | None,
     image: Float[Array, "B P"],
     text: Float[Array, "B P"],
     *scalars: Float[Array, ""],
 ) -> Float[Array, " B"]:
     """Compute the term of every row on the device that has the row. The gradient of the gather is a reduce-scatter."""
+    if mesh is None:
+        return terms(_Rows(image, text, image, text, jnp.eye(image.shape[0], dtype=bool)), *scalars)
     axes = tuple(mesh.axis_names)
 
     def here(image: Array, text: Array, *scalars: Array) -> Array:
-        first = image.shape[0] * jax.lax.axis_index(axes)
-        return terms(
-            _Rows(image, text, first, functools.partial(jax.lax.all_gather, axis_name=axes, tiled=True)), *scalars
-        )
+        all_image, all_text = (jax.lax.all_gather(rows, axes, tiled=True) for rows in (image, text))
+        own = image.shape[0] * jax.lax.axis_index(axes) + jnp.arange(image.shape[0])
+        is_pair = own[:, None] == jnp.arange(all_image.shape[0])
+        return terms(_Rows(image, text, all_image, all_text, is_pair), *scalars)
 
     rows, whole = PartitionSpec(axes), PartitionSpec()
     # No psum in here, because its gradient would depend on check_vma. The mean is taken outside.
@@ -109,17 +101,28 @@ def _by_rows(
 
 
 def _softmax_terms(rows: _Rows, scale: Float[Array, ""]) -> Float[Array, " N"]:
-    pairs = scale * jnp.sum(rows.image * rows.text, axis=1)
-    to_text = jax.nn.logsumexp(scale * _similarity(rows.image, rows.gather(rows.text)), axis=1) - pairs
-    to_image = jax.nn.logsumexp(scale * _similarity(rows.text, rows.gather(rows.image)), axis=1) - pairs
+    to_text = _cross_entropy(scale * _similarity(rows.image, rows.all_text), rows.is_pair)
+    to_image = _cross_entropy(scale * _similarity(rows.text, rows.all_image), rows.is_pair)
     return (to_text + to_image) / 2
 
 
+def _cross_entropy(logits: Float[Array, "N B"], is_pair: Bool[Array, "N B"]) -> Float[Array, " N"]:
+    """Compute `-log softmax` of each row's own pair as `log(1 + sum exp(gap))` over the other pairs of the row.
+
+    The gap is a pair's logit minus that of the own pair. `logsumexp(logits) - own` would round a small loss to a
+    multiple of the logits' last digit, also below 0.
+    """
+    own = jnp.sum(logits, axis=1, keepdims=True, where=is_pair)
+    gap = jnp.where(is_pair, -jnp.inf, logits - own)
+    # exp of a large gap would overflow, so the largest is taken out: L + log(exp(-L) + sum exp(gap - L)), L >= 0.
+    largest = jax.lax.stop_gradient(jnp.max(gap, axis=1, initial=0.0))
+    others = jnp.sum(jnp.exp(gap - largest[:, None]), axis=1)
+    return largest + jnp.log1p(jnp.expm1(-largest) + others)
+
+
 def _sigmoid_terms(rows: _Rows, scale: Float[Array, ""], bias: Float[Array, ""]) -> Float[Array, " N"]:
-    logits = scale * _similarity(rows.image, rows.gather(rows.text)) + bias
-    own = rows.first + jnp.arange(logits.shape[0])
-    signs = jnp.where(own[:, None] == jnp.arange(logits.shape[1]), 1.0, -1.0).astype(logits.dtype)
-    return -jnp.sum(jax.nn.log_sigmoid(signs * logits), axis=1)
+    logits = scale * _similarity(rows.image, rows.all_text) + bias
+    return -jnp.sum(jax.nn.log_sigmoid(jnp.where(rows.is_pair, logits, -logits)), axis=1)
 
 
 def _similarity(image: Float[Array, "N P"], text: Float[Array, "B P"]) -> Float[Array, "N B"]:
@@ -232,10 +235,9 @@ def auxiliary_weights(loss: LossConfig) -> dict[str, float]:
     >>> round(weights["z"] * 6, 4), weights["local_image"]
     (0.04, 0.0)
     """
-    extra = loss.extra_weights
     paper = [name for name in AUXILIARY_LOSSES if name not in EXTRA_LOSSES]
     own = {name: getattr(loss, f"{name}_weight") for name in paper if getattr(loss, name)}
-    active = {**own, **extra}
+    active = {**own, **loss.extra_weights}
     share = loss.aux_weight / max(len(active), 1)
     return {name: share * active[name] if name in active else 0.0 for name in AUXILIARY_LOSSES}
 
@@ -282,5 +284,4 @@ def by_name(terms: LossTerms) -> dict[str, float]:
     """Convert the terms to plain numbers for the log: total, contrastive, auxiliary_total and each auxiliary term."""
     auxiliary = {name: terms.auxiliary[name] for name in AUXILIARY_LOSSES}  # JAX sorts the names of a dict
     flat = {**terms._asdict(), **auxiliary}
-    del flat["auxiliary"]
-    return {name: float(value) for name, value in flat.items()}
+    return {name: float(value) for name, value in flat.items() if name != "auxiliary"}
