@@ -24,7 +24,7 @@ from limoe.parallel.mesh import (
     own_rows,
     parameter_spec,
     place,
-    state_shardings,
+    with_shardings,
 )
 from limoe.parallel.parameters import KERNEL, Kind, parameter_path
 from limoe.train.step import StepReport, TrainState, compile_step, new_state, prepare
@@ -263,4 +263,4 @@ def test_an_array_of_the_state_without_a_parameter_is_refused():
     placement = Placement(jax.make_mesh((1, 1, 1), ("slice", DATA, EXPERT)), MeshConfig())
     state: dict[str, Any] = {"parameters": {"kernel": jnp.ones((2, 2))}, "stray": jnp.ones(3)}
     with pytest.raises(ValueError, match=r"stray .* belongs to no parameter"):
-        state_shardings(state, {"kernel": P()}, {"kernel": jnp.ones((2, 2))}, placement)
+        with_shardings(state, {"kernel": jnp.ones((2, 2))}, {"kernel": KERNEL}, placement)

@@ -262,7 +262,7 @@ def test_an_nnx_state_is_updated_like_a_dict(optimizer_name):
 def test_a_parameter_of_which_nobody_says_what_it_is():
     tower = Tower()
     tower.blocks[1].gamma = nnx.Param(jnp.zeros(2))
-    with pytest.raises(ValueError, match=r"nobody says what parameter 'blocks/1/gamma' is; give its nnx.Param a kind"):
+    with pytest.raises(ValueError, match=r"parameter 'blocks/1/gamma' has no kind; give its nnx.Param one"):
         kinds_of(tower)
 
 

@@ -1,9 +1,9 @@
-"""The mesh of devices, and where on it each parameter, its optimiser state and the rows of a batch lie.
+"""The mesh of devices, and how parameters, optimiser state and batches are sharded over it.
 
-Three axes: `slice` (pod slices), `data` and `expert`. A batch is split over all three; experts and their optimiser
-state over `expert`; everything else is the same on every device or, when asked, split over `data` as well. The device
-at place p of P in the mesh holds rows p*B/P to (p+1)*B/P of a batch. Devices are placed so that neighbours on a torus
-are neighbours along `expert`, which exchanges rows; so the rows of a process may be several ranges.
+The mesh has three axes: `slice` (pod slices), `data` and `expert`. A batch is split over all three. Experts and their
+optimiser state are split over `expert`. Everything else is replicated or, with `mesh.fully_sharded`, split over `data`.
+Device p of P in the mesh holds rows p*B/P to (p+1)*B/P of a batch. Devices that are neighbours on a torus are
+neighbours along `expert`, which exchanges rows. The rows of a process may therefore be several ranges.
 """
 
 from __future__ import annotations
@@ -24,47 +24,44 @@ from limoe.config.schema import ConfigError, MeshConfig
 from limoe.parallel.parameters import Kind, Kinds, parameter_path
 
 SLICE, DATA, EXPERT = AXES = ("slice", "data", "expert")
-# A split vector saves nothing worth a collective of its own.
+# Splitting a small array saves too little memory to pay for its own collective.
 _SMALLEST_SPLIT = 2**14
-
-Specs = dict[str, P]
-"""The partition of each parameter, by its path."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A mesh of devices, and the settings that say what lies where on it."""
+    """A mesh of devices, and the settings for sharding over it."""
 
     mesh: Mesh
     config: MeshConfig
 
     @property
     def size(self) -> int:
-        """Devices of the mesh."""
+        """The number of devices in the mesh."""
         return self.mesh.size
 
     @property
     def own_places(self) -> list[int]:
-        """Places in the mesh of this process's devices, in order."""
+        """The positions of this process's devices in the mesh, in order."""
         here = jax.process_index()
         return [place for place, device in enumerate(self.mesh.devices.flat) if device.process_index == here]
 
     @property
     def rows(self) -> NamedSharding:
-        """Rows of a batch, split over all devices."""
+        """The sharding of a batch: rows split over all devices."""
         return NamedSharding(self.mesh, P(AXES))
 
     @property
     def everywhere(self) -> NamedSharding:
-        """The same on every device."""
+        """The sharding of an array that is replicated on every device."""
         return NamedSharding(self.mesh, P())
 
 
 def place(config: MeshConfig, devices: Sequence[Any] | None = None) -> Placement | None:
-    """The mesh of a configuration over these devices (default: all that JAX sees); None where one device does it all.
+    """Make the mesh of a configuration over these devices (default: all of JAX's). Returns None for a single device.
 
-    TPUs are placed by `jax.experimental.mesh_utils`, others in the order of slices and processes. One process may leave
-    devices unused; several must use all of theirs. Raises ConfigError for a mesh that does not fit the devices.
+    `jax.experimental.mesh_utils` orders TPUs; other devices are ordered by slice and process. A single process may
+    leave devices unused; several processes must use all of them. Raises ConfigError for a mesh that does not fit.
 
     >>> place(MeshConfig()) is None
     True
@@ -86,10 +83,10 @@ def place(config: MeshConfig, devices: Sequence[Any] | None = None) -> Placement
 
 
 def _arranged(devices: Sequence[Any], num_there: int, shape: tuple[int, int, int]) -> np.ndarray:
-    """The devices in the shape of a mesh, those that exchange most close together on a TPU's torus.
+    """Arrange devices in the shape of a mesh, so that those that exchange most are close on a TPU's torus.
 
-    In plain order where mesh_utils does not serve: a part of the devices need not be a block of the torus, it does not
-    know chips of v4 with two devices, and the slices may be others than those of the configuration.
+    The order stays as it is in three cases that mesh_utils does not support: only some of the devices are used, which
+    may be no block of the torus; a v4 chip appears as two devices; or the number of slices is not the configured one.
     """
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     halves_of_v4 = any(device.device_kind == "TPU v4" and device.core_on_chip for device in devices)
@@ -103,7 +100,9 @@ def _arranged(devices: Sequence[Any], num_there: int, shape: tuple[int, int, int
 
 
 def parameter_spec(kind: Kind, shape: tuple[int, ...], config: MeshConfig) -> P:
-    """How a parameter is split: experts over `expert`; the rest, where asked for, over `data`, but never its repeats.
+    """Choose how to split a parameter: experts over `expert`, others over `data` if `fully_sharded` is set.
+
+    The axis of repeats is never split.
 
     >>> from limoe.parallel.parameters import EXPERT_KERNEL, TABLE
     >>> stacked = dataclasses.replace(EXPERT_KERNEL, stacked=True)
@@ -127,22 +126,15 @@ def parameter_spec(kind: Kind, shape: tuple[int, ...], config: MeshConfig) -> P:
     return P(*repeats, *[None] * largest, DATA)
 
 
-def parameter_specs(parameters: PyTree, kinds: Kinds, config: MeshConfig) -> Specs:
-    """The partition of every parameter of a model."""
-    leaves = jax.tree_util.tree_leaves_with_path(parameters)
-    shapes = {parameter_path(path): leaf.shape for path, leaf in leaves}
-    return {path: parameter_spec(kinds[path], shape, config) for path, shape in shapes.items()}
+def with_shardings(tree: PyTree, parameters: PyTree, kinds: Kinds, placement: Placement) -> PyTree:
+    """Give the abstract arrays of parameters or of a train state their shardings.
 
-
-def state_shardings(state: PyTree, specs: Specs, parameters: PyTree, placement: Placement) -> PyTree:
-    """The sharding of every leaf of a train state: what belongs to a parameter lies where the parameter does.
-
-    A factored moment has the parameter's axes but one. Raises ValueError for an array that belongs to no parameter and
-    is not a scalar.
+    The state of a parameter is split like the parameter; a factored moment lacks one of its axes. Raises ValueError for
+    an array that belongs to no parameter and is not a scalar.
     """
     shapes = {parameter_path(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
 
-    def of(path: jax.tree_util.KeyPath, leaf: Any) -> NamedSharding:
+    def sharding_of(path: jax.tree_util.KeyPath, leaf: Any) -> NamedSharding:
         if leaf.ndim == 0:
             return placement.everywhere
         full = parameter_path(path)
@@ -151,26 +143,29 @@ def state_shardings(state: PyTree, specs: Specs, parameters: PyTree, placement: 
         owners = ["/".join(parts[start:]) for start in range(len(parts))]
         owner = next((name for name in owners if name in shapes), None)
         if owner is None:
-            raise ValueError(f"{full} {leaf.shape} of the train state belongs to no parameter, so its place is unknown")
+            raise ValueError(f"cannot shard {full} {leaf.shape} of the train state: it belongs to no parameter")
         shape = shapes[owner]
-        spec = (*specs[owner], *[None] * (len(shape) - len(specs[owner])))
-        left_out = {"row": len(shape) - 1, "column": len(shape) - 2}.get(part)
-        kept = [axis for axis in range(len(shape)) if axis != left_out]
-        assert leaf.shape == tuple(shape[axis] for axis in kept), full
-        return NamedSharding(placement.mesh, P(*(spec[axis] for axis in kept)))
+        spec = parameter_spec(kinds[owner], shape, placement.config)
+        axes = list(zip(shape, (*spec, *[None] * (len(shape) - len(spec))), strict=True))
+        if part:
+            del axes[-1 if part == "row" else -2]
+        assert leaf.shape == tuple(size for size, _ in axes), full
+        return NamedSharding(placement.mesh, P(*(axis for _, axis in axes)))
 
-    return jax.tree_util.tree_map_with_path(of, state)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(path, leaf)), tree
+    )
 
 
 def spread(rows: np.ndarray, placement: Placement | None) -> np.ndarray | Array:
-    """Rows that every process has, split over all devices; without a mesh as they are."""
+    """Split rows that every process has over all devices. Without a mesh they stay as they are."""
     if placement is None:
         return rows
     return jax.make_array_from_callback(rows.shape, placement.rows, lambda index: rows[index])
 
 
 def own_rows(batch_size: int, placement: Placement | None) -> list[int]:
-    """The rows of a batch that this process's devices hold, in order.
+    """List the rows of a batch that this process's devices hold, in order.
 
     >>> own_rows(4, None)
     [0, 1, 2, 3]
@@ -182,7 +177,7 @@ def own_rows(batch_size: int, placement: Placement | None) -> list[int]:
 
 
 def joined(rows: np.ndarray, placement: Placement | None) -> np.ndarray | Array:
-    """The `own_rows` of every process as one array split over all devices; without a mesh as they are."""
+    """Join the `own_rows` of all processes to one array over all devices. Without a mesh they stay as they are."""
     if placement is None:
         return rows
     places = placement.own_places
@@ -198,14 +193,14 @@ def joined(rows: np.ndarray, placement: Placement | None) -> np.ndarray | Array:
 
 
 def by_rows(x: Array, placement: Placement | None) -> Array:
-    """The same values, told to be split over all devices along the first axis."""
+    """Constrain an array to be split over all devices along its first axis."""
     return x if placement is None else jax.lax.with_sharding_constraint(x, placement.rows)
 
 
 def gathered(tree: PyTree, kinds: Kinds, placement: Placement | None) -> PyTree:
-    """Parameters (one of the repeats of stacked ones) made whole on every device where they are split over `data`.
+    """Gather parameters that are split over `data` (of stacked ones, a single repeat) to every device.
 
-    Their gradients go back to the split form, summed on the way.
+    In the backward pass a reduce-scatter sums and splits their gradients.
     """
     if placement is None or not placement.config.fully_sharded:
         return tree
@@ -228,7 +223,7 @@ def _gather_forward(split: NamedSharding, x: Array) -> tuple[Array, None]:
 
 
 def _gather_backward(split: NamedSharding, _: None, cotangent: Array) -> tuple[Array]:
-    # The derivative of a constraint is the same constraint, which would sum whole gradients on every device first.
+    # JAX's own derivative is the forward constraint again: it would first sum whole gradients on every device.
     return (jax.lax.with_sharding_constraint(cotangent, split),)
 
 

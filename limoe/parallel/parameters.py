@@ -1,4 +1,5 @@
-"""What a parameter is, which the module that makes it says, and what follows: decay, factoring, splitting, counting."""
+"""Kinds of parameters. A module says the kind of each parameter that it makes; from it follow weight decay, the
+optimiser's factoring, sharding and counts."""
 
 from __future__ import annotations
 
@@ -9,23 +10,24 @@ import jax
 from flax import nnx
 
 Kinds = dict[str, "Kind"]
-"""What each parameter is, by its path."""
+"""The kind of each parameter, by its path."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a parameter is, written where it is made: `nnx.Param(value, kind=KERNEL)`.
+    """The kind of a parameter, given where it is made: `nnx.Param(value, kind=KERNEL)`.
 
     >>> EXPERT_KERNEL.decayed, EXPERT_KERNEL.factored, dataclasses.replace(EXPERT_KERNEL, stacked=True).num_copies
     (True, True, 2)
     """
 
     role: Literal["kernel", "router", "table", "norm", "vector"]
-    """A linear map; the map from tokens to experts; rows looked up by number; of a norm; a bias or another number."""
+    """kernel: a linear map. router: the map from tokens to experts. table: rows looked up by index. norm: scale or bias
+    of a LayerNorm. vector: a bias or a scalar."""
     per_expert: bool = False
-    """Whether the first axis, after that of a stack, is E: one for each expert."""
+    """Whether there is one for each expert: the first axis (the second one if stacked) is E."""
     stacked: bool = False
-    """Whether the first axis is one of repeats, over which the tower scans."""
+    """Whether the first axis counts the repeats that the tower scans over."""
 
     @property
     def decayed(self) -> bool:
@@ -34,16 +36,16 @@ class Kind:
 
     @property
     def factored(self) -> bool:
-        """Whether Adafactor may keep its second moment as one of rows and one of columns.
+        """Whether Adafactor may factor its second moment into rows and columns.
 
-        Not of a router: the columns of [D, E] are experts, which must not share a second moment. Not of vectors: where
-        they are stacked or belong to experts, their shape looks like a matrix's, but they are none.
+        A router is not factored, because the columns of [D, E] are experts, which must not share a second moment. Nor
+        are vectors: if they are stacked or per expert, they only look like matrices.
         """
         return self.role in ("kernel", "table")
 
     @property
     def num_copies(self) -> int:
-        """Leading axes that count parameters of their own: repeats, experts."""
+        """Number of leading axes that count separate parameters: repeats, experts."""
         return self.stacked + self.per_expert
 
 
@@ -52,7 +54,7 @@ EXPERT_KERNEL, EXPERT_VECTOR = Kind("kernel", per_expert=True), Kind("vector", p
 
 
 def parameter_path(path: jax.tree_util.KeyPath) -> str:
-    """The names that lead to a parameter, joined by slashes, without the `value` that flax adds at the end.
+    """Join the names that lead to a parameter by slashes, without the `value` that flax adds at the end.
 
     >>> params = {"blocks": [{"mlp": {"w1": 0.0}}]}
     >>> [parameter_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -62,7 +64,7 @@ def parameter_path(path: jax.tree_util.KeyPath) -> str:
 
 
 def kinds_of(model: nnx.Module) -> Kinds:
-    """What each parameter of a model is, as its modules say; raises ValueError for one of which none does.
+    """Collect the kinds of a model's parameters. Raises ValueError for a parameter without a kind.
 
     >>> kinds_of(nnx.Linear(1, 1, use_bias=False, kernel_metadata={"kind": KERNEL}, rngs=nnx.Rngs(0)))
     {'kernel': Kind(role='kernel', per_expert=False, stacked=False)}
@@ -73,15 +75,15 @@ def kinds_of(model: nnx.Module) -> Kinds:
         kind = variable.get_metadata("kind", None)
         if not isinstance(kind, Kind):
             raise ValueError(
-                f"nobody says what parameter {path!r} is; give its nnx.Param a kind of limoe/parallel/parameters.py, "
-                "such as kind=KERNEL"
+                f"parameter {path!r} has no kind; give its nnx.Param one from limoe/parallel/parameters.py, such as "
+                "kind=KERNEL"
             )
         kinds[path] = kind
     return kinds
 
 
 def mark_stacked(model: nnx.Module) -> None:
-    """Say of every parameter of a module that its first axis is one of repeats."""
+    """Mark every parameter of a module as stacked: its first axis counts repeats."""
     for _, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.Param):
             variable.set_metadata("kind", dataclasses.replace(variable.get_metadata("kind"), stacked=True))

@@ -1,7 +1,8 @@
-"""Several processes that train together, one on each host: joining, agreeing, and noticing that one is gone.
+"""Several processes that train together, one on each host: how they join, exchange values and notice a lost process.
 
-`jax.distributed` does the work: it finds the cluster (TPU pods, Slurm, GKE) or is told, and its heartbeats say who is
-alive. Left to itself it ends the others late and with a C++ stack; `Watch` ends them soon and says why.
+`jax.distributed` does the work. It finds the cluster (TPU pods, Slurm, GKE) or is given it, and its heartbeats show
+which processes are alive. By itself it ends the others late and with a C++ stack trace. `Watch` ends them soon and
+says why.
 """
 
 from __future__ import annotations
@@ -13,36 +14,36 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from types import TracebackType
 from typing import NoReturn
 
 import jax
 import numpy as np
 
-# The client that multihost_utils uses, and how jax.distributed finds a cluster: JAX has no public way to ask either.
+# JAX has no public access to the client of multihost_utils, nor to the search for a cluster of jax.distributed.
 from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 
 from limoe.config.schema import ConfigError
 
-# A process without a sign of life for this long counts as gone.
+# A process without a heartbeat for this long counts as gone.
 HEARTBEAT_SECONDS = 10
 # How long processes wait for each other at the start.
 JOIN_SECONDS = 300
-EXIT_STATUS = 75  # "temporary failure": the same command goes on
+EXIT_STATUS = 75  # "temporary failure": run the same command again
 _POLL_SECONDS = 1.0
-# How long the first process stays for the others to leave, after all have agreed on the end.
+# How long the first process waits for the others to leave, after all have agreed to end.
 _SECONDS_TO_SEE_OFF = 15.0
-# What is wrong is mostly wrong everywhere; without the first process the others are aborted before they can say it.
+# Most errors occur in every process. JAX aborts the others when the first one ends, before they can print the error.
 _SECONDS_FOR_THE_SAME_ERROR = 3.0
-# As long as Orbax waits for all to have written: what is told beside a step is that a large write is done.
+# As long as Orbax waits for all writers: processes exchange texts beside a step after they wrote large files.
 _SECONDS_TO_TELL = 1200.0
 _BLOCK = 1024  # bytes
-# What jax.distributed says where it finds no cluster, and where it is too late for one.
+# Messages of jax.distributed: no cluster was found, and JAX was used before.
 _NO_CLUSTER = "coordinator_address should be defined."
 _USED_BEFORE = "jax.distributed.initialize() must be called before"
 
-# Runs beside a process until that ends; only what is killed or aborted ends without a word.
+# Program of a helper process. It prints its argument if the process that started it ends without writing a byte, as a
+# killed or aborted process does.
 _LAST_WORDS = """
 import signal, sys
 for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
@@ -51,10 +52,10 @@ if not sys.stdin.buffer.read(1): sys.stderr.write(sys.argv[1])
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Join the other processes of the run: as told, else as the cluster says, else stay alone.
+    """Join the other processes of the run: those given, else those of the cluster that JAX finds, else none.
 
-    Before anything of JAX runs. Raises ConfigError when only some of the three are given, the cluster that is found
-    does not say enough, it is too late to join it, or the others do not come.
+    Call it before anything else of JAX. Raises ConfigError if only some of the three arguments are given, if the
+    cluster does not say enough, if it is too late to join, or if the others do not join in time.
     """
     told = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     missing = [flag for flag, value in told.items() if value is None]
@@ -66,8 +67,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         raise ConfigError(f"--coordinator={coordinator} has no port; give HOST:PORT, the same on every host")
     nothing_told = len(missing) == len(told)
     if nothing_told and jax.distributed.is_initialized():
-        return  # the program that calls us has joined them
-    # Else the end of one ends the others inside C++, before anybody can say why.
+        return  # the calling program has joined them
+    # Without it, the end of one process ends the others inside C++, before any message.
     jax.config.update("jax_enable_recoverability", True)
     try:
         jax.distributed.initialize(
@@ -79,23 +80,23 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         )
     except (ValueError, LookupError) as error:
         if nothing_told and str(error) == _NO_CLUSTER:
-            return  # one process does it all
+            return  # a single process
         raise _unusable_cluster(error) from error
     except RuntimeError as error:
         if _USED_BEFORE not in str(error):
             raise ConfigError(
-                f"the {num_processes or ''} processes did not come together within {JOIN_SECONDS} s: {error}; is each "
-                f"of them started, and does it reach the coordinator {coordinator or 'of the cluster'}?"
+                f"the {num_processes or ''} processes did not all join within {JOIN_SECONDS} s: {error}; check that "
+                f"each one is started and reaches the coordinator {coordinator or 'of the cluster'}"
             ) from error
         if not nothing_told or _size_of_cluster() > 1:
             raise ConfigError(
-                "this program has used JAX already, so it cannot join the other processes any more; start limoe train "
-                "as a program of its own, or call jax.distributed.initialize before anything else of JAX"
+                "this program has used JAX already, so it can no longer join the other processes; start limoe train as "
+                "its own program, or call jax.distributed.initialize before anything else of JAX"
             ) from error
 
 
 def _size_of_cluster() -> int:
-    """Processes of the cluster that JAX finds around this one; 1 where there is none."""
+    """Count the processes of the cluster that JAX finds; 1 without a cluster."""
     try:
         found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, JOIN_SECONDS)
     except (ValueError, LookupError, RuntimeError) as error:
@@ -106,28 +107,26 @@ def _size_of_cluster() -> int:
 def _unusable_cluster(error: Exception) -> ConfigError:
     return ConfigError(
         f"the cluster that JAX sees here does not say what is needed: {type(error).__name__}: {error}; give "
-        "--coordinator, --num-processes and --process-id, or mend the cluster's environment variables"
+        "--coordinator, --num-processes and --process-id, or fix the cluster's environment variables"
     )
 
 
 def is_first() -> bool:
-    """Whether this process writes logs and speaks for all."""
+    """Whether this is the first process, which writes logs and messages."""
     return jax.process_index() == 0
 
 
-def added_up(*numbers: int) -> tuple[int, ...]:
-    """Each number added up over all processes; all must call it.
+def added_up(number: int) -> int:
+    """Add a number up over all processes; all must call it.
 
-    >>> added_up(2, 0)
-    (2, 0)
+    >>> added_up(2)
+    2
     """
-    if jax.process_count() == 1:
-        return numbers
-    return tuple(int(n) for n in np.asarray(multihost_utils.process_allgather(np.array(numbers))).sum(axis=0))
+    return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.array(number)).sum())
 
 
 def from_first(number: int) -> int:
-    """The number that the first process has; all must call it.
+    """Get the number of the first process; all must call it.
 
     >>> from_first(3)
     3
@@ -138,7 +137,7 @@ def from_first(number: int) -> int:
 
 
 def texts_of_all(text: str) -> list[str]:
-    """The text that each process has, in their order; all must call it.
+    """Get the text of each process, in order of processes; all must call it.
 
     >>> texts_of_all("alone")
     ['alone']
@@ -147,7 +146,7 @@ def texts_of_all(text: str) -> list[str]:
         return [text]
     own = np.frombuffer(text.encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array([own.size])).reshape(-1)
-    # In whole blocks, because every shape is compiled anew.
+    # Pad to whole blocks, because JAX compiles the gather for each shape.
     padded = np.zeros(-(-max(int(sizes.max()), 1) // _BLOCK) * _BLOCK, np.uint8)
     padded[: own.size] = own
     rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
@@ -155,9 +154,10 @@ def texts_of_all(text: str) -> list[str]:
 
 
 def told_to_all(name: str, number: int, text: str) -> list[str]:
-    """The text that each process has, in their order, without the devices: also for threads beside a step.
+    """Get the text of each process without using the devices, so that a thread can call it during a step.
 
-    All must call it with the same name and number; numbers of a name count up, and a call ends when all have called.
+    All processes must call it with the same name and number. The numbers of a name count up from 0. A call returns when
+    all have called.
 
     >>> told_to_all("greeting", 0, "alone")
     ['alone']
@@ -170,20 +170,20 @@ def told_to_all(name: str, number: int, text: str) -> list[str]:
     client.key_value_set(of(number, jax.process_index()), text)
     patience = int(_SECONDS_TO_TELL * 1000)
     told = [client.blocking_key_value_get(of(number, process), patience) for process in range(jax.process_count())]
-    if number:  # all have read what was told before
+    if number:  # all processes have read the previous texts
         client.key_value_delete(of(number - 1, jax.process_index()))
     return told
 
 
 def wait_for_all(name: str) -> None:
-    """Wait until all processes are here; each place has its name."""
+    """Wait until all processes call this with the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
 def first_before_others(name: str) -> Iterator[None]:
-    """The first process goes through the block alone, then the others do: what it writes, they find."""
+    """Run the block in the first process, then in the others, which find what it wrote."""
     if not is_first():
         wait_for_all(name)
     yield
@@ -192,10 +192,10 @@ def first_before_others(name: str) -> Iterator[None]:
 
 
 class Watch:
-    """While it is open, the loss of another process ends this one with a message, whatever it waits for.
+    """While it is open, the loss of another process ends this one with a message, even if it waits for something.
 
-    The first process keeps the list of who is alive. If it is killed itself, JAX aborts the others at once; then a
-    little process beside each of them says why.
+    The first process keeps the list of live processes. If it is killed itself, JAX aborts the others at once, and a
+    helper process beside each of them prints why.
     """
 
     def __init__(self) -> None:
@@ -207,7 +207,7 @@ class Watch:
     def __enter__(self) -> Watch:
         if self._count > 1:
             words = (
-                f"\nlimoe: process {self._index} of {self._count} was ended from outside, or lost the first process. "
+                f"\nlimoe: process {self._index} of {self._count} was killed, or lost the first process. "
                 f"{_WHAT_TO_DO}\n"
             )
             self._beside = subprocess.Popen(
@@ -218,22 +218,20 @@ class Watch:
         return self
 
     def part(self) -> None:
-        """This process ends before the others, which will notice."""
+        """End this process before the others, without waiting for them. They will notice."""
         self._together = False
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if self._count == 1:
             return
         if error is None and self._together:
             wait_for_all("the end")
         self._over.set()
         if error is None and self._index == 0 and self._looking is not None:
-            # Whoever finds the first process gone when it takes its leave is aborted by JAX.
+            # JAX aborts a process that leaves after the first one is gone.
             self._looking.join(_SECONDS_TO_SEE_OFF)
         if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and _is_broken_exchange(str(error)):
-            self._leave("lost the connection to another one in the middle of an exchange")
+            self._leave("lost the connection to another process during an exchange")
         if error is not None and self._index == 0:
             time.sleep(_SECONDS_FOR_THE_SAME_ERROR)
         self._say_goodbye()
@@ -245,14 +243,14 @@ class Watch:
             try:
                 alive = client.get_live_nodes(list(range(self._count)))
                 gone = sorted(set(range(self._count)) - set(alive))
-                reason = f"has had no sign of life of process {', '.join(map(str, gone))}" if gone else ""
+                reason = f"got no sign of life of process {', '.join(map(str, gone))}" if gone else ""
             except jax.errors.JaxRuntimeError:
                 reason = "does not reach the first process any more"
-            # At the end, which all have agreed on, the others are gone before this one.
+            # After all have agreed to end, the others may leave before this one.
             if reason and not self._over.is_set():
                 self._leave(reason)
         if self._index == 0:
-            # Answered when every other process has asked too, or has left.
+            # The answer comes when every other process has asked too, or has left.
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 while len(client.get_live_nodes(list(range(self._count)))) > 1:
                     time.sleep(_POLL_SECONDS / 20)
@@ -261,7 +259,7 @@ class Watch:
         sys.stderr.write(f"\nlimoe: process {self._index} of {self._count} {reason}. {_WHAT_TO_DO}\n")
         sys.stderr.flush()
         self._say_goodbye()
-        # Not sys.exit: the main thread may wait for the lost process for ever, inside a device's program.
+        # Not sys.exit: the main thread may wait for ever for the lost process, inside a program on the device.
         os._exit(EXIT_STATUS)
 
     def _say_goodbye(self) -> None:
@@ -273,7 +271,7 @@ class Watch:
 
 
 _WHAT_TO_DO = (
-    "No process goes on without the others. Start the same command on every host again: it goes on from the last "
+    "No process continues without the others. Start the same command on every host again: it continues from the last "
     "checkpoint."
 )
 

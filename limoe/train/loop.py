@@ -230,7 +230,7 @@ class _Run:
             self.checkpoints.wait()
         if not self.stopped:
             # A signal may have come while the last step was written.
-            self.stopped = processes.added_up(int(bool(signals.received)), 0)[0] > 0
+            self.stopped = processes.added_up(bool(signals.received)) > 0
         return state
 
     def _is_saved(self, step: int) -> bool:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from limoe.config.schema import Config
 from limoe.model.build import Parameters, abstract_model, create_model, parameter_kinds
 from limoe.model.moe import RoutingFigures, layer_figures
-from limoe.parallel.mesh import Placement, parameter_specs, state_shardings
+from limoe.parallel.mesh import Placement, with_shardings
 from limoe.train.gradient import gradient
 from limoe.train.losses import LossTerms
 from limoe.train.optim import make_optimizer
@@ -74,11 +74,7 @@ def prepare(config: Config, placement: Placement | None = None) -> Training:
     optimizer = make_optimizer(config.optimizer, config.train.steps, kinds)
     abstract = jax.eval_shape(lambda: _new_state(config, optimizer, placement))
     if placement is not None:
-        specs = parameter_specs(parameters, kinds, config.mesh)
-        shardings = state_shardings(abstract, specs, parameters, placement)
-        abstract = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
-        )
+        abstract = with_shardings(abstract, parameters, kinds, placement)
     return Training(graph, optimizer, abstract)
 
 
