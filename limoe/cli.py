@@ -48,7 +48,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the TPU pod, kind and c
 _BATCH = flags.DEFINE_integer("batch", None, "plan: pairs in a step (default: the preset's)", lower_bound=2)
 _SEARCH = flags.DEFINE_bool("search", False, "plan: try meshes, rematerialisation and chunks, and show the best")
 _SCHEDULE = flags.DEFINE_bool(
-    "schedule", False, "plan: also model the step from the compiler's own schedule; takes minutes more"
+    "schedule", False, "plan: also price the step by the compiler's own schedule; takes minutes more"
 )
 
 _CLASSES = flags.DEFINE_list("classes", [], "classify: names of the classes, with commas between them")

@@ -23,6 +23,7 @@ from limoe.plan.overlap import Times
 from limoe.plan.planner import Memory, PodPlan, _too_large, kept_for_backward, on_pod
 from limoe.plan.pods import Pod, find_pod, topologies
 from limoe.plan.prices import DATACENTRE_BANDWIDTH, LATENCY, exchange_seconds
+from limoe.plan.scheduled import ScheduledStep
 from limoe.plan.search import search
 from limoe.plan.text import as_text
 from limoe.train.step import prepare
@@ -176,13 +177,14 @@ KEYS = {
     *("memory_per_chip_bytes", "hbm_bytes", "flops_per_step", "model_flops_per_step", "collective_bytes"),
     *("num_collectives", "modelled_times", "modelled_step_seconds", "modelled_mfu", "modelled_pairs_per_second"),
     *("modelled_days", "modelled_chip_hours", "compile_seconds"),
-    *("scheduled_step_seconds", "scheduled_mfu", "scheduled_note"),
+    *("scheduled_times", "scheduled_step_seconds", "scheduled_mfu", "scheduled_note"),
 }
 
 
 def rows(text: str) -> dict[str, str]:
-    """The lines `name   value` of a plan for a terminal."""
-    return dict(re.split("  +", line.strip(), maxsplit=1) for line in text.splitlines() if "   " in line.strip())
+    """The lines `name   value` of a plan for a terminal; of two values with a blank between them."""
+    pairs = [re.split("  +", line.strip(), maxsplit=1) for line in text.splitlines() if "   " in line.strip()]
+    return {name: re.sub("  +", " ", value) for name, value in pairs}
 
 
 def test_a_plan_in_numbers_and_in_words():
@@ -190,9 +192,7 @@ def test_a_plan_in_numbers_and_in_words():
         made_up(small_config(), 0.25, 21 * 2**30),
         memory=Memory(*(n * 2**30 for n in range(1, 7))),
         times=Times(compute=0.11, hbm=0.12, busy=0.2, exchange=0.09, hidden=0.04),
-        scheduled_step_seconds=0.5,
-        scheduled_mfu=0.25,
-        scheduled_note="2 of 9 instructions",
+        scheduled=ScheduledStep(Times(0.31, 0.13, busy=0.44, exchange=0.09, hidden=0.03), "2 of 9 instructions"),
         num_devices=8,
         batch_size=4096,
         steps=691_200,
@@ -204,21 +204,29 @@ def test_a_plan_in_numbers_and_in_words():
     assert fields["modelled_days"] == 2 and fields["modelled_chip_hours"] == 4 * 48
     times = {"compute": 0.11, "hbm": 0.12, "busy": 0.2, "exchange": 0.09, "hidden": 0.04}
     assert fields["modelled_times"] == times | {"step": pytest.approx(0.25)}
+    assert fields["scheduled_times"]["compute"] == 0.31 and fields["scheduled_note"] == "2 of 9 instructions"
+    assert fields["scheduled_step_seconds"] == fields["scheduled_times"]["step"] == pytest.approx(0.5)
+    assert fields["scheduled_mfu"] == pytest.approx(0.25)
     text = as_text(found)
     assert "fits, 21.00 GiB of 95.74 GiB" in text and "4 chips (8 devices)" in text
-    assert "(2 of 9 instructions)" in text
-    assert "a step, modelled (not measured)" in text and "the run, modelled" in text
+    assert "the schedule: 2 of 9 instructions" in text
+    assert "a step, modelled (not measured)" in text and "the run, modelled by the roofline" in text
     memory = {"parameters": 1, "optimizer": 2, "batch": 3, "activations": 4, "temporary": 5, "program": 6}
-    step = {"matmuls": 110, "main memory": 120, "both, one covering the other": 200, "exchanges": 90, "step": 250}
+    step = {
+        "computing": (110, 310),
+        "main memory": (120, 130),
+        "both, one covering the other": (200, 440),
+        "exchanges": (90, 90),
+        "of them under other work": (40, 30),
+        "step": (250, 500),
+    }
     assert rows(text) == {
         **{name: f"{size}.00 GiB" for name, size in memory.items()},
-        **{name: f"{size}.0 ms" for name, size in step.items()},
-        "of them under other work": "40.0 ms",
-        "step by the compiler's schedule": "500.0 ms",
+        "by the roofline": "by the schedule",
+        **{name: f"{one}.000 ms {other}.000 ms" for name, (one, other) in step.items()},
         "FLOPs of matmuls": "1e+12",
         "all-to-all over expert": "1.0 MB in 5",
-        "model FLOPs utilisation": "50.0%",
-        "by the compiler's schedule": "25.0%",
+        "model FLOPs utilisation": "50.0% 25.0%",
         "pairs a second": "16,384",
         "days for 691,200 steps": "2.0",
         "chip-hours": "192",
@@ -280,7 +288,7 @@ def test_what_the_compiler_refused_is_not_known_rather_than_nothing():
     assert unknown == {
         *("memory", "flops_per_step", "collective_bytes", "num_collectives", "modelled_times"),
         *("modelled_step_seconds", "modelled_mfu", "modelled_pairs_per_second", "modelled_days", "modelled_chip_hours"),
-        *("scheduled_step_seconds", "scheduled_mfu"),
+        *("scheduled_times", "scheduled_step_seconds", "scheduled_mfu"),
     }
     with pytest.raises(ConfigError, match="the TPU compiler refused the step for v5e:2x2: another reason"):
         _too_large(config, pod, "another reason", 3.0)

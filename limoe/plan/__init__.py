@@ -1,1 +1,1 @@
-"""`limoe plan`: what a compiled train step costs on a pod that is not there."""
+"""`limoe plan`: the cost of a train step on a pod that is not there, from the real compiler."""

@@ -1,8 +1,7 @@
-"""Read the TPU compiler's final bundles of one kernel: the scalar program that steers it, its copies and its calls.
+"""Read the TPU compiler's final bundles of one instruction: its scalar program, its copies and its calls.
 
-The text has one VLIW bundle a line. Only what decides how often a bundle runs is kept: operations on scalar and
-predicate registers that a branch, a copy or a call depends on (a slice over the compiler's own names), the branches,
-the copies to and from HBM and the calls of a module's top level. Everything else is one bundle each, whatever it holds.
+The text has one VLIW bundle a line. Kept are branches, copies to and from HBM, calls of the top level, and the
+operations on scalar and predicate registers that these depend on. Everything else only counts as a bundle.
 """
 
 import math
@@ -14,21 +13,25 @@ from typing import NamedTuple
 _START = re.compile(r"(?m)^ *(?:0x[0-9a-f]+|0) +((?:[A-Z]{2})?) *:[ >]*(?=\{)")
 _REGION = re.compile(r"(?:Start|Start/End empty) region (\d+)")
 _CORE = re.compile(r"= sld \[smem:\[[^\]]*\]\](?=[^;]*/\* core id \*/)")
-# A division puts its quotient or remainder, as the comment says, into a queue that `spop.drf` takes it from.
+# A division puts its quotient or remainder (the comment says which) into a queue; `spop.drf` takes it out.
 _DIVISION = re.compile(r"= sdivrem\.u32 ([^;}]*?)/\* (kRem|kQuot\w*) \*/")
 _COMMENT = re.compile(r"/\*.*?\*/", re.S)
 _OPERAND = re.compile(r"index: (\d+), kind: (input|output)")
 _DEFINITION = re.compile(r"%([a-z]*\d+)_([sp]\d+) = (\S+)(.*)", re.S)
 _REGISTER = re.compile(r"%([a-z]*\d+)_([sp]\d+)")
 _PREDICATE = re.compile(r"\((!?)%([a-z]*\d+)_(p\d+)\)")
-_SYMBOL = re.compile(r"#(allocation\w+)|%([a-z]*\d+)_([sp]\d+)|\$?(0x[0-9a-f]+|-?\d+)")
-# The type of what streams through the matrix unit is the first that an instruction names.
+_NUMBER = r"\$?(0x[0-9a-f]+|-?\d+)"
+_SYMBOL = re.compile(rf"#(allocation\w+)(?: \+ {_NUMBER})?|%([a-z]*\d+)_([sp]\d+)|{_NUMBER}")
+# The first type that a matmul names is that of the rows which stream through the matrix unit.
 _MATMUL = re.compile(r"= vmatmul[a-z.]*?\.(f32|bf16|[a-z]+8\w*|[su]4)")
 _ROWS = {"f32": 8, "bf16": 16}
 
 
 class Value(NamedTuple):
-    """A register by its physical name (`s3`, `p1`), with the compiler's own name of what it holds; or a number."""
+    """A register, a number, or an address: an allocation and an offset, which is then the number.
+
+    A register has its physical name (`s3`, `p1`) and the compiler's own name of what it holds.
+    """
 
     register: str = ""
     name: str = ""
@@ -45,7 +48,7 @@ class Guard(NamedTuple):
 
 
 class Op(NamedTuple):
-    """`target = code(arguments)` on scalar registers, if `guard` holds; `target` is empty for a store."""
+    """`target = code(arguments)` on scalar registers, run if `guard` holds. A store has no `target`."""
 
     target: str
     name: str
@@ -65,7 +68,7 @@ class Copy(NamedTuple):
 
 
 class Bundle(NamedTuple):
-    """What matters of a bundle; `branch` is the region that it jumps to, `call` the instruction that it runs."""
+    """What is kept of a bundle. `branch` is the region that it jumps to, `call` the instruction that it runs."""
 
     ops: tuple[Op, ...] = ()
     copies: tuple[Copy, ...] = ()
@@ -77,11 +80,13 @@ class Bundle(NamedTuple):
 
 
 class Code(NamedTuple):
-    """The bundles of a kernel, where each region begins, and which register holds which operand at the start."""
+    """The scalar program of an instruction."""
 
     bundles: list[Bundle]
     regions: dict[str, int]
+    """The first bundle of each region."""
     operands: dict[str, int]
+    """The operand that a register holds at the start."""
     integers: dict[int, int]
     """Number of entries of each 32-bit integer operand."""
     in_hbm: set[int]
@@ -89,9 +94,10 @@ class Code(NamedTuple):
     uses_core_id: bool
 
     def branch_delay(self) -> int | None:
-        """Bundles after a branch that still run, as far as the text shows; None without a branch.
+        """Count the bundles that still run after a branch; None if the text does not show it.
 
-        Code that can be jumped over begins a region right behind them, so the shortest distance is the delay.
+        Code that can be jumped over begins a region right behind those bundles. So the delay is the shortest distance
+        from a branch to the next region.
         """
         starts = sorted({*self.regions.values(), *(i for i, b in enumerate(self.bundles) if b.branch)})
         branches = [index for index, bundle in enumerate(self.bundles) if bundle.branch]
@@ -131,7 +137,7 @@ def parse(text: str) -> Code:
         bundles.append(_bundle(plain, "" if call is None else call[1] or ""))
     for index, bundle in enumerate(bundles):
         if bundle.branch and bundle.branch not in regions:
-            # An empty region at the end has no comment; its label says that a predicated region falls through to it.
+            # An empty region at the end has no comment, only the label of a fallthrough.
             behind = [i for i in nameless if i > index]
             if not behind:
                 raise ValueError(f"bundle {index} jumps to region {bundle.branch}, which the dump does not have")
@@ -196,18 +202,23 @@ def _guard(text: str) -> Guard | None:
 
 
 def _values(text: str) -> Iterator[Value]:
-    for allocation, name, register, number in _SYMBOL.findall(text):
+    for allocation, offset, name, register, number in _SYMBOL.findall(text):
         if allocation:
-            yield Value(allocation=allocation)
+            yield Value(number=_number(offset or "0"), allocation=allocation)
         elif register:
             yield Value(register, name)
         else:
-            value = int(number, 16 if "x" in number else 10)  # some have leading zeros
-            yield Value(number=value - (1 << 32) if value >= 1 << 31 else value)
+            yield Value(number=_number(number))
+
+
+def _number(text: str) -> int:
+    """A signed number of 32 bits; decimal ones may have leading zeros."""
+    value = int(text, 16 if "x" in text else 10)
+    return value - (1 << 32) if value >= 1 << 31 else value
 
 
 def _copy(part: str) -> Copy:
-    """The arguments in the order of the text: source, granules, destination."""
+    """Read a copy. Its arguments are source, granules and destination."""
     kind = re.search(r"dma\.(\w+)", part)
     assert kind is not None
     body = _PREDICATE.sub("", re.sub(r"^%\d+ = dma\.\w+(?: \[thread:\$\d+\])?", "", part))
@@ -223,7 +234,7 @@ def _names(values: Iterable[Value | Guard | None]) -> Iterator[str]:
 
 
 def _slice(bundles: list[Bundle]) -> list[Bundle]:
-    """Keep the operations that a branch or a copy depends on; phis and casts change no register, so they go too."""
+    """Keep only the operations that a branch or a copy depends on. Phis and casts change no register and go, too."""
     makers: dict[str, list[Op]] = defaultdict(list)
     stores: dict[str, list[Op]] = defaultdict(list)
     queued: list[Op] = []
@@ -235,7 +246,7 @@ def _slice(bundles: list[Bundle]) -> list[Bundle]:
                 queued.append(op)
             else:
                 makers[op.name].append(op)
-    # What is taken from a queue depends on all that goes in or out before: all of it is kept.
+    # A value from a queue depends on all that went in or out before, so all of that is kept.
     queued += [op for ops in makers.values() for op in ops if op.code == "spop.drf"]
     needed = {id(op) for op in queued}
     queue = [name for op in queued for name in _names([*op.arguments, op.guard])]

@@ -1,7 +1,6 @@
-"""A compiled program as XLA prints it: its computations, what runs how often, matmuls, memory traffic and collectives.
+"""Read a compiled program as XLA prints it: its instructions, how often each runs, and its memory traffic.
 
-XLA's own totals count the body of a loop once. Here everything is multiplied by the loop's trips, which are read from
-its condition.
+XLA's own totals count the body of a loop once. Here it counts as often as the loop runs.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?(\S+) \(.*\{$")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|body|condition|to_apply|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
-# What moves no bytes by itself; nor does the end of anything asynchronous, which counts where it starts. What is sent
-# to other slices or received is an exchange.
+# These move no bytes by themselves. Anything asynchronous counts at its start, and what is sent to other slices is an
+# exchange.
 _FREE = frozenset(
     {
         *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
@@ -29,17 +28,17 @@ _FREE = frozenset(
 )
 COPIES = ("copy-start", "slice-start")
 """Asynchronous copies between the main memory and the one on the chip."""
-# Custom calls that reserve memory or order others.
+# Custom calls that only reserve memory or order others.
 _NOTHING_DONE = re.compile(r'custom_call_target="(AllocateBuffer|PrepareAsyncCall\w+|Sharding)"')
 _DESCEND = {"while", "call", "call-start", "conditional"}
 
 
 class HloError(ValueError):
-    """The text of a program is not as expected; the message says what was met."""
+    """The text of a program is not as expected. The message says what was found."""
 
 
 class Shape(NamedTuple):
-    """An array: dtype, sizes, bytes with the padding of its tiles, and whether it lies in the chip's main memory."""
+    """An array: dtype, sizes, bytes with the padding of its tiles, and whether it is in the chip's main memory."""
 
     dtype: str
     sizes: tuple[int, ...]
@@ -56,23 +55,23 @@ class Instruction:
     shapes: tuple[Shape, ...]
     operands: tuple[str, ...]
     rest: str = field(repr=False)
-    """Attributes, and before them the text between the parentheses."""
+    """The text between the parentheses, and then the attributes."""
     is_root: bool = False
 
     @property
     def called(self) -> tuple[str, ...]:
-        """Computations that it names, in the order written."""
+        """The computations that it names, in the order of the text."""
         return tuple(name for found in _CALLED.findall(self.rest) for name in _NAME.findall(found))
 
     def attribute(self, name: str) -> str | None:
-        """The text of an attribute without blanks in it."""
+        """Read an attribute. Its text has no blanks."""
         found = re.search(rf"[ ,]{name}=([^ ,]+(?:,[^ =]+)*)", self.rest)
         return found[1].rstrip(",") if found else None
 
     @property
     def results(self) -> tuple[Shape, ...]:
-        """What it computes. The start of an exchange names its operands first and flags last, only that of an
-        all-reduce its results alone."""
+        """The arrays that it computes. The start of an exchange lists its operands before them, except that of an
+        all-reduce."""
         count = len(self.operands)
         if self.opcode.endswith("-start") and len(self.shapes) >= 2 * count:
             return self.shapes[count : 2 * count]
@@ -85,12 +84,12 @@ class Instruction:
 
     @property
     def hbm_bytes(self) -> int:
-        """Bytes of the parts of the result that lie in the chip's main memory."""
+        """Bytes of the parts of the result that are in the chip's main memory."""
         return sum(shape.bytes for shape in self.shapes if shape.in_hbm)
 
 
 class Run(NamedTuple):
-    """An instruction that runs, and how often a step runs it."""
+    """An instruction that runs, and how often the program runs it."""
 
     instruction: Instruction
     computation: Computation
@@ -99,7 +98,7 @@ class Run(NamedTuple):
 
 @dataclass
 class Computation:
-    """Instructions in the order in which they are scheduled."""
+    """Instructions in the order in which they run."""
 
     name: str
     instructions: list[Instruction]
@@ -111,7 +110,7 @@ class Computation:
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Who takes each instruction's result."""
+        """The instructions that use each instruction's result."""
         users: dict[str, list[Instruction]] = {}
         for instruction in self.instructions:
             for operand in dict.fromkeys(instruction.operands):
@@ -126,7 +125,7 @@ class Computation:
 
     @property
     def root(self) -> Instruction:
-        """What it returns."""
+        """The instruction whose result it returns."""
         return next(i for i in self.instructions if i.is_root)
 
 
@@ -159,10 +158,9 @@ class Program:
         self.entry = self.computations[entry]
 
     def runs(self) -> Iterator[Run]:
-        """Every instruction that runs, in order, fusions and what is asynchronous whole; bodies of loops with their
-        trips.
+        """List the instructions that run, in order, with the trips of their loops.
 
-        Of a conditional every branch is listed.
+        A fusion or an asynchronous computation is one instruction. All branches of a conditional are listed.
         """
         yield from self._runs(self.entry, 1)
 
@@ -184,10 +182,10 @@ class Program:
         return self.computations[names[0][1]], self.computations[names[1][1]]
 
     def trips(self, loop: Instruction, computation: Computation) -> int:
-        """How often a loop runs: `known_trip_count` where XLA says it, else read from a counter that starts at a
-        constant, is compared with one by `counter < limit`, and goes up by 1.
+        """Read how often a loop runs: from `known_trip_count` or, if XLA does not say it, from its counter.
 
-        Raises HloError for a loop of another form (none of ours is).
+        The counter must start at a constant, go up by 1, and be compared with a constant by `counter < limit`. Raises
+        HloError for any other loop (none of ours is).
         """
         if known := re.search(r'known_trip_count"?:\{"n":"?(\d+)', loop.rest):
             return int(known[1])
@@ -214,7 +212,7 @@ class Program:
         return max(end - start, 0)
 
     def _counts_up(self, body: Computation, where: int) -> bool:
-        """Whether a loop's body adds 1 to that element of its tuple."""
+        """Check that a loop's body adds 1 to this element of its tuple."""
         after = _origin(body.root.operands[where], body) if body.root.opcode == "tuple" else body.root
         parts = self._parts(body, after)
         if parts.opcode != "add":
@@ -225,7 +223,7 @@ class Program:
         )
 
     def _parts(self, computation: Computation, instruction: Instruction) -> _Parts:
-        """What an instruction does with what, also when it is all that a fusion does."""
+        """Find an instruction's operation and the origins of its operands, also if it is the root of a fusion."""
         if instruction.opcode != "fusion":
             origins = tuple(_origin(name, computation) for name in instruction.operands)
             return _Parts(instruction.opcode, origins, instruction.rest)
@@ -236,8 +234,7 @@ class Program:
         return _Parts(fused.root.opcode, origins, fused.root.rest)
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Instruction, Computation]]:
-        """The instruction's parts: of a fusion all that is fused, of an asynchronous start what it starts, of anything
-        else none."""
+        """List the parts of a fusion or of an asynchronous start. Other instructions have none."""
         for name in instruction.called if instruction.opcode in ("fusion", "async-start") else ():
             fused = self.computations[name]
             for part in fused.instructions:
@@ -245,9 +242,9 @@ class Program:
                 yield from self.inside(part)
 
     def traffic(self, run: Run) -> int:
-        """Bytes that one run of an instruction reads from and writes to the chip's main memory.
+        """Compute the bytes that one run of an instruction reads from and writes to the chip's main memory.
 
-        A slice of an array, also inside a fusion, counts as the slice, and so does an update in place.
+        Of a slice or an update in place only the slice counts, also inside a fusion.
         """
         instruction, computation = run.instruction, run.computation
         opcode = instruction.opcode
@@ -255,7 +252,7 @@ class Program:
             return 0
         operands = [computation.by_name[name] for name in instruction.operands]
         if opcode in COPIES:
-            # Its result names target and source; of a slice the source counts as the slice.
+            # Its result names target and source. The source of a slice counts as the slice.
             pair = instruction.shapes[:2]
             return sum(shape.in_hbm for shape in pair) * min(shape.bytes for shape in pair)
         if opcode == "async-start":
@@ -269,7 +266,7 @@ class Program:
             sides = operands[0].shapes[0].in_hbm + instruction.shapes[0].in_hbm
             return sides * instruction.bytes
         if opcode in ("dynamic-update-slice", "scatter"):
-            # A scatter of n arrays has them, the indices, and n updates.
+            # The operands of a scatter are n arrays, the indices, and n updates.
             updates = operands[1:2] if opcode == "dynamic-update-slice" else operands[len(operands) // 2 + 1 :]
             return sum(
                 update.bytes * (update.shapes[0].in_hbm + target.in_hbm)
@@ -279,7 +276,7 @@ class Program:
         return sum(operand.hbm_bytes for operand in operands) + written
 
     def _read(self, fused: Computation, number: int) -> int:
-        """Bytes of a fusion's operand that it reads."""
+        """Compute the bytes of one operand that a fusion reads."""
         parameter = fused.parameters[number]
         total = 0
         for user in fused.users.get(parameter.name, []):
@@ -309,7 +306,7 @@ class Program:
         return whole
 
     def _written(self, fused: Computation, shapes: tuple[Shape, ...]) -> int:
-        """Bytes of a fusion's results that it writes: of an update in place, the update."""
+        """Compute the bytes that a fusion writes. Of an update in place only the update counts."""
         root = fused.root
         results = [fused.by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
         if sum(len(result.shapes) for result in results) != len(shapes):
@@ -330,7 +327,7 @@ class Program:
 
 
 class _Parts(NamedTuple):
-    """An operation and where its operands come from."""
+    """An operation and the origins of its operands."""
 
     opcode: str
     operands: tuple[Instruction, ...]
@@ -338,7 +335,7 @@ class _Parts(NamedTuple):
 
 
 def kernel_name(instruction: str) -> str:
-    """The name that a kernel was given; the compiler puts a number behind it and, newer ones, an operand's name.
+    """Find the name that a kernel was given. The compiler appends a number and may append an operand's name.
 
     >>> kernel_name("gather_rows.12.refs_10_")
     'gather_rows'
@@ -347,7 +344,7 @@ def kernel_name(instruction: str) -> str:
 
 
 def _origin(name: str, computation: Computation) -> Instruction:
-    """Where a value comes from, copies left out."""
+    """Find the instruction that made a value, before copies."""
     found = computation.by_name[name]
     while found.opcode in ("copy", "copy-start", "copy-done", "bitcast"):
         found = computation.by_name[found.operands[0]]
@@ -355,7 +352,7 @@ def _origin(name: str, computation: Computation) -> Instruction:
 
 
 def _element(instruction: Instruction, computation: Computation) -> int | None:
-    """Which element of the computation's only parameter it is; None for anything else."""
+    """Find which element of the computation's parameter this is; None for anything else."""
     index = instruction.attribute("index")
     if instruction.opcode != "get-tuple-element" or index is None:
         return None
@@ -363,7 +360,7 @@ def _element(instruction: Instruction, computation: Computation) -> int | None:
 
 
 def _constant(instruction: Instruction) -> int | None:
-    """The value of an integer constant; None for anything else."""
+    """Read an integer constant; None for anything else."""
     found = re.match(r"(-?\d+)\)", instruction.rest) if instruction.opcode == "constant" else None
     return int(found[1]) if found else None
 
@@ -393,7 +390,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Find where the parenthesis that opens at `start` closes."""
     depth = 0
     for place in range(start, len(text)):
         depth += (text[place] == "(") - (text[place] == ")")
@@ -403,7 +400,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _shape(dtype: str, sizes: str, layout: str) -> Shape:
-    """An array from its text, as in `bf16[8,100]{1,0:T(8,128)(2,1)S(1)}`."""
+    """Read an array such as `bf16[8,100]{1,0:T(8,128)(2,1)S(1)}`."""
     dims = tuple(int(size) for size in sizes.split(",") if size)
     order, _, tiling = layout.partition(":")
     padded = [dims[int(axis)] for axis in order.split(",") if axis]  # from the fastest axis on

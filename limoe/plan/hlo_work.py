@@ -1,4 +1,4 @@
-"""What single instructions of a compiled program amount to: matmuls, and exchanges between devices."""
+"""Read the matmuls, kernels and exchanges in single instructions of a compiled program."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ import numpy as np
 from limoe.plan.hlo import Computation, HloError, Instruction, Program, Shape, kernel_name
 
 _FLOATS = frozenset({"bf16", "f16", "f32", "f8e4m3fn", "f8e5m2"})
-# Of bfloat16, into which a float32 factor is split.
+# The parts of bfloat16 that a float32 factor is split into, by precision.
 _PARTS = {"default": 1, "high": 2, "highest": 3}
-# Kernels of ours that multiply by float32 weights whatever the dtype of their rows.
+# Our kernels whose weights are always float32, whatever the dtype of their rows.
 FLOAT32_WEIGHTS = frozenset({"route_forward", "route_backward"})
 COLLECTIVES = ("all-to-all", "all-reduce", "all-gather", "reduce-scatter", "collective-permute", "ragged-all-to-all")
 
 
 class Matmul(NamedTuple):
-    """`copies` products of [rows, depth] and [depth, columns], with the dtypes of both factors and the precision asked
-    for each."""
+    """`copies` products of [rows, depth] and [depth, columns], with the dtypes of both factors and their precisions."""
 
     copies: int
     rows: int
@@ -32,11 +31,11 @@ class Matmul(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Two a multiplication."""
+        """Two for each multiply-add."""
         return 2 * self.copies * self.rows * self.columns * self.depth
 
     def on_array(self, side: int) -> int:
-        """FLOPs that a systolic array of that side spends: depth, and rows or columns, fill whole arrays.
+        """Compute the FLOPs that a systolic array of this side spends. Depth, and rows or columns, are padded to it.
 
         >>> Matmul(1, 4096, 64, 64).on_array(128) // Matmul(1, 4096, 64, 64).flops
         2
@@ -47,8 +46,10 @@ class Matmul(NamedTuple):
 
     @property
     def passes(self) -> int:
-        """Products of bfloat16 that it takes on a TPU: a float32 factor is split into 1, 2 or 3 parts of bfloat16 as
-        its precision says, and products of the smallest parts are left out.
+        """The number of bfloat16 products that it takes on a TPU.
+
+        A float32 factor is split into 1, 2 or 3 parts of bfloat16, by its precision. Products of the smallest parts are
+        left out.
 
         >>> [Matmul(1, 8, 8, 8, ("f32", "f32"), (name, name)).passes for name in ("default", "high", "highest")]
         [1, 3, 6]
@@ -61,7 +62,7 @@ class Matmul(NamedTuple):
 
 
 def matmuls(program: Program, instruction: Instruction, computation: Computation) -> list[Matmul]:
-    """The matmuls of an instruction, those inside a fusion too. TPUs have them as convolutions."""
+    """Find the matmuls of an instruction, also inside a fusion. On TPUs they may be convolutions."""
     found = []
     for part, home in [(instruction, computation), *program.inside(instruction)]:
         if part.opcode == "convolution":
@@ -72,18 +73,18 @@ def matmuls(program: Program, instruction: Instruction, computation: Computation
 
 
 class Kernel(NamedTuple):
-    """The FLOPs of a Pallas kernel, and the products of bfloat16 that each of its products takes."""
+    """The FLOPs of a Pallas kernel, and the bfloat16 products that each of its products takes."""
 
     flops: int
     passes: int
 
 
 def kernels(program: Program, instruction: Instruction, computation: Computation) -> list[Kernel]:
-    """The Pallas kernels of an instruction, by their own cost estimates.
+    """Find the Pallas kernels of an instruction, with their own cost estimates.
 
-    Ours multiply float32 rows at the highest precision, and rows of another dtype once, whatever the dtype of the
-    weights that they are given; only those of FLOAT32_WEIGHTS at the highest precision always. Raises HloError
-    for a kernel without an estimate, because nothing else in the program says what is inside.
+    Ours multiply float32 rows at the highest precision and other rows once, whatever the dtype of the weights. Those in
+    FLOAT32_WEIGHTS always use the highest precision. Raises HloError for a kernel without an estimate, because nothing
+    else in the program says what is inside.
     """
     found = []
     for part, home in [(instruction, computation), *program.inside(instruction)]:
@@ -118,7 +119,7 @@ def _dot(instruction: Instruction, computation: Computation) -> Matmul:
 
 
 def _factors(instruction: Instruction, left: Shape, right: Shape) -> tuple[tuple[str, str], tuple[str, str]]:
-    """The dtypes of both factors of a matmul, and their precisions."""
+    """Read the dtypes of both factors of a matmul, and their precisions."""
     found = re.search(r"operand_precision=\{(\w+),(\w+)\}", instruction.rest)
     if found and not {found[1], found[2]} <= _PARTS.keys():
         raise HloError(f"the matmul {instruction.name} has a precision other than {', '.join(_PARTS)}: {found[0]}")
@@ -126,8 +127,11 @@ def _factors(instruction: Instruction, left: Shape, right: Shape) -> tuple[tuple
 
 
 def _convolution(instruction: Instruction, computation: Computation) -> Matmul:
-    """A convolution as matmuls. Where each place of the result meets exactly one of several taps (XLA's form of a batch
-    axis: stride and dilation one apart), the axis counts copies; other taps add to the depth."""
+    """Count a convolution as matmuls.
+
+    XLA writes a batch axis as a window in which each place of the result meets one tap (stride and dilation differ by
+    one). Such an axis counts as copies. Taps of other axes add to the depth.
+    """
     left, right = (computation.by_name[name].shapes[0] for name in instruction.operands[:2])
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
     if labels is None:
@@ -143,14 +147,14 @@ def _convolution(instruction: Instruction, computation: Computation) -> Matmul:
             copies *= size
         else:
             rows, depth = rows * size, depth * max(round(taps / size), 1)
-    # Groups of either kind share out the features of the result; its batch is that of one group already.
+    # Groups of either kind divide the features of the result. Its batch is already that of one group.
     groups = math.prod(int(n) for n in re.findall(r"(?:batch|feature)_group_count=(\d+)", instruction.rest))
     columns = out.sizes[out_of["f"]] // groups
     return Matmul(copies * groups, rows, columns, depth, *_factors(instruction, left, right))
 
 
 def _taps(instruction: Instruction, number: int, size: int, window: int, out: int) -> int:
-    """Pairs of a place of the result and a tap of the window that meet an element of the input, along one axis."""
+    """Count the pairs of a place of the result and a tap that meet an element of the input, along one axis."""
     text = re.search(r"window=\{([^}]*)\}", instruction.rest)
     settings = dict(item.split("=") for item in text[1].split()) if text else {}
 
@@ -165,10 +169,10 @@ def _taps(instruction: Instruction, number: int, size: int, window: int, out: in
 
 
 class Collective(NamedTuple):
-    """An exchange between devices: what kind, among whom, and the bytes of a device's part.
+    """An exchange between devices: its kind, its groups of devices, and the bytes of a device.
 
-    `bytes` is the larger of what a device puts in and takes out: of an all-gather the result, of a reduce-scatter what
-    is reduced, of an all-to-all what is shipped (its own share included). No groups: between slices, place by place.
+    `bytes` is the larger of a device's input and output: the result of an all-gather, the input of a reduce-scatter,
+    what an all-to-all ships (the device's own share included). An exchange between slices has no groups.
     """
 
     kind: str
@@ -177,7 +181,7 @@ class Collective(NamedTuple):
 
 
 def collectives(program: Program, instruction: Instruction, computation: Computation) -> list[Collective]:
-    """The exchanges of an instruction, those inside a fusion or an asynchronous start too."""
+    """Find the exchanges of an instruction, also inside a fusion or an asynchronous start."""
     found = []
     for part, home in [(instruction, computation), *program.inside(instruction)]:
         kind = part.opcode.removesuffix("-start")
@@ -191,7 +195,7 @@ def collectives(program: Program, instruction: Instruction, computation: Computa
 
 
 def _between_slices(received: Instruction, computation: Computation) -> Collective:
-    """An exchange that leaves the slice: each device sends its part to its host, the hosts exchange and add up."""
+    """Read an exchange between slices. Each device sends its part to its host, and the hosts exchange and add up."""
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', received.rest)
     name = kind[1].lower().replace("_", "-") if kind else ""
     meeting = re.search(r'_xla_host_transfer_rendezvous="[^"]+"', received.rest)
@@ -202,7 +206,7 @@ def _between_slices(received: Instruction, computation: Computation) -> Collecti
 
 
 def groups_of(text: str) -> tuple[tuple[int, ...], ...]:
-    """The groups of devices of a collective, in any of the forms that XLA prints.
+    """Read the groups of devices of a collective, in any of the forms that XLA prints.
 
     >>> groups_of("replica_groups={{0,1},{2,3}}, x"), groups_of("replica_groups=[2,2]<=[2,2]T(1,0), x")
     (((0, 1), (2, 3)), ((0, 2), (1, 3)))
@@ -225,7 +229,7 @@ def groups_of(text: str) -> tuple[tuple[int, ...], ...]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[groups,size]<=[dims]` or with a transposition, `[groups,size]<=[dims]T(1,0)`."""
+    """Read `[groups,size]<=[dims]`, or `[groups,size]<=[dims]T(1,0)` with a transposition."""
     shape, _, source = text.partition("<=")
     return _transposed(source).reshape([int(n) for n in shape.strip("[]").split(",")])
 
@@ -240,7 +244,7 @@ def _transposed(text: str) -> np.ndarray:
 
 
 def axes_of(groups: tuple[tuple[int, ...], ...], shape: dict[str, int]) -> str:
-    """The mesh axes that a group of devices spans, joined by `+`; "none" if each is alone.
+    """Find the mesh axes that a group of devices spans, joined by `+`; "none" if each device is alone.
 
     >>> axes_of(((0, 1), (2, 3)), {"data": 2, "expert": 2}), axes_of(((0, 1, 2, 3),), {"data": 2, "expert": 2})
     ('expert', 'data+expert')

@@ -1,8 +1,8 @@
-"""Run the scalar program of a kernel, to count how often each bundle runs and what is copied to and from HBM.
+"""Run the scalar program of an instruction: count how often each bundle runs, and the copies to and from HBM.
 
-Loops with fixed bounds, pipeline stages and predicated regions come out exactly; what depends on data (counts of rows)
-needs the values of the scalar operands. Where a value is not known, a region that might be skipped counts as run and a
-loop counts as one trip; such loops are reported.
+Loops with fixed bounds, pipeline stages and predicated regions are counted exactly. Branches that hang on data, such as
+numbers of rows, need the values of the scalar operands. Without them a region that might be skipped counts as run, a
+loop counts one trip, and both are reported.
 """
 
 import collections
@@ -15,26 +15,26 @@ import numpy as np
 
 from limoe.plan.bundles import Bundle, Code, Copy, Guard, Op, Value
 
-# Operands and allocations get addresses far apart, so that base + offset never meet.
+# Operands and allocations get addresses this far apart, so that no two overlap.
 _APART = 1 << 40
 _MAX_STEPS = 20_000_000
 
 
 class Ran(NamedTuple):
-    """How often each bundle ran, what was copied and called, and where knowledge ended."""
+    """How often each bundle ran, what was copied and called, and how many branches hang on data."""
 
     counts: np.ndarray
     copies: Counter[tuple[str, int]]
-    """Number of copies by kind and size in granules; a `general` one that has an end in HBM is a `general_hbm`."""
+    """Copies by kind and size in granules. A `general` copy from or to HBM is called `general_hbm`."""
     calls: Counter[str]
     unknown_branches: int
-    """Branches whose condition is not known: loops that count one trip, and regions that count as run."""
+    """Branches and copies that hang on values which are not known."""
     streamed_rows: int
     """Rows that the matrix units take in."""
     places: int
-    """A sum over the addresses of all copies, by which two cores with different work can be told apart."""
+    """The sum of the addresses of all copies. It differs between cores that do different work."""
     matmul_bundles: int = 0
-    """Bundles that ran in straight pieces of code that hold a matmul: the inside of a matmul loop."""
+    """Bundles that ran in straight pieces of code with a matmul, such as the inside of a matmul loop."""
 
     @property
     def bundles(self) -> int:
@@ -43,7 +43,7 @@ class Ran(NamedTuple):
 
 
 def _signed(value: int) -> int:
-    """Wrap around as 32 bits do; addresses of ours lie far above and stay."""
+    """Wrap a number to 32 bits. Addresses lie far above and stay as they are."""
     return value if abs(value) >= _APART // 2 else (value + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
@@ -82,7 +82,7 @@ _ARITHMETIC: dict[str, Callable[..., int | None]] = {
 
 
 class Started(NamedTuple):
-    """A copy that began."""
+    """A copy that was started."""
 
     kind: str
     granules: int
@@ -90,7 +90,7 @@ class Started(NamedTuple):
 
 
 class _Machine:
-    """Scalar registers and memory; None stands for what is not known."""
+    """The scalar registers and memory of a core. None is a value that is not known."""
 
     def __init__(self, code: Code, operands: Mapping[int, Sequence[int]], core: int) -> None:
         self.core = core
@@ -113,7 +113,7 @@ class _Machine:
         if value.register:
             return self.registers.get(value.register)
         if value.allocation:
-            return self.bases.setdefault(value.allocation, (1000 + len(self.bases)) * _APART)
+            return self.bases.setdefault(value.allocation, (1000 + len(self.bases)) * _APART) + value.number
         return value.number
 
     def address(self, values: Sequence[Value]) -> int | None:
@@ -140,8 +140,7 @@ class _Machine:
         if code == "sld":
             address = self.address(op.arguments)
             return None if address is None else self.memory.get(address)
-        # The address of a moved constant may be a sum, as in `[#allocation5 + $0x1]`.
-        if code == "scalar_lea" or (code == "smov" and len(op.arguments) > 1):
+        if code == "scalar_lea":
             return self.address(op.arguments)
         arguments = [self.value(value) for value in op.arguments]
         if code == "scalar_select":
@@ -149,7 +148,7 @@ class _Machine:
                 return arguments[1] if arguments[1] == arguments[2] else None
             return arguments[1 if arguments[0] else 2]
         if None in arguments:
-            # A part that decides alone.
+            # One known part can decide the result.
             if code in ("por", "pnor") and True in arguments:
                 return code == "por"
             if code in ("pand", "pnand") and False in arguments:
@@ -167,7 +166,7 @@ class _Machine:
         return None if function is None else function(*arguments)
 
     def step(self, bundle: Bundle) -> list["Started"]:
-        """Run the operations of a bundle, all reads before all writes; returns the copies that it starts."""
+        """Run the operations of a bundle, all reads before all writes. Return the copies that it starts."""
         started = []
         for copy in bundle.copies:
             if self.holds(copy.guard, unknown=True):
@@ -193,12 +192,12 @@ class _Machine:
     def _kind(self, copy: Copy, ends: tuple[int | None, int | None]) -> str:
         if copy.kind != "general":
             return copy.kind
-        # An end that is not known is taken for one in HBM.
+        # An address that is not known counts as HBM.
         near = all(end is not None and end // _APART - 1 not in self.in_hbm for end in ends)
         return "general" if near else "general_hbm"
 
     def _load(self, source: int | None, target: int | None) -> None:
-        """A copy of an operand into scalar memory."""
+        """Copy an operand into scalar memory."""
         if source is None or target is None:
             return
         for offset, value in enumerate(self.operands.get(source // _APART - 1, ())):
@@ -206,9 +205,10 @@ class _Machine:
 
 
 def run(code: Code, delay: int, operands: Mapping[int, Sequence[int]] | None = None, core: int = 0) -> Ran:
-    """Run a program whose branches take effect `delay` bundles later, with the values of some operands by index.
+    """Run a scalar program on one core.
 
-    Raises RuntimeError for one that does not end.
+    Branches take effect `delay` bundles later. `operands` are the known values of operands, by index. Raises
+    RuntimeError for a program that does not end.
 
     >>> from limoe.plan.bundles import parse
     >>> text = '''
@@ -252,7 +252,7 @@ def run(code: Code, delay: int, operands: Mapping[int, Sequence[int]] | None = N
         if bundle.call:
             calls[bundle.call] += 1
         for copy in bundle.copies:
-            # Started all the same; one of unknown size moves nothing.
+            # A copy with an unknown guard counts as made, one of unknown size moves nothing.
             guarded = copy.guard is not None and machine.registers.get(copy.guard.register) is None
             if guarded or machine.address([copy.size]) is None:
                 unknown.add(index)
@@ -278,7 +278,7 @@ def run(code: Code, delay: int, operands: Mapping[int, Sequence[int]] | None = N
 
 
 def _beside_matmuls(code: Code, delay: int, counts: np.ndarray, streamed: np.ndarray) -> int:
-    """Bundles that ran between two places where control can come or go, if a matmul is among them."""
+    """Count the bundles that ran in straight pieces of code with a matmul."""
     leaves = [index + delay + 1 for index, bundle in enumerate(code.bundles) if bundle.branch]
     cuts = sorted({0, *code.regions.values(), *(index for index in leaves if index < len(counts))})
     pieces = zip(np.add.reduceat(counts, cuts), np.add.reduceat(streamed, cuts), strict=True)

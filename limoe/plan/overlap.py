@@ -1,9 +1,9 @@
-"""Which work covers which in the schedule of a compiled program: from the costs of its instructions to a step's time.
+"""Compute a step's time from the costs of its instructions, with the overlap that the compiled program allows.
 
-The order of instructions in the program is that in which they run. Between the start and the done of an exchange other
-instructions cover it with all of their time; a copy to or from the memory on the chip they cover with the time in which
-they leave the main memory alone. A second covers one second of exchanges and one of copies, never two of a kind. A
-fusion with an exchange inside covers that one first. What nothing covers counts in full.
+Instructions run in the order of the program. An exchange overlaps with the instructions between its start and its done.
+An asynchronous copy to or from the memory on the chip overlaps with them too, but only while they do not use the main
+memory. One second of work covers one second of exchanges and one of copies, never two of a kind. A fusion with an
+exchange inside covers that one first. Time that nothing covers is added to the step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from limoe.plan.hlo import COPIES, HloError, Run
 
 
 class Cost(NamedTuple):
-    """Modelled seconds of one run of an instruction, and the FLOPs of its matmuls."""
+    """The cost of one run of an instruction: modelled seconds, and the FLOPs of its matmuls."""
 
     compute: float = 0.0
     hbm: float = 0.0
@@ -25,18 +25,18 @@ class Cost(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Modelled seconds of a step."""
+    """The modelled seconds of a step."""
 
     compute: float
-    """Matmuls at peak, padded to the matrix unit."""
+    """By the roofline: matmuls at peak, padded to the matrix unit. By the schedule: bundles, at one a clock cycle."""
     hbm: float
     """Traffic of the main memory at full bandwidth."""
     busy: float
-    """Instruction by instruction the longer of the two."""
+    """The longer of the two for each instruction, and copies that nothing covers."""
     exchange: float
     """All exchanges between devices."""
     hidden: float
-    """The part of exchanges that other work covers in the compiled schedule."""
+    """The part of the exchanges that other work covers."""
 
     @property
     def step(self) -> float:
@@ -46,23 +46,23 @@ class Times(NamedTuple):
 
 @dataclass
 class _Pending:
-    """Something asynchronous between its start and its done: its seconds in a step, and those not covered yet."""
+    """An exchange or copy between its start and its done: its seconds in a step, and those not covered yet."""
 
     seconds: float
     is_copy: bool
     left: float
 
     def cover(self, spare: float) -> float:
-        """Use spare time of an instruction that runs meanwhile; what remains of it."""
+        """Use spare time of an instruction that runs meanwhile. Return what is left of that time."""
         used = min(spare, self.left)
         self.left -= used
         return spare - used
 
 
 def schedule(costs: Iterable[tuple[Run, Cost]]) -> Times:
-    """The times of a step whose instructions run in this order, each as often as its trips say.
+    """Compute the times of a step from its instructions in order, each with the cost of one run.
 
-    Raises HloError where a start has no done or a done no start.
+    Raises HloError for a start without a done or a done without a start.
     """
     compute = hbm = busy = exchange = hidden = 0.0
     pending: dict[tuple[str, str], _Pending] = {}

@@ -1,8 +1,9 @@
-"""`limoe plan`: the real train step, compiled ahead of time for a TPU pod that is not here, and what follows from it.
+"""`limoe plan`: compile the real train step for a TPU pod that is not here, and compute its memory, work and time.
 
-Nothing runs. Memory is what the compiler assigned to the program that would run; FLOPs, bytes and exchanges are counted
-in the compiled program with the trips of its loops; times are a model: each instruction takes the longer of its matmuls
-at peak (padded to the matrix unit) and its traffic at full bandwidth.
+Nothing runs. Memory is what the compiler assigned to the program. FLOPs, bytes and exchanges are counted in the
+compiled program, with the trips of its loops. Times are modelled by the roofline: an instruction takes the longer of
+its matmuls at peak (padded to the matrix unit) and its traffic at full bandwidth. On request they are also modelled by
+the compiler's own schedule (scheduled.py).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from limoe.plan.hlo_work import Collective, axes_of, collectives, kernels, matmu
 from limoe.plan.overlap import Cost, Times, schedule
 from limoe.plan.pods import Pod, find_pod
 from limoe.plan.prices import at_peak, exchange_seconds, through_memory
-from limoe.plan.scheduled import OneInstruction, schedule_step
+from limoe.plan.scheduled import NOT_ASKED, ScheduledStep, schedule_step
 from limoe.train.gradient import step_key
 from limoe.train.step import Counts, Training, compile_step, prepare
 
@@ -39,8 +40,11 @@ SECONDS_OF_A_DAY = 86_400
 
 
 class Memory(NamedTuple):
-    """Bytes of one device, as the compiler assigned them; `activations` are what the backward pass keeps (computed from
-    the model), `temporary` the rest of what the step needs besides its arguments."""
+    """Bytes of one device, as the compiler assigned them.
+
+    `activations` are what the backward pass keeps, computed from the model. `temporary` is all else that the step needs
+    besides its arguments.
+    """
 
     parameters: int
     optimizer: int
@@ -52,7 +56,7 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PodPlan:
-    """What a configuration amounts to on a pod; every time is modelled. Figures are of one device unless they say
+    """The figures of a configuration on a pod. Every time is modelled. Figures are of one device unless they say
     otherwise."""
 
     preset: str
@@ -61,50 +65,57 @@ class PodPlan:
     num_chips: int
     mesh: dict[str, int]
     settings: dict[str, Any]
-    """What a search may vary: rematerialisation and chunking."""
+    """The settings of rematerialisation, sharding and chunks."""
     batch_size: int
     steps: int
     fits: bool
-    memory: Memory | None
-    """None where the compiler gave up because the program does not fit."""
     memory_per_chip_bytes: int
     hbm_bytes: int
-    flops_per_step: int | None
-    """None, as all that is counted in the compiled program, where there is none."""
     model_flops_per_step: int
-    collective_bytes: dict[str, dict[str, int]] | None
-    """Bytes by kind of collective and by mesh axes."""
-    num_collectives: dict[str, dict[str, int]] | None
-    times: Times | None
-    modelled_step_seconds: float | None
-    modelled_mfu: float | None
     compile_seconds: float
-    scheduled_step_seconds: float | None = None
-    """By the compiler's own schedule; None where it was not asked for or cannot be read, as `scheduled_note` says."""
-    scheduled_mfu: float | None = None
-    scheduled_note: str = "not asked for; --schedule runs the compiler's own schedule"
+    memory: Memory | None = None
+    """None, like the next six, if the compiler refused the program because it does not fit."""
+    flops_per_step: int | None = None
+    collective_bytes: dict[str, dict[str, int]] | None = None
+    """Bytes by kind of collective and by mesh axes."""
+    num_collectives: dict[str, dict[str, int]] | None = None
+    times: Times | None = None
+    modelled_step_seconds: float | None = None
+    modelled_mfu: float | None = None
+    scheduled: ScheduledStep = NOT_ASKED
+
+    @property
+    def scheduled_mfu(self) -> float | None:
+        """The utilisation by the compiler's own schedule; None if that is not known."""
+        if self.modelled_mfu is None or self.times is None or self.scheduled.times is None:
+            return None
+        return self.modelled_mfu * self.times.step / self.scheduled.times.step
 
     def as_json(self) -> dict[str, Any]:
         """The fields of `limoe plan --json`."""
-        tree = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "times"}
-        seconds = self.modelled_step_seconds
+        tree = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("times", "scheduled")}
+        seconds, other = self.modelled_step_seconds, self.scheduled.times
         return {
             **tree,
-            "memory": None if self.memory is None else self.memory._asdict(),
-            "modelled_times": None if self.times is None else {**self.times._asdict(), "step": self.times.step},
+            "memory": self.memory and self.memory._asdict(),
+            "modelled_times": self.times and {**self.times._asdict(), "step": self.times.step},
             "modelled_pairs_per_second": seconds and self.batch_size / seconds,
             "modelled_days": seconds and self.steps * seconds / SECONDS_OF_A_DAY,
             "modelled_chip_hours": seconds and self.steps * seconds * self.num_chips / 3600,
+            "scheduled_times": other and {**other._asdict(), "step": other.step},
+            "scheduled_step_seconds": other and other.step,
+            "scheduled_mfu": self.scheduled_mfu,
+            "scheduled_note": self.scheduled.note,
         }
 
 
 def plan(config: Config, topology: str, *, schedules: Path | None = None) -> PodPlan:
-    """Compile the train step of a configuration for a pod and count what is in it.
+    """Compile the train step of a configuration for a pod, and compute its memory, work and time.
 
-    `schedules` is the folder of `compiler.write_schedules`: then the compiler's own schedule of the step is run, too.
-
-    With a mesh of one device in the configuration the mesh is chosen: as many devices along `expert` as there are
-    experts, if that fits. Raises ConfigError for a topology or mesh that does not fit and without TPU compiler.
+    `schedules` is the folder given to `compiler.write_schedules`. With it the step is priced by the compiler's own
+    schedule, too. If the mesh of the configuration has one device, a mesh is chosen: as many devices along `expert` as
+    there are experts, if that fits. Raises ConfigError for a topology or a mesh that does not fit, and if there is no
+    TPU compiler.
     """
     pod = find_pod(topology, config.mesh.slice)
     config = on_pod(config, pod)
@@ -119,12 +130,12 @@ def plan(config: Config, topology: str, *, schedules: Path | None = None) -> Pod
     except jax.errors.JaxRuntimeError as error:
         return _too_large(config, pod, str(error), time.monotonic() - began)
     seconds = time.monotonic() - began
-    found = _account(config, pod, placement, training, compiled, seconds)
-    return found if schedules is None else by_schedule(found, compiled, pod, placement, schedules)
+    texts = None if schedules is None else read_schedules(schedules)
+    return _account(config, pod, placement, training, compiled, seconds, texts)
 
 
 def on_pod(config: Config, pod: Pod) -> Config:
-    """The configuration as it would run there: bfloat16 unless another dtype is set, and a mesh of all devices."""
+    """Complete a configuration for a pod: bfloat16 unless another dtype is set, and a mesh of all devices."""
     count = len(pod.devices)
     if config.model.compute_dtype == "auto":
         config = replace(config, model=replace(config.model, compute_dtype="bfloat16"))
@@ -143,22 +154,29 @@ def on_pod(config: Config, pod: Pod) -> Config:
 
 
 def lower(training: Training, config: Config, placement: Placement) -> jax.stages.Lowered:
-    """The train step for TPUs, from shapes alone."""
+    """Lower the train step for TPUs, from shapes alone."""
     model, batch = config.model, config.train.batch_size
     images = jax.ShapeDtypeStruct((batch, model.image_size, model.image_size, 3), jnp.uint8, sharding=placement.rows)
     text = jax.ShapeDtypeStruct((batch, model.text_length), jnp.int32, sharding=placement.rows)
     counts = jax.ShapeDtypeStruct((placement.size, len(Counts._fields)), jnp.int32, sharding=placement.rows)
     step: Any = compile_step(training, config, placement)
-    # So that back ends are chosen for the pod's chip also outside of shard_map.
+    # Outside of shard_map, too, back ends are then chosen for the pod's chip.
     with jax.set_mesh(placement.mesh):
         return step.trace(training.abstract, images, text, counts).lower(lowering_platforms=("tpu",))
 
 
 def _account(
-    config: Config, pod: Pod, placement: Placement, training: Training, compiled: jax.stages.Compiled, seconds: float
+    config: Config,
+    pod: Pod,
+    placement: Placement,
+    training: Training,
+    compiled: jax.stages.Compiled,
+    seconds: float,
+    texts: dict[str, str] | None,
 ) -> PodPlan:
+    """Make the plan of a compiled step; `texts` are the final bundles by instruction, if the schedule was asked for."""
     program = Program(compiled.as_text() or "")
-    costs = _costs(program, pod, placement)
+    costs = [(run, _cost(program, run, pod, placement)) for run in program.runs()]
     times = schedule(costs)
     volumes, counts = _exchanges(program, placement)
     memory = _memory(config, placement, training, compiled)
@@ -177,6 +195,7 @@ def _account(
         modelled_step_seconds=times.step,
         modelled_mfu=model_flops / peak / times.step,
         compile_seconds=seconds,
+        scheduled=NOT_ASKED if texts is None else schedule_step(texts, costs, pod.chip),
     )
 
 
@@ -202,61 +221,35 @@ def _facts(config: Config, pod: Pod) -> dict[str, Any]:
 
 
 def _too_large(config: Config, pod: Pod, message: str, seconds: float) -> PodPlan:
-    """The plan of a program that the compiler refused because it does not fit; other errors are raised."""
-    # The second form is for programs whose temporaries alone are too large.
+    """Make the plan of a program that the compiler refused because it does not fit. Other errors are raised."""
+    # The second form is that of programs whose temporaries alone are too large.
     used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])(?: of [\d.]+[KMGT] hbm|\) exceeds)", message)
     if used is None:
         raise ConfigError(f"the TPU compiler refused the step for {pod.name}: {message}")
     return PodPlan(
         **_facts(config, pod),
         fits=False,
-        memory=None,
         memory_per_chip_bytes=int(float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1)),
-        flops_per_step=None,
         model_flops_per_step=describe(config).flops_per_example * config.train.batch_size,
-        collective_bytes=None,
-        num_collectives=None,
-        times=None,
-        modelled_step_seconds=None,
-        modelled_mfu=None,
         compile_seconds=seconds,
     )
 
 
 def _exchanges(program: Program, placement: Placement) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
+    """Add up the bytes and the numbers of exchanges, by kind and mesh axes."""
     shape = dict(placement.mesh.shape)
-    volumes: dict[str, Counter[str]] = defaultdict(Counter)
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    volumes: dict[str, dict[str, int]] = defaultdict(Counter)
+    counts: dict[str, dict[str, int]] = defaultdict(Counter)
     for run in program.runs():
         for collective in collectives(program, run.instruction, run.computation):
             axes = axes_of(_groups(collective, placement), shape)
             volumes[collective.kind][axes] += collective.bytes * run.trips
             counts[collective.kind][axes] += run.trips
-    plain = lambda found: {kind: dict(axes) for kind, axes in found.items()}  # noqa: E731
-    return plain(volumes), plain(counts)
-
-
-def by_schedule(
-    found: PodPlan, compiled: jax.stages.Compiled, pod: Pod, placement: Placement, schedules: Path
-) -> PodPlan:
-    """The plan with its step by the other yardstick, the compiler's own schedule."""
-    assert found.times is not None
-    instructions: dict[str, OneInstruction] = {}
-    for run, cost in _costs(Program(compiled.as_text() or ""), pod, placement):
-        instructions[run.instruction.name] = OneInstruction(run.trips, run.trips * max(cost.compute, cost.hbm))
-    waits = found.times.exchange - found.times.hidden
-    seconds, note = schedule_step(read_schedules(schedules), instructions, waits, pod.chip)
-    peak = pod.chip.flops * len(pod.devices)
-    mfu = None if seconds is None else found.model_flops_per_step / peak / seconds
-    return replace(found, scheduled_step_seconds=seconds, scheduled_mfu=mfu, scheduled_note=note)
-
-
-def _costs(program: Program, pod: Pod, placement: Placement) -> list[tuple[Run, Cost]]:
-    return [(run, _cost(program, run, pod, placement)) for run in program.runs()]
+    return volumes, counts
 
 
 def _cost(program: Program, run: Run, pod: Pod, placement: Placement) -> Cost:
-    """What one run of an instruction costs."""
+    """Compute what one run of an instruction costs by the roofline."""
     chip, here = pod.chip, (program, run.instruction, run.computation)
     products, in_kernels, exchanges = matmuls(*here), kernels(*here), collectives(*here)
     spent = sum(product.on_array(chip.depth) * product.passes for product in products)
@@ -273,7 +266,7 @@ def _cost(program: Program, run: Run, pod: Pod, placement: Placement) -> Cost:
 
 
 def _groups(exchange: Collective, placement: Placement) -> tuple[tuple[int, ...], ...]:
-    """Who takes part; between slices those at the same place of each."""
+    """List the groups of an exchange. Between slices, devices at the same place of each slice form a group."""
     if exchange.groups:
         return exchange.groups
     numbers = np.arange(placement.size).reshape(placement.config.slice, -1).T
@@ -296,20 +289,20 @@ def _memory(config: Config, placement: Placement, training: Training, compiled: 
 
 
 def _bytes_of(tree: Any) -> int:
-    """Bytes of one device's part of a tree."""
+    """Compute the bytes of one device's part of a tree."""
     return sum(_share(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _share(leaf: Any) -> int:
-    """Numbers of an array that one device holds."""
+    """Compute how many numbers of an array one device holds."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape))
 
 
 def kept_for_backward(config: Config, training: Training, placement: Placement) -> int:
-    """Bytes of one device that the tower's forward pass keeps for the backward pass, by JAX's own bookkeeping.
+    """Compute the bytes of one device that the forward pass keeps for the backward pass, by JAX's own account.
 
-    What grows with the batch is split like it; a parameter in another dtype lies like the parameter; the rest is on
-    every device. The compiler may keep less (it recomputes what is cheap), never more.
+    Arrays that grow with the batch are split like the batch. A copy of a parameter in another dtype is split like the
+    parameter. All others are on every device. The compiler may keep less (it recomputes what is cheap), never more.
     """
     chunk, parameters = config.train.chunk_size, jax.tree.leaves(training.abstract.parameters)
     shares = {leaf.shape: _share(leaf) for leaf in parameters}
@@ -327,7 +320,7 @@ def kept_for_backward(config: Config, training: Training, placement: Placement) 
 
 
 def _residuals(config: Config, training: Training, placement: Placement, pairs: int) -> list[jax.ShapeDtypeStruct]:
-    """What the forward pass over so many pairs hands to the backward pass."""
+    """List what the forward pass over `pairs` pairs hands to the backward pass."""
     model = config.model
     images = jax.ShapeDtypeStruct((pairs, model.image_size, model.image_size, 3), jnp.uint8)
     text = jax.ShapeDtypeStruct((pairs, model.text_length), jnp.int32)

@@ -1,4 +1,4 @@
-"""TPU pods: which exist, and their devices as the compiler knows them."""
+"""TPU pods: the shapes that exist, and their devices as the compiler knows them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FLAT = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 
 
 def topologies(kind: str) -> list[str]:
-    """The slices of that kind that one can have, smallest first: of three dimensions multiples of four from a cube on.
+    """List the pods of a kind of chip, smallest first. In three dimensions large ones have multiples of four.
 
     >>> topologies("v6e")[:3], topologies("v5p")[4:7]
     (['v6e:2x2', 'v6e:2x4', 'v6e:4x4'], ['v5p:4x4x4', 'v5p:4x4x8', 'v5p:4x4x12'])
@@ -33,7 +33,7 @@ def topologies(kind: str) -> list[str]:
 
 
 class Pod(NamedTuple):
-    """The devices of a pod as the compiler knows them; none of them is here."""
+    """A pod with its devices as the compiler knows them. None of them is here."""
 
     name: str
     chip: Tpu
@@ -42,14 +42,14 @@ class Pod(NamedTuple):
 
     @property
     def num_chips(self) -> int:
-        """Chips, of which some kinds have two devices each."""
+        """Number of chips. Some kinds of chip have two devices."""
         return len(self.devices) // self.chip.devices_per_chip
 
 
 def find_pod(name: str, num_slices: int = 1) -> Pod:
-    """The pod slice of that name, such as `v5p:8x8x8`, or several of them.
+    """Find the pod slice of a name such as `v5p:8x8x8`, or several such slices.
 
-    Raises ConfigError for one that does not exist, with those that do, and without TPU compiler.
+    Raises ConfigError if there is no such pod, with those that exist, and if there is no TPU compiler.
 
     >>> find_pod("v5e:3x3")
     Traceback (most recent call last):

@@ -1,7 +1,6 @@
-"""What work costs on a chip, in modelled seconds: one price list for both yardsticks of a compiled program.
+"""The prices of work on a chip, in modelled seconds.
 
-The roofline by instruction (planner.py) and the compiler's own schedule (scheduled.py)
-count differently and pay the same.
+Both yardsticks use them: the roofline by instruction (planner.py) and the compiler's own schedule (scheduled.py).
 """
 
 from __future__ import annotations
@@ -16,33 +15,33 @@ from moe_kernels.chips import Tpu
 
 # Between slices, bytes/s of a chip's share of its host's network: 200 Gbit/s for four chips.
 DATACENTRE_BANDWIDTH = 6.25e9
-# A collective's own latency over a pod; it matters for scalars only.
+# Latency of a collective over a pod. It matters for small ones only.
 LATENCY = 10e-6
 
 
 def at_peak(flops: int | float, chip: Tpu) -> float:
-    """Seconds of so many floating-point operations of a device at the peak of its data sheet."""
+    """Compute the seconds of FLOPs on a device, at the peak of its data sheet."""
     return flops / chip.flops
 
 
 def through_memory(size: int | float, chip: Tpu) -> float:
-    """Seconds of so many bytes to and from a device's main memory."""
+    """Compute the seconds of bytes to or from a device's main memory, at full bandwidth."""
     return size / chip.hbm_bandwidth
 
 
 def in_bundles(count: int, chip: Tpu) -> float:
-    """Seconds of so many bundles of one core, one a cycle."""
+    """Compute the seconds of bundles on one core, at one a clock cycle."""
     return count / (1e9 * chip.gigahertz)
 
 
 def on_matrix_units(macs: int | float, chip: Tpu) -> float:
-    """Seconds of so many bfloat16 multiply-adds issued to the matrix units of one core."""
+    """Compute the seconds of bfloat16 multiply-adds on the matrix units of one core."""
     return macs / chip.macs_per_cycle / (1e9 * chip.gigahertz)
 
 
 class _Span(NamedTuple):
-    """How a group of devices lies on the torus: its extent along each dimension, whether that closes a ring, and how
-    many slices it is in."""
+    """The place of a group of devices on the torus: its extent along each dimension, whether that is a closed ring, and
+    the number of slices."""
 
     sizes: tuple[int, ...]
     closed: tuple[bool, ...]
@@ -53,7 +52,7 @@ def _span(group: tuple[int, ...], pod: Pod, mesh: Mesh) -> _Span:
     members = [mesh.devices.flat[number] for number in group]
     places = np.array([device.coords[: len(pod.shape)] for device in members])
     sizes = tuple(int(n) for n in places.max(axis=0) - places.min(axis=0) + 1)
-    rings = 16 if pod.chip.dimensions == 2 else 4  # flat pods close at their full side, cubes at every multiple of 4
+    rings = 16 if pod.chip.dimensions == 2 else 4  # flat pods have rings of 16, cubes of any multiple of 4
     whole_cubes = pod.chip.dimensions == 2 or all(size % rings == 0 for size in pod.shape)
     closed = tuple(
         whole_cubes and size == side and side % rings == 0 for size, side in zip(sizes, pod.shape, strict=True)
@@ -62,14 +61,14 @@ def _span(group: tuple[int, ...], pod: Pod, mesh: Mesh) -> _Span:
 
 
 def exchange_seconds(kind: str, size: int, group: tuple[int, ...], pod: Pod, mesh: Mesh) -> float:
-    """Modelled time of a collective of `size` bytes a device over a group of devices.
+    """Compute the modelled seconds of a collective over a group of devices, of `size` bytes a device.
 
-    Inside a slice, on its torus: what crosses each half of the group over the links there (all-to-all), or rings along
-    all dimensions at once (the others). Devices of a group count as a full block of the torus, so a scattered group is
-    modelled too fast. Between slices, over the datacentre's network: sums and gathers are done in two levels, as the
-    TPU compiler writes them, so that each device ships its share of its slice's part only; in an all-to-all and in a
-    permutation there is nothing to share. The longer of the two levels counts, as if pieces of the buffer went through
-    both at once.
+    Inside a slice it runs on the torus. The time of an all-to-all is that of the bytes which cross the middle of the
+    group, over the links there; the others run rings along all dimensions at once. A group counts as a full block of
+    the torus, so a scattered group is modelled too fast. Between slices it runs over the datacentre's network. Sums and
+    gathers have two levels there, as the TPU compiler writes them, and each device ships its share of its slice's part.
+    An all-to-all and a permutation have nothing to share. The longer level counts, as if pieces of the buffer went
+    through both at once.
     """
     count = len(group)
     if count == 1 or not size:

@@ -1,16 +1,17 @@
-"""From the compiler's schedule to modelled seconds, for one compiled program on one chip.
+"""Price a compiled program on one chip by the compiler's own schedule, in modelled seconds.
 
-An instruction takes the largest of: bundles that run / clock, multiply-adds issued to the matrix units / their rate,
-and bytes copied to and from HBM / bandwidth. Instructions follow one another; what is copied at the top level
-(prefetches) hides under all of them. Copies of at most a row may carry a cost for each descriptor, as one more limit.
+One run of an instruction takes the longest of three: its bundles at one a clock cycle, its multiply-adds at the rate of
+the matrix units, and its copies at the bandwidth of HBM. `module_cost` prices a single layer and follows the top-level
+program of the schedule. `schedule_step` prices a train step in the order of its HLO program, beside the roofline.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from limoe.plan.bundles import Code, parse
-from limoe.plan.hlo import kernel_name
+from limoe.plan.hlo import COPIES, Run, kernel_name
 from limoe.plan.machine import Ran, run
+from limoe.plan.overlap import Cost, Times, schedule
 from limoe.plan.prices import in_bundles, on_matrix_units, through_memory
 from moe_kernels.chips import Tpu
 
@@ -18,15 +19,15 @@ Steering = tuple[str, dict[int, list[int]]]
 """A kernel's name, and the values of its integer operands by their index."""
 
 _TOP = "TLP"
-# Bytes that the compiler counts copies in.
+# The compiler counts copies in units of this many bytes.
 GRANULE = 32
-# A copy of up to this many bytes is taken for one that moves a row; blocks of a pipeline are larger.
+# A copy of at most this many bytes counts as the copy of a row. Blocks of a pipeline are larger.
 ROW_BYTES = 16 * 1024
 DESCRIPTOR_NANOSECONDS = (25, 50, 100)
 
 
 class Part(NamedTuple):
-    """One instruction: how often it runs, and all its runs together."""
+    """An instruction: how often it runs, and the totals of all its runs."""
 
     name: str
     trips: int
@@ -39,22 +40,22 @@ class Part(NamedTuple):
     row_copies: int
     unknown_branches: int
     matmul_bundles: int = 0
-    """Those of `bundles` that lie in straight pieces of code with a matmul."""
+    """Those of `bundles` in straight pieces of code with a matmul."""
 
     @property
     def seconds(self) -> float:
-        """Modelled."""
+        """The modelled time."""
         return max(self.bundle_seconds, self.mxu_seconds, self.hbm_seconds)
 
     @property
     def bound(self) -> str:
-        """Which of the three limits it is."""
+        """The name of the longest of the three limits."""
         limits = {"bundles": self.bundle_seconds, "MXU": self.mxu_seconds, "HBM": self.hbm_seconds}
         return max(limits, key=lambda name: limits[name])
 
 
 class ScheduledCost(NamedTuple):
-    """A whole program; parts in descending order of time."""
+    """A whole program. Its parts are in descending order of time."""
 
     parts: tuple[Part, ...]
     seconds: float
@@ -62,31 +63,30 @@ class ScheduledCost(NamedTuple):
     hbm_bytes: float
     unknown_branches: int
     missing: tuple[str, ...]
-    """Instructions without a schedule, such as work for SparseCore; they count as nothing."""
+    """Instructions without bundles, such as work for SparseCore. They count as nothing."""
 
     def with_descriptors(self, nanoseconds: int | float) -> float:
-        """Seconds if every copy of a row takes so long to be described, hidden under the rest of its instruction."""
+        """Compute the seconds if issuing each copy of a row takes so long, beside the rest of its instruction."""
         return self.seconds + sum(max(0.0, 1e-9 * nanoseconds * p.row_copies - p.seconds) for p in self.parts)
 
 
 def read_codes(texts: Mapping[str, str]) -> dict[str, Code]:
-    """The scalar programs of a compiled module's instructions."""
+    """Read the scalar programs of a compiled program, by instruction."""
     return {name: parse(text) for name, text in texts.items()}
 
 
-def module_cost(
-    codes: Mapping[str, Code], steering: Sequence[Steering], chip: Tpu, trips: Mapping[str, int] | None = None
-) -> ScheduledCost:
-    """Model the programs of a compiled module, with what steers its kernels; `trips` of instructions where known."""
-    delay = min((d for code in codes.values() if (d := code.branch_delay()) is not None), default=0)
+def module_cost(codes: Mapping[str, Code], steering: Sequence[Steering], chip: Tpu) -> ScheduledCost:
+    """Price a compiled program, given the integer operands that steer its kernels.
+
+    Instructions follow one another. Copies of the top level (prefetches) run beside all of them.
+    """
+    delay = _branch_delay(codes)
     operands = _steering_by_instruction(codes, steering)
     top = run(codes[_TOP], delay)
     parts = [part_cost(_TOP, 1, [top], chip)]
     for name, calls in top.calls.items():
         if name in codes:
-            often = calls if trips is None else trips.get(name, calls)
-            parts.append(part_cost(name, often, _runs(codes[name], delay, operands.get(name), chip), chip))
-    # Copies of the top level run beside the instructions.
+            parts.append(part_cost(name, calls, _runs(codes[name], delay, operands.get(name), chip), chip))
     beside, serial = parts[0].hbm_seconds, [parts[0]._replace(hbm_seconds=0.0), *parts[1:]]
     hbm = sum(part.hbm_seconds for part in serial) + beside
     return ScheduledCost(
@@ -100,50 +100,89 @@ def module_cost(
 
 
 class ScheduledStep(NamedTuple):
-    """A step by the compiler's own schedule."""
+    """A train step priced by the compiler's own schedule."""
 
-    seconds: float | None
-    """None where the schedule cannot be read."""
+    times: Times | None
+    """None where there is no schedule or it cannot be read."""
     note: str
-    """Why it cannot, or what it leaves to the roofline."""
+    """How many instructions were priced by their bundles, or why none was."""
 
 
-class OneInstruction(NamedTuple):
-    """How often a step runs an instruction, and the roofline's seconds of all its runs."""
-
-    trips: int
-    seconds: float
+NOT_ASKED = ScheduledStep(None, "not asked for; --schedule prices the step by the compiler's own schedule, too")
 
 
-def schedule_step(
-    texts: Mapping[str, str], instructions: Mapping[str, OneInstruction], waits: float, chip: Tpu
-) -> ScheduledStep:
-    """Model a step from the final bundles of its instructions; `waits` are seconds of exchanges that nothing hides.
+def schedule_step(texts: Mapping[str, str], costs: Sequence[tuple[Run, Cost]], chip: Tpu) -> ScheduledStep:
+    """Price a train step by the final bundles of its instructions.
 
-    Where a branch hangs on data, as in kernels that skip rows, or the compiler wrote no bundles, an instruction takes
-    at least its time by the roofline.
+    `texts` are the bundles by instruction; `costs` are the instructions in order, each with the cost of one run by the
+    roofline. Order, trips and overlap come from the program, as for the roofline. Only the cost of one run comes from
+    the bundles, and it is at least the roofline's. The roofline also prices exchanges, asynchronous copies and
+    instructions without bundles. The scalar program that starts the instructions counts as nothing.
     """
-    if _TOP not in texts:
-        return ScheduledStep(None, "the compiler wrote no schedule")
-    trips = {name: one.trips for name, one in instructions.items()}
     try:
-        cost = module_cost(read_codes(texts), [], chip, trips)
-    except (RuntimeError, ValueError) as error:
-        return ScheduledStep(None, f"the compiler's schedule cannot be run: {error}")
-    unreached = (texts.keys() & instructions.keys()) - {part.name for part in cost.parts}
-    if unreached:
-        reached = len(texts.keys() & instructions.keys()) - len(unreached)
-        return ScheduledStep(
-            None, f"the top-level program was followed to {reached} instructions, not {len(unreached)}"
-        )
-    known = dict.fromkeys(cost.missing, 0.0) | {part.name: part.seconds for part in cost.parts if part.unknown_branches}
-    longer = [instructions[name].seconds - seconds for name, seconds in known.items() if name in instructions]
-    note = f"{len(longer)} of {len(cost.parts) + len(cost.missing)} instructions take the roofline's time at least"
-    return ScheduledStep(cost.seconds + sum(max(0.0, seconds) for seconds in longer) + waits, note)
+        codes = read_codes({name: texts[name] for one, _ in costs if (name := one.instruction.name) in texts})
+    except ValueError as error:
+        return ScheduledStep(None, f"the compiler's schedule cannot be read: {error}")
+    if not codes:
+        return ScheduledStep(None, "the compiler wrote no schedule of the step's instructions")
+    delay = _branch_delay(codes)
+    prices: dict[str, Cost] = {}
+    unknown = 0
+    left: list[float] = []
+    for one, cost in costs:
+        name = one.instruction.name
+        if one.instruction.opcode in COPIES or _waits_for_devices(one, cost) or name in prices:
+            continue
+        if part := _one_run(name, codes.get(name), delay, chip):
+            prices[name] = _by_bundles(part, cost, codes[name].uses_core_id, chip)
+            unknown += part.unknown_branches > 0
+        elif seconds := max(cost.compute, cost.hbm):
+            left.append(one.trips * seconds)
+    note = (
+        f"{len(prices)} instructions by their bundles ({unknown} with branches that hang on data), "
+        f"{len(left)} without bundles by the roofline ({1e6 * sum(left):.3g} us)"
+    )
+    return ScheduledStep(schedule((one, prices.get(one.instruction.name, cost)) for one, cost in costs), note)
+
+
+def _waits_for_devices(one: Run, cost: Cost) -> bool:
+    """Whether an instruction is an exchange and nothing else. Its bundles wait for other devices."""
+    return cost.exchange > 0 and one.instruction.opcode != "fusion"
+
+
+def _one_run(name: str, code: Code | None, delay: int, chip: Tpu) -> Part | None:
+    """One run of an instruction; None if it has no bundles or its scalar program does not end here."""
+    if code is None:
+        return None
+    try:
+        return part_cost(name, 1, _runs(code, delay, None, chip), chip)
+    except RuntimeError:
+        return None
+
+
+def _by_bundles(part: Part, roofline: Cost, is_split: bool, chip: Tpu) -> Cost:
+    """The cost of one run by the schedule. It is never less than the roofline's.
+
+    Branches that hang on data make the counts of a kernel wrong: a loop counts one trip, and every region counts as
+    run. Its code with matmuls is then taken to run as often as the roofline's FLOPs need, spread over the chip's cores
+    if the kernel asks which core it runs on. Its traffic is then the roofline's.
+    """
+    scale, hbm = 1.0, max(roofline.hbm, part.hbm_seconds)
+    if part.unknown_branches:
+        hbm = roofline.hbm
+        if roofline.compute and part.mxu_seconds:
+            scale = roofline.compute * (1 if is_split else chip.num_cores) / part.mxu_seconds
+    bundles = part.bundle_seconds + (scale - 1) * in_bundles(part.matmul_bundles, chip)
+    return roofline._replace(compute=max(roofline.compute, scale * part.mxu_seconds, bundles), hbm=hbm)
+
+
+def _branch_delay(codes: Mapping[str, Code]) -> int:
+    """Count the bundles that still run after a branch on this chip."""
+    return min((d for code in codes.values() if (d := code.branch_delay()) is not None), default=0)
 
 
 def _runs(code: Code, delay: int, steering: Mapping[int, Sequence[int]] | None, chip: Tpu) -> list[Ran]:
-    """What each core does; one run if they are not told apart, since then the work is not split."""
+    """Run a program on each core. If the cores do the same, the work is not split, and one run is returned."""
     cores = chip.num_cores if code.uses_core_id else 1
     runs = [run(code, delay, steering, core) for core in range(cores)]
     first = runs[0]
@@ -151,7 +190,7 @@ def _runs(code: Code, delay: int, steering: Mapping[int, Sequence[int]] | None, 
 
 
 def part_cost(name: str, trips: int, runs: Sequence[Ran], chip: Tpu) -> Part:
-    """Model one instruction from what each core does: the slowest core decides, copies and multiply-adds add up.
+    """Price one instruction from its runs on each core. The slowest core decides; copies and multiply-adds add up.
 
     >>> import numpy as np
     >>> from collections import Counter
@@ -190,9 +229,9 @@ def part_cost(name: str, trips: int, runs: Sequence[Ran], chip: Tpu) -> Part:
 def _steering_by_instruction(
     codes: Mapping[str, Code], steering: Sequence[Steering]
 ) -> dict[str, Mapping[int, Sequence[int]]]:
-    """Give each kernel its integer operands: those whose name (where it has one), indices and lengths fit.
+    """Find the integer operands of each kernel. The kernel's name (if known), indices and lengths must match.
 
-    Calls of one kernel are numbered by the compiler in the order of the program; several that fit are taken in turn.
+    The compiler numbers calls of one kernel in the order of the program, so calls that match are taken in turn.
     """
     left = list(steering)
     found: dict[str, Mapping[int, Sequence[int]]] = {}
@@ -210,7 +249,7 @@ def _steering_by_instruction(
 
 
 def _natural(name: str) -> tuple[str, int]:
-    """An instruction's name and the number that the compiler puts behind it.
+    """Split an instruction's name from the number that the compiler puts behind it.
 
     >>> _natural("gather_rows.12.refs_10_"), _natural("gather_rows")
     (('gather_rows', 12), ('gather_rows', -1))

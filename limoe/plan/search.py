@@ -1,4 +1,4 @@
-"""The best mesh, rematerialisation and chunking for a pod, each candidate compiled."""
+"""Search the best mesh, rematerialisation and chunking for a pod. Each candidate is compiled."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _Change = tuple[str, dict[str, Any]]
 def search(
     config: Config, topology: str, *, say: Callable[[str], None], planned: Callable[[Config, str], PodPlan] = plan
 ) -> PodPlan:
-    """The plan with the shortest modelled step among those that fit; without any, the one that needs least memory.
+    """Find the plan with the shortest modelled step that fits. If none fits, return the one that needs least memory.
 
-    One kind of setting after another, each from the best so far: rematerialisation first (it decides what fits), then
-    the size of the expert axis (1 included), then the number of chunks of an exchange. A change that is refused is said
-    to be skipped; a configuration that is refused as it stands raises its ConfigError or HloError.
+    One kind of setting is varied after another, each time from the best plan so far: rematerialisation first (it
+    decides what fits), then the size of the expert axis (1 included), then the chunks of an exchange. A refused
+    candidate is skipped with a message. Raises ConfigError or HloError if the first configuration is refused.
     """
     pod = find_pod(topology, config.mesh.slice)
     best_config = on_pod(config, pod)
@@ -53,7 +53,7 @@ def _remats(config: Config, num_devices: int) -> Iterator[_Change]:
 
 
 def _meshes(config: Config, num_devices: int) -> Iterator[_Change]:
-    """Every other size of the expert axis that divides experts and devices."""
+    """List the other sizes of the expert axis. They divide the number of experts and of devices."""
     mesh = config.mesh
     within = num_devices // mesh.slice
     for expert in range(1, config.model.num_experts + 1 if config.model.moe_layers else 1):
@@ -69,7 +69,7 @@ def _chunks(config: Config, num_devices: int) -> Iterator[_Change]:
 
 
 def _rank(found: PodPlan) -> tuple[bool, float]:
-    """Smaller is better: what fits by time, what does not by memory."""
+    """Rank a plan; smaller is better. Plans that fit go first, by time, then the others by memory."""
     if found.fits and found.modelled_step_seconds is not None:
         return (False, found.modelled_step_seconds)
     return (True, float(found.memory_per_chip_bytes))

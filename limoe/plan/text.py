@@ -1,4 +1,4 @@
-"""A plan for a terminal."""
+"""Print a plan in a terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _GIB = 2**30
 
 
 def as_text(plan: PodPlan) -> str:
-    """All of a plan in words and numbers; every time says that it is modelled."""
+    """Write a plan in words and numbers. Modelled times say so."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     settings = ", ".join(f"{name}={str(value).lower()}" for name, value in plan.settings.items())
     verdict = "fits" if plan.fits else "DOES NOT FIT"
@@ -32,37 +32,35 @@ def as_text(plan: PodPlan) -> str:
         for axes, size in by_axes.items():
             count = plan.num_collectives[kind][axes]
             lines.append(_row(f"{kind} over {axes}", f"{size / 1e6:,.1f} MB in {count:,}"))
-    times = plan.times
+    both = [times for times in (plan.times, plan.scheduled.times) if times is not None]
     lines += ["", "a step, modelled (not measured)"]
-    for name, value in (
-        ("matmuls", times.compute),
-        ("main memory", times.hbm),
-        ("both, one covering the other", times.busy),
-        ("exchanges", times.exchange),
-        ("of them under other work", times.hidden),
-        ("step", times.step),
+    if plan.scheduled.times is not None:
+        lines.append(_row("", "by the roofline", "by the schedule"))
+    for name, field in (
+        ("computing", "compute"),
+        ("main memory", "hbm"),
+        ("both, one covering the other", "busy"),
+        ("exchanges", "exchange"),
+        ("of them under other work", "hidden"),
+        ("step", "step"),
     ):
-        lines.append(_row(name, f"{value * 1e3:,.1f} ms"))
-    scheduled = plan.scheduled_step_seconds
-    lines.append(
-        _row("step by the compiler's schedule", "unknown" if scheduled is None else f"{scheduled * 1e3:,.1f} ms")
-    )
-    lines.append(f"    ({plan.scheduled_note})")
-    hours = plan.steps * times.step / 3600
+        lines.append(_row(name, *(f"{getattr(times, field) * 1e3:,.3f} ms" for times in both)))
+    shares = [share for share in (plan.modelled_mfu, plan.scheduled_mfu) if share is not None]
+    lines.append(_row("model FLOPs utilisation", *(f"{share:.1%}" for share in shares)))
+    lines.append(f"  the schedule: {plan.scheduled.note}")
+    step = plan.times.step
     lines += [
         "",
-        "the run, modelled",
-        _row("model FLOPs utilisation", f"{plan.modelled_mfu:.1%}"),
-        *([] if plan.scheduled_mfu is None else [_row("  by the compiler's schedule", f"{plan.scheduled_mfu:.1%}")]),
-        _row("pairs a second", f"{plan.batch_size / times.step:,.0f}"),
-        _row(f"days for {plan.steps:,} steps", f"{plan.steps * times.step / SECONDS_OF_A_DAY:,.1f}"),
-        _row("chip-hours", f"{hours * plan.num_chips:,.0f}"),
+        "the run, modelled by the roofline",
+        _row("pairs a second", f"{plan.batch_size / step:,.0f}"),
+        _row(f"days for {plan.steps:,} steps", f"{plan.steps * step / SECONDS_OF_A_DAY:,.1f}"),
+        _row("chip-hours", f"{plan.steps * step / 3600 * plan.num_chips:,.0f}"),
     ]
     return "\n".join(lines)
 
 
-def _row(name: str, value: str) -> str:
-    return f"  {name:<34} {value:>20}"
+def _row(name: str, *values: str) -> str:
+    return f"  {name:<34} " + " ".join(f"{value:>20}" for value in values)
 
 
 def _gib(size: int) -> str:
