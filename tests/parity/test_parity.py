@@ -31,21 +31,21 @@ BOUNDS = {"float32": 5e-6, "bfloat16": 2 * 2.0**-8 * np.sqrt(WIDTH)}
 
 # What kernels run of each family. XLA runs other routers than a softmax whose largest entries are the gates. No kernel
 # knows Switch's relu.
-GATED = {"dispatch", "experts", "down", "combine"}
-PLAIN = {"dispatch", "experts", "combine"}
+EXPERTS_ALONE = {"dispatch", "experts", "combine"}
+ALL = EXPERTS_ALONE | {"route"}
 KERNELS = {
-    "mixtral": GATED,
-    "qwen2_moe": GATED | {"route"},
-    "qwen3_moe": GATED,
-    "olmoe": GATED | {"route"},
-    "deepseek_v3": GATED,
-    "gpt_oss": GATED,
-    "llama4": GATED,
-    "granite_moe": GATED,
-    "phi_moe": GATED,
-    "jamba": GATED | {"route"},
-    "switch_capacity": PLAIN | {"route"},
-    "v_moe": PLAIN | {"route"},
+    "mixtral": EXPERTS_ALONE,
+    "qwen2_moe": ALL,
+    "qwen3_moe": EXPERTS_ALONE,
+    "olmoe": ALL,
+    "deepseek_v3": EXPERTS_ALONE,
+    "gpt_oss": EXPERTS_ALONE,
+    "llama4": EXPERTS_ALONE,
+    "granite_moe": EXPERTS_ALONE,
+    "phi_moe": EXPERTS_ALONE,
+    "jamba": ALL,
+    "switch_capacity": ALL,
+    "v_moe": ALL,
 }
 # One choice of each token, and rows in a block: one kernel of the TPU.
 TPU_KERNELS = KERNELS | {"switch_capacity": {"route", "layer"}}
@@ -116,12 +116,10 @@ def check(name: str, dtype: str, backend: str, mesh: Any = None) -> None:
 def run_by_kernels(tokens: Any, layer: Layer, shards: int) -> set[str]:
     """The verbs of the layer that another back end than XLA runs, or the span for the whole layer."""
     spec = dataclasses.replace(layer.spec, num_groups=layer.spec.num_groups // shards)
-    choice = explain(tokens[: len(tokens) // shards], layer.router, layer.weights, spec, shards=shards).choice
-    verbs = {"route", "layer"} if choice.layer.backend is not None else GATED | {"route"}
-    if isinstance(layer.router, Routing):
-        verbs.remove("route")
-    chosen = {verb: getattr(choice, verb) for verb in verbs}
-    return {verb for verb, by in chosen.items() if by is not None and by.backend != "xla"}
+    told = explain(tokens[: len(tokens) // shards], layer.router, layer.weights, spec, shards=shards).as_json()
+    verbs = ALL if told["layer"]["backend"] is None else {"route", "layer"}
+    verbs = verbs - {"route"} if isinstance(layer.router, Routing) else verbs
+    return {verb for verb in verbs if told[verb]["backend"] != "xla"}
 
 
 def sample(*everyday: str) -> list:
