@@ -146,12 +146,12 @@ def schedule_step(texts: Mapping[str, str], costs: Sequence[tuple[Run, Cost]], c
 
 
 def _waits_for_devices(one: Run, cost: Cost) -> bool:
-    """Whether an instruction is an exchange and nothing else. Its bundles wait for other devices."""
+    """Tell if an instruction is an exchange and nothing else. Its bundles wait for other devices."""
     return cost.exchange > 0 and one.instruction.opcode != "fusion"
 
 
 def _one_run(name: str, code: Code | None, delay: int, chip: Tpu) -> Part | None:
-    """One run of an instruction; None if it has no bundles or its scalar program does not end here."""
+    """Price one run of an instruction; None if it has no bundles or its scalar program does not end here."""
     if code is None:
         return None
     try:
@@ -161,7 +161,7 @@ def _one_run(name: str, code: Code | None, delay: int, chip: Tpu) -> Part | None
 
 
 def _by_bundles(part: Part, roofline: Cost, is_split: bool, chip: Tpu) -> Cost:
-    """The cost of one run by the schedule. It is never less than the roofline's.
+    """Compute the cost of one run by the schedule. It is never less than the roofline's.
 
     Branches that hang on data make the counts of a kernel wrong: a loop counts one trip, and every region counts as
     run. Its code with matmuls is then taken to run as often as the roofline's FLOPs need, spread over the chip's cores
