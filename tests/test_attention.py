@@ -150,9 +150,9 @@ def test_what_the_kernel_does_not_take_goes_to_xla_or_is_an_error():
     assert why_not_kernel(preset("h14").model, 21504 * 272, "bfloat16", False, TracedChip("tpu", "TPU v5", 512)) is None
     reasons = {
         "platform cpu": why_not_kernel(model, 16384 * 212, "bfloat16", False, TracedChip("cpu", "cpu")),
-        "no masks": why_not_kernel(model, 16384 * 212, "bfloat16", True, chip),
-        "no whole examples": why_not_kernel(model, 100 * 212, "bfloat16", False, chip),
-        "no multiple of 848": why_not_kernel(model, 64 * 2 * 212, "bfloat16", False, chip),
+        "not support masks": why_not_kernel(model, 16384 * 212, "bfloat16", True, chip),
+        "whole examples": why_not_kernel(model, 100 * 212, "bfloat16", False, chip),
+        "not a multiple of 848": why_not_kernel(model, 64 * 2 * 212, "bfloat16", False, chip),
         "neither": why_not_kernel(model, 16384 * 212, "float16", False, chip),
         "16 examples of 65": why_not_kernel(preset("b32").model, 16384 * 65, "bfloat16", False, chip),
         "do not fill whole lanes": attention_kernel.misfit(Geometry(((0, 16),), 96, 3), 160, "bfloat16"),
@@ -162,5 +162,5 @@ def test_what_the_kernel_does_not_take_goes_to_xla_or_is_an_error():
         assert words in (reason or ""), (words, reason)
     config = small_config(*SMALL, "attention=kernel", "text_padding=mask")
     x = jnp.zeros((8 * 40, 128))
-    with pytest.raises(ConfigError, match=r"model\.attention=kernel does not take this: it has no masks"):
+    with pytest.raises(ConfigError, match=r"model\.attention=kernel cannot be used: it does not support masks"):
         attend(x, x, x, jnp.ones((8, 40), bool), config.model, None)

@@ -1,1 +1,1 @@
-"""The tower: one Transformer for image and text tokens, its attention and its mixture-of-experts block."""
+"""The tower: one Transformer for image and text tokens, with its attention and its mixture-of-experts block."""

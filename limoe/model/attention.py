@@ -1,8 +1,8 @@
-"""Self-attention within each modality: by XLA, and on TPUs by one kernel that keeps the scores in VMEM.
+"""Self-attention within each modality, by XLA or, on TPUs, by one kernel that keeps the scores in VMEM.
 
-Tokens `[T, D]` lie example after example, of each the tokens of one modality after those of the other, heads side by
-side in D. XLA writes every score to the main memory, forward once and backward several times: at 196 patches that is
-most of a layer's traffic.
+Tokens `[T, D]` are ordered by example and, within an example, by modality. D holds the heads side by side. XLA writes
+every score to main memory, once in the forward pass and several times in the backward pass. At 196 patches that is most
+of a layer's traffic.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from limoe.parallel.mesh import Placement
 
 @dataclasses.dataclass(frozen=True)
 class TracedChip:
-    """What a program is traced for: the platform, the kind of chip as JAX names it, and over how many devices examples
-    are split."""
+    """The device for which a program is traced: platform, JAX's device kind, and the number of devices that share the
+    examples."""
 
     platform: str
     kind: str
@@ -34,13 +34,13 @@ class TracedChip:
 
 
 def device_of(placement: Placement | None) -> TracedChip:
-    """The device of a mesh, else JAX's default one."""
+    """Find the device of the mesh, else JAX's default device."""
     device = jax.devices()[0] if placement is None else placement.mesh.devices.flat[0]
     return TracedChip(device.platform, device.device_kind, 1 if placement is None else placement.size)
 
 
 def geometry_of(config: ModelConfig, lengths: Lengths | None = None) -> Geometry:
-    """How the tokens of an example lie, of both modalities or of those in `lengths`."""
+    """Describe the layout of an example's tokens, by default with both modalities."""
     return Geometry((lengths or config.lengths).spans, config.width, config.num_heads)
 
 
@@ -52,22 +52,22 @@ def why_not_kernel(
     device: TracedChip,
     lengths: Lengths | None = None,
 ) -> str | None:
-    """Why the kernel does not take these tokens; None if it does.
+    """Say why the kernel cannot process these tokens; None if it can.
 
     >>> from limoe.config.presets import preset
     >>> model, chip = preset("b16").model, TracedChip("tpu", "TPU v5", 64)
     >>> why_not_kernel(model, 16384 * 212, "bfloat16", False, chip) is None
     True
     >>> why_not_kernel(model, 16384 * 212, "bfloat16", True, chip)
-    'it has no masks, which text_padding=mask needs'
+    'it does not support masks, as with text_padding=mask'
     """
     if device.platform != "tpu" and config.attention != "kernel":
-        return f"platform {device.platform} is not tpu; named, it runs interpreted"
+        return f"platform {device.platform} is not tpu; model.attention=kernel runs it interpreted"
     if masked:
-        return "it has no masks, which text_padding=mask needs"
+        return "it does not support masks, as with text_padding=mask"
     geometry = geometry_of(config, lengths)
     if num_tokens % (device.count * geometry.length):
-        return f"{num_tokens} tokens are no whole examples on each of {device.count} devices"
+        return f"{num_tokens} tokens do not divide into whole examples on {device.count} devices"
     return attention_kernel.misfit(geometry, num_tokens // device.count, dtype)
 
 
@@ -80,12 +80,10 @@ def attend(
     placement: Placement | None,
     lengths: Lengths | None = None,
 ) -> Float[Array, "T D"]:
-    """Attend within each modality of each example; `present` False hides a token from the others.
+    """Attend within each modality of each example. Other tokens do not see a token with `present` False.
 
-    An example has tokens of both modalities, or as many of each as `lengths` says.
-
-    By the kernel where it takes the tokens, else by XLA, as `model.attention` says. Raises ConfigError where the kernel
-    was asked for and refuses.
+    An example has `lengths` tokens of each modality (default: the model's). `model.attention` names the kernel or XLA;
+    auto uses the kernel if it can process the tokens. Raises ConfigError if the kernel is named but cannot.
     """
     device = device_of(placement)
     refusal = "model.attention=xla" if config.attention == "xla" else None
@@ -99,7 +97,7 @@ def attend(
             query, key, value
         )
     if config.attention == "kernel":
-        raise ConfigError(f"model.attention=kernel does not take this: {refusal}; use auto or xla")
+        raise ConfigError(f"model.attention=kernel cannot be used: {refusal}; use auto or xla")
     by_xla = jax.checkpoint(_by_xla, static_argnums=4) if config.remat == "attention" else _by_xla
     return by_xla(query, key, value, present, geometry_of(config, lengths))
 

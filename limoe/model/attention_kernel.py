@@ -1,11 +1,10 @@
-"""Attention within short spans of tokens as one Pallas kernel for TPUs, with its derivative.
+"""Attention within short spans of tokens, as one Pallas kernel for TPUs with a derivative.
 
-A span (the patches of an image, the words of a caption) fits in VMEM whole, so its scores never leave the chip, and the
-backward pass computes them again. Tokens `[T, D]` stay as the projections write them: a step of the grid works on some
-examples and on as many heads as fill whole lanes. A span rarely starts at a tile of rows, and a head rarely fills whole
-lanes: what is loaded is the window of whole tiles around them, and what does not belong to them is selected away (never
-multiplied by 0: a NaN of one example stays there) before it meets a matmul. Results are put beside what neighbours
-wrote into the same tiles.
+A span is the patches of an image or the words of a caption. It fits in VMEM, so its scores never leave the chip; the
+backward pass recomputes them. Tokens `[T, D]` keep the layout of the projections. A step of the grid processes some
+examples, and as many heads as fill whole lanes. A span rarely starts at a tile of rows, and a head rarely fills whole
+lanes. The kernel therefore loads the window of whole tiles around them. Before a matmul it replaces the foreign values
+by 0 with a select; a product with 0 would spread a NaN of another example. It writes only its own part of a window.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from moe_kernels.chips import LANES, find_tpu
 from moe_kernels.precision import dot
 
 TILE_ROWS = 16
-"""Of a tile of bfloat16; one of float32 has half of the rows."""
+"""Rows of a bfloat16 tile. A float32 tile has half as many."""
 MOST_EXAMPLES, MOST_PERIODS = 8, 2
-"""Examples that are written out in the program of a kernel, and how often a step of the grid repeats that."""
+"""The most examples that a kernel's program unrolls, and the most repeats of that in a step of the grid."""
 BLOCKS_BYTES, VMEM_LIMIT = 8 * 2**20, 15 * 2**20
-"""Of VMEM: for the blocks of all arrays twice (one is fetched while one is worked on), and all; v4 has 16 MiB."""
+"""Bytes of VMEM for the double-buffered blocks of all arrays, and for the whole kernel (v4 has 16 MiB)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """How tokens lie: the spans of an example, which are adjacent from 0 on, and the heads of a token.
+    """The layout of tokens: the spans of an example, adjacent from 0 on, and the heads of a token.
 
     >>> b16 = Geometry(((0, 196), (196, 212)), 768, 12)
     >>> b16.period, b16.lanes, Geometry(((0, 256), (256, 272)), 1280, 16).lanes
@@ -48,27 +47,27 @@ class Geometry:
 
     @property
     def length(self) -> int:
-        """Tokens of an example."""
+        """Number of tokens of an example."""
         return self.spans[-1][1]
 
     @property
     def period(self) -> int:
-        """Examples after which one starts at a tile of rows again."""
+        """Number of examples after which an example starts at a tile of rows again."""
         return TILE_ROWS // math.gcd(self.length, TILE_ROWS)
 
     @property
     def head_width(self) -> int:
-        """Lanes of a head."""
+        """Number of lanes of a head."""
         return self.width // self.num_heads
 
     @property
     def lanes(self) -> int:
-        """Lanes after which a head starts at a tile of lanes again."""
+        """Number of lanes after which a head starts at a tile of lanes again."""
         return math.lcm(self.head_width, LANES)
 
 
 class Window(NamedTuple):
-    """Whole tiles around a range: where they start and end, and the range."""
+    """The whole tiles around a range, from `start` to `end`, and the range itself, from `first` to `last`."""
 
     start: int
     end: int
@@ -81,7 +80,7 @@ class Window(NamedTuple):
         return self.end - self.start
 
     def only(self, shape: tuple[int, ...], axis: int) -> Bool[Array, "..."] | None:
-        """Which of a window's places belong to the range; None for all."""
+        """Mark the positions of the window that belong to the range; None if all do."""
         if (self.start, self.end) == (self.first, self.last):
             return None
         place = jax.lax.broadcasted_iota(jnp.int32, shape, axis) + self.start
@@ -89,7 +88,7 @@ class Window(NamedTuple):
 
 
 def window(first: int, last: int, tile: int) -> Window:
-    """The tiles around a range.
+    """Find the whole tiles around a range.
 
     >>> window(196, 212, 16)
     Window(start=192, end=224, first=196, last=212)
@@ -98,25 +97,23 @@ def window(first: int, last: int, tile: int) -> Window:
 
 
 def misfit(geometry: Geometry, num_tokens: int, dtype: Any) -> str | None:
-    """Why the kernel does not take whole examples of so many tokens; None if it does.
+    """Say why the kernel cannot process whole examples with this number of tokens; None if it can.
 
     >>> misfit(Geometry(((0, 49), (49, 65)), 768, 12), 65 * 256, "bfloat16")
-    '16 examples of 65 tokens would be written out, at most 8 are'
+    'would unroll 16 examples of 65 tokens, more than 8'
     """
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"dtype {dtype} is neither bfloat16 nor float32"
     if geometry.width % geometry.lanes:
         return f"heads of {geometry.head_width} do not fill whole lanes in a width of {geometry.width}"
     if geometry.period > MOST_EXAMPLES:
-        return (
-            f"{geometry.period} examples of {geometry.length} tokens would be written out, at most {MOST_EXAMPLES} are"
-        )
+        return f"would unroll {geometry.period} examples of {geometry.length} tokens, more than {MOST_EXAMPLES}"
     rows = geometry.period * geometry.length
     if num_tokens % rows or num_tokens == 0:
-        return f"{num_tokens} tokens are no multiple of {rows}"
+        return f"{num_tokens} tokens are not a multiple of {rows}"
     longest = max(window(0, end - start + TILE_ROWS, LANES).size for start, end in geometry.spans)
     itemsize = jnp.dtype(dtype).itemsize
-    scores = 4 * 4 * longest**2  # of the backward pass, float32
+    scores = 4 * 4 * longest**2  # float32, in the backward pass
     if _blocks_bytes(geometry, rows, itemsize) > BLOCKS_BYTES or BLOCKS_BYTES + scores > VMEM_LIMIT:
         return f"spans of {longest} tokens with {geometry.lanes} lanes do not fit {VMEM_LIMIT >> 20} MiB of VMEM"
     return None
@@ -125,7 +122,7 @@ def misfit(geometry: Geometry, num_tokens: int, dtype: Any) -> str | None:
 def forward(
     geometry: Geometry, kind: str, interpret: bool, query: Float[Array, "T D"], *others: Float[Array, "T D"]
 ) -> Float[Array, "T D"]:
-    """`softmax(q kᵀ / sqrt(head width)) v` of every head within every span, for queries, keys and values."""
+    """Compute `softmax(q kᵀ / sqrt(head width)) v` of every head within every span. The arrays are q, k, v."""
     body = functools.partial(_forward, geometry)
     (out,) = _launch("attention_forward", body, geometry, kind, interpret, 2, 1, query, *others)
     return out
@@ -134,14 +131,14 @@ def forward(
 def backward(
     geometry: Geometry, kind: str, interpret: bool, query: Float[Array, "T D"], *others: Float[Array, "T D"]
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"], Float[Array, "T D"]]:
-    """Cotangents of queries, keys and values, given these and the cotangent of the result."""
+    """Compute the cotangents of q, k and v. The arrays are q, k, v and the cotangent of the result."""
     body = functools.partial(_backward, geometry)
     dquery, dkey, dvalue = _launch("attention_backward", body, geometry, kind, interpret, 5, 3, query, *others)
     return dquery, dkey, dvalue
 
 
 def _blocks_bytes(geometry: Geometry, rows: int, itemsize: int) -> int:
-    """Of the seven arrays of the backward pass, each twice."""
+    """Compute the bytes of the double-buffered blocks of the backward pass, which has seven arrays."""
     return 2 * 7 * rows * geometry.lanes * itemsize
 
 
@@ -155,7 +152,7 @@ def _launch(
     num_results: int,
     *arrays: Float[Array, "T D"],
 ) -> Sequence[Float[Array, "T D"]]:
-    """Run a kernel over blocks of examples and of heads."""
+    """Run a kernel over a grid of blocks of examples and blocks of heads."""
     (num_tokens, width), dtype = arrays[0].shape, arrays[0].dtype
     rows = geometry.period * geometry.length
     periods = num_tokens // rows
@@ -191,13 +188,13 @@ def _launch(
 
 
 def _array_side(kind: str) -> int:
-    """Rows and columns of the chip's matrix unit; 128 where kernels are interpreted."""
+    """Get the number of rows and columns of the chip's matrix unit; 128 for interpreted kernels."""
     tpu = find_tpu(kind)
     return tpu.depth if tpu else 128
 
 
 def issued_flops(geometry: Geometry, products: int, side: int) -> int:
-    """What the matrix unit does for one period of one block of heads, with all that pads its arrays.
+    """Count the FLOPs of the matrix unit for one period of one block of heads, with padding.
 
     >>> issued_flops(Geometry(((0, 128),), 128, 1), 2, 128) == 2 * 2 * 128**3
     True
@@ -205,13 +202,13 @@ def issued_flops(geometry: Geometry, products: int, side: int) -> int:
     up = lambda size: -(-size // side) * side  # noqa: E731
     total = 0
     for rows, lanes in _windows(geometry):
-        # Forward and backward each product has the rows twice and the lanes once.
+        # The sizes of each product are rows, rows and lanes.
         total += 2 * products * rows.size * up(rows.size) * up(lanes.size)
     return total
 
 
 def _windows(geometry: Geometry) -> Iterator[tuple[Window, Window]]:
-    """The rows and lanes of each span and head of a period, in a block's own numbers."""
+    """List the windows of rows and lanes of each span and head of a period, relative to the block."""
     for example in range(geometry.period):
         for start, end in geometry.spans:
             at = example * geometry.length
@@ -221,48 +218,38 @@ def _windows(geometry: Geometry) -> Iterator[tuple[Window, Window]]:
 
 
 class _Piece(NamedTuple):
-    """One head of one span inside a block: how to read and write it."""
+    """One head of one span in a block."""
 
     base: Any
     rows: Window
     lanes: Window
 
     def where(self) -> tuple[Any, slice]:
+        """Index the window in a block."""
         own = pl.ds(pl.multiple_of(self.base + self.rows.start, TILE_ROWS), self.rows.size)
         return own, slice(self.lanes.start, self.lanes.end)
 
-    def mine(self, *windows: tuple[Window, int]) -> Bool[Array, "N L"] | None:
-        masks = [part.only((self.rows.size, self.lanes.size), axis) for part, axis in windows]
+    def mask(self, *axes: int) -> Bool[Array, "N L"] | None:
+        """Mark the piece's own rows (axis 0) and lanes (axis 1) in its window; None for the whole window."""
+        shape = (self.rows.size, self.lanes.size)
+        masks = [(self.rows, self.lanes)[axis].only(shape, axis) for axis in axes]
         found = [mask for mask in masks if mask is not None]
         return functools.reduce(jnp.logical_and, found) if found else None
 
-    def rows_of(self, ref: Any) -> Float[Array, "N L"]:
-        """The window with the rows of other spans 0."""
-        return self._only(self.mine((self.rows, 0)), ref)
-
-    def of(self, ref: Any) -> Float[Array, "N L"]:
-        """The window with other spans and other heads 0."""
-        return self._only(self.mine((self.rows, 0), (self.lanes, 1)), ref)
-
-    def _only(self, mask: Bool[Array, "N L"] | None, ref: Any) -> Float[Array, "N L"]:
-        values = ref[self.where()]
+    def read(self, ref: Any, *axes: int) -> Float[Array, "N L"]:
+        """Read the window with zeros outside the piece's own rows (axis 0) and lanes (axis 1)."""
+        values, mask = ref[self.where()], self.mask(*axes)
         return values if mask is None else jnp.where(mask, values, jnp.zeros((), values.dtype))
 
     def write(self, ref: Any, values: Float[Array, "N L"]) -> None:
-        """Put a result in its place and leave its neighbours'."""
-        mask = self.mine((self.rows, 0), (self.lanes, 1))
-        values = values.astype(ref.dtype)
+        """Write a result to the piece's own rows and lanes, and leave the rest of the window as it is."""
+        values, mask = values.astype(ref.dtype), self.mask(0, 1)
         ref[self.where()] = values if mask is None else jnp.where(mask, values, ref[self.where()])
 
     def hide(self, scores: Float[Array, "N N"], axis: int) -> Float[Array, "N N"]:
-        """Scores with those of other spans' keys at minus infinity; keys lie along that axis."""
+        """Set the scores of other spans' keys to minus infinity. `axis` is the axis of the keys."""
         mask = self.rows.only(scores.shape, axis)
         return scores if mask is None else jnp.where(mask, scores, -jnp.inf)
-
-
-def _pieces(geometry: Geometry, base: Any) -> Iterator[_Piece]:
-    for rows, lanes in _windows(geometry):
-        yield _Piece(base, rows, lanes)
 
 
 class _ForwardRefs(NamedTuple):
@@ -274,11 +261,12 @@ class _ForwardRefs(NamedTuple):
 
 def _forward(geometry: Geometry, base: Any, refs: tuple[Any, ...]) -> None:
     at, scale = _ForwardRefs(*refs), geometry.head_width**-0.5
-    for piece in _pieces(geometry, base):
-        scores = piece.hide(dot(piece.of(at.query), at.key[piece.where()], (1, 1)), axis=1)
+    for rows, lanes in _windows(geometry):
+        piece = _Piece(base, rows, lanes)
+        scores = piece.hide(dot(piece.read(at.query, 0, 1), piece.read(at.key), (1, 1)), axis=1)
         weight = jnp.exp((scores - jnp.max(scores, axis=1, keepdims=True)) * scale)
         total = jnp.sum(weight, axis=1, keepdims=True)
-        piece.write(at.out, dot(weight.astype(at.out.dtype), piece.rows_of(at.value), (1, 0)) / total)
+        piece.write(at.out, dot(weight.astype(at.out.dtype), piece.read(at.value, 0), (1, 0)) / total)
 
 
 class _BackwardRefs(NamedTuple):
@@ -292,10 +280,12 @@ class _BackwardRefs(NamedTuple):
 
 
 def _backward(geometry: Geometry, base: Any, refs: tuple[Any, ...]) -> None:
-    """With keys along the first axis of the scores, so that only one of the products needs them turned."""
+    """Compute the scores with keys along the first axis, so that only one product needs them transposed."""
     at, scale = _BackwardRefs(*refs), geometry.head_width**-0.5
-    for piece in _pieces(geometry, base):
-        q, k, v, dy = piece.of(at.query), piece.rows_of(at.key), piece.rows_of(at.value), piece.of(at.dout)
+    for rows, lanes in _windows(geometry):
+        piece = _Piece(base, rows, lanes)
+        q, dy = (piece.read(ref, 0, 1) for ref in (at.query, at.dout))
+        k, v = (piece.read(ref, 0) for ref in (at.key, at.value))
         scores = piece.hide(dot(k, q, (1, 1)), axis=0)
         weight = jnp.exp((scores - jnp.max(scores, axis=0, keepdims=True)) * scale)
         weight = weight / jnp.sum(weight, axis=0, keepdims=True)

@@ -1,4 +1,4 @@
-"""What a configuration amounts to, counted from the model itself without allocating it."""
+"""Count the parameters and FLOPs of a configuration from its model, without allocating it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from limoe.parallel.parameters import parameter_path
 
 
 class Description(NamedTuple):
-    """Size and work of a model; the fields of `limoe describe --json`."""
+    """The size and work of a model, with the fields of `limoe describe --json`."""
 
     preset: str
     parameters_total: int
     parameters_per_token: int
-    """Parameters that one token meets: all but the experts that it does not choose. The vocabulary table counts
-    whole."""
+    """Parameters used for one token: all but the experts that it does not choose. The whole vocabulary table
+    counts."""
     parameters_experts: int
     parameters_routers: int
     parameters_dense_twin: int
     """Parameters of the same model with an ordinary MLP in every block."""
     flops_per_example: int
-    """FLOPs of the matmuls of one training example, forward and backward (3 x forward), nothing recomputed."""
+    """FLOPs of the matmuls for one training example: 3 times those of the forward pass, without recomputation."""
     moe_layers: tuple[int, ...]
     num_experts: int
     num_choices: int
@@ -77,7 +77,7 @@ def describe(config: Config) -> Description:
 
 
 def _forward_flops(model: ModelConfig) -> int:
-    """Two FLOPs a multiplication: patches, attention, MLPs or chosen experts, routers, projections."""
+    """Count two FLOPs for each multiplication: patches, attention, MLPs or chosen experts, routers, projections."""
     tokens, width = model.tokens_per_example, model.width
     patches = model.num_image_tokens * 3 * model.patch_size**2 * width
     attention = tokens * 4 * width**2 + 2 * width * (model.num_image_tokens**2 + model.text_length**2)
@@ -89,7 +89,7 @@ def _forward_flops(model: ModelConfig) -> int:
 
 
 def as_text(description: Description) -> str:
-    """The description for a terminal.
+    """Format the description for a terminal.
 
     >>> from limoe.config.presets import preset
     >>> print(as_text(describe(preset("tiny"))).splitlines()[0])

@@ -1,4 +1,4 @@
-"""The expert layer of the tower: the only place (with the planner) where limoe touches moe_kernels."""
+"""The expert layer of the tower. Only this module and the planner use the layer of moe_kernels."""
 
 from __future__ import annotations
 
@@ -25,34 +25,15 @@ from moe_kernels import (
     RouteInputs,
     RoutingFigures,
     RoutingSums,
-    entropy_of_mean,
-    expert_capacity,
     moe_mlp,
     route,
     router_noise,
     routing_figures,
 )
-from moe_kernels.activations import ActivationFunction, function_of
-
-__all__ = [
-    "IMAGE",
-    "NUM_MODALITIES",
-    "TEXT",
-    "Assignment",
-    "LayerReport",
-    "LayerRouting",
-    "MoeLayer",
-    "RoutingChoice",
-    "RoutingContext",
-    "RoutingFigures",
-    "RoutingSums",
-    "entropy_of_mean",
-    "expert_capacity",
-    "function_of",
-    "layer_figures",
-    "register_activation",
-    "saved_names",
-]
+from moe_kernels import entropy_of_mean as entropy_of_mean
+from moe_kernels import expert_capacity as expert_capacity
+from moe_kernels.activations import ActivationFunction
+from moe_kernels.activations import function_of as function_of
 
 IMAGE, TEXT, NUM_MODALITIES = 0, 1, 2
 
@@ -63,26 +44,26 @@ _PRIORITIES: dict[str, tuple[Priority, int]] = {
     "image_first": ("modality", IMAGE),
     "text_first": ("modality", TEXT),
 }
-"""The priority of each setting, and the modality that goes first where that is asked for."""
+"""The priority for each setting, and the modality that goes first with priority "modality"."""
 
 
 def register_activation(name: str, function: ActivationFunction) -> None:
-    """Add an activation of one's own to the dense MLPs and, on the XLA back end, the experts: `model.activation=name`.
+    """Add an activation of your own for `model.activation=name`: for dense MLPs and, on the XLA back end, for experts.
 
-    Raises ValueError for a name that an activation has already.
+    Raises ValueError if an activation has that name already.
     """
     schema.ACTIVATIONS.add(name)
     ACTIVATIONS[name] = function
 
 
 def saved_names(placement: Placement | None) -> tuple[str, ...]:
-    """Names of the values of a layer that are kept for the backward pass when the rest is computed again."""
+    """List the names of the layer's values that are saved for the backward pass under rematerialisation."""
     keeps = placement is not None and placement.config.keep_exchanged
     return SAVED_NAMES + EXCHANGE_NAMES if keeps else SAVED_NAMES
 
 
 class RoutingChoice(NamedTuple):
-    """What a layer, or with a leading axis L every layer, decided: the experts of each token, best first, and the
+    """The decision of a layer, or with a leading axis L of all layers: the experts of each token, best first, and the
     numbers by which tokens claimed their places (None in order of arrival)."""
 
     expert: Int[Array, "... T K"]
@@ -90,36 +71,36 @@ class RoutingChoice(NamedTuple):
 
 
 class RoutingContext(NamedTuple):
-    """What routing depends on beside the tokens; None instead of it means evaluation: dropless, without noise."""
+    """The inputs of routing in training besides the tokens. Evaluation has none: it is dropless, without noise."""
 
     key: Key[Array, ""]
-    """A function of the run's seed and the step."""
+    """Made from the run's seed and the step."""
     first_group: Int[Array, ""] | int
-    """Index within the step's batch of the first group of this chunk."""
+    """Index of the chunk's first group within the step's batch."""
     group_stride: int
-    """From the first group of a device to that of the next one, within the step's batch; 0 without a mesh.
+    """Distance between the first groups of two neighbouring devices, within the step's batch; 0 without a mesh.
 
-    Without a default: on a mesh 0 would give the groups of every device the same noise."""
+    It has no default: on a mesh, 0 would give the same noise to the groups of every device."""
     choice: RoutingChoice | None = None
-    """What every layer decided in an earlier pass over the same tokens, to be decided again."""
+    """The choices of all layers in an earlier pass over the same tokens, to be reused."""
 
 
 class LayerRouting(NamedTuple):
-    """What a layer, or with a leading axis L every layer, reports: the router's sums and what the plan kept."""
+    """The router's sums and the kept choices of a layer, or with a leading axis L of all layers."""
 
     sums: RoutingSums
     kept: Float[Array, "G M E"]
 
 
 class LayerReport(NamedTuple):
-    """All that a layer, or with a leading axis L every layer, says beside its tokens."""
+    """All results of a layer but its tokens, or with a leading axis L of all layers."""
 
     routing: LayerRouting
     choice: RoutingChoice
 
 
 class Assignment(NamedTuple):
-    """First choice and its gate of every token, by layer [L, B, tokens of an example]; for galleries and analyses."""
+    """The first choice of every token and its gate, by layer; T counts the tokens of an example."""
 
     expert: Int[Array, "L B T"]
     gate: Float[Array, "L B T"]
@@ -128,14 +109,14 @@ class Assignment(NamedTuple):
 class MoeLayer(nnx.Module):
     """Sparse experts shared by image and text tokens (paper, section 2).
 
-    Tokens `[T, D]`: example after example, of each image tokens first, then text. Parameters in float32, no
-    bias in the router.
+    Tokens `[T, D]` are ordered by example, with the image tokens of an example before its text tokens. Parameters are
+    float32; the router has no bias.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, placement: Placement | None = None) -> None:
         self.config, self.placement = config, placement
         experts, width, hidden = config.num_experts, config.width, config.mlp_width
-        # Each expert as if alone, like the dense MLP in its place.
+        # Initialise each expert by itself, like the dense MLP in its place.
         initial = nnx.initializers.xavier_uniform(in_axis=-2, out_axis=-1, batch_axis=(0,))
         router = nnx.initializers.lecun_normal()(rngs.params(), (width, experts), jnp.float32)
         self.router = nnx.Param(router, kind=ROUTER)
@@ -152,42 +133,39 @@ class MoeLayer(nnx.Module):
         layer: Int[Array, ""],
         lengths: Lengths,
     ) -> tuple[Float[Array, "T D"], LayerReport]:
-        """Route the examples in groups of `group_examples`; noise and random order are functions of (key, layer,
-        group)."""
+        """Route the examples in groups of `group_examples`. Noise and random order depend on (key, layer, group)."""
         mesh = None if self.placement is None else self.placement.mesh
         batch = tokens.shape[0] // lengths.total
         inputs = RouteInputs(modality=_modality(batch, lengths), mask=None if present is None else present.reshape(-1))
-        if context is None:
-            # Nothing is dropped, so it does not matter which groups there are.
-            spec = self._spec(num_groups=1 if self.placement is None else self.placement.size)
-        else:
-            spec = self._training_spec(batch, context)
+        spec = self._spec(batch, context)
+        if context is not None:
             inputs = self._training_inputs(inputs, spec, batch, context, layer)
         weights = MlpWeights(self.w1[...], self.b1[...], self.w2[...], self.b2[...])
         result = moe_mlp(tokens, self.router[...], weights, spec, inputs, mesh=mesh)
         choice = RoutingChoice(result.expert, result.priority)
         return result.tokens, LayerReport(LayerRouting(result.sums, result.kept), choice)
 
-    def _spec(self, num_groups: int) -> MoeSpec:
-        """The layer without a capacity limit, as in evaluation: rows are exchanged in one piece."""
-        return MoeSpec(
-            num_choices=self.config.num_choices,
-            num_groups=num_groups,
+    def _spec(self, batch: int, context: RoutingContext | None) -> MoeSpec:
+        """Describe the layer: with the capacity, noise and order of the training step, or dropless for evaluation."""
+        config, placement = self.config, self.placement
+        evaluated = MoeSpec(
+            num_choices=config.num_choices,
+            # Nothing is dropped, so the result does not depend on the groups.
+            num_groups=1 if placement is None else placement.size,
             num_modalities=NUM_MODALITIES,
-            activation=self.config.activation,
+            activation=config.activation,
             exchange=ExchangeSpec(expert_axis=EXPERT),
         )
-
-    def _training_spec(self, batch: int, context: RoutingContext) -> MoeSpec:
-        """The layer with the capacity, noise and order of the training step."""
-        config = self.config
+        if context is None:
+            return evaluated
         priority, first_modality = _PRIORITIES[config.priority]
-        exchange = ExchangeSpec(expert_axis=EXPERT)
-        if self.placement is not None:
-            chunks = self.placement.config.exchange_chunks
+        exchange = evaluated.exchange
+        if placement is not None:
+            chunks = placement.config.exchange_chunks
             exchange = ExchangeSpec(expert_axis=EXPERT, num_chunks=chunks, group_stride=context.group_stride)
         return dataclasses.replace(
-            self._spec(num_groups=batch // (config.group_examples or batch)),
+            evaluated,
+            num_groups=batch // (config.group_examples or batch),
             capacity_factor=config.capacity_factor,
             priority=priority,
             first_modality=first_modality,
@@ -198,7 +176,7 @@ class MoeLayer(nnx.Module):
     def _training_inputs(
         self, inputs: RouteInputs, spec: MoeSpec, batch: int, context: RoutingContext, layer: Int[Array, ""]
     ) -> RouteInputs:
-        """The noise, and the key of a random order, which are functions of (key, layer, group)."""
+        """Add the noise, the key of a random order and an earlier choice to the inputs."""
         noise_key, order_key = jax.random.split(jax.random.fold_in(context.key, layer))
         noise = None
         if self.config.router_noise > 0:
@@ -211,7 +189,7 @@ class MoeLayer(nnx.Module):
         return inputs._replace(expert=choice.expert, token_priority=choice.priority)
 
     def _noise(self, key: Key[Array, ""], groups: int, group_size: int, context: RoutingContext) -> Float[Array, "T E"]:
-        """Noise of the groups of this call, drawn where they lie."""
+        """Draw the noise of the groups of this call, each on its own device."""
         shards = 1 if self.placement is None else self.placement.size
         first = context.first_group + context.group_stride * jnp.arange(shards, dtype=jnp.int32)
         draw = lambda first: router_noise(  # noqa: E731
@@ -226,7 +204,7 @@ class MoeLayer(nnx.Module):
     def first_choice(
         self, tokens: Float[Array, "T D"], present: Bool[Array, "B S"] | None, lengths: Lengths
     ) -> tuple[Int[Array, "B S"], Float[Array, "B S"]]:
-        """Best expert and its gate of every token, without noise; gate 0 for padding."""
+        """Find the best expert of every token and its gate, without noise. Padding has gate 0."""
         examples = (-1, lengths.total)
         mask = None if present is None else present.reshape(-1)
         routing = route(tokens, self.router[...], inputs=RouteInputs(mask=mask))
@@ -238,5 +216,5 @@ def _modality(batch: int, lengths: Lengths) -> Int[Array, " T"]:
 
 
 def layer_figures(routing: LayerRouting) -> RoutingFigures:
-    """Figures of every layer, from sums stacked along a leading axis L: each field `[L, M]` or `[L, M, E]`."""
+    """Compute the figures of every layer from stacked sums: each field is `[L, M]` or `[L, M, E]`."""
     return jax.vmap(routing_figures)(routing.sums, routing.kept)

@@ -1,4 +1,4 @@
-"""Cutting a tower into periodic segments, so that a deep model compiles like a shallow one: one scan a segment."""
+"""Cut a tower into periodic segments. Each segment is one scan, so a deep model compiles as fast as a shallow one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """`repeats` times the same short pattern of blocks; True marks a block with experts."""
+    """A short pattern of blocks that occurs `repeats` times; True marks a block with experts."""
 
     pattern: tuple[bool, ...]
     repeats: int
@@ -15,7 +15,7 @@ class Segment:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the tower that the segment holds."""
+        """The number of blocks in the segment."""
         return len(self.pattern) * self.repeats
 
 
@@ -28,7 +28,7 @@ def cut(depth: int, moe_layers: tuple[int, ...]) -> tuple[Segment, ...]:
     [(4, 4), (2, 8)]
     """
     blocks = tuple(layer in moe_layers for layer in range(depth))
-    # best[i]: cost and segments of the first i blocks.
+    # best[i] has the cost and the segments of the first i blocks.
     best: list[tuple[tuple[int, int], tuple[Segment, ...]]] = [((0, 0), ())]
     for end in range(1, depth + 1):
         options = []
@@ -40,6 +40,6 @@ def cut(depth: int, moe_layers: tuple[int, ...]) -> tuple[Segment, ...]:
                     (distinct, segments), before = best[start]
                     segment = Segment(pattern, length // period, start)
                     options.append(((distinct + period, segments + 1), (*before, segment)))
-                    break  # the shortest period of this piece
+                    break  # the shortest period of these blocks
         best.append(min(options, key=lambda option: option[0]))
     return best[depth][1]

@@ -28,7 +28,7 @@ from limoe.model.segments import Segment, cut
 from limoe.parallel.mesh import Placement, by_rows, gathered
 from limoe.parallel.parameters import KERNEL, NORM, TABLE, VECTOR, kinds_of, mark_stacked
 
-# What the parameters of flax's linear map are.
+# Kinds of the parameters of nnx.Linear.
 _LINEAR: dict[str, Any] = {"kernel_metadata": {"kind": KERNEL}, "bias_metadata": {"kind": VECTOR}}
 
 
@@ -40,8 +40,8 @@ class Embeddings(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What the tower gives: embeddings, and of every MoE layer, stacked along L, its routing and the choices that it
-    made (both None in a dense model)."""
+    """The results of the tower: embeddings, and routing and choices of all MoE layers, stacked along L (both None in a
+    dense model)."""
 
     embeddings: Embeddings
     routing: LayerRouting | None
@@ -59,10 +59,15 @@ def scale_images(images: UInt8[Array, "B H W 3"] | UInt8[np.ndarray, "B H W 3"])
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
-    """The dtype of matmuls: as configured, or for "auto" bfloat16 where the platform has it (TPU, GPU)."""
+    """Choose the dtype of matmuls: the configured one; for "auto", float32 on CPUs and bfloat16 elsewhere."""
     if config.compute_dtype != "auto":
         return jnp.dtype(config.compute_dtype)
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def _linear(config: ModelConfig, size: int, out: int, rngs: nnx.Rngs) -> nnx.Linear:
+    initial = nnx.initializers.xavier_uniform()
+    return nnx.Linear(size, out, dtype=compute_dtype(config), kernel_init=initial, rngs=rngs, **_LINEAR)
 
 
 def _layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -78,21 +83,20 @@ def _layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention within each modality: image tokens never see text, but share the weights."""
+    """Multi-head self-attention within each modality. Both modalities share the weights."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, placement: Placement | None = None) -> None:
         self.config, self.placement = config, placement
-        width, dtype = config.width, compute_dtype(config)
-        linear = {"dtype": dtype, "kernel_init": nnx.initializers.xavier_uniform(), "rngs": rngs, **_LINEAR}
-        self.query = nnx.Linear(width, width, **linear)
-        self.key = nnx.Linear(width, width, **linear)
-        self.value = nnx.Linear(width, width, **linear)
-        self.out = nnx.Linear(width, width, **linear)
+        width = config.width
+        self.query = _linear(config, width, width, rngs)
+        self.key = _linear(config, width, width, rngs)
+        self.value = _linear(config, width, width, rngs)
+        self.out = _linear(config, width, width, rngs)
 
     def __call__(
         self, x: Float[Array, "T D"], present: Bool[Array, "B S"] | None, lengths: Lengths
     ) -> Float[Array, "T D"]:
-        """Attend; `present` False hides a token from the others."""
+        """Attend within each modality; other tokens do not see a token with `present` False."""
         query, key, value = (project(x) for project in (self.query, self.key, self.value))
         return self.out(attend(query, key, value, present, self.config, self.placement, lengths))
 
@@ -101,15 +105,13 @@ class Mlp(nnx.Module):
     """The dense MLP of a block without experts."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        dtype = compute_dtype(config)
         self.activation = config.activation
-        linear = {"dtype": dtype, "kernel_init": nnx.initializers.xavier_uniform(), "rngs": rngs, **_LINEAR}
-        self.w1 = nnx.Linear(config.width, config.mlp_width, **linear)
-        self.w2 = nnx.Linear(config.mlp_width, config.width, **linear)
+        self.w1 = _linear(config, config.width, config.mlp_width, rngs)
+        self.w2 = _linear(config, config.mlp_width, config.width, rngs)
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """`activation(x w1 + b1) w2 + b2`."""
-        return self.w2(_computed_again(function_of(self.activation), self.w1(x)))
+        """Compute `activation(x w1 + b1) w2 + b2`."""
+        return self.w2(_recomputed(function_of(self.activation), self.w1(x)))
 
 
 class Block(nnx.Module):
@@ -130,8 +132,8 @@ class Block(nnx.Module):
     def attend(
         self, x: Float[Array, "T D"], present: Bool[Array, "B S"] | None, lengths: Lengths
     ) -> Float[Array, "T D"]:
-        """The first half: attention and its residual."""
-        return x + self.attention(_computed_again(self.norm1, x), present, lengths)
+        """Run the first half of the block: attention with its residual connection."""
+        return x + self.attention(_recomputed(self.norm1, x), present, lengths)
 
     def __call__(
         self,
@@ -141,9 +143,9 @@ class Block(nnx.Module):
         layer: Int[Array, ""],
         lengths: Lengths,
     ) -> tuple[Float[Array, "T D"], LayerReport | None]:
-        """Both halves; `layer` counts MoE layers."""
+        """Run the block. `layer` is the index of its MoE layer among those of the tower."""
         x = self.attend(x, present, lengths)
-        normed = _computed_again(self.norm2, x)
+        normed = _recomputed(self.norm2, x)
         if not self.experts:
             return x + self.mlp(normed), None
         y, report = self.moe(normed, present, context, layer, lengths)
@@ -151,7 +153,7 @@ class Block(nnx.Module):
 
 
 class Period(nnx.Module):
-    """One period of a segment: a few blocks in a row."""
+    """One repeat of a segment's pattern: a few blocks in a row."""
 
     def __init__(
         self, config: ModelConfig, pattern: tuple[bool, ...], *, rngs: nnx.Rngs, placement: Placement | None = None
@@ -166,7 +168,7 @@ class Period(nnx.Module):
         layer: Int[Array, ""],
         lengths: Lengths,
     ) -> tuple[Float[Array, "T D"], list[LayerReport]]:
-        """Run the blocks; the report of each MoE layer among them, in order."""
+        """Run the blocks, and collect the reports of their MoE layers in order."""
         reports = []
         for block in self.blocks:
             x, report = block(x, present, context, layer + len(reports), lengths)
@@ -178,10 +180,11 @@ class Period(nnx.Module):
 class Limoe(nnx.Module):
     """The Language-Image Mixture of Experts.
 
-    One tower for patches and text tokens, which lie example after example in it (`[T, D]`); attention within a
-    modality, experts shared by both; mean pooling, one projection a modality, L2 normalisation. Parameters in float32.
-    Scalars of the loss (`log_scale`, with the sigmoid loss `logit_bias`) are parameters too. With a placement, examples
-    are split over all devices of its mesh and experts over one axis (see `limoe.parallel.mesh`).
+    Patches and text tokens pass through one tower as one array `[T, D]`, ordered by example. Attention stays within a
+    modality; both modalities share the experts. Mean pooling, a projection for each modality and L2 normalisation give
+    the embeddings. Parameters are float32. The loss's scalars (`log_scale`, and `logit_bias` of the sigmoid loss) are
+    parameters too. With a placement, examples are split over all devices and experts over one axis of the mesh (see
+    `limoe.parallel.mesh`).
     """
 
     def __init__(
@@ -211,7 +214,7 @@ class Limoe(nnx.Module):
     def __call__(
         self, images: Float[Array, "B H W 3"], text: Int[Array, "B N"], context: RoutingContext | None
     ) -> Encoded:
-        """Encode image-text pairs; `images` in -1..1, `text` ids with 0 as padding; without a context as in
+        """Encode pairs of images in -1..1 and token ids (0 is padding). Without a context it works as in
         evaluation."""
         (image, words), reports = self._means(images, text, context)
         embeddings = Embeddings(_normalise(self.image_projection(image)), _normalise(self.text_projection(words)))
@@ -220,27 +223,28 @@ class Limoe(nnx.Module):
         return Encoded(embeddings, *jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *reports))
 
     def image_features(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
-        """Encode images alone, as in evaluation, and return the L2-normalised mean of their tokens, which
-        `encode_image` projects."""
+        """Encode images alone, as in evaluation, and return the L2-normalised mean of their tokens: the features before
+        the projection of `encode_image`."""
         (image,), _ = self._means(images, None, None)
         return _normalise(image)
 
     def encode_image(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B P"]:
-        """Embed images alone, as in evaluation: the embeddings of `__call__`, without the cost of text."""
+        """Embed images alone, as in evaluation. The embeddings are those of `__call__`."""
         (image,), _ = self._means(images, None, None)
         return _normalise(self.image_projection(image))
 
     def encode_text(self, text: Int[Array, "B N"]) -> Float[Array, "B P"]:
-        """Embed text alone, as in evaluation: the embeddings of `__call__`, without the cost of images."""
+        """Embed text alone, as in evaluation. The embeddings are those of `__call__`."""
         (words,), _ = self._means(None, text, None)
         return _normalise(self.text_projection(words))
 
     def assignments(self, images: Float[Array, "B H W 3"] | None, text: Int[Array, "B N"] | None) -> Assignment:
-        """First choice of every token in every MoE layer at evaluation, of both modalities or of one.
+        """Find the first choice of every token in every MoE layer, for both modalities or one of them.
 
-        Raises ValueError for a dense model."""
+        Raises ValueError for a dense model.
+        """
         if not self.config.moe_layers:
-            raise ValueError("this model is dense: model.moe_layers=() leaves nothing to assign")
+            raise ValueError("this model is dense (model.moe_layers=()), so its tokens have no experts")
         x, present, lengths = self._tokens(images, text)
         experts, gates = [], []
         for segment, period in zip(self.segments_cut, self.segments, strict=True):
@@ -260,7 +264,7 @@ class Limoe(nnx.Module):
     def _tokens(
         self, images: Float[Array, "B H W 3"] | None, text: Int[Array, "B N"] | None
     ) -> tuple[Float[Array, "T D"], Bool[Array, "B S"] | None, Lengths]:
-        """The tokens of the modalities that are given, which of them are not padding (None: all), and how they lie."""
+        """Make the tokens of the given modalities, a mask of padding (None: no mask), and their lengths."""
         p, dtype = self.config.patch_size, compute_dtype(self.config)
         parts, present = [], []
         if images is not None:
@@ -270,7 +274,7 @@ class Limoe(nnx.Module):
         if text is not None:
             parts.append(self.token_table[...].astype(dtype)[text] + self.text_position[...].astype(dtype))
             present.append(text != PAD_ID)
-        # Flat from here on: 212 tokens of an example would be padded to whole tiles, or moved, at every kernel.
+        # Flatten: with an axis for examples, kernels would pad or copy the 212 tokens of each to whole tiles.
         tokens = by_rows(rearrange(jnp.concatenate(parts, axis=1), "b s d -> (b s) d"), self.placement)
         masked = self.config.text_padding == "mask" and text is not None
         lengths = Lengths(0 if images is None else parts[0].shape[1], 0 if text is None else parts[-1].shape[1])
@@ -282,7 +286,7 @@ class Limoe(nnx.Module):
         text: Int[Array, "B N"] | None,
         context: RoutingContext | None,
     ) -> tuple[list[Float[Array, "B D"]], list[LayerReport]]:
-        """The mean token of each modality that is given, in float32, and what the MoE layers report."""
+        """Compute the mean token of each given modality, in float32, and the reports of the MoE layers."""
         x, present, lengths = self._tokens(images, text)
         reports: list[LayerReport] = []
         layer = 0
@@ -290,7 +294,7 @@ class Limoe(nnx.Module):
             x, found = self._run(segment, period, x, present, context, layer, lengths)
             layer += sum(segment.pattern) * segment.repeats
             reports += found
-        return _pool(_computed_again(self.norm, x), present, lengths), reports
+        return _pool(_recomputed(self.norm, x), present, lengths), reports
 
     def _run(
         self,
@@ -306,7 +310,7 @@ class Limoe(nnx.Module):
         kinds = kinds_of(period)
 
         def once(x: Array, state: PyTree, layer: Array) -> tuple[Array, list[LayerReport]]:
-            # Here, not around the loop: one period at a time is whole.
+            # Gather inside the loop, so that only one period at a time is whole.
             state = gathered(state, kinds, self.placement)
             return nnx.merge(graph, state)(x, present, context, layer, lengths)
 
@@ -317,19 +321,19 @@ class Limoe(nnx.Module):
             x, reports = once(x, state, jnp.int32(layer))
             return x, [jax.tree.map(lambda leaf: leaf[None], report) for report in reports]
         layers = layer + sum(segment.pattern) * jnp.arange(segment.repeats, dtype=jnp.int32)
-        # A scan stacks what the backward pass needs, and on CPU that copying took a fifth of a step (tiny, 2 repeats,
+        # A scan copies what the backward pass needs into stacks. On a CPU that took a fifth of a step (tiny, 2 repeats,
         # 2026-11).
         unroll = min(self.config.scan_unroll, segment.repeats)
         x, reports = jax.lax.scan(lambda x, step: once(x, *step), x, (state, layers), unroll=unroll)
         if not reports:
             return x, []
-        # [repeats] x layers of a period -> layers in the order of the tower
+        # From layers of a period, each [repeats, ...], to layers in the order of the tower.
         ordered = jax.tree.map(lambda *leaves: rearrange(jnp.stack(leaves), "p r ... -> (r p) ..."), *reports)
         return x, [ordered]
 
 
 def _pool(x: Float[Array, "T D"], present: Bool[Array, "B S"] | None, lengths: Lengths) -> list[Float[Array, "B D"]]:
-    """The mean token of each modality that is there."""
+    """Compute the mean token of each modality that is present."""
     x = rearrange(x, "(b s) d -> b s d", s=lengths.total).astype(jnp.float32)
     weight = jnp.ones(x.shape[:2], jnp.float32) if present is None else present.astype(jnp.float32)
 
@@ -340,21 +344,20 @@ def _pool(x: Float[Array, "T D"], present: Bool[Array, "B S"] | None, lengths: L
     return [mean(slice(*span)) for span in lengths.spans]
 
 
-def _computed_again(function: Callable[[Array], Array], x: Float[Array, "T N"]) -> Float[Array, "T N"]:
-    """A pointwise function or a norm that works in float32 of an argument in bfloat16: the backward pass gets the
-    argument and computes the rest again.
+def _recomputed(function: Callable[[Array], Array], x: Float[Array, "T N"]) -> Float[Array, "T N"]:
+    """Apply a pointwise function or a norm; for bfloat16, save only its argument for the backward pass.
 
-    JAX would keep intermediate values, most in float32: at B/16 that was a tenth of a step's traffic. Of a float32
-    argument it keeps no more than a few of its size, which on CPUs costs less than computing.
+    These functions work in float32, and JAX would save several float32 values: at B/16 a tenth of a step's traffic. For
+    a float32 argument, on CPUs, saving a few arrays of its size costs less than recomputing them.
     """
     if x.dtype == jnp.float32:
         return function(x)
-    # Forward and backward are different loops or far apart; what is the same in both may be merged.
+    # CSE does not undo it: forward and backward pass are in different loops or far apart.
     return jax.checkpoint(lambda x: function(x), prevent_cse=False)(x)
 
 
 def _stacked(config: ModelConfig, segment: Segment, rngs: nnx.Rngs, placement: Placement | None) -> Period:
-    """A period whose parameters carry a leading axis of repeats (none if it occurs once)."""
+    """Make a period whose parameters have a leading axis of repeats (none for a single repeat)."""
     if segment.repeats == 1:
         return Period(config, segment.pattern, rngs=rngs, placement=placement)
 
