@@ -32,6 +32,7 @@ from limoe.evaluate.encode import Encoder
 from limoe.model.build import Parameters
 from limoe.parallel import processes
 from limoe.parallel.mesh import joined, own_rows, place
+from limoe.parallel.parameters import parameter_path
 from limoe.report import pictures, results
 from limoe.report.results import BAD_SHOWN
 from limoe.train.journal import FinishedStep, Journal
@@ -63,7 +64,8 @@ def train(config: Config, folder: str | Path, *, profile_steps: int = 0, say: Ca
     example, because the shortest run takes ten seconds.
     """
     first = processes.is_first()
-    say = say if first else _silent
+    if not first:
+        say = lambda text: None  # noqa: E731
     with processes.Watch() as watch, _open(folder, config) as workdir, StopSignals() as signals:
         if processes.from_first(workdir.finished):
             say(f"The run in {folder} is finished; its result is in {workdir.summary}.")
@@ -86,10 +88,6 @@ def train(config: Config, folder: str | Path, *, profile_steps: int = 0, say: Ca
                 workdir.discard_unstarted()
             raise
     return 0
-
-
-def _silent(text: str) -> None:
-    """Say nothing; used by all processes but the first."""
 
 
 def _open(folder: str | Path, config: Config) -> Workdir:
@@ -131,7 +129,8 @@ def _train(
 
     training = prepare(config, placement)
     log = MetricsLog(workdir.metrics) if processes.is_first() else None
-    began -= _seconds_before(log)
+    if log is not None and log.last is not None:
+        began -= float(log.last["elapsed_seconds"])  # the time of earlier commands
     with Checkpoints(workdir.checkpoints, config.train.checkpoints_kept) as checkpoints:
         state = _restore(checkpoints, training.abstract, log, say) or new_state(config, training, placement)
         encoder = Encoder(training.graph, state.parameters, config, tokenizer, placement=placement)
@@ -173,19 +172,17 @@ class _Run:
     checks and logs the report of step n - 1. It therefore learns what a report says one step late:
 
     - A loss or gradient that is not finite ends the run before anything of its step is logged or saved. The step after
-    it was computed in vain. - Bad examples are counted in the line of the step for which they were read. - A single
-    process stops after the step that runs when the signal comes. One of several processes tells the others of its
-    signal with its next step. They read that step's report while the following step runs, and all stop after that one.
+      it was computed in vain.
+    - Bad examples are counted in the line of the step for which they were read.
+    - A single process stops after the step that runs when the signal comes. One of several processes tells the others
+      of its signal with its next step. They read that step's report while the following step runs, and all stop after
+      that one.
 
     The loop waits for the last step, and for each step after which it saves or evaluates.
     """
 
     def __init__(
-        self,
-        settings: TrainConfig,
-        checkpoints: Checkpoints,
-        encoder: Encoder,
-        evaluation: EvaluationData,
+        self, settings: TrainConfig, checkpoints: Checkpoints, encoder: Encoder, evaluation: EvaluationData
     ) -> None:
         self.settings, self.checkpoints, self.encoder, self.evaluation = settings, checkpoints, encoder, evaluation
         self.placement = encoder.placement
@@ -295,12 +292,9 @@ class _Run:
 
     def _check_parameters(self, step: int, parameters: Parameters) -> None:
         """Stop before saving parameters that are not finite although loss and gradient were."""
-        finite = jax.device_get(_all_finite(parameters))
-        paths = [
-            (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(finite)
-        ]
-        self._refuse(step, [f"{name} is not finite after the update" for name, is_finite in paths if not is_finite])
+        finite = jax.tree_util.tree_leaves_with_path(jax.device_get(_all_finite(parameters)))
+        wrong = [parameter_path(path) for path, is_finite in finite if not is_finite]
+        self._refuse(step, [f"{name} is not finite after the update" for name in wrong])
 
     def _refuse(self, step: int, wrong: list[str]) -> None:
         if not wrong:
@@ -362,11 +356,6 @@ def _bad_of_all(own: BadExamples, counts: Counts, *, ask: bool) -> BadExamples:
 @jax.jit
 def _all_finite(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)
-
-
-def _seconds_before(log: MetricsLog | None) -> float:
-    """Read the seconds that earlier commands of this run took, up to their last logged step."""
-    return 0.0 if log is None or log.last is None else float(log.last["elapsed_seconds"])
 
 
 def _restore(
