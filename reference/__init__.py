@@ -1,4 +1,4 @@
-"""The oracle: LIMoE in NumPy and float64, in loops that can be checked by eye. It shares no code with the product."""
+"""The oracle: LIMoE in NumPy and float64, as simple loops. It shares no code with the product."""
 
 from reference import losses, metrics, model
 from reference.activations import activate, activate_derivative, gelu, gelu_derivative

@@ -11,7 +11,7 @@ Activation = Literal["gelu_tanh", "gelu_erf", "silu", "relu", "relu_squared"]
 
 
 def sigmoid(value: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x)).
+    """Compute 1 / (1 + exp(-x)).
 
     >>> sigmoid(np.array([0.0]))
     array([0.5])
@@ -54,7 +54,7 @@ def activate_derivative(value: np.ndarray, activation: Activation | None) -> np.
 
 
 def gelu(value: np.ndarray, activation: str = "gelu_tanh") -> np.ndarray:
-    """x Phi(x), exactly (gelu_erf) or in the tanh form (gelu_tanh); ValueError for another name.
+    """Compute x Phi(x), exactly (gelu_erf) or in the tanh form (gelu_tanh); ValueError for another name.
 
     >>> gelu(np.array([1.0]), "gelu_tanh").round(6), gelu(np.array([1.0]), "gelu_erf").round(6)
     (array([0.841192]), array([0.841345]))
@@ -67,7 +67,7 @@ def gelu(value: np.ndarray, activation: str = "gelu_tanh") -> np.ndarray:
 
 
 def gelu_derivative(value: np.ndarray, activation: str = "gelu_tanh") -> np.ndarray:
-    """Derivative of `gelu`.
+    """Compute the derivative of `gelu`.
 
     tanh form, h = tanh(u), u = c (x + a x^3):  (1 + h) / 2 + x (1 - h^2) c (1 + 3 a x^2) / 2.
     erf form:  Phi(x) + x phi(x).

@@ -9,7 +9,7 @@ from reference.plan import Plan
 
 
 class GluWeights(NamedTuple):
-    """The weights of all gated experts; a bias that is not there is zero.
+    """The weights of all gated experts; a missing bias is zero.
 
     >>> GluWeights._fields[:3]
     ('gate', 'up', 'down')
@@ -24,7 +24,7 @@ class GluWeights(NamedTuple):
 
 
 class Clamped(NamedTuple):
-    """What gpt-oss does between its matmuls: g sigmoid(alpha g) (u + shift), g up to the limit, u within both limits.
+    """gpt-oss's activation: g sigmoid(alpha g) (u + shift), with g = min(gate, limit), u = clip(up, -limit, limit).
 
     >>> Clamped(1.702, 7.0, 1.0).limit
     7.0
@@ -36,7 +36,7 @@ class Clamped(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """The hidden layer, and its slopes in both of its factors' arguments.
+    """The hidden layer h, and its derivatives with respect to gate and up.
 
     >>> Hidden._fields
     ('value', 'in_gate', 'in_up')
@@ -48,7 +48,7 @@ class Hidden(NamedTuple):
 
 
 class GluGradients(NamedTuple):
-    """What `glu_experts_gradient` returns.
+    """The result of `glu_experts_gradient`.
 
     >>> GluGradients._fields
     ('rows', 'weights')
@@ -106,7 +106,7 @@ def glu_experts_gradient(
     plan: Plan,
     activation: Activation | Clamped = "silu",
 ) -> GluGradients:
-    """Gradients of `glu_experts` with respect to its rows [R, D] and its weights, given that of its output [R, D].
+    """Compute the gradients of the rows [R, D] and weights of `glu_experts` from that of its output [R, D].
 
     For one row x of expert e, with g = x G + b, u = x U + c, h of both, y = h W + d:
       dW += h^T dy    dd += dy    dh = dy W^T    dg = dh (dh/dg)    du = dh (dh/du)

@@ -1,8 +1,8 @@
-"""Every loss straight from its definition, as a function of logits, with its derivative (paper, section 3).
+"""Every loss from its definition, as a function of logits, with its gradient (paper, section 3).
 
-The auxiliary losses take the logits [N, E] of the tokens that they are about: the caller leaves out padding and picks
-the modality. A loss over no tokens is zero. What they return is one number in nats (or nats squared, or a ratio),
-neither weighted nor summed over layers; the gradients are with respect to the clean logits.
+The auxiliary losses take the logits [N, E] of the tokens that count: the caller removes padding and selects the
+modality. A loss over no tokens is zero. The result is one number in nats (or nats squared, or a ratio), not weighted
+and not summed over layers. The gradients are with respect to the clean logits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from reference.routing import entropy, logsumexp, smooth_load, softmax, top_k
 
 
 class AuxiliaryLosses(NamedTuple):
-    """All auxiliary losses of one MoE layer. Both global ones are the thresholded ones.
+    """All auxiliary losses of one MoE layer. The global ones have their thresholds.
 
     >>> AuxiliaryLosses(*[0.0] * 7).z
     0.0
@@ -30,7 +30,7 @@ class AuxiliaryLosses(NamedTuple):
 
 
 def contrastive_logits(image: np.ndarray, text: np.ndarray, log_scale: float, bias: float = 0.0) -> np.ndarray:
-    """Logits [B, B] of image i (row) with text j (column): exp(log_scale) <image_i, text_j> + bias.
+    """Compute the logits [B, B] of image i (row) with text j (column): exp(log_scale) <image_i, text_j> + bias.
 
     >>> contrastive_logits(np.eye(2), np.eye(2), float(np.log(10))).round(9).tolist()
     [[10.0, 0.0], [0.0, 10.0]]
@@ -43,7 +43,7 @@ def contrastive_logits(image: np.ndarray, text: np.ndarray, log_scale: float, bi
 
 
 def softmax_contrastive_loss(logits: np.ndarray) -> float:
-    """Mean over the pairs of L_j: half of it picks the text of an image, half of it the image of a text.
+    """Compute the mean over the pairs of L_j: half finds the text of an image, half the image of a text.
 
     Paper, section 3 (L_j).
 
@@ -59,7 +59,7 @@ def softmax_contrastive_loss(logits: np.ndarray) -> float:
 
 
 def softmax_contrastive_gradient(logits: np.ndarray) -> np.ndarray:
-    """Gradient [B, B]: (softmax over each row + softmax over each column - 2 [i = j]) / 2B.
+    """Compute the gradient [B, B]: (softmax over each row + softmax over each column - 2 [i = j]) / 2B.
 
     >>> softmax_contrastive_gradient(np.zeros((2, 2))).tolist()
     [[-0.25, 0.25], [0.25, -0.25]]
@@ -68,7 +68,7 @@ def softmax_contrastive_gradient(logits: np.ndarray) -> np.ndarray:
 
 
 def sigmoid_contrastive_loss(logits: np.ndarray) -> float:
-    """-1/B sum over all i, j of log sigmoid(z_ij logits_ij), with z = 1 for the pairs and -1 for all others (SigLIP).
+    """Compute -1/B sum over i, j of log sigmoid(z_ij logits_ij), with z = 1 for pairs and -1 for all others (SigLIP).
 
     >>> round(sigmoid_contrastive_loss(np.zeros((8, 8))), 6) == round(float(8 * np.log(2)), 6)
     True
@@ -82,7 +82,7 @@ def sigmoid_contrastive_loss(logits: np.ndarray) -> float:
 
 
 def sigmoid_contrastive_gradient(logits: np.ndarray) -> np.ndarray:
-    """Gradient [B, B]: (sigmoid(logits) - [i = j]) / B.
+    """Compute the gradient [B, B]: (sigmoid(logits) - [i = j]) / B.
 
     >>> sigmoid_contrastive_gradient(np.zeros((2, 2))).tolist()
     [[-0.25, 0.25], [0.25, -0.25]]
@@ -91,7 +91,7 @@ def sigmoid_contrastive_gradient(logits: np.ndarray) -> np.ndarray:
 
 
 def squared_variation(values: np.ndarray) -> float:
-    """(std / mean)^2 with the population's standard deviation.
+    """Compute (std / mean)^2 with the population's standard deviation.
 
     >>> squared_variation(np.array([2.0, 0.0]))
     1.0
@@ -100,7 +100,7 @@ def squared_variation(values: np.ndarray) -> float:
 
 
 def squared_variation_gradient(values: np.ndarray) -> np.ndarray:
-    """With mean m and variance v of n values:  d/dx_e = 2 (x_e - m) / (n m^2) - 2 v / (n m^3).
+    """Compute, for mean m and variance v of n values, d/dx_e = 2 (x_e - m) / (n m^2) - 2 v / (n m^3).
 
     >>> squared_variation_gradient(np.array([1.0, 1.0])).tolist()
     [0.0, 0.0]
@@ -110,7 +110,7 @@ def squared_variation_gradient(values: np.ndarray) -> np.ndarray:
 
 
 def softmax_gradient(logits: np.ndarray, d_probability: np.ndarray) -> np.ndarray:
-    """dA_j = p_j (dp_j - sum_i p_i dp_i) for each row of logits [N, E].
+    """Compute dA_j = p_j (dp_j - sum_i p_i dp_i) for each row of logits [N, E].
 
     >>> softmax_gradient(np.zeros((1, 2)), np.array([[1.0, 0.0]])).tolist()
     [[0.25, -0.25]]
@@ -120,7 +120,7 @@ def softmax_gradient(logits: np.ndarray, d_probability: np.ndarray) -> np.ndarra
 
 
 def importance_loss(logits: np.ndarray) -> float:
-    """Squared coefficient of variation of imp_e = sum over the tokens of their probability of expert e.
+    """Compute the squared variation of imp_e, the sum of the tokens' probabilities of expert e.
 
     >>> round(importance_loss(np.array([[99.0, 0.0, 0.0], [99.0, 0.0, 0.0]])), 6)
     2.0
@@ -129,7 +129,7 @@ def importance_loss(logits: np.ndarray) -> float:
 
 
 def importance_loss_gradient(logits: np.ndarray) -> np.ndarray:
-    """Gradient [N, E]: every token gets that of the squared variation, through its softmax.
+    """Compute the gradient [N, E]: the squared variation's gradient goes through the softmax of each token.
 
     >>> importance_loss_gradient(np.zeros((3, 2))).tolist()
     [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
@@ -139,9 +139,9 @@ def importance_loss_gradient(logits: np.ndarray) -> np.ndarray:
 
 
 def load_loss(clean: np.ndarray, noisy: np.ndarray, num_choices: int = 1, sigma: float | None = None) -> float:
-    """Squared coefficient of variation of load_e = sum over the tokens of their chance of choosing expert e again.
+    """Compute the squared variation of load_e, the sum of the tokens' chances of choosing expert e with new noise.
 
-    Clean and noisy logits [N, E]; sigma is the noise's standard deviation (None: 1/E). See `smooth_load`.
+    The logits are [N, E]; sigma is the noise's standard deviation (None: 1/E). See `smooth_load`.
 
     >>> load_loss(np.zeros((1, 4)), np.zeros((1, 4)))
     0.0
@@ -158,7 +158,7 @@ def load_loss(clean: np.ndarray, noisy: np.ndarray, num_choices: int = 1, sigma:
 def load_loss_gradient(
     clean: np.ndarray, noisy: np.ndarray, num_choices: int = 1, sigma: float | None = None
 ) -> np.ndarray:
-    """Gradient [N, E] with the noise held fixed, so that the threshold eta = A_i + noise_i moves with A_i.
+    """Compute the gradient [N, E] for fixed noise, so that the threshold eta = A_i + noise_i moves with A_i.
 
     With phi_e = phi((eta - A_e) / sigma) / sigma:  dA_e += phi_e dload_e,  dA_i -= sum over e of phi_e dload_e.
 
@@ -180,7 +180,7 @@ def load_loss_gradient(
 
 
 def z_loss(logits: np.ndarray) -> float:
-    """Mean over the tokens of logsumexp(logits)^2.
+    """Compute the mean over the tokens of logsumexp(logits)^2.
 
     >>> round(z_loss(np.zeros((5, 32))), 4)
     12.0113
@@ -189,7 +189,7 @@ def z_loss(logits: np.ndarray) -> float:
 
 
 def z_loss_gradient(logits: np.ndarray) -> np.ndarray:
-    """Gradient [N, E]: 2 logsumexp(A) softmax(A) / N.
+    """Compute the gradient [N, E]: 2 logsumexp(A) softmax(A) / N.
 
     >>> z_loss_gradient(np.array([[0.0, 0.0]])).round(4).tolist()
     [[0.6931, 0.6931]]
@@ -198,7 +198,7 @@ def z_loss_gradient(logits: np.ndarray) -> np.ndarray:
 
 
 def local_entropy_loss(logits: np.ndarray) -> float:
-    """Mean over the tokens of the entropy of their probabilities.
+    """Compute the mean over the tokens of the entropy of their probabilities.
 
     >>> round(local_entropy_loss(np.zeros((5, 32))), 4)
     3.4657
@@ -207,7 +207,7 @@ def local_entropy_loss(logits: np.ndarray) -> float:
 
 
 def local_entropy_loss_gradient(logits: np.ndarray) -> np.ndarray:
-    """Gradient [N, E]: -p_j (log p_j + H) / N.
+    """Compute the gradient [N, E]: -p_j (log p_j + H) / N.
 
     >>> float(abs(local_entropy_loss_gradient(np.zeros((1, 2)))).max().round(12))
     0.0
@@ -218,7 +218,7 @@ def local_entropy_loss_gradient(logits: np.ndarray) -> np.ndarray:
 
 
 def global_entropy_loss(logits: np.ndarray) -> float:
-    """-H of the mean over the tokens of their probabilities.
+    """Compute -H of the mean over the tokens of their probabilities.
 
     >>> round(global_entropy_loss(np.array([[99.0, 0.0], [0.0, 99.0]])), 4)
     -0.6931
@@ -227,7 +227,7 @@ def global_entropy_loss(logits: np.ndarray) -> float:
 
 
 def global_entropy_loss_gradient(logits: np.ndarray) -> np.ndarray:
-    """Gradient [N, E]: dp~_e = log p~_e + 1, a share 1/N of it for every token, through its softmax.
+    """Compute the gradient [N, E]: dp~_e = log p~_e + 1, of which 1/N goes through the softmax of each token.
 
     >>> float(abs(global_entropy_loss_gradient(np.zeros((1, 2)))).max().round(12))
     0.0
@@ -237,7 +237,7 @@ def global_entropy_loss_gradient(logits: np.ndarray) -> np.ndarray:
 
 
 def thresholded_global_entropy_loss(logits: np.ndarray, threshold_experts: float) -> float:
-    """max(0, log S - H(mean probabilities)): asks for at least S = `threshold_experts` experts (paper, Eq. 2).
+    """Compute max(0, log S - H(mean probabilities)): 0 with at least S = `threshold_experts` experts (paper, Eq. 2).
 
     >>> round(thresholded_global_entropy_loss(np.array([[99.0] + [0.0] * 31]), 9), 4)
     2.1972
@@ -246,7 +246,7 @@ def thresholded_global_entropy_loss(logits: np.ndarray, threshold_experts: float
 
 
 def thresholded_global_entropy_loss_gradient(logits: np.ndarray, threshold_experts: float) -> np.ndarray:
-    """Gradient [N, E]: that of `global_entropy_loss` where the loss is above zero, else zero.
+    """Compute the gradient [N, E]: that of `global_entropy_loss` if the loss is above zero, else zero.
 
     >>> thresholded_global_entropy_loss_gradient(np.zeros((1, 2)), 1.5).tolist()
     [[0.0, 0.0]]
@@ -265,9 +265,9 @@ def auxiliary_losses(
     threshold_experts_text: float,
     threshold_experts_image: float,
 ) -> AuxiliaryLosses:
-    """All auxiliary losses of one layer, over logits [N, E] without padding; modality [N], 0 = image, 1 = text.
+    """Compute all auxiliary losses of a layer from logits [N, E] without padding; modality [N], 0 = image, 1 = text.
 
-    Without noise there is no load: it is zero.
+    Without noise the load loss is zero.
 
     >>> auxiliary_losses(np.zeros((2, 4)), None, np.array([0, 1]), threshold_experts_text=2,
     ...                  threshold_experts_image=2).importance

@@ -9,7 +9,7 @@ from reference.plan import Plan
 
 
 class MatmulGradients(NamedTuple):
-    """What `grouped_matmul_gradient` returns; None for what was not given.
+    """The result of `grouped_matmul_gradient`; None for the gradient of an argument that is None.
 
     >>> MatmulGradients._fields
     ('rows', 'weight', 'bias', 'up')
@@ -30,7 +30,9 @@ def grouped_matmul(
     up: np.ndarray | None = None,
     activation: Activation | None = None,
 ) -> np.ndarray:
-    """Every row x of expert e, [R, D] to [R, F]: act(x weight_e + bias_e), times x up_e if given; unused rows are zero.
+    """Map every row x of expert e, [R, D] to [R, F], to act(x weight_e + bias_e), times x up_e if given.
+
+    Unused rows are zero.
 
     >>> from reference.plan import make_plan
     >>> plan = make_plan(np.array([[0]]), np.array([[1.0]]), num_experts=1, row_multiple=2)
@@ -55,7 +57,7 @@ def grouped_matmul_gradient(
     up: np.ndarray | None = None,
     activation: Activation | None = None,
 ) -> MatmulGradients:
-    """Gradients of `grouped_matmul`, given that of its output [R, F].
+    """Compute the gradients of `grouped_matmul` from that of its output [R, F].
 
     For one row x of expert e, with h = x W + b, u = x U (or 1), y = act(h) u:
       dh = dy u act'(h)    du = dy act(h)    dW += x^T dh    db += dh    dU += x^T du    dx = dh W^T + du U^T

@@ -1,4 +1,4 @@
-"""Figures of routing and of retrieval, from their definitions (paper, sections 2, 6 and 7)."""
+"""Metrics of routing and retrieval, from their definitions (paper, sections 2, 6 and 7)."""
 
 import math
 
@@ -9,7 +9,7 @@ from reference.routing import entropy, top_k
 
 
 def success_rate(plan: Plan, modality: int) -> float:
-    """Share of a modality's tokens that found room for at least one choice; NaN if there are no such tokens.
+    """Compute the share of a modality's tokens with room for at least one choice; NaN without such tokens.
 
     >>> from reference.plan import make_plan
     >>> success_rate(make_plan(np.array([[0], [0]]), np.array([[0.5], [0.6]]), num_experts=1, capacity=1), 0)
@@ -20,9 +20,9 @@ def success_rate(plan: Plan, modality: int) -> float:
 
 
 def success_rate_bound(tokens_per_group: int, num_experts: int, capacity: int) -> float:
-    """Share of tokens that a perfect router keeps: E/S times the mean of min(X, C), X binomial with S and 1/E.
+    """Compute the share of tokens that an ideal router keeps: E/S E[min(X, C)], X binomial with S and 1/E.
 
-    One choice a token, tokens independent of each other, all experts equally likely (paper, section 2).
+    Each token has one choice, tokens are independent, and all experts are equally likely (paper, section 2).
 
     >>> round(success_rate_bound(2, 2, 1), 9)
     0.75
@@ -39,7 +39,7 @@ def success_rate_bound(tokens_per_group: int, num_experts: int, capacity: int) -
 
 
 def effective_experts(probability: np.ndarray) -> float:
-    """exp(H(p~)) for probabilities [N, E] of N tokens: how many experts share them.
+    """Compute exp(H(p~)) for probabilities [N, E]: the effective number of experts that share the tokens.
 
     >>> round(effective_experts(np.eye(4)), 9)
     4.0
@@ -48,10 +48,10 @@ def effective_experts(probability: np.ndarray) -> float:
 
 
 def recall_at(similarity: np.ndarray, hit: np.ndarray, k: int) -> float:
-    """Share of queries (rows) with a hit among their k most similar candidates; ties to the lower index.
+    """Compute the share of queries (rows) with a hit among their k most similar candidates.
 
-    Similarity [Q, N], hit [Q, N] bool: several hits a query are allowed. With classes as candidates it is top-k
-    accuracy.
+    Similarity is [Q, N], hit is [Q, N] bool; a query may have several hits. Ties go to the lower index. With classes as
+    candidates it is the top-k accuracy.
 
     >>> recall_at(np.array([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]]), np.array([[0, 1, 0], [0, 0, 1]], bool), 1)
     0.5

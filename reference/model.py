@@ -1,4 +1,4 @@
-"""The whole LIMoE forward pass from a plain dict of arrays, one example and one head at a time (paper, section 1)."""
+"""LIMoE's forward pass from a plain dict of arrays, one example and one head at a time (paper, section 1)."""
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -17,7 +17,7 @@ TextPadding = Literal["keep", "mask"]
 
 
 class ModelOutput(NamedTuple):
-    """Embeddings of unit length, the pooled representations before the projection, and every MoE layer in order.
+    """Embeddings of unit length, the pooled representations before projection, and the results of all MoE layers.
 
     >>> ModelOutput._fields[:2]
     ('image', 'text')
@@ -31,7 +31,7 @@ class ModelOutput(NamedTuple):
 
 
 def array(value: Any) -> np.ndarray:
-    """Whatever was given, in float64.
+    """Convert a value to float64.
 
     >>> array([1, 2]).dtype
     dtype('float64')
@@ -40,7 +40,7 @@ def array(value: Any) -> np.ndarray:
 
 
 def layer_norm(x: np.ndarray, parameters: Parameters, epsilon: float = 1e-6) -> np.ndarray:
-    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis.
+    """Compute (x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis.
 
     >>> layer_norm(np.array([1.0, 3.0]), {"scale": [1.0, 1.0], "bias": [0.0, 5.0]}).round(4).tolist()
     [-1.0, 6.0]
@@ -69,7 +69,7 @@ def patches(image: np.ndarray, patch_size: int) -> np.ndarray:
 
 
 def attention(x: np.ndarray, mask: np.ndarray, parameters: Parameters, num_heads: int) -> np.ndarray:
-    """Self-attention of one sequence [N, D]; nobody looks at masked tokens [N]. Heads are equal slices of the width.
+    """Compute self-attention of one sequence [N, D] to the tokens with mask [N] True. Heads are slices of D.
 
     >>> linear = {"kernel": np.eye(2), "bias": np.zeros(2)}
     >>> parameters = {"query": linear, "key": linear, "value": linear, "out": linear}
@@ -104,7 +104,7 @@ def embed(image: np.ndarray, text: np.ndarray, parameters: Parameters, patch_siz
 
 
 def project(representation: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """representation [B, D] @ kernel [D, P], each row divided by its length.
+    """Compute representation [B, D] @ kernel [D, P], and divide each row by its length.
 
     >>> project(np.array([[3.0, 4.0]]), np.eye(2)).tolist()
     [[0.6, 0.8]]
@@ -116,7 +116,7 @@ def project(representation: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 def attend(
     x: np.ndarray, mask: np.ndarray, block: Parameters, *, num_image_tokens: int, num_heads: int, epsilon: float
 ) -> np.ndarray:
-    """The first half of a block: x [B, N, D] plus the attention of its image tokens and of its text tokens, each apart.
+    """Compute the first half of a block: add the attention within image tokens and within text tokens to x [B, N, D].
 
     >>> zero = {"kernel": np.zeros((2, 2)), "bias": np.ones(2)}
     >>> block = {"norm1": {"scale": np.ones(2), "bias": np.zeros(2)},
@@ -132,7 +132,7 @@ def attend(
 
 
 def dense_mlp(x: np.ndarray, parameters: Parameters, activation: Activation) -> np.ndarray:
-    """activation(x w1 + b1) w2 + b2, of any [..., D].
+    """Compute activation(x w1 + b1) w2 + b2 of x [..., D].
 
     >>> one = {"w1": np.eye(1), "b1": [0.0], "w2": np.eye(1), "b2": [3.0]}
     >>> dense_mlp(np.zeros((2, 1)), one, "gelu_erf").tolist()
@@ -143,7 +143,7 @@ def dense_mlp(x: np.ndarray, parameters: Parameters, activation: Activation) -> 
 
 
 def text_mask(text: np.ndarray, text_padding: TextPadding) -> np.ndarray:
-    """Which token ids [B, Nt] take part: all but pad tokens, or all of them where these are kept.
+    """Mark the tokens [B, Nt] that count: all for "keep", all but pad tokens for "mask".
 
     Raises ValueError for a caption of which nothing is left.
 
@@ -152,14 +152,12 @@ def text_mask(text: np.ndarray, text_padding: TextPadding) -> np.ndarray:
     """
     read = text != PAD if text_padding == "mask" else np.ones(text.shape, bool)
     if not read.any(axis=1).all():
-        raise ValueError(
-            "a caption consists of pad tokens only, so nothing is left to pool; give it at least one token"
-        )
+        raise ValueError("a caption has only pad tokens, so nothing is left to pool; give it at least one token")
     return read
 
 
 def pool(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The mean [B, D] of each example's tokens [B, N, D] that are not masked [B, N].
+    """Compute the mean [B, D] of each example's tokens [B, N, D] with mask [B, N] True.
 
     >>> pool(np.array([[[1.0], [3.0], [9.0]]]), np.array([[True, True, False]])).tolist()
     [[2.0]]
@@ -192,10 +190,10 @@ def forward(
     A block has norm1, norm2, attention {query, key, value, out: each {kernel [D, D], bias [D]}}, and either mlp
     {w1 [D, F], b1 [F], w2 [F, D], b2 [D]} or moe {router [D, E], w1 [E, D, F], b1 [E, F], w2 [E, F, D], b2 [E, D]}.
 
-    The tokens of an example are its image tokens, then its text tokens; a group is `group_examples` whole examples
-    (0: the whole batch). `noise` and `priority_values` hold one array, [T, E] and [T], for each MoE layer. "mask" keeps
-    pad tokens (id 0) out of attention, pooling and routing. Raises ValueError for a caption of pad tokens only then,
-    and for a batch that cannot be cut into groups. Paper, section 1.
+    An example has its image tokens before its text tokens. A group has `group_examples` whole examples (0: the whole
+    batch). `noise` and `priority_values` have one array for each MoE layer, [T, E] and [T]. `text_padding="mask"` keeps
+    pad tokens (id 0) out of attention, pooling and routing. Raises ValueError for a batch that cannot be cut into
+    groups and, with "mask", for a caption with only pad tokens. Paper, section 1.
 
     >>> parameters = {
     ...     "patch": {"kernel": np.ones((3, 2)), "bias": np.arange(2)}, "token_table": np.eye(2),

@@ -25,7 +25,7 @@ class MlpWeights(NamedTuple):
 
 
 class CombineGradients(NamedTuple):
-    """What `combine_gradient` returns.
+    """The result of `combine_gradient`.
 
     >>> CombineGradients(rows=np.zeros((4, 2)), gate=np.zeros((3, 1))).gate.shape
     (3, 1)
@@ -36,7 +36,7 @@ class CombineGradients(NamedTuple):
 
 
 class ExpertGradients(NamedTuple):
-    """What `expert_mlp_gradient` returns.
+    """The result of `expert_mlp_gradient`.
 
     >>> ExpertGradients._fields
     ('rows', 'weights')
@@ -47,7 +47,7 @@ class ExpertGradients(NamedTuple):
 
 
 class MoeOutput(NamedTuple):
-    """What the layer returns, and every value on the way, for comparison and for the derivative.
+    """The results of the layer, and all intermediate values, for comparison and for the gradient.
 
     >>> MoeOutput._fields[:3]
     ('tokens', 'sums', 'kept')
@@ -63,7 +63,7 @@ class MoeOutput(NamedTuple):
 
 
 class MoeGradients(NamedTuple):
-    """Gradients with respect to the arguments of the layer, and to the two values in the middle.
+    """Gradients of the layer's arguments, and of gates and rows.
 
     >>> MoeGradients._fields
     ('tokens', 'router', 'weights', 'gate', 'rows', 'bias')
@@ -78,7 +78,7 @@ class MoeGradients(NamedTuple):
 
 
 def dispatch(tokens: np.ndarray, plan: Plan) -> np.ndarray:
-    """Copy each token [T, D] to the rows [R, D] that it was given; unused rows are zero.
+    """Copy each token [T, D] to the rows [R, D] of its choices; unused rows are zero.
 
     >>> plan = make_plan(np.array([[0], [0]]), np.array([[0.5], [0.6]]), num_experts=1)
     >>> dispatch(np.array([[1.0], [2.0]]), plan).tolist()
@@ -94,7 +94,7 @@ def dispatch(tokens: np.ndarray, plan: Plan) -> np.ndarray:
 
 
 def dispatch_gradient(d_rows: np.ndarray, plan: Plan) -> np.ndarray:
-    """Gradient [T, D] of the tokens: dx_t = sum over the kept choices of t of drows.
+    """Compute the gradient [T, D] of the tokens: dx_t is the sum of drows over the kept choices of t.
 
     >>> plan = make_plan(np.array([[0, 1]]), np.array([[0.5, 0.5]]), num_experts=2)
     >>> dispatch_gradient(np.array([[1.0], [2.0]]), plan).tolist()
@@ -108,7 +108,7 @@ def dispatch_gradient(d_rows: np.ndarray, plan: Plan) -> np.ndarray:
 
 
 def expert_mlp(rows: np.ndarray, weights: MlpWeights, plan: Plan, activation: Activation = "gelu_tanh") -> np.ndarray:
-    """Every expert's MLP on its own rows [R, D]: act(x w1 + b1) w2 + b2; unused rows are zero.
+    """Apply every expert's MLP to its own rows [R, D]: act(x w1 + b1) w2 + b2; unused rows are zero.
 
     >>> plan = make_plan(np.array([[0]]), np.array([[1.0]]), num_experts=1, row_multiple=2)
     >>> weights = MlpWeights(np.zeros((1, 2, 3)), np.zeros((1, 3)), np.zeros((1, 3, 2)), np.ones((1, 2)))
@@ -126,7 +126,7 @@ def expert_mlp(rows: np.ndarray, weights: MlpWeights, plan: Plan, activation: Ac
 def expert_mlp_gradient(
     rows: np.ndarray, weights: MlpWeights, d_output: np.ndarray, plan: Plan, activation: Activation = "gelu_tanh"
 ) -> ExpertGradients:
-    """Gradients of `expert_mlp` with respect to its rows [R, D] and its weights, given that of its output [R, D].
+    """Compute the gradients of the rows [R, D] and weights of `expert_mlp` from that of its output [R, D].
 
     For one row x of expert e, with a = x w1 + b1, h = act(a), y = h w2 + b2:
       dw2 += h^T dy    db2 += dy    da = (dy w2^T) act'(a)    dw1 += x^T da    db1 += da    dx = da w1^T
@@ -170,7 +170,7 @@ def combine(rows: np.ndarray, gate: np.ndarray, plan: Plan) -> np.ndarray:
 
 
 def combine_gradient(rows: np.ndarray, gate: np.ndarray, d_tokens: np.ndarray, plan: Plan) -> CombineGradients:
-    """Gradients of `combine` with respect to its rows [R, D] and gates [T, K], given that of its output [T, D].
+    """Compute the gradients of the rows [R, D] and gates [T, K] of `combine` from that of its output [T, D].
 
     For a kept choice k of token t in row r:  drows_r = gate_tk dy_t,  dgate_tk = rows_r . dy_t.  Dropped: dgate = 0.
 
@@ -202,7 +202,7 @@ def weigh(rows: np.ndarray, gate: np.ndarray, plan: Plan) -> np.ndarray:
 
 
 def in_float64(weights: MlpWeights | GluWeights) -> MlpWeights | GluWeights:
-    """The same weights in float64.
+    """Convert weights to float64.
 
     >>> in_float64(MlpWeights(*np.zeros((4, 1), np.float32))).b1.dtype
     dtype('float64')
@@ -211,7 +211,7 @@ def in_float64(weights: MlpWeights | GluWeights) -> MlpWeights | GluWeights:
 
 
 def run_experts(rows: np.ndarray, weights: MlpWeights | GluWeights, plan: Plan, activation: Any) -> np.ndarray:
-    """Plain or gated experts, by the kind of their weights.
+    """Run plain or gated experts, depending on the kind of their weights.
 
     >>> plan = make_plan(np.array([[0]]), np.array([[1.0]]), num_experts=1)
     >>> run_experts(np.ones((1, 1)), GluWeights(*np.ones((3, 1, 1, 1)), *np.zeros((3, 1, 1))), plan, "relu").tolist()
@@ -225,7 +225,7 @@ def run_experts(rows: np.ndarray, weights: MlpWeights | GluWeights, plan: Plan, 
 def run_experts_gradient(
     rows: np.ndarray, weights: MlpWeights | GluWeights, d_output: np.ndarray, plan: Plan, activation: Any
 ) -> Any:
-    """Gradients of `run_experts`.
+    """Compute the gradients of `run_experts`.
 
     >>> plan, weights = make_plan(np.array([[0]]), np.array([[1.0]]), num_experts=1), np.ones((3, 1, 1, 1))
     >>> weights = GluWeights(*weights, *np.zeros((3, 1, 1)))
@@ -260,7 +260,7 @@ def moe_layer(
     expert: np.ndarray | None = None,
     row_multiple: int = 1,
 ) -> MoeOutput:
-    """The whole layer: y_t = sum over the kept choices of gate * MLP_expert(x_t); see `route` and `make_plan`.
+    """Run the layer: y_t is the sum of gate * MLP_expert(x_t) over kept choices; see `route` and `make_plan`.
 
     With gates on the input it is the sum of MLP_expert(gate * x_t). No capacity factor means dropless. Paper, section
     2.
@@ -321,7 +321,7 @@ def moe_layer_gradient(
     activation: Activation | Clamped = "gelu_tanh",
     gates_on: Literal["output", "input"] = "output",
 ) -> MoeGradients:
-    """Gradients of `moe_layer`, given those of its output tokens [T, D] and of its sums (None: all zero).
+    """Compute the gradients of `moe_layer` from those of its output tokens [T, D] and of its sums (None: zero).
 
     Backwards through combine, the experts and dispatch; the gates and the sums go back through `route_gradient` to the
     logits A = x W, and from there dW = x^T dA and dx = dA W^T (+ dispatch). Who sits where is piecewise constant.

@@ -1,4 +1,4 @@
-"""The plan: which choice of which token gets a place in which expert's rows (paper, section 2)."""
+"""The plan: which choices get a place in their expert's rows, and where (paper, section 2)."""
 
 import math
 from fractions import Fraction
@@ -10,10 +10,10 @@ Priority = Literal["bpr", "arrival", "random", "modality"]
 
 
 class Plan(NamedTuple):
-    """Who sits where. A choice without a place has position -1 and row R; an unused row has source T*K.
+    """The places of choices. A choice without a place has position -1 and row R; an unused row has source T*K.
 
-    The rows of an expert are its kept choices, group after group without gaps, inside a group in the order in which
-    they claimed. `first` and `size` say where they lie; `position` counts from `first`.
+    The rows of an expert hold its kept choices without gaps, ordered by group and then by the order of claims. They
+    start at `first` and are `size` many; `position` counts from `first`.
 
     >>> make_plan(np.array([[1], [1]]), np.array([[0.5], [0.6]]), num_experts=2, capacity=1).position.tolist()
     [[-1], [0]]
@@ -34,9 +34,9 @@ class Plan(NamedTuple):
 def expert_capacity(
     tokens_per_group: int, num_choices: int, num_experts: int, capacity_factor: float | str | Fraction
 ) -> int:
-    """Places C = ceil(S K c / E) of one expert for one group, in exact arithmetic.
+    """Compute the places C = ceil(S K c / E) of an expert in a group, in exact arithmetic.
 
-    The factor is the number that was written: 1.1 is 11/10, not the nearest binary fraction, which lies above it.
+    The factor is the decimal number as written: 1.1 is 11/10, not the nearest binary fraction, which is larger.
 
     >>> expert_capacity(10, 1, 1, 1.1), math.ceil(10 * 1.1)
     (11, 11)
@@ -54,10 +54,10 @@ def claim_order(
     first_modality: int = 0,
     priority_values: np.ndarray | None = None,
 ) -> list[int]:
-    """The tokens of one group in the order in which they claim places; equal ones in the order of their index.
+    """Order the tokens of a group by when they claim places. Ties are ordered by index.
 
-    bpr: largest gate first. arrival: as they come. random: largest of `priority_values` [T] first. modality: tokens of
-    `first_modality` before all others, as they come. Raises ValueError for another priority or a missing argument.
+    bpr: the largest gate first. arrival: by index. random: the largest of `priority_values` [T] first. modality: tokens
+    of `first_modality` first, then the others, by index. Raises ValueError for another priority or a missing argument.
 
     >>> claim_order(np.array([[0.4], [0.9], [0.35], [0.8]]))
     [1, 3, 0, 2]
@@ -69,11 +69,11 @@ def claim_order(
         return list(indices)
     if priority == "random":
         if priority_values is None:
-            raise ValueError('priority "random" needs priority_values, one number a token')
+            raise ValueError('priority "random" needs priority_values, one number for each token')
         return sorted(indices, key=lambda t: (-priority_values[t], t))
     if priority == "modality":
         if modality is None:
-            raise ValueError('priority "modality" needs modality, one id a token')
+            raise ValueError('priority "modality" needs modality, one id for each token')
         return sorted(indices, key=lambda t: (modality[t] != first_modality, t))
     raise ValueError(f"priority {priority!r} is not one of {get_args(Priority)}")
 
@@ -93,12 +93,12 @@ def make_plan(
     mask: np.ndarray | None = None,
     row_multiple: int = 1,
 ) -> Plan:
-    """Give places to choices: all first choices of a group before all second ones, each time in the claim order.
+    """Give places to choices: in each group first choices, then second ones and so on, each in the order of claims.
 
-    Expert [T, K] and gate [T, K] as in `Routing`, or as another router decided. Capacity is per expert and group; None
-    keeps everything. Tokens that are masked, or whose gates are not finite, take no place. With a capacity every expert
-    owns G*C rows, without one as many as it needs, rounded up to `row_multiple` either way. Raises ValueError if T is
-    not a multiple of the number of groups. Paper, section 2.
+    Expert and gate [T, K] are those of `Routing` or of another router. Capacity is per expert and group; None keeps
+    everything. Masked tokens, and tokens with gates that are not finite, take no place. An expert owns G*C rows, or
+    without a capacity as many as it needs; both are rounded up to `row_multiple`. Raises ValueError if T is not a
+    multiple of the number of groups. Paper, section 2.
 
     >>> plan = make_plan(np.array([[0], [0], [1], [1]]), np.array([[0.4], [0.9], [0.35], [0.8]]), num_experts=2,
     ...                  capacity=1)
@@ -136,7 +136,7 @@ def make_plan(
                 e = expert[t, k]
                 wanted[g, kind[t], e] += 1
                 if capacity is None or taken[e] < capacity:
-                    # Earlier groups have filled size[e] rows already, and this group's claims follow without a gap.
+                    # Earlier choices fill the first size[e] rows of the expert.
                     position[t, k] = size[e]
                     size[e] += 1
                     taken[e] += 1
@@ -153,9 +153,9 @@ def make_plan(
 def lay_rows(
     expert: np.ndarray, position: np.ndarray, owned: np.ndarray, row_multiple: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The first row of each expert, the row of each choice and the choice in each row, as in `Plan`.
+    """Compute the first row of each expert, the row of each choice, and the choice in each row, as in `Plan`.
 
-    Expert after expert has the rows that it owns [E], rounded up to `row_multiple`; `position` counts from its first.
+    Each expert in turn gets the rows that it owns [E], rounded up to `row_multiple`. `position` counts from its first.
 
     >>> first, row, source = lay_rows(np.array([[1], [0]]), np.array([[0], [-1]]), np.array([1, 1]), 2)
     >>> first.tolist(), row.tolist(), source.tolist()

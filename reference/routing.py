@@ -7,7 +7,7 @@ import numpy as np
 
 
 class RoutingSums(NamedTuple):
-    """What the losses and figures need to know about routing: sums over tokens, per group G and modality M.
+    """The sums over tokens that losses and metrics need, per group G and modality M.
 
     `wanted` counts (token, choice) pairs, before any capacity. `probability`, `entropy` and `logsumexp_squared` are
     of the clean logits, `largest_gate` is of the noisy ones; `load` is zero where no noise was given.
@@ -45,7 +45,7 @@ class Router(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """Which experts each token wants, and how much; the arrays that the derivative needs come along.
+    """The experts that each token wants, their gates, and the arrays that the gradient needs.
 
     `expert` is E (no expert) for tokens that are masked or whose logits are not finite; `gate` is 0 for the former
     and NaN for the latter. `active` marks all others.
@@ -68,7 +68,7 @@ class Routing(NamedTuple):
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Softmax over the last axis.
+    """Compute the softmax over the last axis.
 
     >>> softmax(np.array([[0.0, 0.0]]))
     array([[0.5, 0.5]])
@@ -79,7 +79,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def logsumexp(logits: np.ndarray) -> np.ndarray:
-    """log(sum(exp(logits))) over the last axis.
+    """Compute log(sum(exp(logits))) over the last axis.
 
     >>> float(np.round(logsumexp(np.zeros(32)) ** 2, 4))
     12.0113
@@ -90,7 +90,7 @@ def logsumexp(logits: np.ndarray) -> np.ndarray:
 
 
 def entropy(probability: np.ndarray) -> np.ndarray:
-    """Entropy in nats over the last axis, with 0 log 0 = 0.
+    """Compute the entropy in nats over the last axis, with 0 log 0 = 0.
 
     >>> float(np.round(entropy(np.full(32, 1 / 32)), 4))
     3.4657
@@ -101,7 +101,7 @@ def entropy(probability: np.ndarray) -> np.ndarray:
 
 
 def top_k(values: np.ndarray, num_choices: int) -> list[int]:
-    """Indices of the largest values of one row, largest first; equal values in the order of their index.
+    """Find the indices of the largest values of a row, largest first. Ties are ordered by index.
 
     >>> top_k(np.array([1.0, 3.0, 3.0, 2.0]), 3)
     [1, 2, 3]
@@ -119,7 +119,7 @@ def scores(logits: np.ndarray, family: str) -> np.ndarray:
 
 
 def choose(logits: np.ndarray, num_choices: int, settings: Router, choice_bias: np.ndarray | None) -> list[int]:
-    """The experts of one token, best first: by score plus bias, among those of the best groups.
+    """Choose the experts of one token, best first: by score plus bias, among those of the best groups.
 
     >>> choose(np.array([3.0, 0.0, 2.0, 2.0]), 1, Router(expert_groups=2, group_best=2), None)
     [0]
@@ -135,7 +135,7 @@ def choose(logits: np.ndarray, num_choices: int, settings: Router, choice_bias: 
 
 
 def normal_cdf(value: float) -> float:
-    """Cumulative distribution function of the standard normal distribution.
+    """Compute the cumulative distribution function of the standard normal distribution.
 
     >>> normal_cdf(0.0)
     0.5
@@ -144,7 +144,7 @@ def normal_cdf(value: float) -> float:
 
 
 def smooth_load(clean: np.ndarray, noisy: np.ndarray, num_choices: int, sigma: float) -> np.ndarray:
-    """Probability [E] that each expert is among one token's top K if only its own noise were drawn again.
+    """Compute the probability [E] that each expert is in a token's top K with new noise for this expert only.
 
     p_e = 1 - Phi((eta_K - A_e) / sigma), where eta_K is the K-th largest noisy logit (paper, section 3, load).
 
@@ -156,7 +156,7 @@ def smooth_load(clean: np.ndarray, noisy: np.ndarray, num_choices: int, sigma: f
 
 
 def zero_sums(*, num_groups: int, num_modalities: int, num_experts: int) -> RoutingSums:
-    """Sums over no tokens at all; also the cotangent of sums that nobody used.
+    """Make sums over no tokens, which are also the cotangent of unused sums.
 
     >>> float(zero_sums(num_groups=1, num_modalities=2, num_experts=3).load.sum())
     0.0
@@ -248,7 +248,7 @@ def route(
 
 
 def route_gradient(routing: Routing, d_gate: np.ndarray, d_sums: RoutingSums) -> np.ndarray:
-    """Gradient [T, E] with respect to the clean logits A, given those of the gates [T, K] and of the sums.
+    """Compute the gradient [T, E] of the clean logits A from those of the gates [T, K] and of the sums.
 
     With s = scores(A), p = s / sum(s), q = scores(A + noise), L = logsumexp(A), H = -sum(p log p), u the experts of a
     token, c the scale, S the sum of q over u, m the largest gate:
