@@ -33,8 +33,8 @@ class LayerShapes:
 class LayerChoice(NamedTuple):
     """The back end of each verb, and of the span `layer`, which stands for dispatch, experts and combine together.
 
-    Gated experts are two matmuls: `experts` is the first, with its gate if no bias or clamp is in between, and `down`
-    the second. Otherwise `down` is None.
+    Gated experts with something between their matmuls that no `expert_glu` has (see `GluMatmuls`) are two matmuls:
+    `experts` is the first, and `down` the second. Otherwise `down` is None.
     """
 
     route: Choice
@@ -83,11 +83,12 @@ def choose_layer(
         layout=here,
     )
     down = None
-    if shapes.glu is not None:
+    if shapes.glu is not None and shapes.glu.first == "gated":
+        experts = dataclasses.replace(experts, span="expert_glu", epilogue=shapes.glu.down)
+    elif shapes.glu is not None:
         plain = dataclasses.replace(experts, activation="")
         down = backends.choice_of(_matmul(plain, shapes.expert_width, shapes.width, shapes.glu.down), backend)
-        follows = experts if shapes.glu.first == "gated" else plain
-        experts = _matmul(follows, shapes.width, shapes.glu.columns, shapes.glu.first)
+        experts = _matmul(plain, shapes.width, shapes.glu.columns, shapes.glu.first)
     return LayerChoice(
         route=backends.choice_of(common, backend),
         dispatch=backends.choice_of(dataclasses.replace(common, span="dispatch"), backend),
@@ -110,12 +111,12 @@ def _matmul(problem: Problem, width: int, expert_width: int, epilogue: Epilogue)
 
 def _whole(common: Problem, shapes: LayerShapes, received: Layout | None, backend: str | None) -> Choice:
     """Choose a span for dispatch, experts and combine together, if a back end has one."""
-    reason = None if shapes.glu is None else "gated experts are two matmuls"
+    reason = None if shapes.glu is None else "its kernel has no gated experts"
     if shapes.gates_on_input:
         reason = "gates are on the input of the experts"
     if received is not None:
         reason = "its experts get rows from other shards"
     if reason is not None:
-        return Choice(None, None, "", {each.name: reason for each in backends.BACKENDS})
+        return Choice(None, None, "", {each.name: reason for each in backends.BACKENDS}, "dispatch_mlp_combine")
     problem = dataclasses.replace(common, span="dispatch_mlp_combine", expert_width=shapes.expert_width)
     return backends.choice_of(problem, backend)

@@ -113,18 +113,18 @@ def _matmul(
 
 def expert_mlp(
     rows: Float[Array, "R D"],
-    weights: MlpWeights,
+    weights: MlpWeights | GluWeights,
     plan: Plan,
     *,
-    activation: Activation = "gelu_tanh",
+    activation: Activation | None = None,
     backend: str | None = None,
     tiles: Hashable | None = None,
 ) -> Float[Array, "R D"]:
-    """Apply every expert's MLP, `act(x w1 + b1) w2 + b2`, to its rows.
+    """Apply every expert's MLP to its rows: `act(x w1 + b1) w2 + b2`, or gated, `(act(x gate) * (x up)) down`.
 
-    Matmuls accumulate in float32. The activation is computed in float32; the hidden layer is rounded to the dtype of
-    the rows before and after it. Unused rows and `tiles` are as in `grouped_matmul`. Raises ValueError for shapes and
-    block sizes that do not fit and for an unknown activation.
+    Matmuls accumulate in float32. The activation (None: `gelu_tanh`, of gated experts `silu`) is computed in float32;
+    the hidden layer is rounded to the dtype of the rows before and after it. Unused rows and `tiles` are as in
+    `grouped_matmul`. Raises ValueError for shapes and block sizes that do not fit and for an unknown activation.
 
     >>> import jax.numpy as jnp
     >>> from moe_kernels import MlpWeights, dispatch, make_plan, route
@@ -135,19 +135,26 @@ def expert_mlp(
     (16, 2)
     """
     check_rows("rows", rows, plan.layout.num_rows)
-    function_of(activation)
     check_experts(weights, plan.layout.num_experts, rows.shape[1])
+    chosen, sizes = activation_of(weights, MoeSpec(activation=activation)), expert_sizes(weights)
+    glu = glu_matmuls(weights, chosen)
+    if glu is not None and glu.first != "gated":
+        raise ValueError(
+            "expert_mlp has no biases of gate and up, no clamp and no array of both; use moe_mlp, or grouped_matmul"
+        )
+    assert isinstance(chosen, str)
     problem = backends.problem_of(
-        "expert_mlp",
+        "expert_mlp" if glu is None else "expert_glu",
         rows,
         plan.layout.num_experts,
-        expert_width=weights.w1.shape[-1],
+        expert_width=sizes.expert_width,
         layout=plan.layout,
-        weight_dtype=str(weights.w1.dtype),
-        activation=activation,
+        epilogue="none" if glu is None else glu.down,
+        weight_dtype=sizes.dtype,
+        activation=chosen,
     )
     span = backends.choose(dataclasses.replace(problem, tiles=tiles), backend)
-    return apply(span, MlpStatic(plan.layout, activation), (rows, weights), (plan.runs,))
+    return apply(span, MlpStatic(plan.layout, chosen), (rows, weights), (plan.runs,))
 
 
 class ExpertSizes(NamedTuple):

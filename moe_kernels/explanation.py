@@ -24,22 +24,15 @@ class Explanation(NamedTuple):
     on: Traced
 
     def as_json(self) -> dict[str, dict[str, Any]]:
-        """Give `{"backend": name, "how": text, "refused": {name: reason}}` for each verb and for the whole layer."""
+        """Give `{"span": name, "backend": name, "how": text, "refused": {name: reason}}` for each verb and all."""
         return {name: _as_json(choice) for name, choice in self._verbs().items()}
 
     def _verbs(self) -> dict[str, Choice]:
-        choice = self.choice
-        experts = choice.experts
-        if choice.down is not None:
-            both = f"gate, up and activation by {experts.backend}, down by {choice.down.backend}"
-            experts = experts._replace(how="; ".join(filter(None, (experts.how, both))))
-        return {
-            "route": choice.route,
-            "dispatch": choice.dispatch,
-            "experts": experts,
-            "combine": choice.combine,
-            "layer": choice.layer,
-        }
+        choice = self.choice._asdict()
+        if (down := choice.pop("down")) is not None:
+            ways = f"between matmuls something that expert_glu does not have; down by {down.backend}"
+            choice["experts"] = self.choice.experts._replace(how=ways)
+        return choice
 
     def __str__(self) -> str:
         device = f"{self.on.chip or self.on.platform}, {self.on.platform}"
@@ -47,12 +40,13 @@ class Explanation(NamedTuple):
 
 
 def _as_json(choice: Choice) -> dict[str, Any]:
-    return {"backend": choice.backend, "how": choice.how, "refused": choice.refused}
+    return {"span": choice.name, "backend": choice.backend, "how": choice.how, "refused": choice.refused}
 
 
 def _as_text(name: str, choice: Choice) -> str:
     nobody = "verb by verb" if name == "layer" else "nobody"
     how = f" ({choice.how})" if choice.how else ""
+    how = f", {choice.name}{how}" if name == "experts" else how
     refused = [f"    not {backend}: {reason}" for backend, reason in choice.refused.items()]
     return "\n".join([f"  {name}: {choice.backend or nobody}{how}", *refused])
 

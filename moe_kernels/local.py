@@ -227,25 +227,21 @@ def run_experts(
     choice: LayerChoice,
     spec: MoeSpec,
 ) -> Float[Array, "R D"]:
-    """Apply every expert's MLP to its rows: one span, or matmuls for gated experts."""
-    first = span_of(choice.experts)
-    if isinstance(weights, MlpWeights):
-        return apply(first, MlpStatic(layout, plain_activation(spec)), (rows, weights), (runs,))
-    activation = activation_of(weights, spec)
+    """Apply every expert's MLP to its rows: one span, or two matmuls around what no span has between them."""
+    first, activation = span_of(choice.experts), activation_of(weights, spec)
+    if choice.down is None:
+        assert isinstance(activation, str), "others are two matmuls"
+        return apply(first, MlpStatic(layout, activation), (rows, weights), (runs,))
+    assert not isinstance(weights, MlpWeights)
 
     def product(weight: Array, bias: Array | None) -> Float[Array, "R F"]:
         return apply(first, MatmulStatic(layout), (rows, MatmulWeights(weight, bias)), (runs,))
 
     if isinstance(weights, JoinedGluWeights):
         both = halves(product(weights.gate_up, weights.gate_up_bias), spec.interleaved)
-        hidden = apply(_GLU, activation, both, ())
-    elif weights.gate_bias is None and isinstance(activation, str):
-        fused = MatmulWeights(weights.gate, up=weights.up)
-        hidden = apply(first, MatmulStatic(layout, activation), (rows, fused), (runs,))
     else:
         both = product(weights.gate, weights.gate_bias), product(weights.up, weights.up_bias)
-        hidden = apply(_GLU, activation, both, ())
-    assert choice.down is not None
+    hidden = apply(_GLU, activation, both, ())
     down = MatmulWeights(weights.down, weights.down_bias)
     return apply(span_of(choice.down), MatmulStatic(layout), (hidden, down), (runs,))
 

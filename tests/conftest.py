@@ -14,6 +14,7 @@ os.environ.setdefault("NPROC", "8")
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 from devices import pytest_pyfunc_call  # noqa: F401 (a hook of pytest, found by its name)
 from jaxtyping import install_import_hook
@@ -29,6 +30,14 @@ hypothesis.settings.register_profile("default", max_examples=30, **_common)
 hypothesis.settings.register_profile("ci", max_examples=30, derandomize=True, database=None, **_common)
 hypothesis.settings.register_profile("long", max_examples=1000, **_common)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture
+def as_users_run_it():
+    """The suite's import hook checks every annotation first; users do not have it."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,6 +9,7 @@ import nasty_cases as nasty
 import numpy as np
 import pytest
 
+from moe_kernels import GluWeights
 from moe_kernels.backends import choose, problem_of
 from moe_kernels.backends.base import MatmulStatic, MlpStatic, apply
 from moe_kernels.backends.gpu import install_simulator
@@ -64,7 +65,8 @@ def matmul(rows: nasty.Rows, activation: MatmulActivation | None, x, weights, do
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def mlp_value(rows: nasty.Rows, activation: str, x, weights, size):
     """Output alone, which is not that of `jax.vjp`."""
-    span, static = span_of("expert_mlp", rows, x), MlpStatic(rows.layout, activation)
+    name = "expert_glu" if isinstance(weights, GluWeights) else "expert_mlp"
+    span, static = span_of(name, rows, x), MlpStatic(rows.layout, activation)
     return apply(span, static, (x, weights), (rows.runs(size),))
 
 
@@ -91,10 +93,19 @@ def check_matmul(
         nasty.check_matmul(rows.runs(np.array(size)), (x, weights, dout), found, activation)
 
 
-def check_mlp(name: str, dtype: str, weight_dtype: str, activation: str = "gelu_tanh", sizes=None, bias=True) -> None:
+def check_mlp(
+    name: str,
+    dtype: str,
+    weight_dtype: str,
+    activation: str = "gelu_tanh",
+    sizes=None,
+    bias: bool = True,
+    gated: bool = False,
+) -> None:
     rows, all_sizes = CASES[name]
-    given = nasty.operands(rows, dtype=dtype, weight_dtype=weight_dtype)
+    given = nasty.operands(rows, dtype=dtype, weight_dtype=weight_dtype, gated=gated)
     if not bias:
         given = given._replace(weights=given.weights._replace(b1=None, b2=None))
     for size in all_sizes if sizes is None else sizes:
-        nasty.check_mlp(rows, given, size, mlp(rows, activation, given, np.array(size, np.int32)), activation)
+        found = mlp(rows, activation, given, np.array(size, np.int32))
+        nasty.check_mlp(rows, given, size, found, activation, in_two=gated)

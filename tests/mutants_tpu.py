@@ -19,6 +19,7 @@ KEPT_POISON = tests(
 KEPT_RACES = tests("test_tpu_races.py::test_no_races_with_a_kept_hidden_layer[block-1-on_wait]")
 MLP_EMPTY = tests("test_tpu_mlp.py::test_every_pattern_of_empty_experts[one piece]")
 MLP_RACES = tests("test_tpu_races.py::test_no_races_and_no_uninitialised_memory[packed-1-on_wait]")
+GLU = tests("test_tpu_glu.py::test_values_and_gradients[several chunks, several items-float32-float32-silu]")
 MATMUL = tests(
     "test_tpu_matmul.py::test_values_and_gradients[several chunks, several items-bfloat16-float32-none]",
 )
@@ -159,9 +160,20 @@ MUTANTS = {
         PACKED_RACES, "return 2 if once or grid.chunks > 1 else 1", "return 2"
     ),
     # What is computed.
-    "gradient through the gate left out": Mutant(MATMUL_GATED, "(dy32 * (gated[0] * slope))", "(dy32 * slope)"),
-    "dx of the first matrix alone": Mutant(
-        MATMUL_GATED, "scratch.dx[own] += sum(others, start=first)", "scratch.dx[own] += first"
+    "gradient through the gate left out": Mutant(
+        MATMUL_GATED, "[dresult * (gated[0] * slope), dresult * activated]", "[dresult * slope, dresult * activated]"
+    ),
+    "dx of the first matrix alone": Mutant(MATMUL_GATED, "return sum(others, start=first)", "return first"),
+    "gradient of up without the activation": Mutant(
+        GLU, "[dresult * (gated[0] * slope), dresult * activated]", "[dresult * (gated[0] * slope), dresult]"
+    ),
+    "gradient of down from a hidden layer without up": Mutant(
+        GLU, "return Back(activated * gated[0],", "return Back(activated,"
+    ),
+    "up not let through": Mutant(GLU, "(activated * gated[0] if gated else activated)", "activated"),
+    "the gate taken for up": Mutant(GLU, "(w1,) if up is None else (w1, up)", "(w1,) if up is None else (w1, w1)"),
+    "gradients of gate and up exchanged": Mutant(
+        GLU, "expert_width] for dweight in dfirst)", "expert_width] for dweight in dfirst[::-1])"
     ),
     "slope without the factor 3 of its cubic": Mutant(
         tests("test_tpu_matmul.py::test_every_activation[pointwise-gelu_tanh]"),

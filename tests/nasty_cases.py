@@ -15,7 +15,7 @@ import numpy as np
 from moe_cases import assert_within
 
 import reference
-from moe_kernels import MlpWeights
+from moe_kernels import GluWeights, MlpWeights
 from moe_kernels.backends.base import MatmulWeights, epilogue_of
 from moe_kernels.types import ROW_ALIGNMENT, Activation, Epilogue, Layout, MatmulActivation, Runs
 
@@ -95,7 +95,7 @@ SIZES: dict[Rows, list[tuple[int, ...]]] = {
     SEVERAL_RUNS: [(24, 0, 7, 8, 0, 0, 0, 0, 1, 24, 24, 23), (0, 0, 0, 1) * 3],
 }
 DTYPES = [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]  # of rows and of weights
-Weights = TypeVar("Weights", MlpWeights, MatmulWeights)
+Weights = TypeVar("Weights", MlpWeights, GluWeights, MatmulWeights)
 POISONS = [np.nan, np.inf, -np.inf]
 # The most that one rounding to a dtype is off, as a share; and near 0, where float16 has fewer digits.
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -114,18 +114,20 @@ class Operands(NamedTuple):
     """What an expert MLP and its gradient are computed from."""
 
     rows: jax.Array
-    weights: MlpWeights
+    weights: MlpWeights | GluWeights
     dout: jax.Array
 
 
-def operands(rows: Rows, *, dtype: str = "float32", weight_dtype: str = "float32", seed: int = 0) -> Operands:
+def operands(
+    rows: Rows, *, dtype: str = "float32", weight_dtype: str = "float32", gated: bool = False, seed: int = 0
+) -> Operands:
     """Random operands, of size one after every matmul; all rows hold numbers, used or not."""
     rng = np.random.default_rng(seed)
     e, d, f = rows.experts, rows.width, rows.hidden
     x, dout = rng.normal(size=(2, rows.num_rows, d))
-    shapes = ((e, d, f), (e, f), (e, f, d), (e, d))
+    shapes = ((e, d, f), (e, d, f), (e, f, d)) if gated else ((e, d, f), (e, f), (e, f, d), (e, d))
     draws = [rng.normal(size=s) / (np.sqrt(s[1]) if len(s) == 3 else 1) for s in shapes]
-    weights = MlpWeights(*(jnp.asarray(w, weight_dtype) for w in draws))
+    weights = (GluWeights if gated else MlpWeights)(*(jnp.asarray(w, weight_dtype) for w in draws))
     return Operands(jnp.asarray(x, dtype), weights, jnp.asarray(dout, dtype))
 
 
@@ -139,7 +141,7 @@ class Expected(NamedTuple):
 
     out: np.ndarray
     drows: np.ndarray
-    dweights: MlpWeights
+    dweights: MlpWeights | GluWeights
 
 
 class _Runs(NamedTuple):
@@ -221,30 +223,67 @@ def compare(
         assert_within(mine, theirs, allowed, name=name)
 
 
+def expected_glu(rows: Rows, given: Operands, size: np.ndarray | tuple[int, ...], activation: Activation) -> Expected:
+    """The oracle for gated experts: two grouped matmuls of `reference`, with the runs as above."""
+    x, dout = (np.asarray(a, np.float64) for a in (given.rows, given.dout))
+    gate, up, down = (np.asarray(w, np.float64).repeat(rows.runs_per_expert, 0) for w in given.weights[:3])
+    plan, first = _Runs(np.asarray(rows.runs(np.asarray(size)).first), np.asarray(size)), {"activation": activation}
+    hidden = reference.grouped_matmul(x, gate, plan, up=up, **first)
+    back = reference.grouped_matmul_gradient(hidden, down, dout, plan)
+    gradient = reference.grouped_matmul_gradient(x, gate, back.rows, plan, up=up, **first)
+    of_runs = gradient.weight, gradient.up, back.weight
+    summed = (g.reshape(rows.experts, rows.runs_per_expert, *g.shape[1:]).sum(axis=1) for g in of_runs)
+    return Expected(reference.grouped_matmul(hidden, down, plan), gradient.rows, GluWeights(*summed))
+
+
+def glu_magnitudes(rows: Rows, given: Operands, size: np.ndarray | tuple[int, ...]) -> Expected:
+    """What each entry of `expected_glu` is a sum of, as for `expected_mlp`; SiLU has the same bounds."""
+    x, dout = (np.abs(np.asarray(a, np.float64)) for a in (given.rows, given.dout))
+    weights = [np.abs(np.asarray(a, np.float64)) for a in given.weights[:3]]
+    out, dx, dw = np.zeros(x.shape), np.zeros(x.shape), GluWeights(*(np.zeros(a.shape) for a in weights))
+    for n, (first, count) in enumerate(zip(np.asarray(rows.runs(np.asarray(size)).first), size, strict=True)):
+        own, e = slice(first, first + count), n // rows.runs_per_expert
+        gate, up, down = (a[e] for a in weights)
+        before, let = x[own] @ gate, x[own] @ up
+        dhidden = dout[own] @ down.T
+        dbefore, dlet = 1.13 * dhidden * let * (1 + before), dhidden * before
+        out[own], dx[own] = (before * let) @ down, dbefore @ gate.T + dlet @ up.T
+        parts = x[own].T @ dbefore, x[own].T @ dlet, (before * let).T @ dout[own]
+        for total, part in zip(dw[:3], parts, strict=True):
+            total[e] += part
+    return Expected(out, dx, dw)
+
+
 # How often what an entry is a sum of was rounded: the hidden layer before (1.13 of that pass) and after the activation;
 # or its gradient, where the slope's error is part of the magnitudes.
 MLP_ROUNDED = {"out": 2.13, "drows": 1, "dw1": 1, "db1": 1, "dw2": 2.13, "db2": 0}
+# Gated: what lets pass is rounded too. Two kernels also round the gradient of the hidden layer between them.
+GLU_ROUNDED = {"out": 3.13, "drows": 2.13, "dgate": 2, "dup": 2.13, "ddown": 3.13}
+GLU_IN_TWO_ROUNDED = {"out": 3.13, "drows": 3.13, "dgate": 3, "dup": 3.13, "ddown": 3.13}
 
 
 def check_mlp(
     rows: Rows,
     given: Operands,
     size: np.ndarray | tuple[int, ...],
-    found: tuple[jax.Array, jax.Array, MlpWeights],
+    found: tuple[jax.Array, jax.Array, MlpWeights | GluWeights],
     activation: Activation = "gelu_tanh",
+    *,
+    in_two: bool = False,
 ) -> None:
-    """Compare output and gradients with the oracle."""
+    """Compare output and gradients with the oracle; `in_two` kernels, between which gradients are rounded."""
     (out, drows, dweights), dtype = found, given.rows.dtype
     assert out.dtype == drows.dtype == dtype
     assert jax.tree.map(lambda w: w.dtype, dweights) == jax.tree.map(lambda w: w.dtype, given.weights)
-    given = given._replace(weights=as_multiplied(given.weights, dtype))
+    given, gated = given._replace(weights=as_multiplied(given.weights, dtype)), isinstance(given.weights, GluWeights)
+    expected, magnitudes = (expected_glu, glu_magnitudes) if gated else (expected_mlp, mlp_magnitudes)
     compare(
         found,
-        expected_mlp(rows, given, size, activation),
-        mlp_magnitudes(rows, given, size),
+        expected(rows, given, size, activation),
+        magnitudes(rows, given, size),
         used=rows.used(np.asarray(size)),
         longest=rows.width + rows.hidden + max(size, default=0),
-        earlier=MLP_ROUNDED,
+        earlier=(GLU_IN_TWO_ROUNDED if in_two else GLU_ROUNDED) if gated else MLP_ROUNDED,
     )
 
 

@@ -28,6 +28,7 @@ LEVELS = (
     ("spec",),
     ("capacity", "priority"),
     ("backends.base", "backends.route_parts"),
+    ("backends.mlp_parts",),
     ("backends.xla.*",),
     ("backends.tpu.*", "backends.gpu.*"),
     ("backends",),

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from moe_cases import assert_close
 
-from benchmarks import cases, estimate, markdown, oracle, peers, roofline, rounding, selection, summary, timing
+from benchmarks import cases, estimate, gated, markdown, oracle, peers, roofline, rounding, selection, summary, timing
 from benchmarks.cases import CASES, DISTRIBUTIONS, Case, draw_experts, make_inputs, small_twin
 from benchmarks.plot import save_plot
 from benchmarks.roofline import OPS, Device, Load, work
@@ -54,6 +54,12 @@ def test_every_implementation_agrees_with_the_reference(op, name):
     problem = Problem(op, "forward", ODD, "zipf", "float32")
     (result,) = run(problem, IMPLEMENTATIONS[name], check_only=True)
     assert result.correct, result.fault
+
+
+def test_gated_experts_are_compared_with_float64_and_run_beside_a_dense_gated_mlp():
+    for made in (gated.layer_of, gated.dense_of):
+        out, (dtokens, *_) = made(Case("small", 64, 1, 8, 16, 4, 2, None)).last
+        assert out.shape[1] == dtokens.shape[1] == 8
 
 
 @pytest.mark.parametrize("name", RUNNABLE)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from moe_cases import assert_close
 
-from moe_kernels import MlpWeights, backends
+from moe_kernels import GluWeights, MlpWeights, backends
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights, MlpStatic, apply
 from moe_kernels.types import Layout, Runs
 
@@ -19,7 +19,7 @@ def layout(rows: int, runs_per_expert: int) -> Layout:
     return Layout(num_rows, 1, 1, EXPERTS, num_rows, rows_per_expert=rows, runs_per_expert=runs_per_expert)
 
 
-def block_of(rows: int, runs_per_expert: int, seed: int):
+def block_of(rows: int, runs_per_expert: int, seed: int, gated: bool = False):
     """Rows, cotangents and weights; experts that are empty, half full, one row over half, and full."""
     rng = np.random.default_rng(seed)
     per_run = rows // runs_per_expert
@@ -28,8 +28,9 @@ def block_of(rows: int, runs_per_expert: int, seed: int):
     runs = Runs(
         *(np.asarray(x, np.int32) for x in (expert, per_run * np.arange(len(expert)), size.clip(0, per_run).ravel()))
     )
-    sizes = (EXPERTS, WIDTH, HIDDEN), (EXPERTS, HIDDEN), (EXPERTS, HIDDEN, WIDTH), (EXPERTS, WIDTH)
-    weights = MlpWeights(*(rng.normal(size=size).astype(np.float32) for size in sizes))
+    first, second = (EXPERTS, WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH)
+    sizes = (first, first, second) if gated else (first, (EXPERTS, HIDDEN), second, (EXPERTS, WIDTH))
+    weights = (GluWeights if gated else MlpWeights)(*(rng.normal(size=size).astype(np.float32) for size in sizes))
     x, dy = rng.normal(size=(2, EXPERTS * rows, WIDTH)).astype(np.float32)
     used = (np.arange(per_run) < runs.size[:, None]).ravel()
     x[~used], dy[~used] = np.nan, np.inf
@@ -44,7 +45,7 @@ def span_for(platform: str, span: str, rows, layout: Layout):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def mlp_and_gradients(platform, layout, x, dy, weights, runs):
     static = MlpStatic(layout, "gelu_tanh")
-    span = span_for(platform, "expert_mlp", x, layout)
+    span = span_for(platform, "expert_glu" if isinstance(weights, GluWeights) else "expert_mlp", x, layout)
     y, pull = jax.vjp(lambda x, w: apply(span, static, (x, w), (runs,)), x, weights)
     return y, *pull(dy)
 
@@ -57,9 +58,11 @@ def matmul_and_gradients(platform, layout, x, dh, weight, runs):
     return y, *pull(dh)
 
 
-@pytest.mark.parametrize(("rows", "runs_per_expert"), [(8, 1), (9, 1), (1, 1), (12, 3)])
-def test_both_ways_agree(rows, runs_per_expert):
-    x, dy, weights, runs, used = block_of(rows, runs_per_expert, seed=rows)
+@pytest.mark.parametrize(
+    ("rows", "runs_per_expert", "gated"), [(8, 1, False), (9, 1, True), (1, 1, False), (12, 3, False), (12, 3, True)]
+)
+def test_both_ways_agree(rows, runs_per_expert, gated):
+    x, dy, weights, runs, used = block_of(rows, runs_per_expert, rows, gated)
     static = layout(rows, runs_per_expert)
     loop, batch = (mlp_and_gradients(platform, static, x, dy, weights, runs) for platform in ("cpu", "gpu"))
     for name, mine, theirs in zip(("y", "dx"), loop, batch, strict=False):
@@ -69,6 +72,8 @@ def test_both_ways_agree(rows, runs_per_expert):
         assert_close(mine, theirs, length=rows, name=f"d{name}", roundings=16)
         assert (mine[0] == 0).all()
 
+    if gated:
+        return
     dh = np.random.default_rng(0).normal(size=(len(x), HIDDEN)).astype(np.float32)
     dh[~used] = np.nan
     loop, batch = (matmul_and_gradients(platform, static, x, dh, weights.w1, runs) for platform in ("cpu", "gpu"))

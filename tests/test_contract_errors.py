@@ -9,6 +9,7 @@ import pytest
 from spec_cases import spec_and_inputs
 
 from moe_kernels import (
+    GluWeights,
     MlpWeights,
     Problem,
     combine,
@@ -73,7 +74,7 @@ LAYER_MISTAKES = [
     ({"capacity_factor": float("nan")}, "capacity_factor=nan is not a finite number; use one like 1.05"),
     ({"capacity_factor": "a lot"}, "capacity_factor='a lot' is not a finite number"),
     ({"activation": "rleu"}, "activation='rleu' is not one of gelu_tanh, gelu_erf, silu, relu, relu_squared"),
-    ({"weights": WEIGHTS._replace(w1=WEIGHTS.w2)}, "weights.w1 has shape (3, 8, 4); it must be [3, 4, any]"),
+    ({"weights": WEIGHTS._replace(w1=WEIGHTS.w2)}, "weights.w1 has shape (3, 8, 4); it must be [3, 4, 4]"),
     ({"weights": WEIGHTS._replace(w2=WEIGHTS.w1)}, "weights.w2 has shape (3, 4, 8); it must be [3, 8, 4]"),
     ({"weights": WEIGHTS._replace(b1=WEIGHTS.b2)}, "weights.b1 has shape (3, 4); it must be [3, 8]"),
     ({"weights": WEIGHTS._replace(b2=WEIGHTS.b1)}, "weights.b2 has shape (3, 8); it must be [3, 4]"),
@@ -100,6 +101,10 @@ OPERATION_MISTAKES = [
     (lambda: combine(ROWS[1:], jnp.ones((6, 1)), plan()), "rows has shape (23, 4); the plan is for [24, D]"),
     (lambda: combine(ROWS, jnp.ones((6, 2)), plan()), "gate has shape (6, 2); the plan is for [T, K] = (6, 1)"),
     (lambda: expert_mlp(ROWS[1:], WEIGHTS, plan()), "rows has shape (23, 4); the plan is for [24, D]"),
+    (
+        lambda: expert_mlp(ROWS, GluWeights(WEIGHTS.w1, WEIGHTS.w1, WEIGHTS.w2, WEIGHTS.b1, WEIGHTS.b1), plan()),
+        "expert_mlp has no biases of gate and up, no clamp and no array of both; use moe_mlp, or grouped_matmul",
+    ),
     (lambda: grouped_matmul(ROWS[1:], WEIGHTS.w1, plan()), "rows has shape (23, 4); the plan is for [24, D]"),
     (lambda: grouped_matmul(ROWS, WEIGHTS.w2, plan()), "weight has shape (3, 8, 4); it must be [3, 4, any]"),
     (lambda: grouped_matmul(ROWS, WEIGHTS.w1[0], plan()), "weight has shape (4, 8); it must be [3, 4, any]"),

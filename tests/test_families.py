@@ -6,7 +6,6 @@ import json
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from sharding_cases import mesh_of
@@ -44,14 +43,6 @@ ROUTERS = {
     "best of a group": RouterSpec(expert_groups=2, groups_chosen=1, group_best=1),
 }
 BIASES = {"no bias": (False, False), "bias": (True, False), "choice bias": (False, True), "both": (True, True)}
-
-
-@pytest.fixture
-def as_users_run_it():
-    """The suite's import hook checks every annotation first; users do not have it."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def arguments(seed: int = 0):
@@ -207,13 +198,17 @@ def weights_of(experts, kind: str):
     if kind == "clamped with biases":
         weights = experts["glu with biases"]
         return WithShared(weights, one_of(weights, rng)), {"activation": CLAMPED}
+    if kind == "a bias of down":
+        return experts["glu"]._replace(down_bias=experts["glu with biases"].down_bias), {}
     return experts[kind], {}
 
 
 EVERYDAY_EXPERTS = {("xla", "glu"), ("xla", "shared with a gate"), ("xla", "Llama 4"), ("tpu", "gpt-oss")}
 EVERYDAY_EXPERTS |= {("xla", "clamped with biases")}
+IN_ONE_SPAN = ("glu", "a bias of down", "shared", "shared with a gate")
 KINDS = (
     "glu",
+    "a bias of down",
     "glu with biases",
     "clamped with biases",
     "joined",
@@ -238,7 +233,9 @@ def test_every_kind_of_experts(kind, backend):
     spec = MoeSpec(num_choices=CHOICES, router=ROUTERS["DeepSeek-V3"], backend=backend, **options)
     check(x, router_of(router, "both"), weights, dy, spec)
     choice = explain(x, router, weights, spec).choice
-    assert (choice.experts.backend, choice.down.backend) == (backend, backend) and choice.layer.backend is None
+    name = "expert_glu" if kind in IN_ONE_SPAN else "grouped_matmul"
+    assert (choice.experts.name, choice.experts.backend) == (name, backend) and choice.layer.backend is None
+    assert choice.down is None if kind in IN_ONE_SPAN else choice.down.backend == backend
 
 
 @pytest.mark.devices(8)
@@ -376,7 +373,7 @@ def test_explain_is_a_command(capsys, as_users_run_it):
     main(["explain", "--chip=v5p", *shape.split(), "--json"])
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["route", "dispatch", "experts", "combine", "layer"]
-    assert all(set(verb) == {"backend", "how", "refused"} for verb in found.values())
+    assert all(set(verb) == {"span", "backend", "how", "refused"} for verb in found.values())
     assert found["route"]["backend"] == "tpu" and "gpu" in found["route"]["refused"]
     assert found["layer"]["backend"] is None and "one TensorCore" in found["layer"]["refused"]["tpu"]
     main(["explain", "--chip=v6e", *shape.split(), "--gated", "--shards=4"])

@@ -34,6 +34,10 @@ def test_the_exact_gelu_without_biases():
     gpu.check_mlp("odd block", "float16", "float16", "gelu_erf", sizes=[(23, 24, 1)], bias=False)
 
 
+def test_gated_experts_by_two_of_the_matmuls():
+    gpu.check_mlp("odd block", "bfloat16", "float32", "silu", sizes=[(23, 0, 1)], gated=True)
+
+
 def test_the_value_alone_is_that_of_the_forward_pass():
     rows, _ = gpu.CASES["odd block"]
     given, size = nasty.operands(rows, dtype="bfloat16"), np.array((23, 24, 1), np.int32)

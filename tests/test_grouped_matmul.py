@@ -1,5 +1,6 @@
 """Grouped matmuls with what follows them (bias, activation, gate) against the reference, on every back end."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from moe_cases import PATTERNS, SHAPES, Shape, assert_close, gates, plan_of
 
 import reference
-from moe_kernels import MlpWeights, Problem, expert_mlp, grouped_glu, grouped_matmul
+from moe_kernels import GluWeights, MlpWeights, Problem, expert_mlp, grouped_glu, grouped_matmul
 from moe_kernels.backends import explain
 from moe_kernels.backends.base import MatmulWeights
 from moe_kernels.types import Layout
@@ -61,6 +62,42 @@ def test_values_and_gradients_with_nan_in_unused_rows(shape, seed, pattern, foll
     nasty.check_matmul(plan.runs, (rows, weights, dy), found, follows[1])
     for gradient in jax.tree.leaves(found[2]):
         assert (np.asarray(gradient)[np.asarray(plan.runs.size) == 0] == 0).all()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def gated_with_gradients(activation, in_two, plan, rows, weights, dy):
+    def run(rows, weights):
+        if not in_two:
+            return expert_mlp(rows, weights, plan, activation=activation)
+        hidden = grouped_glu(rows, weights.gate, weights.up, plan, activation=activation)
+        return grouped_matmul(hidden, weights.down, plan, bias=weights.down_bias)
+
+    y, pull = jax.vjp(run, rows, weights)
+    return y, *pull(dy)
+
+
+@pytest.mark.parametrize(
+    ("shape", "activation", "bias"), [(SHAPES[2], "silu", False), (SHAPES[4], "relu", True), (SHAPES[7], "silu", True)]
+)
+def test_gated_experts_are_two_of_them_with_nan_in_unused_rows(shape, activation, bias):
+    """In one pass over the rows; `relu` is an activation that kernels do not know."""
+    plan = plan_of(shape, *gates(shape, 0, "few experts"), None)
+    rows, first, _ = operands(shape, "gate", np.random.default_rng(0), plan.layout.num_rows)
+    turned = dataclasses.replace(shape, width=shape.hidden, hidden=shape.width)
+    _, second, dy = operands(turned, "bias", np.random.default_rng(1), plan.layout.num_rows)
+    weights = GluWeights(first.weight, first.up, second.weight, down_bias=second.bias if bias else None)
+    used = np.asarray(plan.source) < shape.tokens * shape.choices
+    spoilt = np.where(used[:, None], rows, np.nan), weights, np.where(used[:, None], dy, np.inf)
+    found = gated_with_gradients(activation, False, plan, *jax.tree.map(jnp.asarray, spoilt))
+    wanted = gated_with_gradients(activation, True, plan, *jax.tree.map(jnp.asarray, (rows, weights, dy)))
+    length = shape.width + shape.hidden + shape.tokens
+    for name, mine, theirs in zip(("out", "drows"), found, wanted, strict=False):
+        assert_close(np.asarray(mine)[used], np.asarray(theirs)[used], length=length, name=name, roundings=16)
+    empty = np.bincount(plan.runs.expert, plan.runs.size, minlength=shape.experts) == 0
+    for mine, theirs in zip(jax.tree.leaves(found[2]), jax.tree.leaves(wanted[2]), strict=True):
+        mine, theirs = (np.asarray(value).reshape(shape.experts, -1) for value in (mine, theirs))
+        assert_close(mine, theirs, length=length, name="dweights", roundings=16)
+        assert (mine[empty] == 0).all()
 
 
 @pytest.mark.parametrize(("follows", "activation"), FOLLOWS)

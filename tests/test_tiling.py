@@ -205,7 +205,7 @@ def test_block_sizes_given_by_hand_are_taken_or_refused_with_the_reason(span, ti
 
 def test_block_sizes_of_other_kernels_are_refused():
     problem = Problem("dispatch", "tpu", "bfloat16", (16384, 768), 32, layout=LAYOUTS[0], chip="TPU v4")
-    with pytest.raises(ValueError, match="tpu: block sizes can be given for expert_mlp and grouped_matmul"):
+    with pytest.raises(ValueError, match="tpu: block sizes can be given for expert_mlp, expert_glu, grouped_matmul"):
         choose(dataclasses.replace(problem, tiles=GivenTiles()))
     with pytest.raises(ValueError, match="xla: block sizes of class int are not those of its kernels"):
         choose(dataclasses.replace(problem, tiles=1))

@@ -47,9 +47,9 @@ def race_detector():
     return importlib.import_module("jax._src.pallas.mosaic.interpret.interpret_pallas_call")
 
 
-def check_mlp(name, num_cores, mode, keep):
+def check_mlp(name, num_cores, mode, *, keep=False, gated=False):
     rows, size, tiles = CASES[name]
-    given = nasty.operands(rows)
+    given = nasty.operands(rows, gated=gated)
 
     def run(target, given, size):
         return test_tpu_mlp.mlp.__wrapped__(rows, tiles, target, "gelu_tanh", given, size, keep)
@@ -63,12 +63,25 @@ def check_mlp(name, num_cores, mode, keep):
 @pytest.mark.parametrize("num_cores", [1, 2])
 @pytest.mark.parametrize("name", ["block", "packed"])
 def test_no_races_and_no_uninitialised_memory(name, num_cores, mode):
-    check_mlp(name, num_cores, mode, keep=False)
+    check_mlp(name, num_cores, mode)
 
 
 @pytest.mark.parametrize(("name", "num_cores", "mode"), [("block", 1, "on_wait"), ("packed", 2, "eager")])
 def test_no_races_with_a_kept_hidden_layer(name, num_cores, mode):
     check_mlp(name, num_cores, mode, keep=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_cores", "mode"),
+    [
+        ("block", 1, "on_wait"),
+        ("packed", 2, "eager"),
+        pytest.param("packed", 1, "on_wait", marks=pytest.mark.full),
+        pytest.param("packed, one chunk", 1, "on_wait", marks=pytest.mark.full),
+    ],
+)
+def test_no_races_with_gated_experts(name, num_cores, mode):
+    check_mlp(name, num_cores, mode, gated=True)
 
 
 def check_matmul(name, num_cores, mode, seed, epilogue):

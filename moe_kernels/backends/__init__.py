@@ -73,6 +73,8 @@ class Choice(NamedTuple):
     """How the back end runs it."""
     refused: dict[str, str]
     """The reason of each back end that refuses it."""
+    name: SpanName
+    """The span that the problem is of."""
 
 
 def choice_of(problem: Problem, name: str | None = None) -> Choice:
@@ -113,8 +115,8 @@ def _first(problem: Problem, backends: list[Backend]) -> Choice:
     for backend in backends:
         if backend.name not in refused:
             how = backend.note(problem) or backend.work
-            return Choice(backend.name, backend.spans[problem.span](problem), how, refused)
-    return Choice(None, None, "", refused)
+            return Choice(backend.name, backend.spans[problem.span](problem), how, refused, problem.span)
+    return Choice(None, None, "", refused, problem.span)
 
 
 def choose(problem: Problem, name: str | None = None) -> Span:

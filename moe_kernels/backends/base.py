@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from moe_kernels.spec import RouteInputs, RouterSpec
 from moe_kernels.types import ROW_ALIGNMENT, Epilogue, Layout, RouterWeights
 
-SpanName = Literal["route", "dispatch", "grouped_matmul", "expert_mlp", "combine", "dispatch_mlp_combine"]
+SpanName = Literal["route", "dispatch", "grouped_matmul", "expert_mlp", "expert_glu", "combine", "dispatch_mlp_combine"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Problem:
     `shape` and `dtype` are those of the tokens or rows, `layout` is that of the rows. `expert_width` is the F of a
     matmul's weights. `route` has the static facts of a routing call. `chip` is JAX's device kind ("TPU v5 lite"), empty
     if unknown; `num_cores` counts its TensorCores or multiprocessors, 0 if unknown. `named` says that the user named
-    this back end; only then does a kernel run interpreted on a CPU. `epilogue` is that of a grouped matmul.
-    `weight_dtype` is that of the experts' weights, and `activation` follows their first matmul; each is empty if
-    unknown or absent. `tiles` are the call's own block sizes, of its back end's class for them; None to have them
-    chosen.
+    this back end; only then does a kernel run interpreted on a CPU. `epilogue` is that of a grouped matmul, or of the
+    last one of gated experts. `weight_dtype` is that of the experts' weights, and `activation` follows their first
+    matmul; each is empty if unknown or absent. `tiles` are the call's own block sizes, of its back end's class for
+    them; None to have them chosen.
 
     >>> Problem("dispatch", "cpu", "float32", (4, 8), 2).span
     'dispatch'
@@ -80,7 +80,7 @@ class RouteStatic:
 
 @dataclasses.dataclass(frozen=True)
 class MlpStatic:
-    """Static facts of an expert MLP."""
+    """Static facts of an expert MLP, plain or gated."""
 
     layout: Layout
     activation: str

@@ -9,11 +9,12 @@ from moe_kernels.backends.gpu.common.kernels import Kernels
 from moe_kernels.backends.gpu.common.launch import Gpu, Simulator
 from moe_kernels.backends.gpu.permute import PERMUTE
 from moe_kernels.backends.gpu.sm90 import SM90
+from moe_kernels.backends.mlp_parts import in_two_matmuls, problems_of
 from moe_kernels.chips import Generation, find_generation
 
 # What each generation has; what it has not goes to XLA.
 GENERATIONS: dict[str, tuple[Kernels, ...]] = {"hopper": (SM90, PERMUTE), "blackwell": (PERMUTE,)}
-SPANS: tuple[SpanName, ...] = ("route", "grouped_matmul", "dispatch", "combine", "expert_mlp")
+SPANS: tuple[SpanName, ...] = ("route", "grouped_matmul", "dispatch", "combine", "expert_mlp", "expert_glu")
 # What a simulator stands for. Its multiprocessors run one after the other: two show that tiles are dealt out right.
 STAND_IN, SIMULATED_SMS = "NVIDIA H200", 2
 NEEDS_SIMULATOR = (
@@ -37,6 +38,8 @@ def why_not(problem: Problem) -> str | None:
     >>> why_not(Problem("expert_mlp", "gpu", "bfloat16", (16, 128), 2, chip="NVIDIA A100-SXM4-80GB"))
     "chip 'NVIDIA A100-SXM4-80GB' has not compute capability 9.0 (H100, H200, H800, H20, GH200) or 10.0"
     """
+    if problem.span == "expert_glu":
+        return next(filter(None, map(why_not, problems_of(problem))), None)
     if problem.platform == "cpu" and not (problem.named and _simulator):
         return NEEDS_SIMULATOR
     if problem.platform not in ("cpu", "gpu"):
@@ -61,6 +64,8 @@ def _kernels(problem: Problem, chip: Generation) -> Kernels | None:
 
 
 def _span(problem: Problem) -> Span:
+    if problem.span == "expert_glu":
+        return in_two_matmuls(*map(_span, problems_of(problem)))
     chip = _chip(problem)
     assert chip is not None, "refused by why_not"
     kernels = _kernels(problem, chip)
@@ -77,4 +82,15 @@ def _on(device: Gpu, span: Span) -> Span:
     return Span(functools.partial(span.forward, device), functools.partial(span.backward, device), value)
 
 
-GPU = Backend("gpu", why_not, dict.fromkeys(SPANS, _span), optional=frozenset(("route", "dispatch", "combine")))
+def note(problem: Problem) -> str | None:
+    """Which kernels gated experts are.
+
+    >>> note(Problem("expert_glu", "gpu", "bfloat16", (16, 128), 2))
+    'Pallas kernels: grouped_glu, then grouped_matmul'
+    """
+    return "Pallas kernels: grouped_glu, then grouped_matmul" if problem.span == "expert_glu" else None
+
+
+GPU = Backend(
+    "gpu", why_not, dict.fromkeys(SPANS, _span), optional=frozenset(("route", "dispatch", "combine")), note=note
+)

@@ -7,7 +7,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from moe_kernels.backends.base import Backend, Problem, Span, activation_misfit, by_kernel_alone, rows_misfit
+from moe_kernels.backends.base import Backend, Problem, Span, SpanName, activation_misfit, by_kernel_alone, rows_misfit
+from moe_kernels.backends.mlp_parts import in_two_matmuls, problems_of
 from moe_kernels.backends.tpu.common.launch import STAND_IN, Target
 from moe_kernels.backends.tpu.common.tiling import MOST_ROWS, GivenTiles, Sizes, Tiles, tiles_misfit
 from moe_kernels.backends.tpu.common.vmem import needed_vmem
@@ -24,6 +25,7 @@ from moe_kernels.backends.tpu.matmul.tiles import (
 from moe_kernels.backends.tpu.mlp.backward import expert_mlp_backward
 from moe_kernels.backends.tpu.mlp.forward import expert_mlp, expert_mlp_forward
 from moe_kernels.backends.tpu.mlp.hidden import hidden_cost, keeps_hidden
+from moe_kernels.backends.tpu.mlp.one_or_two import glu_cost
 from moe_kernels.backends.tpu.mlp.tiles import (
     mlp_backward_need,
     mlp_backward_tiles,
@@ -46,12 +48,14 @@ GATHERS = ("dispatch", "combine")
 ROW_BYTES, SMEM = 512, 512 * 1024
 TILES = {
     "expert_mlp": (mlp_forward_tiles, mlp_backward_tiles),
+    "expert_glu": (mlp_forward_tiles, mlp_backward_tiles),
     "grouped_matmul": (matmul_forward_tiles, matmul_backward_tiles),
     "dispatch_mlp_combine": (mlp_backward_tiles, fused_tiles),
 }
 # Bytes of VMEM of kernels whose block sizes a call may bring along.
 NEEDS = {
     "expert_mlp": (mlp_forward_need, mlp_backward_need),
+    "expert_glu": (mlp_forward_need, mlp_backward_need),
     "grouped_matmul": (matmul_forward_need, matmul_backward_need),
 }
 
@@ -71,7 +75,9 @@ def why_not(problem: Problem) -> str | None:
     if problem.weight_dtype not in ("", *ITEMSIZES):
         return f"weights of dtype {problem.weight_dtype} are none of {tuple(ITEMSIZES)}"
     if problem.tiles is not None and problem.span not in NEEDS:
-        return f"block sizes can be given for {' and '.join(NEEDS)}"
+        return f"block sizes can be given for {', '.join(NEEDS)}"
+    if problem.span == "expert_glu" and _in_two(problem):
+        return next(filter(None, map(why_not, problems_of(problem))), None)
     if problem.span in TILES:
         fused = _fused_misfit(problem) if problem.span == "dispatch_mlp_combine" else None
         return activation_misfit(problem) or rows_misfit(problem.layout) or fused or _vmem_misfit(problem)
@@ -100,6 +106,21 @@ def _vmem_misfit(problem: Problem) -> str | None:
     return None
 
 
+def _in_two(problem: Problem) -> bool:
+    """Whether gated experts are two kernels, of which the first writes the hidden layer: where that is faster."""
+    if problem.tiles is not None or problem.layout is None:
+        return False
+    one, two = glu_cost(_sizes(problem))
+    return 1.01 * two < one
+
+
+def _experts(problem: Problem) -> Span:
+    """Experts as one kernel, or gated ones that do not fit as two."""
+    if problem.span == "expert_glu" and _in_two(problem):
+        return in_two_matmuls(*(SPANS["grouped_matmul"](part) for part in problems_of(problem)))
+    return _span(expert_mlp_forward, expert_mlp_backward, _target(problem), expert_mlp, _given(problem))
+
+
 def _given(problem: Problem) -> GivenTiles:
     """The block sizes that a call brings along, with the bytes that they need."""
     given = problem.tiles
@@ -123,7 +144,8 @@ def _sizes(problem: Problem, unknown: int = LARGEST_WEIGHT) -> Sizes:
     assert problem.layout is not None
     weight = ITEMSIZES.get(problem.weight_dtype, unknown)
     itemsize = ITEMSIZES[problem.dtype]
-    return Sizes(problem.layout, problem.shape[-1], problem.expert_width, itemsize, weight, _target(problem).facts)
+    facts, gated = _target(problem).facts, problem.span == "expert_glu"
+    return Sizes(problem.layout, problem.shape[-1], problem.expert_width, itemsize, weight, facts, gated)
 
 
 def _fused_misfit(problem: Problem) -> str | None:
@@ -190,8 +212,10 @@ def note(problem: Problem) -> str | None:
     >>> note(Problem("expert_mlp", "tpu", "bfloat16", (17408, 768), 32, 3072, layout, "TPU v6 lite"))
     'hidden layer computed again: 0.664 ms; kept: 0.764 ms and 107 MB (forward and backward by the roofline, modelled)'
     """
-    if problem.span not in ("expert_mlp", "dispatch_mlp_combine") or problem.layout is None:
+    if problem.span not in ("expert_mlp", "expert_glu", "dispatch_mlp_combine") or problem.layout is None:
         return None
+    if problem.span == "expert_glu":
+        return _glu_note(problem)
     sizes = _sizes(problem, ITEMSIZES[problem.dtype])
     again, kept = (f"{1e3 * seconds / _target(problem).num_cores:.3f} ms" for seconds in hidden_cost(sizes))
     hidden_mb = 1e-6 * problem.layout.num_rows * problem.expert_width * sizes.itemsize
@@ -205,6 +229,15 @@ def note(problem: Problem) -> str | None:
     return f"{begin} {'; '.join(ways)} (forward and backward by the roofline, modelled)"
 
 
+def _glu_note(problem: Problem) -> str:
+    one, two = (f"{1e3 * seconds / _target(problem).num_cores:.3f} ms" for seconds in glu_cost(_sizes(problem)))
+    ways = [f"one kernel: {one}", f"grouped_glu, then grouped_matmul: {two}"]
+    if _in_two(problem):
+        ways.reverse()
+    # What does not fit would take forever.
+    return f"{'; '.join(ways)} (forward and backward by the roofline, modelled)".replace("inf ms", "does not fit VMEM")
+
+
 def _passes(sizes: Sizes) -> str:
     """Which kernels both passes of a layer in one kernel are."""
     if fused_backward_tiles(sizes) is not None:
@@ -215,21 +248,21 @@ def _passes(sizes: Sizes) -> str:
     )
 
 
+SPANS: dict[SpanName, Callable[[Problem], Span]] = {
+    "route": lambda problem: by_kernel_alone(_span(route_forward, route_backward, _target(problem))),
+    "grouped_matmul": lambda problem: _span(
+        grouped_matmul_forward, grouped_matmul_backward, _target(problem), tiles=_given(problem)
+    ),
+    "dispatch": lambda problem: _span(dispatch_forward, dispatch_backward, _target(problem)),
+    "combine": lambda problem: _span(combine_forward, combine_backward, _target(problem)),
+    "expert_mlp": _experts,
+    "expert_glu": _experts,
+    "dispatch_mlp_combine": lambda problem: _span(layer_forward, layer_backward, _target(problem), layer_value),
+}
 TPU = Backend(
     name="tpu",
     why_not=why_not,
-    spans={
-        "route": lambda problem: by_kernel_alone(_span(route_forward, route_backward, _target(problem))),
-        "grouped_matmul": lambda problem: _span(
-            grouped_matmul_forward, grouped_matmul_backward, _target(problem), tiles=_given(problem)
-        ),
-        "dispatch": lambda problem: _span(dispatch_forward, dispatch_backward, _target(problem)),
-        "combine": lambda problem: _span(combine_forward, combine_backward, _target(problem)),
-        "expert_mlp": lambda problem: _span(
-            expert_mlp_forward, expert_mlp_backward, _target(problem), expert_mlp, _given(problem)
-        ),
-        "dispatch_mlp_combine": lambda problem: _span(layer_forward, layer_backward, _target(problem), layer_value),
-    },
+    spans=SPANS,
     optional=frozenset(("route", *GATHERS)),
     note=note,
     tiles=GivenTiles,

@@ -52,6 +52,7 @@ XLA = Backend(
         "dispatch": lambda _: _DISPATCH,
         "grouped_matmul": lambda problem: _grouped_matmul(_way(problem)),
         "expert_mlp": lambda problem: _expert_mlp(_way(problem)),
+        "expert_glu": lambda problem: _expert_mlp(_way(problem)),
         "combine": lambda _: _COMBINE,
     },
 )

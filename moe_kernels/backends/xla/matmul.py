@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_kernels.activations import function_of
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights
-from moe_kernels.backends.xla.activation import activate_and_slope
+from moe_kernels.backends.xla.activation import activate, activate_and_slope
 from moe_kernels.backends.xla.block import OverExperts
 from moe_kernels.types import Layout, MatmulActivation, Runs
 
@@ -113,43 +113,56 @@ def plus(values: Float[Array, "... F"], bias: Float[Array, "... F"] | None) -> F
     return values if bias is None else values + bias.astype(jnp.float32)
 
 
-def _products(x: Float[Array, "P D"], w: MatmulWeights) -> tuple[Float[Array, "P F"], Float[Array, "P F"] | None]:
-    """`x weight + bias` and `x up`, rounded."""
+def parts_of(x: Float[Array, "P D"], w: MatmulWeights) -> tuple[Float[Array, "P F"], ...]:
+    """The rows `x` of one expert through its matrices, rounded: `x weight + bias`, and `x up` if there is one."""
     before = plus(dot("pd,df->pf", x, w.weight), w.bias).astype(x.dtype)
-    return before, None if w.up is None else dot("pd,df->pf", x, w.up).astype(x.dtype)
+    return (before,) if w.up is None else (before, dot("pd,df->pf", x, w.up).astype(x.dtype))
 
 
-def _result(x: Float[Array, "P D"], w: MatmulWeights, activation: MatmulActivation | None) -> Float[Array, "P F"]:
-    """The rows `x` of one expert through the matmul and what follows it."""
-    before, up = _products(x, w)
-    if activation is None:
-        return before
-    activated = function_of(activation)(before.astype(jnp.float32))
-    return (activated if up is None else activated * up.astype(jnp.float32)).astype(x.dtype)
+def result_of(parts: Sequence[Float[Array, "*E P F"]], activation: MatmulActivation | None) -> Float[Array, "*E P F"]:
+    """What follows the matmul: nothing, or the activation and a product with `x up`."""
+    before, *gated = parts
+    if activation is None or not gated:
+        return before if activation is None else activate(before, activation)
+    return (function_of(activation)(before.astype(jnp.float32)) * gated[0].astype(jnp.float32)).astype(before.dtype)
 
 
-def _result_backward(
+def dparts_of(
+    dresult: Float[Array, "P F"],
+    parts: Sequence[Float[Array, "P F"]],
+    used: Bool[Array, " P"],
+    activation: MatmulActivation,
+) -> tuple[Float[Array, "P F"], ...]:
+    """The gradient of the result taken back to `parts`, 0 in unused rows."""
+    before, *gated = parts
+    activated, slope = activate_and_slope(before, activation)
+    dparts = [dresult * (gated[0].astype(jnp.float32) * slope), dresult * activated] if gated else [dresult * slope]
+    return tuple(select_rows(used, dpart.astype(before.dtype)) for dpart in dparts)
+
+
+def dx_of(dparts: Sequence[Float[Array, "P F"]], w: MatmulWeights) -> Float[Array, "P D"]:
+    """The gradient of the rows, `Σ dY Wᵀ`."""
+    dx = dot("pf,df->pd", dparts[0], w.weight)
+    if w.up is not None:
+        dx += dot("pf,df->pd", dparts[1], w.up)
+    return dx.astype(dparts[0].dtype)
+
+
+def _backward(
     x: Float[Array, "P D"],
     dy: Float[Array, "P F"],
     used: Bool[Array, " P"],
     w: MatmulWeights,
     activation: MatmulActivation | None,
 ) -> tuple[tuple[Float[Array, "P F"], ...], Float[Array, "P D"]]:
-    """Gradients of `x weight + bias` and of `x up` (if there is one), 0 in unused rows, and of `x`; `dy` is 0 there."""
-    if activation is None:
-        return (dy,), dot("pf,df->pd", dy, w.weight).astype(x.dtype)
-    before, up = _products(x, w)
-    activated, slope = activate_and_slope(before, activation)
-    if w.up is None or up is None:
-        dbefore = select_rows(used, (dy * slope).astype(x.dtype))
-        return (dbefore,), dot("pf,df->pd", dbefore, w.weight).astype(x.dtype)
-    dbefore = select_rows(used, (dy * (up.astype(jnp.float32) * slope)).astype(x.dtype))
-    dup = select_rows(used, (dy * activated).astype(x.dtype))
-    dx = dot("pf,df->pd", dbefore, w.weight) + dot("pf,df->pd", dup, w.up)
-    return (dbefore, dup), dx.astype(x.dtype)
+    """Gradients of the parts, 0 in unused rows, and of the rows; `dy` is 0 there."""
+    dparts = (dy,)
+    if activation is not None:
+        dparts = dparts_of(dy.astype(jnp.float32), parts_of(x, w), used, activation)
+    return dparts, dx_of(dparts, w)
 
 
-def _cast(weights: MatmulWeights, dtype: jnp.dtype) -> MatmulWeights:
+def cast(weights: MatmulWeights, dtype: jnp.dtype) -> MatmulWeights:
     """Matrices in the dtype of the rows."""
     up = None if weights.up is None else weights.up.astype(dtype)
     return weights._replace(weight=weights.weight.astype(dtype), up=up)
@@ -159,19 +172,24 @@ def grouped_matmul_forward(
     over_experts: OverExperts, static: MatmulStatic, rows: Float[Array, "R D"], weights: MatmulWeights, runs: Runs
 ) -> tuple[Float[Array, "R F"], MatmulSaved]:
     """`y = x W_e` for the rows of every expert e, and what follows; unused rows hold anything finite inputs give."""
-    layout, cast, expert_width = static.layout, _cast(weights, rows.dtype), weights.weight.shape[2]
+    layout, matrices, expert_width = static.layout, cast(weights, rows.dtype), weights.weight.shape[2]
     if layout.rows_per_expert is not None:
         used = used_rows(runs, layout)
         block = rows.reshape(*used.shape, rows.shape[1])
-        (out,) = over_experts(lambda x, _, w: (_result(x[0], w, static.activation),), (block,), used, cast)
+        (out,) = over_experts(
+            lambda x, _, w: (result_of(parts_of(x[0], w), static.activation),), (block,), used, matrices
+        )
         return out.reshape(rows.shape[0], expert_width), MatmulSaved(rows, weights, runs)
 
     padded = overhang(rows)
 
     def run(n: Int[Array, ""], expert: Int[Array, ""], out: Float[Array, "Q F"]) -> Float[Array, "Q F"]:
-        w = of_expert(cast, expert)
+        w = of_expert(matrices, expert)
         return over_tiles(
-            runs, n, lambda tile, out: tile.write(out, _result(tile.rows(padded), w, static.activation)), out
+            runs,
+            n,
+            lambda tile, out: tile.write(out, result_of(parts_of(tile.rows(padded), w), static.activation)),
+            out,
         )
 
     out = over_runs(runs, run, jnp.zeros((padded.shape[0], expert_width), rows.dtype))
@@ -186,18 +204,18 @@ def grouped_matmul_backward(
     With an activation, dY is first taken back through it.
     """
     rows, weights, runs = saved
-    layout, cast = static.layout, _cast(weights, rows.dtype)
+    layout, matrices = static.layout, cast(weights, rows.dtype)
     if layout.rows_per_expert is not None:
         used = used_rows(runs, layout)
         x = select_rows(used, rows.reshape(*used.shape, rows.shape[1]))
         dy = select_rows(used, dout.reshape(*used.shape, dout.shape[1]))
 
         def expert(arrays: tuple[Array, ...], used: Array, w: MatmulWeights) -> tuple[Array, ...]:
-            dparts, dx = _result_backward(arrays[0], arrays[1], used, w, static.activation)
+            dparts, dx = _backward(arrays[0], arrays[1], used, w, static.activation)
             # Not what is there already: a loop over experts would copy it.
             return dx, *(() if static.activation is None else dparts)
 
-        dx, *dparts = over_experts(expert, (x, dy), used, cast)
+        dx, *dparts = over_experts(expert, (x, dy), used, matrices)
         return dx.reshape(rows.shape), like(weights, gradients(weights, x, dparts or [dy]))
 
     padded, dpadded = overhang(rows), overhang(dout)
@@ -205,12 +223,12 @@ def grouped_matmul_backward(
     def run(
         n: Int[Array, ""], expert: Int[Array, ""], carry: tuple[Array, MatmulWeights]
     ) -> tuple[Array, MatmulWeights]:
-        w = of_expert(cast, expert)
+        w = of_expert(matrices, expert)
 
         def step(tile: Tile, carry: tuple[Array, MatmulWeights]) -> tuple[Array, MatmulWeights]:
             dx, sums = carry
             x, dy = tile.used_rows(padded), tile.used_rows(dpadded)
-            dparts, part = _result_backward(x, dy, tile.used, w, static.activation)
+            dparts, part = _backward(x, dy, tile.used, w, static.activation)
             return tile.write(dx, part), jax.tree.map(jnp.add, sums, gradients(weights, x, dparts))
 
         dx, total = carry

@@ -16,10 +16,12 @@ from moe_kernels.backends.tpu.common.tiling import Sizes, Tiles, covers
 from moe_kernels.types import Layout, Runs
 
 
-def sizes_of(target: Target, layout: Layout, rows: Float[Array, "N D"], weight: Float[Array, "E D F"]) -> Sizes:
+def sizes_of(
+    target: Target, layout: Layout, rows: Float[Array, "N D"], weight: Float[Array, "E D F"], *, gated: bool = False
+) -> Sizes:
     """What block sizes are chosen by."""
     itemsizes = rows.dtype.itemsize, weight.dtype.itemsize
-    return Sizes(layout, rows.shape[1], weight.shape[2], *itemsizes, target.facts)
+    return Sizes(layout, rows.shape[1], weight.shape[2], *itemsizes, target.facts, gated)
 
 
 @runtime_checkable

@@ -32,6 +32,8 @@ class Sizes:
     itemsize: int
     weight_itemsize: int
     chip: Tpu
+    gated: bool = False
+    """Whether an expert MLP has two first matrices, of which one is a gate."""
 
     @property
     def cast(self) -> bool:

@@ -20,7 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from moe_kernels.backends.base import MlpStatic
+from moe_kernels.backends.base import MatmulWeights, MlpStatic
+from moe_kernels.backends.mlp_parts import Matmuls, gradients_like
 from moe_kernels.backends.tpu.common.grid import grid_of
 from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
 from moe_kernels.backends.tpu.common.products import Products
@@ -57,14 +58,13 @@ def run_fused_backward(
     steps = Phased(grid_of(static.layout, mlp, target), tiles.inputs)
     factor = in_lanes(jnp.where(plan.row < plan.layout.num_rows, gate, jnp.float32(0)), tiles)
     some = pl.BlockSpec((tiles.load, width), steps.loaded)
-    w1, b1, w2, _ = weight_blocks(weights, steps, mlp)
+    first, b1, second, _ = weight_blocks(weights, steps, mlp)
     inputs = _FusedBackwardInputs(
         tokens=Block(tokens, some),
         dout=Block(dout, some),
         ungated=Block(ungated, some),
-        w1=w1,
+        weights=(*first, second),
         b1=b1,
-        w2=w2,
         factor=Block(factor, pl.BlockSpec(factor.shape, steps.all)),
     )
     found = launch(
@@ -81,13 +81,9 @@ def run_fused_backward(
         outputs=_outputs(tiles, inputs, steps),
         scratch=_scratch(tiles, inputs, summed=not straight(static.layout, mlp.rows)),
     )
-    expert_width = weights.w1.shape[2]
-    dweights = MlpWeights(
-        found.dw1[:, :, :expert_width],
-        None if weights.b1 is None else found.db1[:, 0, :expert_width].astype(weights.b1.dtype),
-        found.dw2[:, :expert_width],
-        None if weights.b2 is None else found.db2[:, 0].astype(weights.b2.dtype),
-    )
+    expert_width, (dw1, dw2) = weights.w1.shape[2], found.dweights
+    dfirst = MatmulWeights(dw1[:, :, :expert_width], found.db1[:, 0, :expert_width])
+    dweights = gradients_like(weights, Matmuls(dfirst, MatmulWeights(dw2[:, :expert_width], found.db2[:, 0])))
     return LayerGradients(found.dtokens, from_lanes(found.dgate, tiles, length), dweights)
 
 
@@ -95,9 +91,8 @@ class _FusedBackwardInputs(NamedTuple):
     tokens: Any
     dout: Any
     ungated: Any
-    w1: Any
+    weights: tuple[Any, ...]
     b1: Any
-    w2: Any
     factor: Any
     """Gates; 0 for a token without a row."""
 
@@ -105,8 +100,7 @@ class _FusedBackwardInputs(NamedTuple):
 class _FusedBackwardOutputs(NamedTuple):
     dtokens: Any
     dgate: Any
-    dw1: Any
-    dw2: Any
+    dweights: tuple[Any, ...]
     db1: Any
     db2: Any
 
@@ -125,19 +119,20 @@ class _FusedBackwardScratch(NamedTuple):
     dy: Any
     dx: Any
     casts: tuple[Any, ...] | None
-    dw1_sum: Any
+    dw_sums: tuple[Any, ...]
     """None where gradients are not added up, or in float32 where they leave from."""
-    dw2_sum: Any
 
 
 def _outputs(tiles: FusedTiles, inputs: _FusedBackwardInputs, steps: Phased) -> _FusedBackwardOutputs:
-    tokens, w1, w2 = inputs.tokens.array, inputs.w1.array, inputs.w2.array
+    tokens, (w1, w2) = inputs.tokens.array, (weight.array for weight in inputs.weights)
     width, chunk = tokens.shape[1], tiles.mlp.chunk
     return _FusedBackwardOutputs(
         dtokens=result(tokens.shape, tokens.dtype, pl.BlockSpec((tiles.load, width), steps.left)),
         dgate=result(inputs.factor.array.shape, jnp.float32, inputs.factor.spec),
-        dw1=result(w1.shape, w1.dtype, pl.BlockSpec((1, width, chunk), steps.own_columns)),
-        dw2=result(w2.shape, w2.dtype, pl.BlockSpec((1, chunk, width), steps.own_rows)),
+        dweights=(
+            result(w1.shape, w1.dtype, pl.BlockSpec((1, width, chunk), steps.own_columns)),
+            result(w2.shape, w2.dtype, pl.BlockSpec((1, chunk, width), steps.own_rows)),
+        ),
         db1=result(inputs.b1.array.shape, jnp.float32, pl.BlockSpec((1, 1, chunk), steps.own_columns)),
         db2=result((steps.grid.items, 1, width), jnp.float32, pl.BlockSpec((1, 1, width), steps.own_whole)),
     )
@@ -145,7 +140,7 @@ def _outputs(tiles: FusedTiles, inputs: _FusedBackwardInputs, steps: Phased) -> 
 
 def _scratch(tiles: FusedTiles, inputs: _FusedBackwardInputs, *, summed: bool) -> _FusedBackwardScratch:
     tokens, mlp = inputs.tokens.array, tiles.mlp
-    width, summed = tokens.shape[1], summed and inputs.w1.array.dtype != jnp.float32
+    width, summed = tokens.shape[1], summed and inputs.weights[0].array.dtype != jnp.float32
     words = pltpu.VMEM((tiles.planes * tiles.stride, LANES), jnp.int32)
     held = pltpu.VMEM((tiles.planes * tiles.held_stride, LANES), jnp.int32)
     return _FusedBackwardScratch(
@@ -157,9 +152,10 @@ def _scratch(tiles: FusedTiles, inputs: _FusedBackwardInputs, *, summed: bool) -
         x=pltpu.VMEM((mlp.rows.rows, width), tokens.dtype),
         dy=pltpu.VMEM((mlp.rows.rows, width), tokens.dtype),
         dx=pltpu.VMEM((mlp.rows.rows, width), jnp.float32),
-        casts=room_for_casts((inputs.w1, inputs.w2), tokens.dtype),
-        dw1_sum=pltpu.VMEM((width, mlp.chunk), jnp.float32) if summed else None,
-        dw2_sum=pltpu.VMEM((mlp.chunk, width), jnp.float32) if summed else None,
+        casts=room_for_casts(inputs.weights, tokens.dtype),
+        dw_sums=tuple(
+            pltpu.VMEM(shape, jnp.float32) if summed else None for shape in ((width, mlp.chunk), (mlp.chunk, width))
+        ),
     )
 
 
@@ -249,8 +245,8 @@ class _FusedBackward(InPlace):
 
     def _products(self) -> Products:
         inputs, scratch = self.inputs, self.scratch
-        w1, w2 = cast_weights((inputs.w1, inputs.w2), scratch.casts, busy=True)
-        return Products(scratch.x, scratch.dy, w1, inputs.b1, w2, scratch.dx, self.static.activation)
+        weights = cast_weights(inputs.weights, scratch.casts, busy=True)
+        return Products(scratch.x, scratch.dy, weights, inputs.b1, scratch.dx, self.static.activation)
 
     def _straight(self, count: Scalar, moves: Any) -> None:
         """All rows of an expert at once: nothing to add up."""
@@ -259,9 +255,10 @@ class _FusedBackward(InPlace):
         def at_once(size: int) -> None:
             # In one stretch of code with the matmuls, and before them: the compiler runs them beside the first.
             moves()
-            g1, g2, db1 = self._products().of(0, size)
-            outputs.dw1[0], outputs.dw2[0] = g1.astype(outputs.dw1.dtype), g2.astype(outputs.dw2.dtype)
-            outputs.db1[0] = db1
+            found = self._products().of(0, size)
+            for place, gradient in zip(outputs.dweights, found.weights, strict=True):
+                place[0] = gradient.astype(place.dtype)
+            outputs.db1[0] = found.b1
 
         for size in straight_pieces(self.tiles.mlp.rows, self.depth):
             pl.when((count > shorter) & (count <= size))(lambda size=size: at_once(size))
@@ -271,24 +268,26 @@ class _FusedBackward(InPlace):
         """Pieces of an expert one after the other."""
         outputs, scratch = self.outputs, self.scratch
         rows, products = self.tiles.mlp.rows, self._products()
-        there = outputs.dw1.dtype == jnp.float32
-        sum1, sum2 = (outputs.dw1.at[0], outputs.dw2.at[0]) if there else (scratch.dw1_sum, scratch.dw2_sum)
+        there = outputs.dweights[0].dtype == jnp.float32
+        sums = [place.at[0] for place in outputs.dweights] if there else scratch.dw_sums
 
         def add(offset: Scalar, size: int) -> None:
             if size == rows.pieces[0]:
                 moves(jax.lax.div(offset, size))
             # Sums begin with the first piece: to write zeros before would take as long as the products of it.
-            for total, part in zip((sum1, sum2, outputs.db1.at[0]), products.of(offset, size), strict=True):
+            found = products.of(offset, size)
+            for total, part in zip((*sums, outputs.db1.at[0]), (*found.weights, found.b1), strict=True):
                 total[...] = jnp.where(offset == 0, 0.0, total[...]) + part
 
         over_pieces(repeats, bits, rows, add)
         if not there:
-            outputs.dw1[0], outputs.dw2[0] = sum1[...].astype(outputs.dw1.dtype), sum2[...].astype(outputs.dw2.dtype)
+            for place, total in zip(outputs.dweights, sums, strict=True):
+                place[0] = total[...].astype(place.dtype)
 
     def _zero(self, chunk: Scalar) -> None:
         """Gradients of an expert without rows."""
         outputs = self.outputs
-        for gradient in (outputs.dw1, outputs.dw2, outputs.db1):
+        for gradient in (*outputs.dweights, outputs.db1):
             gradient[...] = jnp.zeros(gradient.shape, gradient.dtype)
 
         @pl.when(chunk == 0)

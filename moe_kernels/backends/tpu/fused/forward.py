@@ -22,9 +22,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.tpu.common.activation import activate
 from moe_kernels.backends.tpu.common.grid import grid_of
 from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
+from moe_kernels.backends.tpu.common.products import parts_of, result_of
 from moe_kernels.backends.tpu.common.rows import Scalar
 from moe_kernels.backends.tpu.common.tiling import PIECE
 from moe_kernels.backends.tpu.common.weights import cast_weights, room_for_casts
@@ -92,9 +92,9 @@ def run_fused(
 
 class _FusedForwardInputs(NamedTuple):
     tokens: Any
-    w1: Any
+    first: tuple[Any, ...]
     b1: Any
-    w2: Any
+    second: Any
     b2: Any
     factor: Any
     """Gates; 0 for a token without a row, NaN for one whose gate is not finite."""
@@ -127,7 +127,7 @@ def _scratch(tiles: FusedTiles, inputs: _FusedForwardInputs, *, keep_rows: bool)
         picked=words,
         results=words,
         total=pltpu.VMEM((held, tokens.shape[1]), jnp.float32),
-        casts=room_for_casts((inputs.w1, inputs.w2), tokens.dtype),
+        casts=room_for_casts((*inputs.first, inputs.second), tokens.dtype),
         rows=None if keep_rows else pltpu.VMEM((held, tokens.shape[1]), tokens.dtype),
     )
 
@@ -174,15 +174,14 @@ class _FusedForward(InPlace):
         piece, short = tiles.mlp.rows.pieces[0], tiles.mlp.rows.shorter(self.depth)
         pieces = jax.lax.div(sizes[item] + (piece - 1), piece)
         pl.when((chunk == 0) & (pieces > 0))(self._begin)
-        w1, w2 = cast_weights((inputs.w1, inputs.w2), scratch.casts, pieces > 0)
+        *first, second = cast_weights((*inputs.first, inputs.second), scratch.casts, pieces > 0)
 
         def work(size: int, step: Scalar, carry: None = None) -> None:
             own = pl.ds(pl.multiple_of(step * size, PIECE), size)
             # In one stretch of code with the matmuls, and before them: the compiler runs them beside the first.
             self.moves(item, pl.multiple_of((chunk * pieces + step) * tiles.part, PIECE), tiles.part)
-            hidden = (dot(rows[own], w1[...], (1, 0)) + inputs.b1[0]).astype(rows.dtype)
-            activated = activate(hidden.astype(jnp.float32), self.static.activation).astype(rows.dtype)
-            scratch.total[own] += dot(activated, w2[...], (1, 0))
+            parts = parts_of(rows[own], first, inputs.b1)
+            scratch.total[own] += dot(result_of(parts, self.static.activation, rows.dtype), second[...], (1, 0))
 
         def each(size: int) -> None:
             if tiles.num_pieces == 1:

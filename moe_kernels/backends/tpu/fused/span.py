@@ -101,6 +101,7 @@ def _in_parts(target: Target, static: MlpStatic, saved: LayerSaved, dout: Float[
     weighed = (gate * dout.astype(jnp.float32)).astype(dout.dtype)
     dresults = gather_rows(target, weighed, plan.source, 1)
     drows, dweights = expert_mlp_backward(target, static, MlpSaved(rows, weights, plan.runs), dresults)
+    assert isinstance(dweights, MlpWeights), "gated ones are refused"
     (dtokens,) = dispatch_backward(target, None, plan, drows)
     dgate = jnp.sum(ungated.astype(jnp.float32) * dout.astype(jnp.float32), axis=1, keepdims=True)
     return LayerGradients(dtokens, dgate, dweights)

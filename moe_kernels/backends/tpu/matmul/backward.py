@@ -18,15 +18,15 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights, epilogue_of
-from moe_kernels.backends.tpu.common.activation import activate_and_slope
 from moe_kernels.backends.tpu.common.gradients import Gradient, Gradients, by_expert, gradient_dtype, gradient_slots
 from moe_kernels.backends.tpu.common.grid import Grid, grid_of, scalars_of, sizes_of
 from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
+from moe_kernels.backends.tpu.common.products import parts_of, rounded, taken_back, times_transposed
 from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, over_pieces, pieces_of, used_rows
 from moe_kernels.backends.tpu.common.step import ChunkCopies, Step, this_step
 from moe_kernels.backends.tpu.common.tiling import Tiles, one_item
 from moe_kernels.backends.tpu.common.weights import cast_weights, room_for_casts
-from moe_kernels.backends.tpu.matmul.forward import MatmulSaved, products, rounded, weight_blocks
+from moe_kernels.backends.tpu.matmul.forward import MatmulSaved, weight_blocks
 from moe_kernels.backends.tpu.matmul.tiles import matmul_backward_tiles
 from moe_kernels.precision import dot
 from moe_kernels.types import Runs
@@ -214,8 +214,7 @@ class _MatmulBackward(NamedTuple):
         def add(offset: Scalar, size: int) -> None:
             own = pl.ds(offset, size)
             parts = self._dparts(x[own], dy[own], weights)
-            first, *others = (dot(part, weight[...], (1, 1)) for part, weight in zip(parts, weights, strict=True))
-            scratch.dx[own] += sum(others, start=first)
+            scratch.dx[own] += times_transposed(parts, weights)
             for total, part in zip(totals, parts, strict=True):
                 total[...] += dot(x[own], part, (0, 0))
             if outputs.dbias is not None:
@@ -228,9 +227,6 @@ class _MatmulBackward(NamedTuple):
         """`dy` taken back to what each matrix gave."""
         if self.static.activation is None:
             return [dy]
-        before, *gated = (rounded(part, x.dtype) for part in products(x, weights, self.inputs.bias))
-        activated, slope = activate_and_slope(before, self.static.activation)
-        dy32 = dy.astype(jnp.float32)
-        if not gated:
-            return [(dy32 * slope).astype(x.dtype)]
-        return [(dy32 * (gated[0] * slope)).astype(x.dtype), (dy32 * activated).astype(x.dtype)]
+        parts = [rounded(part, x.dtype) for part in parts_of(x, weights, self.inputs.bias)]
+        back = taken_back(dy.astype(jnp.float32), parts, self.static.activation)
+        return [part.astype(x.dtype) for part in back.dparts]

@@ -8,7 +8,6 @@ not kept: the backward pass has rows and weights in VMEM anyway, and computes it
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,16 +16,15 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights, epilogue_of
-from moe_kernels.backends.tpu.common.activation import activate
 from moe_kernels.backends.tpu.common.grid import Grid, grid_of, scalars_of, sizes_of
 from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
+from moe_kernels.backends.tpu.common.products import parts_of, result_of
 from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, over_pieces, pieces_of
 from moe_kernels.backends.tpu.common.step import ChunkCopies, this_step
 from moe_kernels.backends.tpu.common.tiling import Tiles
 from moe_kernels.backends.tpu.common.weights import cast_weights, room_for_casts
 from moe_kernels.backends.tpu.matmul.tiles import matmul_forward_tiles
-from moe_kernels.precision import dot
-from moe_kernels.types import MatmulActivation, Runs
+from moe_kernels.types import Runs
 
 
 class MatmulSaved(NamedTuple):
@@ -99,17 +97,6 @@ def weight_blocks(weights: MatmulWeights, grid: Grid, tiles: Tiles) -> tuple[tup
     return matrices, Block(bias, pl.BlockSpec((1, 1, tiles.chunk), grid.columns))
 
 
-def products(x: Float[Array, "P D"], weights: Sequence[Any], bias: Any) -> list[Float[Array, "P C"]]:
-    """The rows times each matrix, in float32, the first with its bias."""
-    first, *others = (dot(x, weight[...], (1, 0)) for weight in weights)
-    return [first if bias is None else first + bias[0], *others]
-
-
-def rounded(value: Float[Array, "P C"], dtype: Any) -> Float[Array, "P C"]:
-    """In float32, but of another dtype's precision."""
-    return value.astype(dtype).astype(jnp.float32)
-
-
 class _MatmulForwardInputs(NamedTuple):
     rows: Any
     weights: tuple[Any, ...]
@@ -156,21 +143,12 @@ def _forward(
 
     y = results.place(step)
     weights = cast_weights(inputs.weights, scratch.casts, step.busy)
-    x = scratch.x.at[slot]
+    x, activation = scratch.x.at[slot], static.activation
 
     def work(offset: Scalar, size: int) -> None:
         own = pl.ds(offset, size)
-        y[own] = _result(products(x[own], weights, inputs.bias), static.activation, y.dtype)
+        parts = parts_of(x[own], weights, inputs.bias)
+        y[own] = parts[0].astype(y.dtype) if activation is None else result_of(parts, activation, y.dtype)
 
     over_pieces(*pieces_of(scalars.schedule.size[at], scalars.covers, tiles.rows), tiles.rows, work)
     results.write(step)
-
-
-def _result(
-    parts: Sequence[Float[Array, "P C"]], activation: MatmulActivation | None, dtype: Any
-) -> Float[Array, "P C"]:
-    if activation is not None:
-        activated, *gated = (rounded(part, dtype) for part in parts)
-        activated = activate(activated, activation)
-        parts = [activated * gated[0] if gated else activated]
-    return parts[0].astype(dtype)

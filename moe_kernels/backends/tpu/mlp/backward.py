@@ -1,6 +1,6 @@
 """The expert MLP as one kernel, backward: for each chunk of F five matmuls, or four where the hidden layer was kept.
 
-With `h = x w1 + b1`, `a = act(h)`: `dh = (dy w2ᵀ) act'(h)`, `dx = dh w1ᵀ`, `dw1 = xᵀ dh`, `dw2 = aᵀ dy`, `db1 = Σ dh`,
+Gated there are eight, of which two compute the hidden layer again. The products are those of `common/products.py`, and
 `db2 = Σ dy`. Grid (core, item, chunk of F) as in the forward pass; `dx` is added up in float32 over chunks and leaves
 from the buffer that `dy` came in. Where an expert is one item of one piece, weight gradients leave straight from the
 MXU, and of pieces that fill its depth the shortest that holds the rows is taken; else they are added up in float32 over
@@ -18,9 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from moe_kernels.backends.base import MlpStatic
+from moe_kernels.backends.base import MatmulWeights, MlpStatic
+from moe_kernels.backends.mlp_parts import Matmuls, gradients_like, matmuls_of
 from moe_kernels.backends.tpu.common.gradients import Gradient, Gradients, by_expert, gradient_dtype, gradient_slots
-from moe_kernels.backends.tpu.common.grid import Grid, grid_of, scalars_of, sizes_of
+from moe_kernels.backends.tpu.common.grid import Grid, grid_of, scalars_of
 from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
 from moe_kernels.backends.tpu.common.products import Products
 from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, over_pieces, pieces_of, used_rows
@@ -28,19 +29,19 @@ from moe_kernels.backends.tpu.common.schedule import STARTS
 from moe_kernels.backends.tpu.common.step import ChunkCopies, this_step
 from moe_kernels.backends.tpu.common.tiling import Tiles, one_item, straight, straight_pieces
 from moe_kernels.backends.tpu.common.weights import cast_weights, room_for_casts
-from moe_kernels.backends.tpu.mlp.forward import MlpSaved, weight_blocks
+from moe_kernels.backends.tpu.mlp.forward import MlpSaved, mlp_sizes, weight_blocks
 from moe_kernels.backends.tpu.mlp.tiles import mlp_backward_tiles
-from moe_kernels.types import MlpWeights, Runs
+from moe_kernels.types import GluWeights, MlpWeights, Runs
 
 
 def expert_mlp_backward(
     target: Target, static: MlpStatic, saved: MlpSaved, dout: Float[Array, "R D"], *, tiles: Tiles | None = None
-) -> tuple[Float[Array, "R D"], MlpWeights]:
+) -> tuple[Float[Array, "R D"], MlpWeights | GluWeights]:
     """Gradients of rows and weights; an expert without rows gets exactly 0."""
     rows, weights, runs, hidden = saved
     if rows.shape[0] == 0:
         return rows, jax.tree.map(jnp.zeros_like, weights)
-    tiles = tiles or mlp_backward_tiles(sizes_of(target, static.layout, rows, weights.w1), keep=hidden is not None)
+    tiles = tiles or mlp_backward_tiles(mlp_sizes(target, static, rows, weights), keep=hidden is not None)
     assert tiles is not None, "refused by why_not"
     return run_backward(tiles, target, static, rows, weights, runs, dout, hidden)
 
@@ -50,16 +51,19 @@ def run_backward(
     target: Target,
     static: MlpStatic,
     rows: Float[Array, "R D"],
-    weights: MlpWeights,
+    weights: MlpWeights | GluWeights,
     runs: Runs,
     dout: Float[Array, "R D"],
     hidden: Float[Array, "R H"] | None = None,
-) -> tuple[Float[Array, "R D"], MlpWeights]:
+) -> tuple[Float[Array, "R D"], MlpWeights | GluWeights]:
     """The backward pass with given block sizes, and with the hidden layer if it was kept."""
     layout, grid, once = static.layout, grid_of(static.layout, tiles, target), one_item(static.layout, tiles.rows)
     kept = None if hidden is None else _padded_columns(hidden, tiles.padded)
-    w1, b1, w2, _ = weight_blocks(weights, grid, tiles)
-    inputs = _MlpBackwardInputs(Block(rows), Block(dout), w1, b1, w2, None if kept is None else Block(kept))
+    first, b1, second, _ = weight_blocks(weights, grid, tiles)
+    kept_block = None if kept is None else Block(kept)
+    inputs = _MlpBackwardInputs(Block(rows), Block(dout), (*first, second), b1, kept_block)
+    # Of each first matrix its product again, dx and dW; the hidden layer's gradient, and dW of the second matrix.
+    matmuls = 3 * len(first) + 2 - (kept is not None)
     scalars = scalars_of(layout, runs, tiles, target)
     found = launch(
         lambda *refs: _MlpBackward(tiles, static, grid, once, target.facts.depth, *refs).run(),
@@ -67,7 +71,7 @@ def run_backward(
             "expert_mlp_backward",
             grid.axes,
             tiles.vmem,
-            flops=2 * (5 if kept is None else 4) * rows.size * tiles.padded,
+            flops=2 * matmuls * rows.size * tiles.padded,
             aliases=(("dout", "drows"),),
         ),
         target,
@@ -77,13 +81,10 @@ def run_backward(
         scratch=_scratch(tiles, inputs, grid, summed=not straight(layout, tiles.rows), once=once),
     )
     db1, db2 = (by_expert(db[:, 0], scalars.schedule, layout, once) for db in (found.db1, found.db2))
-    expert_width = weights.w1.shape[2]
-    return found.drows, MlpWeights(
-        found.dw1[:, :, :expert_width].astype(weights.w1.dtype),
-        None if weights.b1 is None else db1[:, :expert_width].astype(weights.b1.dtype),
-        found.dw2[:, :expert_width].astype(weights.w2.dtype),
-        None if weights.b2 is None else db2.astype(weights.b2.dtype),
-    )
+    expert_width, (*dfirst, dsecond) = matmuls_of(weights).first.weight.shape[2], found.dweights
+    gate, *up = (dweight[:, :, :expert_width] for dweight in dfirst)
+    dfirst = MatmulWeights(gate, db1[:, :expert_width], *up)
+    return found.drows, gradients_like(weights, Matmuls(dfirst, MatmulWeights(dsecond[:, :expert_width], db2)))
 
 
 def _padded_columns(hidden: Float[Array, "R H"], padded: int) -> Float[Array, "R P"]:
@@ -95,16 +96,15 @@ def _padded_columns(hidden: Float[Array, "R H"], padded: int) -> Float[Array, "R
 class _MlpBackwardInputs(NamedTuple):
     rows: Any
     dout: Any
-    w1: Any
+    weights: tuple[Any, ...]
+    """The first matrices, then the second."""
     b1: Any
-    w2: Any
     hidden: Any
 
 
 class _MlpBackwardOutputs(NamedTuple):
     drows: Any
-    dw1: Any
-    dw2: Any
+    dweights: tuple[Any, ...]
     db1: Any
     db2: Any
 
@@ -115,10 +115,8 @@ class _MlpBackwardScratch(NamedTuple):
     """Two items' rows of dy, then of dx."""
     dx: Any
     casts: tuple[Any, ...] | None
-    dw1_out: Any
-    dw2_out: Any
-    dw1_sum: Any
-    dw2_sum: Any
+    dw: tuple[Any, ...]
+    dw_sums: tuple[Any, ...]
     hidden_in: Any
     """Chunks of two steps."""
     fetched: Any
@@ -129,12 +127,11 @@ class _MlpBackwardScratch(NamedTuple):
 
 
 def _outputs(tiles: Tiles, inputs: _MlpBackwardInputs, grid: Grid, once: bool) -> _MlpBackwardOutputs:
-    rows, w1, w2 = inputs.rows.array, inputs.w1.array, inputs.w2.array
-    dtype, items, width = gradient_dtype(w1.dtype, once), grid.cores * grid.items, rows.shape[1]
+    rows, weights = inputs.rows.array, [weight.array for weight in inputs.weights]
+    dtype, items, width = gradient_dtype(weights[0].dtype, once), grid.cores * grid.items, rows.shape[1]
     return _MlpBackwardOutputs(
         drows=result(rows.shape, rows.dtype),
-        dw1=result(w1.shape, dtype),
-        dw2=result(w2.shape, dtype),
+        dweights=tuple(result(weight.shape, dtype) for weight in weights),
         db1=result((items, 1, tiles.padded), jnp.float32, pl.BlockSpec((1, 1, tiles.chunk), grid.item_columns)),
         db2=result((items, 1, width), jnp.float32, pl.BlockSpec((1, 1, width), grid.item_whole)),
     )
@@ -143,17 +140,16 @@ def _outputs(tiles: Tiles, inputs: _MlpBackwardInputs, grid: Grid, once: bool) -
 def _scratch(tiles: Tiles, inputs: _MlpBackwardInputs, grid: Grid, *, summed: bool, once: bool) -> _MlpBackwardScratch:
     rows, held, chunk = inputs.rows.array, tiles.rows.rows, tiles.chunk
     width, two = rows.shape[1], pltpu.SemaphoreType.DMA((2,))
-    dtype, slots = gradient_dtype(inputs.w1.array.dtype, once), gradient_slots(grid, once)
+    dtype, slots = gradient_dtype(inputs.weights[0].array.dtype, once), gradient_slots(grid, once)
     summed, keeps = summed and dtype != jnp.float32, inputs.hidden is not None
+    chunks: list[Any] = [weight.spec.block_shape[1:] for weight in inputs.weights]
     return _MlpBackwardScratch(
         x=pltpu.VMEM((2, held, width), rows.dtype),
         dy=pltpu.VMEM((2, held, width), rows.dtype),
         dx=pltpu.VMEM((held, width), jnp.float32),
-        casts=room_for_casts((inputs.w1, inputs.w2), rows.dtype),
-        dw1_out=pltpu.VMEM((slots, width, chunk), dtype),
-        dw2_out=pltpu.VMEM((slots, chunk, width), dtype),
-        dw1_sum=pltpu.VMEM((width, chunk), jnp.float32) if summed else None,
-        dw2_sum=pltpu.VMEM((chunk, width), jnp.float32) if summed else None,
+        casts=room_for_casts(inputs.weights, rows.dtype),
+        dw=tuple(pltpu.VMEM((slots, *shape), dtype) for shape in chunks),
+        dw_sums=tuple(pltpu.VMEM(shape, jnp.float32) if summed else None for shape in chunks),
         hidden_in=pltpu.VMEM((2, held, chunk), rows.dtype) if keeps else None,
         fetched=two,
         written=two,
@@ -227,10 +223,8 @@ class _MlpBackward(NamedTuple):
 
     def _gradients(self) -> Gradients:
         outputs, scratch = self.outputs, self.scratch
-        weights = (
-            Gradient(outputs.dw1, scratch.dw1_out, scratch.dw1_sum, columns=True),
-            Gradient(outputs.dw2, scratch.dw2_out, scratch.dw2_sum, columns=False),
-        )
+        *first, second = zip(outputs.dweights, scratch.dw, scratch.dw_sums, strict=True)
+        weights = (*(Gradient(*arrays, columns=True) for arrays in first), Gradient(*second, columns=False))
         return Gradients(
             self.grid, self.scalars, self.tiles.chunk, self.once, weights, scratch.dw_written, scratch.dw_fetched
         )
@@ -238,19 +232,20 @@ class _MlpBackward(NamedTuple):
     def _work(self, at: Scalar, slot: Scalar, chunk: Scalar, out_slot: Scalar, kept: Any) -> None:
         inputs, outputs, scratch = self.inputs, self.outputs, self.scratch
         rows = self.tiles.rows
-        w1, w2 = cast_weights((inputs.w1, inputs.w2), scratch.casts, busy=True)
-        dw1, dw2 = scratch.dw1_out.at[out_slot], scratch.dw2_out.at[out_slot]
+        weights = cast_weights(inputs.weights, scratch.casts, busy=True)
 
         def kept_hidden(offset: Scalar, size: int) -> Array:
             used = used_rows(self.scalars, at, self.static.layout, (size, self.tiles.chunk), offset)
             return jnp.where(used, kept[pl.ds(offset, size)], jnp.zeros((), scratch.x.dtype))
 
-        operands = (scratch.x.at[slot], scratch.dy.at[slot], w1, inputs.b1, w2, scratch.dx)
+        operands = (scratch.x.at[slot], scratch.dy.at[slot], weights, inputs.b1, scratch.dx)
         products = Products(*operands, self.static.activation, None if kept is None else kept_hidden)
 
         def at_once(size: int) -> None:
-            g1, g2, db1 = products.of(0, size)
-            dw1[...], dw2[...], outputs.db1[0] = g1.astype(dw1.dtype), g2.astype(dw2.dtype), db1
+            found = products.of(0, size)
+            for place, gradient in zip(scratch.dw, found.weights, strict=True):
+                place[out_slot] = gradient.astype(place.dtype)
+            outputs.db1[0] = found.b1
 
         if straight(self.static.layout, rows):
             count, shorter = self.scalars.schedule.size[at], 0
@@ -260,17 +255,17 @@ class _MlpBackward(NamedTuple):
             return
         repeats, bits = pieces_of(self.scalars.schedule.size[at], self.scalars.covers, rows)
         chunks = self._gradients()
-        sum1, sum2 = (weight.sums(out_slot) for weight in chunks.weights)
+        totals = [weight.sums(out_slot) for weight in chunks.weights]
 
         def piecewise() -> None:
             chunks.begin(at, chunk, out_slot)
             outputs.db1[...] = jnp.zeros(outputs.db1.shape, jnp.float32)
 
             def add(offset: Scalar, size: int) -> None:
-                g1, g2, db1 = products.of(offset, size)
-                sum1[...] += g1
-                sum2[...] += g2
-                outputs.db1[0] += db1
+                found = products.of(offset, size)
+                for total, part in zip(totals, found.weights, strict=True):
+                    total[...] += part
+                outputs.db1[0] += found.b1
 
             over_pieces(repeats, bits, rows, add)
             chunks.finish(out_slot)

@@ -1,4 +1,4 @@
-"""The expert MLP as one kernel, forward: `y = act(x w1 + b1) w2 + b2`.
+"""The expert MLP as one kernel, forward: `y = act(x w1 + b1) w2 + b2`, or gated, `y = (act(x gate) (x up)) down`.
 
 The hidden layer goes to HBM only where a backward pass will want it and would take longer to compute it again (see
 `hidden.py`).
@@ -19,24 +19,25 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
-from moe_kernels.backends.tpu.common.activation import activate
+from moe_kernels.backends.mlp_parts import matmuls_of
 from moe_kernels.backends.tpu.common.grid import Grid, WeightMaps, grid_of, scalars_of, sizes_of
 from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
+from moe_kernels.backends.tpu.common.products import parts_of, result_of
 from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, over_pieces_or_shorter
 from moe_kernels.backends.tpu.common.step import ChunkCopies, this_step
-from moe_kernels.backends.tpu.common.tiling import Tiles
+from moe_kernels.backends.tpu.common.tiling import Sizes, Tiles
 from moe_kernels.backends.tpu.common.weights import cast_weights, room_for_casts
 from moe_kernels.backends.tpu.mlp.hidden import keeps_hidden
 from moe_kernels.backends.tpu.mlp.tiles import mlp_forward_tiles
 from moe_kernels.precision import dot
-from moe_kernels.types import MlpWeights, Runs
+from moe_kernels.types import GluWeights, MlpWeights, Runs
 
 
 class MlpSaved(NamedTuple):
     """What the backward pass needs."""
 
     rows: Float[Array, "R D"]
-    weights: MlpWeights
+    weights: MlpWeights | GluWeights
     runs: Runs
     hidden: Float[Array, "R H"] | None = None
     """Before the activation, with F rounded up; unused rows hold anything. None: it is computed again."""
@@ -46,15 +47,15 @@ def expert_mlp(
     target: Target,
     static: MlpStatic,
     rows: Float[Array, "R D"],
-    weights: MlpWeights,
+    weights: MlpWeights | GluWeights,
     runs: Runs,
     *,
     tiles: Tiles | None = None,
 ) -> Float[Array, "R D"]:
-    """`y = act(x w1_e + b1_e) w2_e + b2_e`; unused rows hold anything."""
+    """`y = act(x w1_e + b1_e) w2_e + b2_e`, or gated; unused rows hold anything."""
     if rows.shape[0] == 0:
         return rows
-    tiles = tiles or mlp_forward_tiles(sizes_of(target, static.layout, rows, weights.w1))
+    tiles = tiles or mlp_forward_tiles(mlp_sizes(target, static, rows, weights))
     assert tiles is not None, "refused by why_not"
     return run_forward(tiles, target, static, rows, weights, runs)[0]
 
@@ -63,7 +64,7 @@ def expert_mlp_forward(
     target: Target,
     static: MlpStatic,
     rows: Float[Array, "R D"],
-    weights: MlpWeights,
+    weights: MlpWeights | GluWeights,
     runs: Runs,
     *,
     tiles: Tiles | None = None,
@@ -71,7 +72,7 @@ def expert_mlp_forward(
     """As `expert_mlp`, with what the backward pass needs."""
     if rows.shape[0] == 0:
         return rows, MlpSaved(rows, weights, runs)
-    sizes = sizes_of(target, static.layout, rows, weights.w1)
+    sizes = mlp_sizes(target, static, rows, weights)
     keep = keeps_hidden(sizes)
     tiles = tiles or mlp_forward_tiles(sizes, keep=keep)
     assert tiles is not None, "refused by why_not"
@@ -84,7 +85,7 @@ def run_forward(
     target: Target,
     static: MlpStatic,
     rows: Float[Array, "R D"],
-    weights: MlpWeights,
+    weights: MlpWeights | GluWeights,
     runs: Runs,
     *,
     keep: bool = False,
@@ -93,9 +94,10 @@ def run_forward(
     width, held, two = rows.shape[1], tiles.rows.rows, pltpu.SemaphoreType.DMA((2,))
     grid = grid_of(static.layout, tiles, target)
     inputs = _MlpForwardInputs(Block(rows), *weight_blocks(weights, grid, tiles))
+    matrices = (*inputs.first, inputs.second)
     outputs = launch(
         functools.partial(_forward, tiles, static, grid, target.facts.depth),
-        Call("expert_mlp_forward", grid.axes, tiles.vmem, flops=4 * rows.size * tiles.padded),
+        Call("expert_mlp_forward", grid.axes, tiles.vmem, flops=2 * len(matrices) * rows.size * tiles.padded),
         target,
         scalars=scalars_of(static.layout, runs, tiles, target),
         inputs=inputs,
@@ -106,7 +108,7 @@ def run_forward(
         scratch=_MlpForwardScratch(
             buffer=pltpu.VMEM((2, held, width), rows.dtype),
             total=pltpu.VMEM((held, width), jnp.float32),
-            casts=room_for_casts((inputs.w1, inputs.w2), rows.dtype),
+            casts=room_for_casts(matrices, rows.dtype),
             hidden_out=pltpu.VMEM((2, held, tiles.chunk), rows.dtype) if keep else None,
             fetched=two,
             written=two,
@@ -116,44 +118,54 @@ def run_forward(
     return outputs.out, outputs.hidden
 
 
+def mlp_sizes(target: Target, static: MlpStatic, rows: Float[Array, "N D"], weights: MlpWeights | GluWeights) -> Sizes:
+    """What block sizes are chosen by."""
+    gated = isinstance(weights, GluWeights)
+    return sizes_of(target, static.layout, rows, matmuls_of(weights).first.weight, gated=gated)
+
+
 class PaddedWeights(NamedTuple):
     """Weights as kernels take them: F rounded up, biases in float32 and there; or blocks of them."""
 
-    w1: Any
+    first: tuple[Any, ...]
+    """The first matrix of a plain MLP, gate and up of a gated one."""
     b1: Any
-    w2: Any
+    second: Any
     b2: Any
 
 
-def weight_blocks(weights: MlpWeights, grid: WeightMaps, tiles: Tiles) -> PaddedWeights:
+def weight_blocks(weights: MlpWeights | GluWeights, grid: WeightMaps, tiles: Tiles) -> PaddedWeights:
     """An expert's weights, a chunk of F at a time."""
-    width, chunk, padded = weights.w1.shape[1], tiles.chunk, padded_weights(weights, tiles.padded)
+    chunk, padded = tiles.chunk, padded_weights(weights, tiles.padded)
+    width = padded.second.shape[2]
     return PaddedWeights(
-        w1=Block(padded.w1, pl.BlockSpec((1, width, chunk), grid.columns)),
+        first=tuple(Block(array, pl.BlockSpec((1, width, chunk), grid.columns)) for array in padded.first),
         b1=Block(padded.b1, pl.BlockSpec((1, 1, chunk), grid.columns)),
-        w2=Block(padded.w2, pl.BlockSpec((1, chunk, width), grid.chunk_rows)),
+        second=Block(padded.second, pl.BlockSpec((1, chunk, width), grid.chunk_rows)),
         b2=Block(padded.b2, pl.BlockSpec((1, 1, width), grid.whole)),
     )
 
 
-def padded_weights(weights: MlpWeights, padded: int) -> PaddedWeights:
-    """Weights with F rounded up (zero columns of w1 meet zero rows of w2), and biases `[E, 1, ...]` in float32."""
-    experts, width, expert_width = weights.w1.shape
+def padded_weights(weights: MlpWeights | GluWeights, padded: int) -> PaddedWeights:
+    """Weights with F rounded up (zero columns of the first matrices meet zero rows of the second), and biases
+    `[E, 1, ...]` in float32."""
+    (w1, b1, up), (second, b2, _) = matmuls_of(weights)
+    experts, width, expert_width = w1.shape
     more = padded - expert_width
-    b1 = jnp.zeros((experts, expert_width), jnp.float32) if weights.b1 is None else weights.b1.astype(jnp.float32)
-    b2 = jnp.zeros((experts, width), jnp.float32) if weights.b2 is None else weights.b2.astype(jnp.float32)
-    w1, w2 = weights.w1, weights.w2
+    b1 = jnp.zeros((experts, expert_width), jnp.float32) if b1 is None else b1.astype(jnp.float32)
+    b2 = jnp.zeros((experts, width), jnp.float32) if b2 is None else b2.astype(jnp.float32)
+    first = (w1,) if up is None else (w1, up)
     if more:
-        w1, b1 = jnp.pad(w1, ((0, 0), (0, 0), (0, more))), jnp.pad(b1, ((0, 0), (0, more)))
-        w2 = jnp.pad(w2, ((0, 0), (0, more), (0, 0)))
-    return PaddedWeights(w1, b1[:, None], w2, b2[:, None])
+        first = tuple(jnp.pad(array, ((0, 0), (0, 0), (0, more))) for array in first)
+        second, b1 = jnp.pad(second, ((0, 0), (0, more), (0, 0))), jnp.pad(b1, ((0, 0), (0, more)))
+    return PaddedWeights(first, b1[:, None], second, b2[:, None])
 
 
 class _MlpForwardInputs(NamedTuple):
     rows: Any
-    w1: Any
+    first: tuple[Any, ...]
     b1: Any
-    w2: Any
+    second: Any
     b2: Any
 
 
@@ -207,18 +219,17 @@ def _forward(
     def _() -> None:
         scratch.total[...] = jnp.broadcast_to(inputs.b2[0], scratch.total.shape)
 
-    w1, w2 = cast_weights((inputs.w1, inputs.w2), scratch.casts, busy)
+    *first, second = cast_weights((*inputs.first, inputs.second), scratch.casts, busy)
     kept, place = ChunkCopies(grid, tiles, scalars, outputs.hidden, scratch.hidden_out, scratch.hidden_written), None
     if outputs.hidden is not None:
         place = kept.place(step)
 
     def work(offset: Scalar, size: int) -> None:
         own = pl.ds(offset, size)
-        hidden = (dot(rows[own], w1[...], (1, 0)) + inputs.b1[0]).astype(dtype)
+        parts = parts_of(rows[own], first, inputs.b1)
         if place is not None:
-            place[own] = hidden
-        activated = activate(hidden.astype(jnp.float32), static.activation).astype(dtype)
-        scratch.total[own] += dot(activated, w2[...], (1, 0))
+            place[own] = parts[0].astype(dtype)
+        scratch.total[own] += dot(result_of(parts, static.activation, dtype), second[...], (1, 0))
 
     over_pieces_or_shorter(scalars.schedule.size[at], scalars.covers, tiles.rows, depth, work)
     if place is not None:

@@ -32,9 +32,7 @@ def hidden_cost(sizes: Sizes) -> HiddenCost:
     '6.64e-04 7.64e-04'
     """
     chip, itemsize = sizes.chip, sizes.itemsize
-    rows, entries = sizes.layout.num_rows, sizes.width * sizes.expert_width
-    rate = chip.flops / chip.num_cores / (FLOAT32_PASSES if itemsize == 4 else 1)
-    product = 2 * rows * entries / rate
+    rows, entries, product = sizes.layout.num_rows, sizes.width * sizes.expert_width, product_seconds(sizes)
     weights = 2 * sizes.layout.num_experts * entries * sizes.weight_itemsize
     row, hidden = rows * sizes.width * itemsize, rows * sizes.expert_width * itemsize
 
@@ -48,8 +46,15 @@ def hidden_cost(sizes: Sizes) -> HiddenCost:
     )
 
 
+def product_seconds(sizes: Sizes) -> float:
+    """Least seconds of a product of all planned rows and a matrix of their experts, on one core."""
+    chip = sizes.chip
+    rate = chip.flops / chip.num_cores / (FLOAT32_PASSES if sizes.itemsize == 4 else 1)
+    return 2 * sizes.layout.num_rows * sizes.width * sizes.expert_width / rate
+
+
 def keeps_hidden(sizes: Sizes) -> bool:
-    """Whether keeping takes less time, and fits VMEM.
+    """Whether keeping takes less time, and fits VMEM. That of gated experts, which is two, is always computed again.
 
     >>> from moe_kernels.chips import TPUS
     >>> from moe_kernels.types import Layout
@@ -57,6 +62,8 @@ def keeps_hidden(sizes: Sizes) -> bool:
     >>> [name for name, chip in TPUS.items() if keeps_hidden(Sizes(layout, 768, 3072, 2, 2, chip))]
     ['v4', 'v5e', 'v5p', '7x']
     """
+    if sizes.gated:
+        return False
     cost = hidden_cost(sizes)
     fits = all(choose(sizes, keep=True) is not None for choose in (mlp_forward_tiles, mlp_backward_tiles))
     return fits and cost.kept < cost.again

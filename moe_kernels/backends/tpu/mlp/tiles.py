@@ -49,7 +49,7 @@ def mlp_backward_need(sizes: Sizes, rows: RowCuts, chunk: int, *, keep: bool = F
 def mlp_forward_bytes(sizes: Sizes, rows: RowCuts, chunk: int) -> int:
     """VMEM of a forward pass beside its rows: weights, sums, and the values between matmuls."""
     copies = FITTED.hidden_copies[sizes.chip.name]
-    values = copies * rows.pieces[0] * round_up(chunk, 128) * sizes.itemsize
+    values = (copies + 2 * sizes.gated) * rows.pieces[0] * round_up(chunk, 128) * sizes.itemsize
     total = vmem_bytes(rows.rows, sizes.width, 4)
     return _weights(sizes, chunk) + 2 * _biases(sizes, chunk) + total + values
 
@@ -57,10 +57,11 @@ def mlp_forward_bytes(sizes: Sizes, rows: RowCuts, chunk: int) -> int:
 def mlp_backward_bytes(sizes: Sizes, rows: RowCuts, chunk: int) -> int:
     """VMEM of a backward pass beside its rows: weights and their gradients, sums, and the values between matmuls."""
     out = sizes.weight_itemsize if one_item(sizes.layout, rows) else 4
-    sums = 0 if out == 4 or straight(sizes.layout, rows) else _pair(sizes, chunk, 4)
-    values = 3 * vmem_bytes(rows.pieces[0], chunk, 4) + 3 * vmem_bytes(rows.pieces[0], sizes.width, 4)
+    sums = 0 if out == 4 or straight(sizes.layout, rows) else _matrices(sizes, chunk, 4)
+    hidden, width = vmem_bytes(rows.pieces[0], chunk, 4), vmem_bytes(rows.pieces[0], sizes.width, 4)
+    values = (5 if sizes.gated else 3) * hidden + 3 * width
     total = vmem_bytes(rows.rows, sizes.width, 4)
-    return _weights(sizes, chunk) + 2 * _pair(sizes, chunk, out) + sums + 4 * _biases(sizes, chunk) + total + values
+    return _weights(sizes, chunk) + 2 * _matrices(sizes, chunk, out) + sums + 4 * _biases(sizes, chunk) + total + values
 
 
 def _rows(sizes: Sizes, rows: RowCuts, chunk: int, places: int, keep: bool) -> int:
@@ -68,14 +69,14 @@ def _rows(sizes: Sizes, rows: RowCuts, chunk: int, places: int, keep: bool) -> i
     return held + (2 * vmem_bytes(rows.rows, chunk, sizes.itemsize) if keep else 0)
 
 
-def _pair(sizes: Sizes, chunk: int, itemsize: int) -> int:
-    """A chunk of both matrices."""
-    return vmem_bytes(sizes.width, chunk, itemsize) + vmem_bytes(chunk, sizes.width, itemsize)
+def _matrices(sizes: Sizes, chunk: int, itemsize: int) -> int:
+    """A chunk of every matrix."""
+    return (1 + sizes.gated) * vmem_bytes(sizes.width, chunk, itemsize) + vmem_bytes(chunk, sizes.width, itemsize)
 
 
 def _weights(sizes: Sizes, chunk: int) -> int:
     """Chunks of two steps, and one in the dtype of the rows."""
-    return 2 * _pair(sizes, chunk, sizes.weight_itemsize) + sizes.cast * _pair(sizes, chunk, sizes.itemsize)
+    return 2 * _matrices(sizes, chunk, sizes.weight_itemsize) + sizes.cast * _matrices(sizes, chunk, sizes.itemsize)
 
 
 def _biases(sizes: Sizes, chunk: int) -> int:
