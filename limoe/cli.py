@@ -85,7 +85,19 @@ USAGE = """limoe: train and evaluate a language-image mixture of experts.
 """
 
 # Import names of the packages that the extra `train` installs.
-TRAINER = ("einops", "flax", "grain", "matplotlib", "optax", "orbax", "PIL", "safetensors", "sentencepiece", "tqdm")
+TRAINER = (
+    "einops",
+    "flatbuffers",
+    "flax",
+    "grain",
+    "matplotlib",
+    "optax",
+    "orbax",
+    "PIL",
+    "safetensors",
+    "sentencepiece",
+    "tqdm",
+)
 
 _HELP = ("help", "-h", "-help", "--help")
 
