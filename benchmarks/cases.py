@@ -19,7 +19,7 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A size. Tokens are those of one device; a capacity factor of None means dropless."""
+    """A problem size. `tokens` counts those of one device; a capacity factor of None means dropless."""
 
     name: str
     tokens: int
@@ -32,47 +32,38 @@ class Case:
 
     @property
     def group_size(self) -> int:
-        """Tokens in a group."""
+        """Number of tokens in a group."""
         return self.tokens // self.groups
 
     @property
     def capacity(self) -> int:
-        """Places of an expert in a group; S without a limit, since an expert gets at most one choice of a token."""
+        """The capacity of an expert in a group. Without a limit it is S: a token chooses an expert at most once."""
         if self.capacity_factor is None:
             return self.group_size
         return expert_capacity(self.group_size, self.choices, self.experts, self.capacity_factor)
-
-
-def _limoe(name: str, width: int) -> list[Case]:
-    """16,384 tokens as one group (C 538) and as 8 groups (C 68)."""
-    return [
-        Case(name + suffix, 16_384, groups, width, 4 * width, 32, 1, 1.05)
-        for suffix, groups in (("", 1), ("-8groups", 8))
-    ]
 
 
 _ALL = [
     Case("tiny", 6_656, 1, 128, 512, 8, 1, 1.05),
     Case("issue", 4_096, 1, 512, 2_048, 32, 1, 1.05),
     Case("issue-8groups", 4_096, 8, 512, 2_048, 32, 1, 1.05),
-    *_limoe("s32", 512),
-    *_limoe("b32", 768),
-    *_limoe("b16", 768),
-    *_limoe("l16", 1_024),
-    *_limoe("h14", 1_280),
-    # The sizes of Mixtral 8x7B and Qwen3-30B-A3B; their gated MLP has a third matrix, which is left out here.
+    # LIMoE's sizes, as one group (C 538) and as 8 groups (C 68).
+    *(
+        Case(name + suffix, 16_384, groups, width, 4 * width, 32, 1, 1.05)
+        for name, width in {"s32": 512, "b32": 768, "b16": 768, "l16": 1_024, "h14": 1_280}.items()
+        for suffix, groups in (("", 1), ("-8groups", 8))
+    ),
+    # Sizes of Mixtral 8x7B and Qwen3-30B-A3B, without the third matrix of their gated MLPs.
     Case("llm-8x14336", 8_192, 1, 4_096, 14_336, 8, 2, None),
     Case("llm-128x768", 8_192, 1, 2_048, 768, 128, 8, None),
-    # For one operation at a time: 27 GB of inputs.
+    # Only for single operations: its inputs take 27 GB.
     Case("llm-256x2048", 262_144, 1, 7_168, 2_048, 256, 1, None),
 ]
 CASES = {case.name: case for case in _ALL}
 
 
 def small_twin(case: Case, *, narrow: bool = True) -> Case:
-    """The same structure in a size that the loops of `reference` go through in well under a second.
-
-    Kernels of accelerators want the wider one.
+    """Shrink a case for the loops of `reference`. Kernels of accelerators need the wider one.
 
     >>> small_twin(CASES["issue-8groups"]).tokens, small_twin(CASES["issue-8groups"]).capacity
     (256, 5)
@@ -86,30 +77,30 @@ def small_twin(case: Case, *, narrow: bool = True) -> Case:
 
 
 class Inputs(NamedTuple):
-    """The arrays of a problem; every implementation gets the same ones. Router and noise are float32."""
+    """The arrays of a problem, the same for every implementation. Router and noise are float32."""
 
     tokens: Float[Array, "T D"]
     router: Float[Array, "D E"]
     noise: Float[Array, "T E"]
-    """Added to the logits: it imposes `expert`, and spreads the gates so that no two are nearly equal."""
+    """Added to the logits. It makes the router choose `expert`, and keeps the gates apart from each other."""
     weights: MlpWeights
     rows: Float[Array, "M D"]
-    """What expert_mlp, grouped_matmul and combine work on, in the order of choices (t * K + k)."""
+    """Input of expert_mlp, grouped_matmul and combine, in the order of choices (t * K + k)."""
     d_tokens: Float[Array, "T D"]
-    """Cotangent of a result of one row a token."""
+    """Cotangent of a result with one row for each token."""
     d_rows: Float[Array, "M D"]
     d_hidden: Float[Array, "M F"]
     d_gate: Float[Array, "T K"]
     expert: np.ndarray
-    """[T, K], what the router will choose."""
+    """[T, K], the experts that the router will choose."""
 
 
 def draw_experts(case: Case, distribution: str, seed: int = 0) -> np.ndarray:
-    """Distinct experts [T, K] of every token, spread by a named distribution over each group.
+    """Draw distinct experts [T, K] for every token, with a named distribution in each group.
 
-    balanced: the same number each, exactly where it divides. zipf: the first choices in proportion to 1 / rank. hot:
-    half of the first choices on one expert. empty: three quarters of the experts without a token. Raises ValueError for
-    another name.
+    balanced: every expert gets the same number, up to rounding. zipf: an expert's first choices are proportional to
+    1 / rank. hot: half of the first choices go to one expert. empty: three quarters of the experts get no token. Raises
+    ValueError for another name.
 
     >>> case = Case("x", 8, 1, 1, 1, 4, 1, None)
     >>> np.bincount(draw_experts(case, "balanced")[:, 0]).tolist(), np.bincount(draw_experts(case, "hot")[:, 0]).max()
@@ -117,7 +108,7 @@ def draw_experts(case: Case, distribution: str, seed: int = 0) -> np.ndarray:
     """
     share = _shares(case, distribution)
     rng = np.random.default_rng(seed)
-    # A fixed order that is not that of the indices, so that the popular experts do not lie side by side.
+    # Permute the experts, so that the popular ones are not neighbours.
     names = np.random.default_rng(1).permutation(case.experts)
     groups = []
     for _ in range(case.groups):
@@ -126,7 +117,7 @@ def draw_experts(case: Case, distribution: str, seed: int = 0) -> np.ndarray:
         if distribution == "balanced":
             ranks = (first[:, None] + np.arange(case.choices)) % case.experts
         else:
-            # Gumbel's trick: the largest log(share) + noise are a draw without replacement.
+            # Gumbel trick: the K largest of log(share) + noise are a draw without replacement.
             score = np.log(np.maximum(share, 1e-30)) + rng.gumbel(size=(case.group_size, case.experts))
             score[np.arange(case.group_size), first] = np.inf
             ranks = np.argsort(-score, axis=1, kind="stable")[:, : case.choices]
@@ -135,7 +126,7 @@ def draw_experts(case: Case, distribution: str, seed: int = 0) -> np.ndarray:
 
 
 def _shares(case: Case, distribution: str) -> np.ndarray:
-    """Share [E] of the first choices of every rank of expert."""
+    """Compute the share [E] of the first choices for each rank of expert."""
     share = np.ones(case.experts)
     if distribution == "zipf":
         share = 1 / np.arange(1, case.experts + 1)
@@ -149,8 +140,8 @@ def _shares(case: Case, distribution: str) -> np.ndarray:
 
 
 def imposing_noise(case: Case, expert: np.ndarray, seed: int = 0) -> Float[np.ndarray, "T E"]:
-    """Noise that makes a router with small logits choose the given experts, with gates of which no two are equal."""
-    # The k-th choice gets 2 less than the one before; inside a choice the tokens differ by up to 1.
+    """Make noise with which a router with small logits chooses these experts, with pairwise different gates."""
+    # Each choice gets 2 less than the one before; the tokens of a choice differ by up to 1.
     spread = np.random.default_rng(seed).permutation(case.tokens) / case.tokens
     noise = np.zeros((case.tokens, case.experts), np.float32)
     values = 2 * (case.choices - np.arange(case.choices)) + spread[:, None]
@@ -159,7 +150,7 @@ def imposing_noise(case: Case, expert: np.ndarray, seed: int = 0) -> Float[np.nd
 
 
 def make_inputs(case: Case, distribution: str, dtype: str, seed: int = 0) -> Inputs:
-    """Draw the arrays of a problem. The router's own logits are small, so that the noise decides.
+    """Draw the arrays of a problem. The router's logits are small, so the noise decides.
 
     >>> inputs = make_inputs(small_twin(CASES["issue"]), "zipf", "bfloat16")
     >>> inputs.tokens.dtype.name, inputs.router.dtype.name, inputs.weights.w1.shape

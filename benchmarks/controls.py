@@ -1,11 +1,11 @@
-"""Controls for the zero-shot accuracy of the tiny model: what it must beat, and what must fail.
+"""Control experiments for the zero-shot accuracy of the tiny model.
 
     python benchmarks/controls.py [--controls=limoe,dense,shuffled,colour] [--folder=runs/controls] [--set key=value]
 
-limoe: the run of `limoe train`. dense: its dense twin, same data and steps. shuffled: the same run on captions that
-were shuffled among the images, which must stay at chance + 3 points. colour: nearest mean colour, without a model,
-which must stay under 40%. Each run is a work folder of its own and is taken up again if it was stopped; the whole takes
-about 15 minutes on two CPU cores. Prints one table; the exit status is 1 if a target is missed.
+limoe is the run of `limoe train`. dense is its dense twin with the same data and steps. shuffled is the same run with
+captions shuffled among the images; it must stay below chance + 3 points. colour classifies by the nearest mean colour,
+without a model; it must stay below 40%. Each run has its own work folder and continues if it was stopped. All together
+take about 15 minutes on two CPU cores. The program prints one table. Its exit status is 1 if a target is missed.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -30,13 +30,13 @@ from limoe.data.files import read_range  # noqa: E402
 from limoe.data.shards import Example, find_shards, load_index, write_shard  # noqa: E402
 from limoe.train.loop import train  # noqa: E402
 
-_CONTROLS = flags.DEFINE_list("controls", ["limoe", "dense", "shuffled", "colour"], "Which controls to run.")
+_CONTROLS = flags.DEFINE_list("controls", ["limoe", "dense", "shuffled", "colour"], "Controls to run.")
 _FOLDER = flags.DEFINE_string("folder", "runs/controls", "Folder for the work folders of the runs.")
-_SET = flags.DEFINE_multi_string("set", [], "Settings of every run, key=value; for a shorter trial.")
+_SET = flags.DEFINE_multi_string("set", [], "Settings of every run, key=value, for a shorter trial.")
 
 
 class Row(NamedTuple):
-    """A line of the table: accuracy in 0..1, and the target that it is held against (None: shown beside)."""
+    """A line of the table: accuracy in 0..1, its target, and whether it is reached (None: no target)."""
 
     name: str
     accuracy: float
@@ -46,7 +46,7 @@ class Row(NamedTuple):
 
 
 def shuffle_captions(train_shards: str, folder: Path) -> None:
-    """Write the shards again with each caption given to another image, a fixed permutation of all of them."""
+    """Write the shards again with the captions permuted among all images, by a fixed permutation."""
     paths = find_shards(train_shards)
     indexes = [load_index(path) for path in paths]
     members = [(path, index, row) for path, index in zip(paths, indexes, strict=True) for row in range(len(index.keys))]
@@ -71,41 +71,52 @@ def shuffle_captions(train_shards: str, folder: Path) -> None:
         first = last
 
 
-def trained(config: Config, folder: Path) -> dict[str, Any]:
-    """The summary of a run, trained now unless it is finished."""
+def trained(name: str, config: Config, folder: Path) -> Row:
+    """Train a run unless it is finished, and read its accuracy. The row has no target yet."""
     train(config, folder)
-    return json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    return Row(name, summary["zero_shot_top1"], summary["zero_shot_chance"], "beside it", None)
 
 
-def run(name: str, folder: Path, settings: list[str]) -> list[Row]:
-    """Run one control."""
-    config = override(preset("tiny"), settings)
-    if name == "colour":
-        world = Path(inputs.data_folders(config).train).parent
-        accuracies = controls_colour.measure(str(world))
-        chance = 1 / len(controls_colour.HELD_OUT)
-        return [Row(f"nearest mean colour, {what}", x, chance, "< 40%", x < 0.4) for what, x in accuracies.items()]
-    if name == "limoe":
-        summary = trained(config, folder / name)
-        top1 = summary["zero_shot_top1"]
-        return [Row("LIMoE (limoe train)", top1, summary["zero_shot_chance"], ">= 90%", top1 >= 0.9)]
-    if name == "dense":
-        summary = trained(override(preset("tiny-dense"), settings), folder / name)
-        return [Row("dense twin", summary["zero_shot_top1"], summary["zero_shot_chance"], "beside it", None)]
-    if name == "shuffled":
-        data = inputs.data_folders(config)
-        shuffle_captions(data.train, folder / "shuffled-shards")
-        paths = {"shards": str(folder / "shuffled-shards"), "eval_shards": data.zero_shot}
-        summary = trained(dataclasses.replace(config, data=dataclasses.replace(config.data, **paths)), folder / name)
-        top1, chance = summary["zero_shot_top1"], summary["zero_shot_chance"]
-        return [Row("trained on shuffled captions", top1, chance, f"<= {chance + 0.03:.1%}", top1 <= chance + 0.03)]
-    raise app.UsageError(f"there is no control {name!r}; choose among limoe, dense, shuffled, colour")
+def run_limoe(config: Config, folder: Path) -> list[Row]:
+    """Train the model itself."""
+    row = trained("LIMoE (limoe train)", config, folder / "limoe")
+    return [row._replace(target=">= 90%", reached=row.accuracy >= 0.9)]
+
+
+def run_dense(config: Config, folder: Path) -> list[Row]:
+    """Train the dense twin."""
+    return [trained("dense twin", override(preset("tiny-dense"), _SET.value), folder / "dense")]
+
+
+def run_shuffled(config: Config, folder: Path) -> list[Row]:
+    """Train the model on shuffled captions."""
+    data = inputs.data_folders(config)
+    shuffle_captions(data.train, folder / "shuffled-shards")
+    paths = {"shards": str(folder / "shuffled-shards"), "eval_shards": data.zero_shot}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
+    row = trained("trained on shuffled captions", config, folder / "shuffled")
+    most = row.chance + 0.03
+    return [row._replace(target=f"<= {most:.1%}", reached=row.accuracy <= most)]
+
+
+def run_colour(config: Config, folder: Path) -> list[Row]:
+    """Classify by mean colour, without a model."""
+    accuracies = controls_colour.measure(str(Path(inputs.data_folders(config).train).parent))
+    chance = 1 / len(controls_colour.HELD_OUT)
+    return [Row(f"nearest mean colour, {what}", x, chance, "< 40%", x < 0.4) for what, x in accuracies.items()]
+
+
+CONTROLS = {"limoe": run_limoe, "dense": run_dense, "shuffled": run_shuffled, "colour": run_colour}
 
 
 def main(arguments: list[str]) -> None:
     """Run the chosen controls and print the table."""
     folder = Path(_FOLDER.value)
-    rows = [row for name in _CONTROLS.value for row in run(name, folder, _SET.value)]
+    if unknown := [name for name in _CONTROLS.value if name not in CONTROLS]:
+        raise app.UsageError(f"there is no control {unknown[0]!r}; choose among {', '.join(CONTROLS)}")
+    config = override(preset("tiny"), _SET.value)
+    rows = [row for name in _CONTROLS.value for row in CONTROLS[name](config, folder)]
     print(f"\n{'zero-shot top-1 on held-out triples':<56} {'top-1':>6} {'chance':>7}  target")
     for row in rows:
         verdict = {None: "", True: "  ok", False: "  MISSED"}[row.reached]

@@ -1,10 +1,11 @@
-"""A control for zero-shot accuracy: how far does the mean colour of an image alone get on the held-out triples?
+"""A control for zero-shot accuracy: classify the held-out triples by the mean colour of an image alone.
 
     python benchmarks/controls_colour.py [--folder=WORLD]
 
-Each held-out image goes to the class with the nearest mean RGB. The class colours come from the training images (mean
-colour as a sum of effects of shape, colour and texture, by least squares) or, more generously, from four fifths of the
-held-out images themselves. The colour is that of the whole image or, more generously, of its colourful pixels.
+Each held-out image is assigned to the class with the nearest mean RGB. There are two ways to get the class colours. One
+fits the colours of training images as a sum of effects of shape, colour and texture, by least squares. The other, which
+helps the control more, takes the mean over four fifths of the held-out images. The mean is over the whole image or over
+its colourful pixels, which helps more, too.
 """
 
 import argparse
@@ -33,7 +34,7 @@ NUM_TRAINING_SHARDS = 4
 
 
 class Colours(NamedTuple):
-    """Mean RGB of N images: `whole` and `colourful` are float64 [N, 3], `triple` what each image shows."""
+    """Mean RGB of N images. `whole` and `colourful` are float64 [N, 3]; `triple` says what each image shows."""
 
     whole: np.ndarray
     colourful: np.ndarray
@@ -41,7 +42,7 @@ class Colours(NamedTuple):
 
 
 def read_pairs(shard: str) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-    """Image as uint8 [H, W, 3] and metadata of each example of a shard of the embedded world."""
+    """Read image (uint8 [H, W, 3]) and metadata of each example in a shard of the embedded world."""
     with tarfile.open(shard) as tar:
         content = {member.name: tar.extractfile(member) for member in tar.getmembers()}
         for name, file in content.items():
@@ -51,13 +52,13 @@ def read_pairs(shard: str) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
 
 
 def read_colours(shards: list[str]) -> Colours:
-    """The mean colours of all images with a single thing."""
+    """Compute the mean colours of all images that show a single thing."""
     whole, colourful, triples = [], [], []
     for shard in shards:
         for image, metadata in read_pairs(shard):
             if len(metadata["things"]) == 1:
                 pixels = image.reshape(-1, 3).astype(np.float64)
-                # Every background is nearly grey: beyond 60 levels of chroma lies the thing alone.
+                # Backgrounds are nearly grey, so only the thing has more than 60 levels of chroma.
                 chroma = np.maximum(np.ptp(pixels, axis=1) - 60, 1e-3)
                 whole.append(pixels.mean(axis=0))
                 colourful.append(np.average(pixels, axis=0, weights=chroma))
@@ -66,14 +67,14 @@ def read_colours(shards: list[str]) -> Colours:
 
 
 def nearest(colour: np.ndarray, class_colour: np.ndarray) -> np.ndarray:
-    """The class [N] with the nearest of `class_colour` [C, 3] for each `colour` [N, 3]."""
+    """Find the class [N] with the nearest of `class_colour` [C, 3] for each `colour` [N, 3]."""
     return np.square(colour[:, None] - class_colour).sum(axis=-1).argmin(axis=1)
 
 
 def accuracy_from_training(
     train: np.ndarray, train_triples: list[Triple], test: np.ndarray, label: np.ndarray
 ) -> float:
-    """The class colours are extrapolated from training images, none of which shows a held-out triple."""
+    """Measure with class colours extrapolated from training images, none of which shows a held-out triple."""
 
     def one_hot(triples: list[Triple]) -> np.ndarray:
         attributes = (SHAPES, tuple(COLOURS), TEXTURES)
@@ -90,7 +91,7 @@ def accuracy_from_training(
 
 
 def accuracy_across_folds(test: np.ndarray, label: np.ndarray) -> float:
-    """The class colours are means over the held-out images of the other folds; each fold has images of every class."""
+    """Measure with class colours averaged over the other folds of the held-out images. Folds have all classes."""
     order = np.argsort(label, kind="stable")
     fold = np.empty(len(label), np.int64)
     fold[order] = np.arange(len(label)) % NUM_FOLDS
@@ -103,7 +104,7 @@ def accuracy_across_folds(test: np.ndarray, label: np.ndarray) -> float:
 
 
 def measure(folder: str) -> dict[str, float]:
-    """Accuracy of each variant of the control on the world in `folder`; raises `DataError` where there is none."""
+    """Measure the accuracy of each variant on the world in `folder`. Raises `DataError` if there is none."""
     train = read_colours(find_shards(os.path.join(folder, "train"))[:NUM_TRAINING_SHARDS])
     test = read_colours(find_shards(os.path.join(folder, "heldout")))
     label = np.array([HELD_OUT.index(triple) for triple in test.triple])
@@ -118,9 +119,11 @@ def measure(folder: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints the table; the exit status is 1 if any variant reaches the target."""
+    """Print the table. The exit status is 1 if a variant reaches the target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", default="", help="folder of a written world; the default world, written if needed")
+    parser.add_argument(
+        "--folder", default="", help="folder of a written world (default: the default world, written if needed)"
+    )
     folder = parser.parse_args().folder or os.path.dirname(write_world(World(), cache_folder()).train)
     if not files.is_folder(folder):
         parser.error(f"--folder={folder} is not a folder; give one that holds train/ and heldout/")

@@ -1,13 +1,13 @@
-"""Throughput of the data pipeline with two threads against a bare Pillow loop on one core.
+"""Compare the throughput of the data pipeline with two threads and of a simple Pillow loop on one core.
 
-Makes JPEG shards in a temporary folder, runs three variants in turns, and prints the medians:
+The program makes JPEG shards in a temporary folder, runs three variants in turns, and prints their medians:
 
-- bare: one thread; Image.open, convert, resize to 224, np.asarray; every JPEG decoded at its full size
-- bare+draft: the same with the reduced-size decoding that the pipeline uses, so that threads and overhead show alone
-- pipeline: limoe.data; tar shards on disk, order, decoding in threads, tokens, whole uint8 batches
+- bare: one thread with Image.open, convert, resize to 224 and np.asarray; it decodes every JPEG at its full size
+- bare+draft: the same with the pipeline's decoding at reduced size; it isolates the effect of threads and overhead
+- pipeline: limoe.data with tar shards on disk, ordering, decoding in threads, tokens, and whole uint8 batches
 
-The target, 1.6 times, is held against both. It needs as many idle cores as threads: the load is printed, and so is the
-processor time of an image, which other programs hardly change.
+The target is 1.6 times the throughput of each of the others. It needs as many idle cores as threads, so the program
+prints the load. It also prints the processor time of an image, which hardly depends on other programs.
 
     python benchmarks/data_pipeline.py [--num_images=400] [--repetitions=7] [--threads=2]
 """
@@ -45,14 +45,14 @@ WORDS = ("red", "blue", "green", "ring", "square", "star", "small", "large", "st
 
 
 class Timing(NamedTuple):
-    """Images per second of one run: by the clock, and by the processor time of all threads."""
+    """Images per second of one run, by wall-clock time and by the processor time of all threads."""
 
     by_clock: float
     by_processor: float
 
 
 def make_examples(num_images: int) -> list[Example]:
-    """JPEGs of about the bytes and detail of photographs: smooth colour fields with some noise."""
+    """Make JPEGs with about the size and detail of photographs: smooth colours with some noise."""
     rng = np.random.default_rng(0)
     examples = []
     for number in range(num_images):
@@ -68,7 +68,7 @@ def make_examples(num_images: int) -> list[Example]:
 
 
 def bare_loop(examples: list[Example], draft: bool) -> Callable[[], int]:
-    """One thread that decodes and resizes every example; the run returns their number."""
+    """Make a run that decodes and resizes every example in one thread, and returns their number."""
 
     def run() -> int:
         for example in examples:
@@ -82,7 +82,7 @@ def bare_loop(examples: list[Example], draft: bool) -> Callable[[], int]:
 
 
 def pipeline(batches: Batches, num_steps: int) -> Callable[[], int]:
-    """The pipeline's first steps, from an empty read-ahead; the run returns the number of rows."""
+    """Make a run of the pipeline's first steps that starts without read-ahead, and returns the number of rows."""
 
     def run() -> int:
         return sum(len(batch.keys) for batch in itertools.islice(batches.from_step(0), num_steps))
@@ -91,11 +91,11 @@ def pipeline(batches: Batches, num_steps: int) -> Callable[[], int]:
 
 
 def time_once(run: Callable[[], int]) -> Timing:
-    """Images per second by the clock and by the processor time of all threads."""
+    """Time a run."""
     clock, processor = time.perf_counter(), time.process_time()
     count = run()
     timing = Timing(count / (time.perf_counter() - clock), count / (time.process_time() - processor))
-    # What a closed pipeline was still reading ahead must not slow down the next variant.
+    # Threads of the closed pipeline that still read ahead must not slow down the next variant.
     for thread in threading.enumerate():
         if thread is not threading.main_thread():
             thread.join()
@@ -103,7 +103,7 @@ def time_once(run: Callable[[], int]) -> Timing:
 
 
 def main(argv: list[str]) -> None:
-    """Makes the shards, runs the variants in turns, prints the medians and the ratios."""
+    """Make the shards, run the variants in turns, and print medians and ratios."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     with tempfile.TemporaryDirectory() as folder:

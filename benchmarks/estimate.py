@@ -1,32 +1,31 @@
-"""What a run will take before it runs: memory that its arrays need at least, and a rough guess of its time."""
+"""Estimate a run before it starts: the memory that its arrays need at least, and roughly its time."""
 
 import dataclasses
 import os
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.cases import Case
 from benchmarks.implementations import Counts, Implementation, Setting
-from benchmarks.roofline import EXPERT_MATMULS, HALVES, Device, Load, Op, Pass, probes, with_probes, work
-from benchmarks.run import Problem, chosen
+from benchmarks.roofline import EXPERT_MATMULS, HALVES, Device, Load, Problem, probes, with_probes, work
+from benchmarks.run import chosen
 from benchmarks.timing import SLOW_SECONDS, time_programs
 
-# Programs here reach about half of their roofline. Each is also compiled and checked, at the full size and in small.
+# Programs reach about half of their roofline. Each is also compiled and checked, at full size and on a small twin.
 _SHARE_OF_ROOFLINE, _SECONDS_A_PROGRAM = 0.5, 2.0
 
 
 def seconds(problem: Problem, implementations: Sequence[Implementation], repetitions: int, device: Device) -> float:
-    """An estimate: work by definition at the device's rates, more where an implementation computes more rows."""
-    total = 0.0
-    rows, itemsize = problem.case.tokens * problem.case.choices, _itemsize(problem.dtype)
-    load = Load(rows, problem.case.experts)
+    """Estimate the time from the work by definition, the extra rows of implementations, and the device's rates."""
+    total, rows = 0.0, problem.case.tokens * problem.case.choices
+    load, itemsize = Load(rows, problem.case.experts), jnp.dtype(problem.dtype).itemsize
     useful = work(problem.op, problem.passes, problem.case, load, itemsize)
     for implementation in implementations:
         more = computed_rows(implementation, problem) / rows if problem.op in EXPERT_MATMULS else 1.0
-        flops = useful.flops * more + _around_flops(implementation, problem.op, problem.passes, problem.case)
-        # Without known peaks, only what is the same everywhere counts.
+        flops = useful.flops * more + _around_flops(implementation, problem)
+        # Without known peaks only the constant part counts.
         rate = device.flops.get(problem.dtype, float("inf"))
         once = max(flops / rate, useful.bytes / device.bandwidth) / _SHARE_OF_ROOFLINE
         total += _SECONDS_A_PROGRAM + once * (1 + (1 if once > SLOW_SECONDS else repetitions))
@@ -34,8 +33,8 @@ def seconds(problem: Problem, implementations: Sequence[Implementation], repetit
 
 
 def needed_bytes(problem: Problem, implementations: Sequence[Implementation]) -> int:
-    """The least that must be held at once: the inputs, every program's results, and hidden rows of the largest one."""
-    case, itemsize = problem.case, _itemsize(problem.dtype)
+    """Estimate the least memory: inputs, every program's results, and the hidden rows of the largest program."""
+    case, itemsize = problem.case, jnp.dtype(problem.dtype).itemsize
     rows, width = case.tokens * case.choices, case.width
     weights = case.experts * (2 * width * case.expert_width + width + case.expert_width)
     inputs = 2 * (case.tokens + rows) * width + rows * case.expert_width + weights
@@ -48,7 +47,7 @@ def needed_bytes(problem: Problem, implementations: Sequence[Implementation]) ->
 
 
 def device_bytes() -> int | None:
-    """Memory of the device, on a CPU that of the machine; None if nobody says."""
+    """Get the memory of the device, on a CPU that of the machine; None if it is not known."""
     if jax.default_backend() == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
@@ -57,9 +56,9 @@ def device_bytes() -> int | None:
 def plan_run(
     problems: Sequence[Problem], implementations: Sequence[Implementation], repetitions: int, device: Device
 ) -> tuple[list[Problem], list[str]]:
-    """The problems that can be run here, and what to say of them: why others are left out, their number, and the time.
+    """Choose the problems that fit here, and describe the choice: those left out and why, their number, and the time.
 
-    `repetitions` of 0 is for a run that only checks.
+    A run that only checks has 0 `repetitions`.
     """
     limit, lines, kept = device_bytes(), [], []
     beside = {problem: chosen(implementations, problem) for problem in problems}
@@ -73,12 +72,12 @@ def plan_run(
     if kept and len(problems) > 1:
         total = sum(seconds(problem, beside[problem], repetitions, device) for problem in kept)
         lines.append(f"{len(kept)} problems, {_duration(total)} by a rough estimate")
-    # A case that does not fit is left out for the same reason in all distributions.
+    # A case that does not fit has the same reason in all distributions.
     return kept, list(dict.fromkeys(lines))
 
 
 def with_rates(device: Device, dtypes: set[str]) -> Device:
-    """The device with its rates measured, in a second or two, where no data sheet has them."""
+    """Measure the rates of a device without a data sheet, which takes a second or two."""
     for dtype in sorted(dtypes - device.flops.keys()):
         beside = probes(dtype)
         if beside:
@@ -90,7 +89,7 @@ def with_rates(device: Device, dtypes: set[str]) -> Device:
 
 
 def computed_rows(implementation: Implementation, problem: Problem) -> int:
-    """Rows that the matmuls go through if the experts are balanced; the useful ones where nobody knows."""
+    """Count the rows that the matmuls compute with balanced experts; if that is not known, the useful rows."""
     case = problem.case
     wanted = np.full(case.experts, -(-case.tokens * case.choices // case.experts))
     kept = np.minimum(wanted, case.capacity * case.groups)
@@ -98,20 +97,16 @@ def computed_rows(implementation: Implementation, problem: Problem) -> int:
     return implementation.computed_rows(case, Counts(kept, wanted), setting) or case.tokens * case.choices
 
 
-def _around_flops(implementation: Implementation, op: Op, passes: Pass, case: Case) -> float:
-    """Of products with a one-hot tensor: one for the tokens each way, and in combine one more for the gates."""
-    forward = {"dispatch": 1, "combine": 1, "layer": 2}.get(op, 0)
-    backward = {"dispatch": 1, "combine": 2, "layer": 3}.get(op, 0)
-    products = {"forward": forward, "backward": backward, "both": forward + backward}.get(passes, 0)
-    return products * implementation.around_flops(case)
-
-
-def _itemsize(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
+def _around_flops(implementation: Implementation, problem: Problem) -> float:
+    """Count the FLOPs with a one-hot tensor: a matmul in each direction, and one more for the gates in combine."""
+    forward = {"dispatch": 1, "combine": 1, "layer": 2}.get(problem.op, 0)
+    backward = {"dispatch": 1, "combine": 2, "layer": 3}.get(problem.op, 0)
+    products = {"forward": forward, "backward": backward, "both": forward + backward}.get(problem.passes, 0)
+    return products * implementation.around_flops(problem.case)
 
 
 def _duration(seconds: float) -> str:
-    """A time that a person reads.
+    """Format a time in minutes or hours.
 
     >>> _duration(95), _duration(1500), _duration(200_000)
     ('2 minutes', '25 minutes', '56 hours')

@@ -1,13 +1,13 @@
-"""Fit the constants of moe_kernels/fitted.json to the installed TPU compiler; print them, and write them if told.
+"""Fit the constants of moe_kernels/fitted.json to the installed TPU compiler. Print them, or write them with --write.
 
     python benchmarks/fit_vmem.py --tpu=v5e --tpu=7x
     python benchmarks/fit_vmem.py --write
 
-Needs `pip install 'jax[tpu]'` and no TPU. One program with every kernel whose VMEM is computed is compiled for each
-chip, and each kernel's computed bytes are compared with those that the compiler reports. Of each constant the smallest
-value is taken, in steps, with which no kernel uses more than was computed, the other constants being as they are; those
-of the router's entries stay. A program takes up to a minute to compile, all chips about an hour. A chip that is new in
-moe_kernels/chips.py begins with the values of v6e, which needs most.
+Needs `pip install 'jax[tpu]'` but no TPU. For each chip it compiles one program with every kernel whose VMEM we
+compute, and compares the computed bytes with those that the compiler reports. One constant at a time, it takes the
+smallest value, in steps, with which no kernel uses more than was computed. The constants of the router's entries stay
+as they are. A program takes up to a minute to compile, all chips together about an hour. A chip that is new in
+moe_kernels/chips.py starts with the values of v6e, which needs most.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
-from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
+from benchmarks.tpu_compile import mesh_of_one  # noqa: E402
 from limoe.plan import compiler  # noqa: E402
 from moe_kernels import (  # noqa: E402
     MlpWeights,
@@ -46,7 +46,7 @@ from moe_kernels.fitted import FILE, FITTED  # noqa: E402
 _CHIP = flags.DEFINE_multi_enum("tpu", list(TPUS), list(TPUS), "TPU to compile for.")
 _WRITE = flags.DEFINE_bool("write", False, "Write moe_kernels/fitted.json.")
 
-# Steps in which a constant goes up and down.
+# Step sizes of the constants.
 STEPS = {
     "margin": 0.01,
     "slack_bytes": MIB // 8,
@@ -59,7 +59,7 @@ _TOKENS, _WIDTH, _EXPERT_WIDTH, _EXPERTS = 16_384, 768, 3_072, 32
 
 
 class Vmem(NamedTuple):
-    """Bytes of VMEM of a kernel: those that were computed, and those that the compiler reports."""
+    """Bytes of VMEM of a kernel: as computed by us, and as reported by the compiler."""
 
     name: str
     computed: int
@@ -67,8 +67,10 @@ class Vmem(NamedTuple):
 
 
 def kernels_vmem(hlo: str) -> list[Vmem]:
-    """The kernels of a compiled program. Their limit is what was computed and a MiB; what is reported counts from 0,
-    and below its scope lies what XLA keeps there.
+    """Find the kernels of a compiled program.
+
+    A kernel's limit is what we computed plus a MiB. The reported size counts from 0; XLA's own data is below the offset
+    of the kernel's scope.
 
     >>> config = '"scoped_memory_configs":[{"memory_space":"1","offset":"8","size":"1048600"}]'
     >>> used = '"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"28"}]'
@@ -90,10 +92,7 @@ def kernels_vmem(hlo: str) -> list[Vmem]:
 def measure(chip: str) -> list[Vmem]:
     """Compile the kernels of all verbs, forward and backward, for one device of a chip."""
     compiler.prepare()
-    from jax.experimental import topologies
-
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[chip].smallest_topology).devices
-    mesh = Mesh(np.array(devices[:1]), ("x",))
+    mesh = mesh_of_one(chip)
 
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -125,8 +124,10 @@ def measure(chip: str) -> list[Vmem]:
 
 
 def too_small(constants: Mapping[str, Any], chip: str) -> list[Vmem]:
-    """Kernels that use more than was computed with such constants; in a process of its own, since block sizes and
-    libtpu stay as they were first."""
+    """Find the kernels that use more than was computed with these constants.
+
+    It runs in a new process, because block sizes and libtpu's options do not change within a process.
+    """
     command = [sys.executable, str(Path(__file__).resolve()), "--", json.dumps(constants), chip]
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -135,7 +136,7 @@ def too_small(constants: Mapping[str, Any], chip: str) -> list[Vmem]:
 
 
 def fit(constants: dict[str, Any], name: str, chips: list[str]) -> dict[str, Any]:
-    """The constants with the smallest value of one of them that is enough for those chips."""
+    """Change one constant to the smallest value that is enough for these chips."""
 
     def changed(by: float) -> dict[str, Any]:
         value = constants[name]
@@ -154,7 +155,7 @@ def fit(constants: dict[str, Any], name: str, chips: list[str]) -> dict[str, Any
 
 
 def main(argv: list[str]) -> None:
-    """Fit one constant after the other, those of a chip for each chip alone."""
+    """Fit one constant after the other. Constants of a chip are fitted for each chip alone."""
     if argv[1:]:
         constants, chip = argv[1:]
         vars(FITTED).update(json.loads(constants))

@@ -1,7 +1,8 @@
-"""What the benchmark compares: a table of implementations, each a few functions over its own way to lay out rows.
+"""The implementations that the benchmark compares: ours by back end. peers.py has the others.
 
-Values that several implementations share are in the order of choices, `[M, D]` with M = T K and choice `t * K + k`.
-`place` brings them into an implementation's rows and `pick` back (0 for a choice without room); neither is timed.
+Shared values are in the order of choices: `[M, D]` with M = T K and choice `t * K + k`. Each implementation has its own
+layout of rows. `place` brings shared values into it, and `pick` brings them back (0 for a dropped choice). Neither is
+timed.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ from moe_kernels.types import Layout, round_up
 
 
 class Setting(NamedTuple):
-    """What a program is made for: platform, device kind as JAX names it, and the dtype of the rows."""
+    """Where a program runs: platform, JAX's device kind, and the dtype of the rows."""
 
     platform: str
     kind: str
@@ -51,7 +52,7 @@ class Setting(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Choices of every expert [E] in all groups: those that found room, and all that fell on it."""
+    """Choices of every expert [E] over all groups: those that found room, and all."""
 
     kept: np.ndarray
     wanted: np.ndarray
@@ -59,9 +60,9 @@ class Counts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """A row of the table. Every function takes the case first; `plan` is whatever its own `make_plan` returns.
+    """A row of the table. Every function takes the case first; a `plan` is of the implementation's own type.
 
-    `operations` holds, for each operation that it has, a function of the following arguments:
+    `operations` has a function for each operation that the implementation supports. Their further arguments are
     routing(tokens, router, noise), plan(expert, gate), dispatch(plan, tokens), combine(plan, rows, gate),
     grouped_matmul(plan, rows, w1), expert_mlp(plan, rows, weights), layer(tokens, router, weights, noise).
     """
@@ -71,17 +72,17 @@ class Implementation:
     place: Callable[[Case, Any, Array], Array]
     pick: Callable[[Case, Any, Array], Array]
     computed_rows: Callable[[Case, Counts, Setting], int | None]
-    """Rows that its matmuls go through; None where nobody knows."""
+    """Rows that its matmuls compute; None if that is not known."""
     why_not: Callable[[Case, str, str], str | None] = lambda case, dtype, platform: None
-    """The reason why it cannot run a case in a dtype on a platform, or None."""
+    """The reason why it cannot run a case in a dtype on a platform; None if it can."""
     around_flops: Callable[[Case], float] = lambda case: 0.0
-    """FLOPs of a dispatch by matmul, which the definition of one does not have."""
+    """FLOPs of one matmul of a dispatch by matmuls, which the definition of dispatch does not count."""
     is_dense: bool = False
-    """One MLP for all tokens, with the weights of the first expert: its own [D, F] and [F, D]."""
+    """Whether it is one MLP for all tokens, with the weights [D, F] and [F, D] of the first expert."""
 
 
 def from_backend(backend: Backend | None) -> Implementation:
-    """The operations of moe_kernels, all by one back end; None for each by the first that takes it, as users get it."""
+    """Make the operations of moe_kernels with one back end. With None, each operation gets the first that takes it."""
     name = None if backend is None else backend.name
 
     def spec(case: Case) -> MoeSpec:
@@ -124,7 +125,7 @@ def _why_not(backend: Backend | None, case: Case, dtype: str, platform: str) -> 
         return None
     layout = _layout(case)
     for span in backend.spans:
-        # What a back end may leave to another one is no reason to leave all of it out.
+        # A back end may leave an optional span to another one.
         if span in backend.optional:
             continue
         length = case.tokens if span in ("route", "dispatch") else layout.num_rows
@@ -166,7 +167,7 @@ def _layout(case: Case) -> Layout:
 
 
 def _computed_rows(backend: Backend | None, case: Case, kept: np.ndarray, setting: Setting) -> int:
-    """Rows of the expert MLP, by the back end that it gets."""
+    """Count the rows that the expert MLP of the chosen back end computes."""
     layout = _layout(case)
     problem = Problem(
         "expert_mlp",

@@ -1,4 +1,4 @@
-"""One operation of one implementation on one problem, as a function that can be compiled, timed and checked."""
+"""One operation of an implementation on a problem, as a function to compile, time and check."""
 
 import functools
 from collections.abc import Callable
@@ -15,35 +15,35 @@ from benchmarks.roofline import HALVES, Op, Pass
 
 
 class Job(NamedTuple):
-    """`function(arguments, constants)` and what is needed around it. Gradients are those of all `arguments`.
+    """`function(arguments, constants)` with its inputs and cotangent. Gradients are those of all `arguments`.
 
-    `rows` names the arguments and results that lie in the implementation's own rows, so that they can be compared.
+    An argument or result named `rows` is in the implementation's own layout; `to_choices` makes it comparable.
     """
 
     function: Callable[[tuple[Any, ...], tuple[Any, ...]], Any]
     arguments: tuple[Any, ...]
     constants: tuple[Any, ...]
     cotangent: Any
-    """Of the result; None for an operation without a derivative."""
+    """The cotangent of the result; None for an operation without a derivative."""
     names: tuple[str, ...]
     """Names of the arguments: tokens, router, rows, gate, w1, weights."""
     to_choices: Callable[[Array], Array]
-    """From the implementation's rows to the order of choices."""
+    """Bring the implementation's rows into the order of choices."""
     result: str
-    """What the result is: tokens, rows, gate or kept."""
+    """The kind of the result: tokens, rows, gate or kept."""
 
 
 class Answer(NamedTuple):
-    """What a job computed, comparable between implementations; None for what a pass does not compute."""
+    """The results of a job, comparable between implementations. A pass that does not compute one has None."""
 
     result: Array | None
     gradients: dict[str, Any] | None
 
 
 def make_job(op: Op, implementation: Implementation, case: Case, inputs: Inputs, gate: np.ndarray) -> Job:
-    """Bring the inputs into the implementation's form. `gate [T, K]` is what the router gives, for the plan.
+    """Bring the inputs into the implementation's layout. `gate [T, K]` has the router's gates, for the plan.
 
-    Raises KeyError for an operation that the implementation does not have.
+    Raises KeyError if the implementation does not have the operation.
     """
     operation = implementation.operations[op]
     weights = jax.tree.map(lambda w: w[:1], inputs.weights) if implementation.is_dense else inputs.weights
@@ -63,55 +63,33 @@ def make_job(op: Op, implementation: Implementation, case: Case, inputs: Inputs,
     if op == "routing":
         arguments = {"tokens": inputs.tokens, "router": inputs.router}
         out = jax.eval_shape(lambda: operation(case, inputs.tokens, inputs.router, inputs.noise))
-        # Integers have the cotangent type float0; the sums get zeros, as losses that are switched off would give.
+        # Integers have cotangents of type float0. The sums get zeros, as without auxiliary losses.
         cotangent = jax.tree.map(_zero_cotangent, out)._replace(gate=inputs.d_gate)
         return job(arguments, (inputs.noise,), cotangent, "gate", lambda a, c: operation(case, *a, *c))
     if op == "plan":
         ones = jnp.ones((case.tokens * case.choices, 1), jnp.float32)
 
         def kept(plan: Any) -> Float[Array, "M 1"]:
-            """1 for every choice that the plan gives a row of its own (a row shared by two would hold 2)."""
+            """Count the choices in the row of each choice: 1 if it is kept, 0 if dropped, 2 if two share a row."""
             return implementation.pick(case, plan, implementation.place(case, plan, ones))
 
         made = job({}, (choice, weight), None, "kept", lambda a, c: operation(case, *c))
         return made._replace(to_choices=kept)
-    if op == "dispatch":
-        return job(
-            {"tokens": inputs.tokens},
-            (plan,),
-            place(inputs.d_rows),
-            "rows",
-            lambda a, c: operation(case, c[0], *a),
-        )
-    if op == "combine":
-        return job(
-            {"rows": place(inputs.rows), "gate": weight},
-            (plan,),
-            inputs.d_tokens,
-            "tokens",
-            lambda a, c: operation(case, c[0], *a),
-        )
-    if op == "grouped_matmul":
-        return job(
-            {"rows": place(inputs.rows), "w1": weights.w1},
-            (plan,),
-            place(inputs.d_hidden),
-            "rows",
-            lambda a, c: operation(case, c[0], *a),
-        )
-    if op == "expert_mlp":
-        return job(
-            {"rows": place(inputs.rows), "weights": weights},
-            (plan,),
-            place(inputs.d_rows),
-            "rows",
-            lambda a, c: operation(case, c[0], *a),
-        )
-    if implementation.is_dense:
+    if op == "layer" and implementation.is_dense:
         arguments = {"tokens": inputs.tokens, "weights": weights}
         return job(arguments, (), inputs.d_rows, "rows", lambda a, c: operation(case, *a))
-    arguments = {"tokens": inputs.tokens, "router": inputs.router, "weights": weights}
-    return job(arguments, (inputs.noise,), inputs.d_tokens, "tokens", lambda a, c: operation(case, *a, *c))
+    if op == "layer":
+        arguments = {"tokens": inputs.tokens, "router": inputs.router, "weights": weights}
+        return job(arguments, (inputs.noise,), inputs.d_tokens, "tokens", lambda a, c: operation(case, *a, *c))
+    if op == "dispatch":
+        arguments, cotangent, result = {"tokens": inputs.tokens}, place(inputs.d_rows), "rows"
+    elif op == "combine":
+        arguments, cotangent, result = {"rows": place(inputs.rows), "gate": weight}, inputs.d_tokens, "tokens"
+    elif op == "grouped_matmul":
+        arguments, cotangent, result = {"rows": place(inputs.rows), "w1": weights.w1}, place(inputs.d_hidden), "rows"
+    else:
+        arguments, cotangent, result = {"rows": place(inputs.rows), "weights": weights}, place(inputs.d_rows), "rows"
+    return job(arguments, (plan,), cotangent, result, lambda a, c: operation(case, *c, *a))
 
 
 @functools.cache
@@ -126,7 +104,7 @@ def _zero_cotangent(leaf: jax.ShapeDtypeStruct) -> Any:
 
 
 class Prepared(NamedTuple):
-    """A pass of a job: `call(*arguments)`, what it reads, and how to read its result."""
+    """A pass of a job: the program `call(*arguments)`, and a function from its result to the answer."""
 
     call: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -134,11 +112,11 @@ class Prepared(NamedTuple):
 
 
 def prepare(job: Job, passes: Pass) -> Prepared:
-    """A pass of a job as a function of arrays. The backward pass starts from what the forward pass saved."""
+    """Make a pass of a job as a function of arrays. The backward pass starts from the saved values."""
     if passes == "forward":
         return Prepared(job.function, (job.arguments, job.constants), lambda out: _answer(job, out, None))
     assert job.cotangent is not None
-    # float0 cotangents are no arguments of a compiled function: they are closed over.
+    # A compiled function cannot take float0 arguments, so it closes over them.
     leaves, tree = jax.tree.flatten(job.cotangent)
     real = [leaf for leaf in leaves if leaf.dtype != jax.dtypes.float0]
 
@@ -158,7 +136,7 @@ def prepare(job: Job, passes: Pass) -> Prepared:
         return Prepared(both, (job.arguments, job.constants, real), lambda out: _answer(job, *out))
     _, pull = jax.jit(forward)(job.arguments, job.constants)
     if passes in HALVES:
-        # What is not asked for is not computed: XLA removes it.
+        # XLA removes the other half.
         chosen = HALVES.index(passes)
         half = job._replace(names=job.names[chosen : chosen + 1])
         return Prepared(

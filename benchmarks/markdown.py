@@ -1,4 +1,4 @@
-"""A section of a Markdown page that a program writes: found again by its marks, the rest of the page left alone."""
+"""Write a section of a Markdown page between two marks, and leave the rest of the page as it is."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ BEGIN, END = "<!-- benchmarks/dispatch.py: begin -->", "<!-- benchmarks/dispatch
 
 
 def write_section(path: str, text: str) -> None:
-    """Replace what is between the marks in a file, or add it with its marks; the rest of the file stays as it is."""
+    """Replace the text between the marks in a file, or append it with its marks."""
     file = Path(path)
     old = file.read_text(encoding="utf-8") if file.exists() else ""
     section = f"{BEGIN}\n{text}\n{END}"

@@ -1,9 +1,9 @@
-"""What `reference` says that an operation computes, and the verdict on an answer.
+"""Compare an answer with `reference`, in two stages.
 
-Two stages. On a small twin of the case (same groups, choices, capacity factor, distribution and dtype; 32 tokens a
-group, widths 8 and 24) everything is compared: results and all gradients. At the full size NumPy's loops would take
-hours, so there the routing and the plan are computed for all tokens, and results and token gradients are compared for a
-few sampled tokens, all of whose choices found room; oracle_weights.py compares weight gradients of single experts.
+A small twin of the case has the same groups, choices, capacity factor, distribution and dtype, but 32 tokens in a group
+and widths 8 and 24. There, results and all gradients are compared. At the full size, NumPy's loops would take hours.
+There, only routing and plan are computed for all tokens. Results and token gradients are compared for a few sampled
+tokens without dropped choices, and oracle_weights.py compares weight gradients of single experts.
 """
 
 import functools
@@ -19,14 +19,14 @@ from benchmarks.jobs import Answer
 from benchmarks.roofline import Load, Op
 from benchmarks.rounding import compare, unit
 
-# How many float64 entries of sampled experts' weights may be held.
+# The most float64 entries of sampled experts' weights to hold in memory.
 _WEIGHT_LIMIT = 1 << 26
 
 _PER_TOKEN, _PER_CHOICE = ("tokens", "gate"), ("rows", "kept")
 
 
 class Truth(NamedTuple):
-    """Routing and plan of a problem by the reference; shared by all implementations."""
+    """Inputs of a problem, with routing and plan by the reference. All implementations share them."""
 
     case: Case
     inputs: Inputs
@@ -35,18 +35,18 @@ class Truth(NamedTuple):
 
     @property
     def load(self) -> Load:
-        """Rows in use, and experts that have any."""
+        """Count the used rows, and the experts that have any."""
         return Load(int(self.plan.size.sum()), int((self.plan.size > 0).sum()))
 
 
 class Expected(NamedTuple):
-    """What an answer must be; with `tokens` sampled, only the parts that belong to them."""
+    """The right answer; with sampled `tokens`, only the parts that belong to them."""
 
     result: np.ndarray
     gradients: dict[str, Any]
     tokens: np.ndarray | None
     added: Mapping[str, np.ndarray] = types.MappingProxyType({})
-    """Root mean square of what was added up in each row of a gradient (see rounding.py), where the row may cancel."""
+    """Root mean square of the terms of each row of a gradient (see rounding.py), for rows that may cancel."""
 
 
 def find_truth(case: Case, inputs: Inputs) -> Truth:
@@ -64,7 +64,7 @@ def find_truth(case: Case, inputs: Inputs) -> Truth:
 
 
 def sample_tokens(truth: Truth) -> np.ndarray:
-    """A few tokens, all of whose choices found room; as few as the weights of their experts allow."""
+    """Sample up to four tokens without dropped choices, fewer if the weights of their experts are large."""
     case = truth.case
     entries = 2 * case.width * case.expert_width * case.choices
     whole = np.flatnonzero((truth.plan.position >= 0).all(axis=1))
@@ -75,7 +75,7 @@ def sample_tokens(truth: Truth) -> np.ndarray:
 def expect(op: Op, truth: Truth, tokens: np.ndarray | None = None, *, is_dense: bool = False) -> Expected:
     """Compute an operation by the reference, for all tokens or for sampled ones.
 
-    The dense MLP is the same with one expert that takes every choice and gates of 1.
+    The dense MLP is computed as one expert that takes every choice, with gates of 1.
     """
     case, inputs = truth.case, truth.inputs
     chosen = np.arange(case.tokens) if tokens is None else tokens
@@ -87,15 +87,13 @@ def expect(op: Op, truth: Truth, tokens: np.ndarray | None = None, *, is_dense: 
     expert = np.zeros((len(chosen), case.choices), int) if is_dense else truth.routing.expert[chosen]
     gate = np.ones(expert.shape) if is_dense else truth.routing.gate[chosen]
     used = np.arange(1 if is_dense else case.experts) if tokens is None else np.unique(expert)
-    if tokens is None and not is_dense:
-        plan = truth.plan
-    else:
+    plan = truth.plan
+    if tokens is not None or is_dense:
         plan = _plan(case, np.searchsorted(used, expert), gate, len(used), limited=False)
     weights = reference.MlpWeights(*(to_double(w[used]) for w in inputs.weights if w is not None))
     x, router, noise = to_double(inputs.tokens[chosen]), to_double(inputs.router), to_double(inputs.noise[chosen])
     d_tokens, rows = to_double(inputs.d_tokens[chosen]), _rows(plan, to_double(inputs.rows[choices]))
     d_rows, d_gate = _rows(plan, to_double(inputs.d_rows[choices])), to_double(inputs.d_gate[chosen])
-
     groups = case.groups if tokens is None else 1
 
     @functools.cache
@@ -117,8 +115,9 @@ def expect(op: Op, truth: Truth, tokens: np.ndarray | None = None, *, is_dense: 
         gradients = {"rows": _choices(plan, back.rows), "gate": back.gate}
         return Expected(reference.combine(rows, gate, plan), gradients, tokens, _gates_added_up(rows, d_tokens, plan))
     if op == "grouped_matmul":
-        found = _matmul(rows, weights.w1, _rows(plan, to_double(inputs.d_hidden[choices])), plan)
-        return Expected(_choices(plan, found.out), {"rows": _choices(plan, found.rows), "w1": found.w1}, tokens)
+        d_hidden, result = to_double(inputs.d_hidden[choices]), reference.grouped_matmul(rows, weights.w1, plan)
+        back = reference.grouped_matmul_gradient(rows, weights.w1, _rows(plan, d_hidden), plan)
+        return Expected(_choices(plan, result), {"rows": _choices(plan, back.rows), "w1": back.weight}, tokens)
     if op == "expert_mlp":
         back = reference.expert_mlp_gradient(rows, weights, d_rows, plan)
         gradients = {"rows": _choices(plan, back.rows), "weights": back.weights}
@@ -137,7 +136,7 @@ def expect(op: Op, truth: Truth, tokens: np.ndarray | None = None, *, is_dense: 
         return Expected(_choices(plan, expert_rows), gradients, tokens, added)
     d_a = d_logits(combined.gate)
     gradients |= {"tokens": gradients["tokens"] + d_a @ router.T, "router": x.T @ d_a}
-    # A gate's gradient is a product of two rows, whose size is what its rounding goes by.
+    # A gate's gradient is a product of two rows. Their sizes determine its rounding error.
     picked = _choices(plan, expert_rows).reshape(*gate.shape, -1)
     sizes = np.sqrt(np.square(picked).mean(axis=2)) * np.linalg.norm(d_tokens, axis=1, keepdims=True)
     of_logits = sum(np.square(d_logits(np.where(np.arange(case.choices) == k, sizes, 0))) for k in range(case.choices))
@@ -146,30 +145,13 @@ def expect(op: Op, truth: Truth, tokens: np.ndarray | None = None, *, is_dense: 
 
 
 def _gates_added_up(rows: np.ndarray, d_tokens: np.ndarray, plan: reference.Plan) -> dict[str, np.ndarray]:
-    """What the gradient of each gate adds up: the product of its row and of its token's gradient."""
+    """Compute the size of the terms of each gate's gradient, the product of its row and its token's gradient."""
     products = _choices(plan, rows).reshape(len(d_tokens), -1, d_tokens.shape[1]) * d_tokens[:, None]
     return {"dgate": np.linalg.norm(products, axis=2)}
 
 
-class Matmul(NamedTuple):
-    """A grouped matmul of rows, and its gradients."""
-
-    out: np.ndarray  # [R, F]
-    rows: np.ndarray  # [R, D]
-    w1: np.ndarray  # [E, D, F]
-
-
-def _matmul(rows: np.ndarray, w1: np.ndarray, d_hidden: np.ndarray, plan: reference.Plan) -> Matmul:
-    found = Matmul(np.zeros_like(d_hidden), np.zeros_like(rows), np.zeros_like(w1))
-    for e, (first, size) in enumerate(zip(plan.first, plan.size, strict=True)):
-        run = slice(first, first + size)
-        found.out[run], found.rows[run] = rows[run] @ w1[e], d_hidden[run] @ w1[e].T
-        found.w1[e] = rows[run].T @ d_hidden[run]
-    return found
-
-
 class AddedUp(NamedTuple):
-    """Root mean square of what each row of an expert's gradients adds up; of the matrices' each entry."""
+    """Root mean square of the terms of an expert's gradients: for each row, or for each entry of the matrices."""
 
     rows: np.ndarray  # [R]
     w1: np.ndarray  # [D, F]
@@ -178,10 +160,10 @@ class AddedUp(NamedTuple):
 
 
 def add_up(rows: np.ndarray, w1: np.ndarray, b1: np.ndarray, w2: np.ndarray, d_out: np.ndarray) -> AddedUp:
-    """Of dX = dZ W1^T, dW1 = X^T dZ, db1 = sum dZ and dW2 = gelu(Z)^T dY, with dZ = (dY W2^T) gelu'(Z).
+    """Compute the sizes for dX = dZ W1^T, dW1 = X^T dZ, db1 = sum dZ, dW2 = gelu(Z)^T dY, dZ = (dY W2^T) gelu'(Z).
 
-    Where z < 0, gelu(z) is a small difference of numbers of the size of z, and gelu'(z) one of numbers of the size of
-    1, so those sizes count instead.
+    For z < 0, gelu(z) is a small difference of numbers of size z, and gelu'(z) one of numbers of size 1. Those sizes
+    count instead.
     """
     z_square, d_square = np.square(rows) @ np.square(w1) + np.square(b1), np.square(d_out @ w2.T)
     return AddedUp(
@@ -195,7 +177,7 @@ def add_up(rows: np.ndarray, w1: np.ndarray, b1: np.ndarray, w2: np.ndarray, d_o
 def _added_up(
     rows: np.ndarray, weights: reference.MlpWeights, d_out: np.ndarray, plan: reference.Plan
 ) -> dict[str, np.ndarray]:
-    """The same for all experts, by the names of the gradients."""
+    """Compute the sizes for all experts, by names of gradients."""
     runs = [slice(first, first + size) for first, size in zip(plan.first, plan.size, strict=True)]
     experts = [add_up(rows[run], weights.w1[e], weights.b1[e], weights.w2[e], d_out[run]) for e, run in enumerate(runs)]
     of_rows = np.zeros(len(rows))
@@ -206,7 +188,7 @@ def _added_up(
 
 
 def find_fault(answer: Answer, expected: Expected, case: Case, dtype: str, result: str) -> str | None:
-    """The first thing that is wrong with an answer, in words, or None."""
+    """Describe the first fault of an answer, or return None."""
     pairs = [] if answer.result is None else [(result, answer.result, expected.result)]
     for name, gradient in (answer.gradients or {}).items():
         if name == "weights":
@@ -223,7 +205,7 @@ def find_fault(answer: Answer, expected: Expected, case: Case, dtype: str, resul
             mine = mine[index]
         mine, theirs = to_double(mine), np.asarray(theirs, np.float64)
         if name.endswith("gate"):
-            # Each is a softmax value or a sum of its own.
+            # Each gate is compared by itself, as a row of one entry.
             mine, theirs = mine.reshape(-1, 1), theirs.reshape(-1, 1)
         if fault := compare(mine, theirs, unit(dtype, length), expected.added.get(name)):
             return f"{name}: {fault}"
@@ -231,7 +213,7 @@ def find_fault(answer: Answer, expected: Expected, case: Case, dtype: str, resul
 
 
 def _sampled(name: str, tokens: np.ndarray, case: Case) -> np.ndarray | None:
-    """Where the sampled part of an array lies; None for sums over all tokens (weights, router)."""
+    """Find the rows of an array that belong to sampled tokens; None for sums over all tokens (weights, router)."""
     if name in _PER_TOKEN:
         return tokens
     if name in _PER_CHOICE:
@@ -246,15 +228,15 @@ def _plan(case: Case, expert: np.ndarray, gate: np.ndarray, experts: int, limite
 
 
 def _rows(plan: reference.Plan, choices: np.ndarray) -> np.ndarray:
-    """From the order of choices to the reference's rows."""
+    """Bring values from the order of choices into the reference's rows."""
     return np.concatenate([choices, np.zeros_like(choices[:1])])[plan.source]
 
 
 def _choices(plan: reference.Plan, rows: np.ndarray) -> np.ndarray:
-    """From the reference's rows to the order of choices; 0 for a choice without room."""
+    """Bring the reference's rows into the order of choices; 0 for a dropped choice."""
     return np.concatenate([rows, np.zeros_like(rows[:1])])[plan.row.reshape(-1)]
 
 
 def to_double(array: Any) -> np.ndarray:
-    """As float64 on the host."""
+    """Convert an array to float64 on the host."""
     return np.asarray(array).astype(np.float64)

@@ -1,7 +1,7 @@
-"""Weight gradients at the full size: those of two experts, for some of their hidden units, by matmuls in float64.
+"""Check weight gradients at the full size: of two experts, for some of their hidden units, by matmuls in float64.
 
-The loops of `reference` would take hours there, and a small twin may go another way through a kernel (another number of
-tiles, halves, loops). With X, dY the rows of an expert and their cotangent, and units a few columns of W1 (rows of W2):
+The loops of `reference` would take hours, and a small twin may take other branches of a kernel. X and dY are the rows
+of an expert and their cotangent; the units are a few columns of W1 (rows of W2):
 Z = X W1 + b1,  dZ = (dY W2^T) gelu'(Z),  dW1 = X^T dZ,  db1 = sum dZ,  dW2 = gelu(Z)^T dY,  db2 = sum dY.
 """
 
@@ -17,12 +17,12 @@ from benchmarks.oracle import AddedUp, Truth, add_up, to_double
 from benchmarks.roofline import EXPERT_MATMULS, Op
 from benchmarks.rounding import compare, unit
 
-# Products of one matmul, and float64 entries of an expert's rows (1 GB).
+# The most products in a matmul, and float64 entries of an expert's rows (1 GB).
 _PRODUCT_LIMIT, _ROW_LIMIT = 1 << 32, 1 << 27
 
 
 class ExpertGradient(NamedTuple):
-    """Gradients of an expert for U of its hidden units; only those that the operation has."""
+    """Gradients of an expert for U of its hidden units; None if the operation does not have one."""
 
     expert: int
     units: np.ndarray
@@ -34,9 +34,9 @@ class ExpertGradient(NamedTuple):
 
 
 def expect_weights(op: Op, truth: Truth, *, is_dense: bool = False) -> list[ExpertGradient]:
-    """Those of the fullest expert and of the emptiest that has rows; none if the operation has no weights.
+    """Compute the gradients of the expert with the most rows and of the one with the fewest, but at least one.
 
-    None either where the rows of an expert alone would take more than 1 GB.
+    The list is empty for an operation without weights, and omits an expert whose rows would take more than 1 GB.
     """
     size, choices = truth.plan.size, truth.case.choices
     if op not in EXPERT_MATMULS:
@@ -78,7 +78,7 @@ def _of_expert(op: Op, truth: Truth, expert: int, run: np.ndarray, is_dense: boo
 
 
 def find_weight_fault(answer: Answer, expected: Sequence[ExpertGradient], case: Case, dtype: str) -> str | None:
-    """The first weight gradient that is wrong, in words, or None; also if there are none."""
+    """Describe the first wrong weight gradient, or return None."""
     gradients = answer.gradients or {}
     weights = gradients["weights"]._asdict() if "weights" in gradients else gradients
     u = unit(dtype, max(case.width, case.expert_width, case.tokens * case.choices))

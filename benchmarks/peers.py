@@ -1,10 +1,11 @@
-"""All baselines: a dense MLP of the same work, V-MoE's two dispatchers, and four grouped matmuls after a sort.
+"""All baselines: a dense MLP with the same work, V-MoE's two dispatchers, and grouped matmuls after a sort.
 
-They are plain but not naive: the same float32 router, the same capacity and Batch Priority Routing, no sums for losses.
+They are simple but not naive. They have the same float32 router, capacity and Batch Priority Routing as our layer, but
+no sums for losses.
 
-- dense: one MLP on T K rows, with its own [D, F] and [F, D]; no routing at all
+- dense: one MLP on T K rows, with its own [D, F] and [F, D] and without routing
 - one-hot: V-MoE's einsum dispatch through a [G, S, E, C] tensor; its cost grows with the group
-- scatter: V-MoE's other way, scatter to [G, E, C, D] and gather back
+- scatter: V-MoE's other dispatch, a scatter to [G, E, C, D] and a gather back
 - ragged_dot, megablox, mosaic, tokamax: a sort by expert, then `jax.lax.ragged_dot`, JAX's Pallas kernels for TPU and
   for Hopper, or tokamax; tokamax-v2 is its newer kernel for TPUs
 """
@@ -21,12 +22,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from benchmarks.cases import Case
 from benchmarks.implementations import Counts, Implementation, Setting
+from benchmarks.roofline import Op
 from moe_kernels import MlpWeights
 from moe_kernels.chips import find_generation
 
-# Rows of a tile of megablox and of Mosaic's ragged dot, and the tile of megablox over D and F.
+# Rows of a tile in megablox and in Mosaic's ragged dot, and megablox's tile size in D and F.
 _TILE_ROWS, _MEGABLOX_TILE = 128, 512
-# What a CPU may spend on a dense expansion, in FLOPs of a layer's forward and backward pass (about 20 s on 2 cores).
+# The most FLOPs of a layer's forward and backward pass for a dense expansion on a CPU (about 20 s on 2 cores).
 _CPU_LIMIT = 2e12
 
 Matmul = Callable[[Array, Array, Array], Array]
@@ -37,6 +39,28 @@ def _route(case: Case, tokens: Array, router: Array, noise: Array) -> tuple[Int[
     logits = jnp.dot(tokens.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
     gate, expert = jax.lax.top_k(jax.nn.softmax(logits + noise, axis=1), case.choices)
     return expert, gate
+
+
+def _with_layer(operations: dict[Op, Callable[..., Any]]) -> dict[Op, Callable[..., Any]]:
+    """Add the layer: the router, then the operations in order."""
+
+    def layer(case: Case, tokens: Array, router: Array, weights: MlpWeights, noise: Array) -> Float[Array, "T D"]:
+        expert, gate = _route(case, tokens, router, noise)
+        plan = operations["plan"](case, expert, jax.lax.stop_gradient(gate))
+        rows = operations["expert_mlp"](case, plan, operations["dispatch"](case, plan, tokens), weights)
+        return operations["combine"](case, plan, rows, gate)
+
+    return {**operations, "layer": layer}
+
+
+def _add_picked(pick: Callable[..., Array]) -> Callable[..., Array]:
+    """Make a combine that picks the row of each choice and adds up those of a token, weighted by gate."""
+
+    def combine(case: Case, plan: Any, rows: Array, gate: Array) -> Float[Array, "T D"]:
+        picked = pick(case, plan, rows).reshape(*gate.shape, -1)
+        return jnp.einsum("tk,tkd->td", gate, picked.astype(jnp.float32)).astype(rows.dtype)
+
+    return combine
 
 
 def _dense_mlp(case: Case, plan: None, rows: Float[Array, "R D"], weights: MlpWeights) -> Float[Array, "R D"]:
@@ -59,23 +83,23 @@ DENSE = Implementation(
 )
 
 
-# V-MoE: a buffer of C rows for every group and expert.
+# V-MoE has a buffer of C rows for every group and expert.
 
 
 class Buffers(NamedTuple):
-    """Where each choice lies; a position of C or more is no room."""
+    """The expert and position of each choice. A choice at position C or later is dropped."""
 
     expert: Int[Array, "G S K"]
     position: Int[Array, "G S K"]
 
 
 def _buffer_plan(case: Case, expert: Int[Array, "T K"], gate: Float[Array, "T K"]) -> Buffers:
-    """Position of a choice: how many choices of its expert come before it, by a cumulative sum over one-hot rows."""
+    """Compute positions by a cumulative sum over one-hot rows: the number of earlier choices of the same expert."""
     shape = (case.groups, case.group_size, case.choices)
 
     def of_group(expert: Int[Array, "S K"], gate: Float[Array, "S K"]) -> Int[Array, "S K"]:
         order = jnp.argsort(-gate[:, 0], stable=True)
-        # First choices of all tokens before second choices.
+        # The first choices of all tokens come before second choices.
         sorted_expert = expert[order].T.reshape(-1)
         hits = jax.nn.one_hot(sorted_expert, case.experts, dtype=jnp.int32)
         before = jnp.take_along_axis(jnp.cumsum(hits, axis=0), sorted_expert[:, None], axis=1)[:, 0] - 1
@@ -86,7 +110,7 @@ def _buffer_plan(case: Case, expert: Int[Array, "T K"], gate: Float[Array, "T K"
 
 
 def _flat(case: Case, plan: Buffers) -> Int[Array, " M"]:
-    """Row of each choice in [G E C, D], or one past the end."""
+    """Compute the row of each choice in [G E C, D]; a dropped choice gets the row after the last."""
     group = jnp.arange(case.groups)[:, None, None]
     row = (group * case.experts + plan.expert) * case.capacity + plan.position
     return jnp.where(plan.position < case.capacity, row, case.groups * case.experts * case.capacity).reshape(-1)
@@ -131,19 +155,14 @@ def _scatter_dispatch(case: Case, plan: Buffers, tokens: Array) -> Float[Array, 
     return _buffer_place(case, plan, jnp.repeat(tokens, case.choices, axis=0))
 
 
-def _scatter_combine(case: Case, plan: Buffers, rows: Array, gate: Array) -> Float[Array, "T D"]:
-    picked = _buffer_pick(case, plan, rows).reshape(*gate.shape, -1)
-    return jnp.einsum("tk,tkd->td", gate, picked.astype(jnp.float32)).astype(rows.dtype)
-
-
 def _one_hot_flops(case: Case) -> float:
-    """A matmul with the [G, S, E C] tensor."""
+    """Count the FLOPs of one matmul with the [G, S, E C] tensor."""
     return 2.0 * case.tokens * case.experts * case.capacity * case.width
 
 
 def _needs_capacity(case: Case, dtype: str, platform: str) -> str | None:
     if case.capacity_factor is None:
-        return "needs a capacity; dropless, it would compute every expert on every token"
+        return "needs a capacity; without one it would compute every expert on every token"
     return None
 
 
@@ -153,21 +172,16 @@ def _v_moe(
     combine: Callable[..., Array],
     around_flops: Callable[[Case], float] = lambda case: 0.0,
 ) -> Implementation:
-    def layer(case: Case, tokens: Array, router: Array, weights: MlpWeights, noise: Array) -> Float[Array, "T D"]:
-        expert, gate = _route(case, tokens, router, noise)
-        plan = _buffer_plan(case, expert, jax.lax.stop_gradient(gate))
-        return combine(case, plan, _buffer_mlp(case, plan, dispatch(case, plan, tokens), weights), gate)
-
+    operations: dict[Op, Callable[..., Any]] = {
+        "plan": _buffer_plan,
+        "dispatch": dispatch,
+        "combine": combine,
+        "grouped_matmul": _buffer_matmul,
+        "expert_mlp": _buffer_mlp,
+    }
     return Implementation(
         name=name,
-        operations={
-            "plan": _buffer_plan,
-            "dispatch": dispatch,
-            "combine": combine,
-            "grouped_matmul": _buffer_matmul,
-            "expert_mlp": _buffer_mlp,
-            "layer": layer,
-        },
+        operations=_with_layer(operations),
         place=_buffer_place,
         pick=_buffer_pick,
         computed_rows=lambda case, counts, setting: case.groups * case.experts * case.capacity,
@@ -176,11 +190,11 @@ def _v_moe(
     )
 
 
-# A sort by expert, then a grouped matmul over the runs.
+# The others sort choices by expert and compute a grouped matmul over the runs.
 
 
 class Sorted(NamedTuple):
-    """The choices in the order of their experts; those without room stay in their run, as rows of zeros."""
+    """The choices sorted by expert. Dropped choices stay in their run, as rows of zeros."""
 
     order: Int[Array, " M"]
     expert: Int[Array, " M"]
@@ -213,11 +227,6 @@ def _sorted_dispatch(case: Case, plan: Sorted, tokens: Array) -> Float[Array, "M
     return jnp.where(plan.kept[:, None], tokens[plan.order // case.choices], 0)
 
 
-def _sorted_combine(case: Case, plan: Sorted, rows: Array, gate: Array) -> Float[Array, "T D"]:
-    picked = _sorted_pick(case, plan, rows).reshape(*gate.shape, -1)
-    return jnp.einsum("tk,tkd->td", gate, picked.astype(jnp.float32)).astype(rows.dtype)
-
-
 def _after_sort(
     name: str,
     matmul: Matmul,
@@ -229,21 +238,16 @@ def _after_sort(
         hidden = jax.nn.gelu(matmul(rows, weights.w1, plan.sizes) + weights.b1[plan.expert])
         return matmul(hidden, weights.w2, plan.sizes) + weights.b2[plan.expert]
 
-    def layer(case: Case, tokens: Array, router: Array, weights: MlpWeights, noise: Array) -> Float[Array, "T D"]:
-        expert, gate = _route(case, tokens, router, noise)
-        plan = _sorted_plan(case, expert, jax.lax.stop_gradient(gate))
-        return _sorted_combine(case, plan, mlp(case, plan, _sorted_dispatch(case, plan, tokens), weights), gate)
-
+    operations: dict[Op, Callable[..., Any]] = {
+        "plan": _sorted_plan,
+        "dispatch": _sorted_dispatch,
+        "combine": _add_picked(_sorted_pick),
+        "grouped_matmul": lambda case, plan, rows, weight: matmul(rows, weight, plan.sizes),
+        "expert_mlp": mlp,
+    }
     return Implementation(
         name=name,
-        operations={
-            "plan": _sorted_plan,
-            "dispatch": _sorted_dispatch,
-            "combine": _sorted_combine,
-            "grouped_matmul": lambda case, plan, rows, weight: matmul(rows, weight, plan.sizes),
-            "expert_mlp": mlp,
-            "layer": layer,
-        },
+        operations=_with_layer(operations),
         place=_sorted_place,
         pick=_sorted_pick,
         computed_rows=computed_rows,
@@ -256,20 +260,20 @@ def _ragged_dot(rows: Array, weight: Array, sizes: Array) -> Array:
 
 
 def _ragged_dot_rows(case: Case, counts: Counts, setting: Setting) -> int:
-    """Off the TPU, JAX expands it to every expert on every row."""
+    """Except on TPUs, JAX expands ragged_dot to every expert on every row."""
     return case.tokens * case.choices * (1 if setting.platform == "tpu" else case.experts)
 
 
 def _ragged_dot_why_not(case: Case, dtype: str, platform: str) -> str | None:
     flops = 12.0 * case.tokens * case.choices * case.width * case.expert_width * case.experts
     if platform == "cpu" and flops > _CPU_LIMIT:
-        return f"expands to {flops / 1e12:.0f} TFLOP a layer on a CPU; more than {_CPU_LIMIT / 1e12:.0f} are not run"
+        return f"expands to {flops / 1e12:.0f} TFLOP for a layer on a CPU, more than {_CPU_LIMIT / 1e12:.0f}"
     return None
 
 
 def megablox_matmul(rows: Array, weight: Array, sizes: Array, *, interpret: bool = False) -> Array:
-    """`megablox.gmm` with the rows filled up to its tile; the filling is computed with the last expert and cut off."""
-    # Imported here, because it loads the TPU part of Pallas.
+    """Run `megablox.gmm` with rows padded to its tile. The last expert computes the padding, which is then cut off."""
+    # Import it here, because it loads the TPU part of Pallas.
     from jax.experimental.pallas.ops.tpu.megablox.ops import gmm
 
     num_rows = rows.shape[0]
@@ -287,7 +291,7 @@ def _megablox_why_not(case: Case, dtype: str, platform: str) -> str | None:
 def _tokamax(implementation: str) -> Matmul:
     def matmul(rows: Array, weight: Array, sizes: Array) -> Array:
         tokamax = importlib.import_module("tokamax")
-        # Left to itself, it looks for a TPU in this machine and takes XLA's ragged dot where it finds none.
+        # By default, tokamax uses XLA's ragged dot if this machine has no TPU.
         return tokamax.ragged_dot(rows, weight, group_sizes=sizes, implementation=implementation)
 
     return matmul
@@ -304,8 +308,8 @@ def _tokamax_v2_why_not(case: Case, dtype: str, platform: str) -> str | None:
 
 
 def mosaic_matmul(rows: Array, weight: Array, sizes: Array) -> Array:
-    """JAX's own Mosaic kernels for Hopper, with the gradients that they allow for; tiles of 128 x 128 x 64, untuned."""
-    # Imported here, because they load the GPU part of Pallas.
+    """Run JAX's own Mosaic kernels for Hopper, forward and backward, with untuned tiles of 128 x 128 x 64."""
+    # Import them here, because they load the GPU part of Pallas.
     from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
     from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
 
@@ -341,7 +345,7 @@ def _mosaic_why_not(case: Case, dtype: str, platform: str) -> str | None:
 
 
 def _tiles_visited(case: Case, counts: Counts, setting: Setting) -> int:
-    """Tiles of 128 rows that lie in two runs are computed for both; choices without room stay in their run."""
+    """Count computed rows. A tile of 128 rows in two runs is computed for both; dropped choices stay in their run."""
     ends = np.cumsum(counts.wanted)
     first, last = (ends - counts.wanted) // _TILE_ROWS, -(-ends // _TILE_ROWS)
     return int(_TILE_ROWS * (last - first)[counts.wanted > 0].sum())
@@ -350,7 +354,7 @@ def _tiles_visited(case: Case, counts: Counts, setting: Setting) -> int:
 PEERS = (
     DENSE,
     _v_moe("one-hot", _one_hot_dispatch, _one_hot_combine, _one_hot_flops),
-    _v_moe("scatter", _scatter_dispatch, _scatter_combine),
+    _v_moe("scatter", _scatter_dispatch, _add_picked(_buffer_pick)),
     _after_sort("ragged_dot", _ragged_dot, _ragged_dot_rows, _ragged_dot_why_not),
     _after_sort("megablox", megablox_matmul, _tiles_visited, _megablox_why_not),
     _after_sort("mosaic", mosaic_matmul, _tiles_visited, _mosaic_why_not),

@@ -1,4 +1,4 @@
-"""Bars that a person reads at a glance: for each problem the time of every implementation, against the dense MLP."""
+"""A bar chart for each problem: the time of every implementation relative to the dense MLP."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,12 @@ from matplotlib.axes import Axes
 
 from benchmarks.results import Result, title
 
-# Times of the dense MLP (or of the fastest line) after which a bar is cut off, so that the others stay readable.
+# Multiple of the dense MLP (or of the fastest line) at which a bar is cut off, to keep the others readable.
 _CUT = 5.0
 
 
 def save_plot(results: Sequence[Result], path: str) -> None:
-    """Write a PNG; problems without a dense MLP are shown in milliseconds. Wrong results are named, without a bar."""
+    """Write a PNG. Problems without a dense MLP are in milliseconds. Wrong results have a name but no bar."""
     problems: dict[str, list[Result]] = {}
     for result in results:
         problems.setdefault(title(result), []).append(result)
@@ -37,7 +37,7 @@ def save_plot(results: Sequence[Result], path: str) -> None:
 
 
 def _draw(axis: Axes, name: str, lines: Sequence[Result], colours: dict[str, str]) -> None:
-    """One problem. A bar that is cut ends in an arrow, and its number says how long it is."""
+    """Draw one problem. A bar that is cut off ends in an arrow, with its length as a number."""
     relative = any(result.ratio_to_dense is not None for result in lines)
     values = [result.ratio_to_dense if relative else result.ms_median for result in lines]
     known = [value for value in values if value is not None]

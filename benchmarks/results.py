@@ -1,4 +1,4 @@
-"""A measured line: what it says, as JSON and as a table that a person reads."""
+"""The result of one implementation on one problem, as a line of JSON and a line of a table."""
 
 import dataclasses
 import datetime
@@ -7,24 +7,20 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
-from benchmarks.roofline import Device, Work, percent
-from benchmarks.timing import Program, paired_ratio
+from benchmarks.roofline import Device
 
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One line. Figures are None where nothing was timed: a wrong result, or a run that only checks.
+    """The result of one implementation on one problem.
 
-    `tflops` and `gbytes_per_s` are of the work by definition (see roofline.py), `useful_rows` is the share of rows that
-    hold a choice among those that were computed. `ratios` has this line's time over that of each implementation beside
-    it, paired round by round; `ratio_to_dense` is one of them.
+    Figures are None if nothing was timed: the result is wrong, or the run only checks. `tflops` and `gbytes_per_s`
+    count the work by definition (see roofline.py). `useful_rows` is the share of useful rows among the computed ones.
+    `ratios` has this time over that of each other implementation, paired by round; `ratio_to_dense` is one of them.
     """
 
     op: str
@@ -47,88 +43,32 @@ class Result:
     ratios: dict[str, float]
     correct: bool
     fault: str
-    """What is wrong, in words; empty for a correct line."""
+    """The first fault, in words; empty for a correct result."""
     versions: dict[str, str]
     commit: str
     date: str
     peak_bytes: int | None = None
-    """Arguments + results - aliased + temporary; not part of the JSON."""
+    """Arguments + results - aliased + temporary. Not in the JSON."""
     needed_bytes: int | None = None
-    """Inputs, outputs, gradients and routed rows of a layer forward and backward; not part of the JSON."""
+    """Inputs, outputs, gradients and routed rows of a layer, forward and backward. Not in the JSON."""
 
     def to_json(self) -> str:
-        """One line, with all fields above but the last two (`passes` is called `pass` there)."""
-        fields = dataclasses.asdict(self)
-        for name in ("peak_bytes", "needed_bytes"):
-            del fields[name]
-        return json.dumps({{"passes": "pass"}.get(name, name): value for name, value in fields.items()})
+        """Write one line with all fields above but the last two. `passes` is called `pass` there."""
+        fields = {{"passes": "pass"}.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+        del fields["peak_bytes"], fields["needed_bytes"]
+        return json.dumps(fields)
 
 
-@dataclasses.dataclass(frozen=True)
-class Label:
-    """What a line is about."""
-
-    op: str
-    passes: str
-    case: str
-    distribution: str
-    dtype: str
-    implementation: str
-
-
-def make_result(
-    label: Label,
-    program: Program | None,
-    beside: Mapping[str, Program | None],
-    work: Work,
-    device: Device,
-    useful_rows: float | None,
-    needed_bytes: int | None,
-    fault: str | None,
-) -> Result:
-    """Sum up the repetitions of a program; None for one that is wrong before it was compiled at the full size.
-
-    `beside` has the programs that ran in turns with it, by the names of their implementations.
-    """
-    ratios = {} if program is None else _paired_ratios(program, beside)
-    seconds = np.array([] if program is None else sorted(program.seconds.values()))
-    median = float(np.median(seconds)) if seconds.size else None
-
-    def milliseconds(quantile: float) -> float | None:
-        return 1e3 * float(np.quantile(seconds, quantile)) if seconds.size else None
-
-    return Result(
-        **dataclasses.asdict(label),
-        device=device.name,
-        ms_median=milliseconds(0.5),
-        ms_p10=milliseconds(0.1),
-        ms_p90=milliseconds(0.9),
-        tflops=None if median is None else work.flops / median / 1e12,
-        gbytes_per_s=None if median is None else work.bytes / median / 1e9,
-        roofline_percent=None if median is None else percent(work, median, device, label.dtype),
-        useful_rows=useful_rows,
-        temp_bytes=None if program is None else program.temp_bytes,
-        compile_seconds=None if program is None else program.compile_seconds,
-        ratio_to_dense=ratios.get("dense"),
-        ratios=ratios,
-        correct=fault is None,
-        fault=fault or "",
-        versions=versions(),
-        commit=commit(),
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        peak_bytes=None if program is None else program.peak_bytes,
-        needed_bytes=needed_bytes,
-    )
-
-
-def _paired_ratios(program: Program, beside: Mapping[str, Program | None]) -> dict[str, float]:
-    ratios = {name: other and paired_ratio(program.seconds, other.seconds) for name, other in beside.items()}
-    return {name: ratio for name, ratio in ratios.items() if ratio is not None}
+def append(path: str | None, line: str) -> None:
+    """Append a line to a file, if there is a path."""
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions that a figure depends on."""
+    """Find the versions of Python and of the packages that a figure depends on."""
     names = ("jax", "jaxlib", "tokamax", "libtpu", "jax-cuda13-plugin")
     found = {"python": platform.python_version()}
     for name in names:
@@ -141,7 +81,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str:
-    """The commit of the checkout, with -dirty if it was changed; "unknown" outside one."""
+    """Find the commit of the checkout, with -dirty if it was changed; "unknown" outside one."""
     command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -155,12 +95,12 @@ HEADER = f"{_COLUMNS} {'useful rows':>11s} {'x dense':>8s} {'temp MB':>8s} {'com
 
 
 def title(result: Result) -> str:
-    """The line above all results of one problem."""
+    """Format the line above the results of one problem."""
     return f"{result.op} {result.passes}, {result.case}, {result.distribution}, {result.dtype}"
 
 
 def line(result: Result) -> str:
-    """A line of the table."""
+    """Format a line of the table."""
     if not result.correct:
         return f"{result.implementation:16s}     WRONG: {result.fault}; not timed"
     if result.ms_median is None or result.temp_bytes is None or result.compile_seconds is None:
@@ -177,7 +117,7 @@ def line(result: Result) -> str:
 
 
 def machine(device: Device) -> str:
-    """Where and with what it is measured, in two lines."""
+    """Describe the device, versions, commit and date in two lines."""
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     date = datetime.datetime.now(datetime.UTC)
     peaks = ", ".join(f"{dtype} {rate / 1e12:.4g} TFLOP/s" for dtype, rate in device.flops.items())

@@ -1,7 +1,7 @@
-"""What an operation must compute and move by its definition, and what the device could do: the roofline.
+"""The roofline: the work of an operation by its definition, and the peaks of the device.
 
-Work counts useful rows only (choices that found room), each array read or written once, and the weights of experts that
-have rows. So an implementation that computes padding, or moves data twice, is further from its roofline.
+Work counts only useful rows (choices that found room) and the weights of experts that have rows, with each array read
+or written once. An implementation that computes padding, or moves data twice, is further from its roofline.
 """
 
 import dataclasses
@@ -24,19 +24,32 @@ Op = Literal["routing", "plan", "dispatch", "combine", "grouped_matmul", "expert
 Pass = Literal["forward", "backward", "both", "dx", "dw"]
 OPS: tuple[Op, ...] = get_args(Op)
 PASSES: tuple[Pass, ...] = get_args(Pass)
-# The two halves of a backward pass, gradients of rows and of weights, where each is a matmul of its own.
+# The two halves of a grouped matmul's backward pass: gradients of rows, and of weights.
 HALVES: tuple[Pass, ...] = ("dx", "dw")
 
 
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What an implementation is run on."""
+
+    op: Op
+    passes: Pass
+    case: Case
+    distribution: str
+    dtype: str
+    without: tuple[str, ...] = ()
+    """Implementations that a suite leaves out here to save time."""
+
+
 class Work(NamedTuple):
-    """Floating-point operations and bytes."""
+    """Floating-point operations, and bytes read and written."""
 
     flops: float
     bytes: float
 
 
 class Load(NamedTuple):
-    """How much of a case is real: choices that found room, and experts that have any."""
+    """The useful part of a case: choices that found room, and experts that have any."""
 
     rows: int
     experts: int
@@ -44,7 +57,7 @@ class Load(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Peaks of a device: FLOP/s by dtype (float32: exact products), bytes/s of its memory, and their source."""
+    """Peaks of a device: FLOP/s by dtype (float32 with exact products), bytes/s of memory, and their source."""
 
     name: str
     flops: dict[str, float]
@@ -52,12 +65,12 @@ class Device:
     source: str
 
 
-# Products of all rows with the matrices of their experts, in the operations that have any.
+# Number of grouped matmuls in the operations that have any.
 EXPERT_MATMULS: dict[Op, int] = {"grouped_matmul": 1, "expert_mlp": 2, "layer": 2}
 
 
 def work(op: Op, passes: Pass, case: Case, load: Load, itemsize: int) -> Work:
-    """Count an operation from its definition; a backward pass reads the inputs and the cotangent, and writes gradients.
+    """Count the work of an operation. A backward pass reads inputs and cotangent, and writes gradients.
 
     >>> case = Case("x", 4, 1, 8, 16, 2, 1, None)
     >>> work("expert_mlp", "forward", case, Load(4, 2), 4)
@@ -71,7 +84,7 @@ def work(op: Op, passes: Pass, case: Case, load: Load, itemsize: int) -> Work:
     router, noise, gate, ids = 4 * d * e, 4 * t * e, 4 * t * k, 4 * t * k
     both_matrices = 2 * matrix + biases
     route_flops, matmul_flops, combine_flops = 2.0 * t * d * e, 2.0 * load.rows * d * f, 2.0 * load.rows * d
-    # For each: FLOPs forward, and bytes of what is differentiated, of what else is read, and of the result.
+    # Forward FLOPs, then bytes of differentiated inputs, of other inputs, and of results.
     flops, arguments, constants, result = {
         "routing": (route_flops, tokens + router, noise, gate + ids),
         "plan": (0.0, 0, gate + ids, ids + 4 * load.rows),
@@ -93,7 +106,7 @@ def work(op: Op, passes: Pass, case: Case, load: Load, itemsize: int) -> Work:
 
 
 def needed_bytes(case: Case, rows: int, itemsize: int) -> int:
-    """Inputs, outputs, gradients and the routed rows (once) of a layer's forward and backward pass.
+    """Count the bytes of inputs, outputs, gradients and routed rows (once) of a layer's forward and backward pass.
 
     >>> needed_bytes(Case("x", 4, 1, 8, 16, 2, 1, None), 32, 4)
     6176
@@ -101,12 +114,12 @@ def needed_bytes(case: Case, rows: int, itemsize: int) -> int:
     tokens, router = case.tokens * case.width * itemsize, case.width * case.experts * 4
     weights = case.experts * (2 * case.width * case.expert_width + case.width + case.expert_width) * itemsize
     noise = case.tokens * case.experts * 4
-    # Four of one row a token: the tokens, the result, and the gradients of both.
+    # Four arrays like the tokens: tokens, result, and the gradients of both.
     return 4 * tokens + noise + 2 * (weights + router) + rows * case.width * itemsize
 
 
 def percent(done: Work, seconds: float, device: Device, dtype: str) -> float | None:
-    """Per cent of what the device could do, max(compute, memory); None where its peak is not known.
+    """Compute the per cent of the roofline, max(compute, memory). None if the peak is not known.
 
     >>> percent(Work(1e9, 1e6), 0.01, Device("x", {"float32": 1e12}, 1e12, "given"), "float32")
     10.0
@@ -117,7 +130,7 @@ def percent(done: Work, seconds: float, device: Device, dtype: str) -> float | N
 
 
 def sheet(kind: str) -> Device | None:
-    """The data sheet of a device by the name that JAX gives it, None if there is none here.
+    """Get the data sheet of a device by its JAX device kind; None if there is none.
 
     >>> sheet("NVIDIA H200 141GB HBM3e").bandwidth, sheet("TPU v5 lite").flops["bfloat16"], sheet("NVIDIA H200 NVL")
     (4800000000000.0, 197000000000000.0, None)
@@ -129,7 +142,7 @@ def sheet(kind: str) -> Device | None:
 
 
 def this_device() -> Device:
-    """Look the device up. A CPU has no data sheet here: its peaks are measured beside every problem (see `probes`)."""
+    """Look up this device. A CPU has no data sheet here; its peaks are measured with every problem (see `probes`)."""
     kind = jax.devices()[0].device_kind
     if device := sheet(kind):
         return device
@@ -139,7 +152,7 @@ def this_device() -> Device:
 
 
 def _cpu_name() -> str:
-    """The name that Linux gives; elsewhere that of the architecture."""
+    """Get the CPU's name from Linux, elsewhere its architecture."""
     info = Path("/proc/cpuinfo")
     names = [text for text in info.read_text().splitlines() if text.startswith("model name")] if info.exists() else []
     name = names[0].partition(":")[2].strip() if names else platform.processor()
@@ -147,7 +160,7 @@ def _cpu_name() -> str:
 
 
 def probes(dtype: str) -> list[Program]:
-    """A large matmul and a large copy, to be timed in turns with what they are the measure of."""
+    """Make a large matmul and a large copy. They are timed in turns with the problem, and give the peaks of a CPU."""
     if jax.default_backend() != "cpu":
         return []
     matrix = jnp.ones((_PROBE_WIDTH, _PROBE_WIDTH), dtype)
@@ -159,7 +172,7 @@ def probes(dtype: str) -> list[Program]:
 
 
 def with_probes(device: Device, timed: list[Program], dtype: str) -> Device:
-    """The device with the largest rates that the probes reached; itself if nothing was timed."""
+    """Set the device's peaks to the largest rates of the probes; no change if nothing was timed."""
     if not timed or not all(probe.seconds for probe in timed):
         return device
     matmul, copy = (min(probe.seconds.values()) for probe in timed)

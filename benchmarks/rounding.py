@@ -1,21 +1,21 @@
-"""How far a right answer may lie from the exact one: a bound that follows from dtype and length, row by row.
+"""Bounds on the error of a right answer, row by row, from its dtype and the length of its sums.
 
-A value that is stored is off by at most `u = 2^-8` of itself in bfloat16 and 2^-24 in float32; a sum of L products,
-which is float32 in both, by another 2 eps sqrt(L) of what was added up. Write `m` for the magnitude of an entry: its
-own, or the root mean square of its row where that is larger (of what was added up, where the row itself may cancel;
-where that is known for each entry, its own too).
-An error that is spread evenly between -u m and u m has a root mean square of u m / sqrt(3), and about half of u m over
-all mantissas. A chain of N roundings that do not know of each other has `sigma = sqrt(N) u m / 2`; one more (that of a
-gate) may be common to a whole row. With N = 16, so sigma = 2 u m, a right answer keeps
+Storing a value has a relative error of at most `u = 2^-8` in bfloat16 and 2^-24 in float32. A sum of L products is
+float32 in both cases and adds an error of 2 eps sqrt(L) of the terms' size. The magnitude `m` of an entry is its own
+size or the root mean square of its row, whichever is larger. If a row may cancel, the sizes of its terms count instead,
+for the row or for each entry.
+An error uniform in -u m .. u m has a root mean square of u m / sqrt(3); over all mantissas it is about half of u m. N
+independent roundings in a chain have `sigma = sqrt(N) u m / 2`. One more rounding, that of a gate, may be common to a
+whole row. With N = 16, so sigma = 2 u m, a right answer satisfies
 
 - each entry: |error| <= u m + 4 sigma = 9 u m (in bfloat16 3.5%)
 - each row: ||error|| <= u ||m|| + ||sigma|| + 4 max sigma, by the concentration of a norm of independent errors
-- each row and the whole array: |<error, exact>| <= u ||exact||^2 + 4 ||sigma exact||. Here errors cancel, and a common
-  factor does not: of K entries of a normal distribution it may be off by u (1 + 8 sqrt(3 / K)), which in bfloat16 is
-  0.73% for 256 entries (the least that a small twin's rows have) and goes to 0.4% for many. So a bias of 1% is found,
-  even where bfloat16 makes a factor of 1.0078 of it.
+- each row and the whole array: |<error, exact>| <= u ||exact||^2 + 4 ||sigma exact||. Independent errors cancel here,
+  but a common factor does not. For K normally distributed entries the factor may be off by u (1 + 8 sqrt(3 / K)). In
+  bfloat16 that is 0.73% for 256 entries (the fewest in a row of a small twin) and approaches 0.4%. So this finds a bias
+  of 1%, even if bfloat16 rounds the factor to 1.0078.
 
-What is exactly 0 (nothing was sent) must be exactly 0.
+A row to which nothing was sent must be exactly 0.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ _SIGMA, _DEVIATIONS = 2.0, 4.0
 
 
 def unit(dtype: str, length: int) -> float:
-    """The bound `u` of one rounding after a sum of a length.
+    """Compute the bound `u` of one rounding after a sum of `length` terms.
 
     >>> unit("bfloat16", 1) / 2.0**-8, unit("float32", 4) / 2.0**-23
     (1.00006103515625, 4.5)
@@ -34,10 +34,10 @@ def unit(dtype: str, length: int) -> float:
 
 
 def compare(mine: np.ndarray, exact: np.ndarray, unit: float, added: np.ndarray | None = None) -> str | None:
-    """What is wrong with an array, in words, or None. The last axis is a row.
+    """Describe the first fault of an array, or return None. The last axis is a row.
 
-    `added`: the root mean square of what was added up in each row, shape of all but the last axis, or the size of what
-    was added up in each entry; by default the root mean square of the row itself.
+    `added` has the root mean square of the terms that were added up, for each row (all axes but the last) or for each
+    entry. The default is the root mean square of the row itself.
 
     >>> exact = np.array([[1.0, -2.0], [0.001, 0.001], [0.0, 0.0]])
     >>> compare(exact, exact, 1e-3)

@@ -1,4 +1,4 @@
-"""Which problems a run goes through: the suites, a choice by name, and sweeps."""
+"""Choose the problems of a run: suites, a choice by name, and sweeps."""
 
 import dataclasses
 import itertools
@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from benchmarks.cases import CASES, DISTRIBUTIONS, DTYPES, Case
-from benchmarks.roofline import HALVES, OPS, PASSES, Op, Pass
-from benchmarks.run import Problem
+from benchmarks.roofline import HALVES, OPS, PASSES, Op, Pass, Problem
 
 Axis = Literal["tokens", "experts", "width"]
 _SWEEP_STEPS = 4
@@ -20,9 +19,10 @@ def product(
     distributions: Sequence[str],
     dtypes: Sequence[str],
 ) -> list[Problem]:
-    """Every combination, in an order that draws the arrays of a case once.
+    """Make every combination, in an order that makes the arrays of a case once.
 
-    The plan has a forward pass only, whatever is asked for; halves of the backward pass are for the grouped matmul.
+    A plan has only its forward pass, even if other passes are named. Only a grouped matmul has halves of a backward
+    pass.
     """
     forward: Sequence[Pass] = ["forward"]
     return [
@@ -34,7 +34,7 @@ def product(
 
 
 def has_pass(op: str, a_pass: str) -> bool:
-    """Whether an operation has a pass: a plan only forward, halves of a backward pass only the grouped matmul.
+    """Say whether an operation has a pass.
 
     >>> has_pass("layer", "both"), has_pass("layer", "dx"), has_pass("plan", "both")
     (True, False, False)
@@ -43,10 +43,10 @@ def has_pass(op: str, a_pass: str) -> bool:
 
 
 def quick() -> list[Problem]:
-    """The layer in both groupings, balanced and Zipf, and each of its operations; every baseline at least once.
+    """Make the quick suite: the layer in both groupings, balanced and Zipf, and each operation.
 
-    ragged_dot takes some 35 times as long as dense on a CPU, so it runs once; where a baseline would repeat what
-    another line says, it is left out.
+    Every baseline runs at least once. ragged_dot takes about 35 times as long as dense on a CPU, so it runs only once.
+    A baseline is left out of a problem where it would show nothing new.
     """
     others: list[Op] = [op for op in OPS if op != "layer"]
     problems = product(["layer"], ["both"], ["issue"], ["balanced"], ["float32"])
@@ -65,9 +65,9 @@ def _without(names: tuple[str, ...], problems: list[Problem]) -> list[Problem]:
 
 
 def cpu() -> list[Problem]:
-    """What a CPU runs in tens of minutes: everything on tiny; on issue what one distribution shows; the layer on S/32.
+    """Make a suite for tens of minutes on a CPU: everything on tiny, fewer distributions on issue, the layer on S/32.
 
-    The slowest baselines, ragged_dot and one-hot in one large group, run once beyond tiny, in the layer.
+    The slowest baselines, ragged_dot and one-hot in one large group, run only once on cases other than tiny.
     """
     passes: list[Pass] = ["forward", "backward", "both"]
     quickly = [p for p in quick() if p.op == "layer" and (p.case.name, p.distribution) == ("issue", "balanced")]
@@ -82,9 +82,10 @@ def cpu() -> list[Problem]:
 
 
 def gpu() -> list[Problem]:
-    """What matters on a GPU, the grouped matmul first: in bfloat16, at LIMoE's sizes and at one of today's LLMs.
+    """Make the suite for GPUs in bfloat16: grouped matmuls first, at LIMoE's sizes and at the size of an LLM.
 
-    Made to fit into 8 minutes (on an H200: not measured). Batched einsums of V-MoE's ways are one matmul in all.
+    It should fit into 8 minutes (not measured on an H200). V-MoE's two baselines share their batched matmul, so one of
+    them is enough.
     """
     kinds = ["balanced"], ["bfloat16"]
     matmul: Sequence[Pass] = ["forward", *HALVES]
@@ -104,7 +105,7 @@ def gpu() -> list[Problem]:
 
 
 def full() -> list[Problem]:
-    """Everything that one device holds."""
+    """Make the suite of everything that fits on one device."""
     return product(OPS, PASSES, [name for name in CASES if name != "llm-256x2048"], DISTRIBUTIONS, DTYPES)
 
 
@@ -112,7 +113,7 @@ SUITES = {"quick": quick, "cpu": cpu, "gpu": gpu, "full": full}
 
 
 def sweep(axis: Axis, case: Case) -> list[Case]:
-    """Doublings of one axis that end at the case itself; F grows with the width.
+    """Double one axis up to the case itself. F grows with the width.
 
     >>> [case.tokens for case in sweep("tokens", CASES["issue"])]
     [512, 1024, 2048, 4096]

@@ -1,4 +1,4 @@
-"""What the lines say together: the share of routing, peak memory, growth, and which targets are reached."""
+"""Summaries of several results: the share of routing, peak memory, comparisons, growth, and targets."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,14 +6,14 @@ import numpy as np
 
 from benchmarks.results import Result
 
-# The four operations around the experts, and the pass of each that a training step runs.
+# The four operations around the experts, with the pass that a training step runs.
 _AROUND = {"routing": "both", "plan": "forward", "dispatch": "both", "combine": "both"}
 
 
 def share_around_experts(results: Sequence[Result], implementation: str) -> list[str]:
-    """Time of routing + plan + dispatch + combine (each run alone) in that of the layer, forward and backward.
+    """Compare routing + plan + dispatch + combine (each run alone) with the layer, forward and backward.
 
-    A line for each problem of which all five were timed.
+    There is a line for each problem with times of all five.
     """
     times = {
         (r.op, r.passes, r.case, r.distribution, r.dtype): r for r in results if r.implementation == implementation
@@ -34,7 +34,7 @@ def share_around_experts(results: Sequence[Result], implementation: str) -> list
 
 
 def peak_memory(results: Iterable[Result], implementation: str) -> list[str]:
-    """Peak memory of the layer against what it must hold; a line for each layer forward and backward."""
+    """Compare peak memory with the least possible; a line for each problem of the layer, forward and backward."""
     return [
         f"{implementation}, {r.case}, {r.distribution}, {r.dtype}: peak memory {r.peak_bytes / 1e6:.0f} MB, "
         f"{r.peak_bytes / r.needed_bytes:.2f}x the layer's inputs, outputs, gradients and routed rows"
@@ -46,7 +46,7 @@ def peak_memory(results: Iterable[Result], implementation: str) -> list[str]:
 
 
 def against_peers(results: Sequence[Result], implementation: str) -> list[str]:
-    """The layer forward and backward against every baseline, paired round by round; a line for each problem."""
+    """Compare the layer, forward and backward, with every baseline, paired by round; a line for each problem."""
     layers = [r for r in results if (r.op, r.passes) == ("layer", "both") and r.ms_median]
     lines = []
     for mine in (r for r in layers if r.implementation == implementation):
@@ -63,12 +63,12 @@ def against_peers(results: Sequence[Result], implementation: str) -> list[str]:
     return lines
 
 
-# The least that is wanted of a kernel on a GPU, in per cent of a dense matmul beside it.
+# Targets for kernels on GPUs, in per cent of a dense matmul.
 _OF_DENSE = {"forward": 70, "dx": 65, "dw": 65}
 
 
 def of_dense_matmul(results: Sequence[Result], implementation: str) -> list[str]:
-    """The matmuls of the grouped matmul, each against a dense one of equal FLOPs; a line for each case."""
+    """Compare each pass of the grouped matmul with a dense matmul of equal FLOPs; a line for each case."""
     rates = {
         (r.case, r.distribution, r.dtype, r.passes, r.implementation): r.tflops
         for r in results
@@ -87,13 +87,16 @@ def of_dense_matmul(results: Sequence[Result], implementation: str) -> list[str]
     return lines
 
 
+SUMMARIES = (against_peers, of_dense_matmul, share_around_experts, peak_memory)
+
+
 def _target(result: Result, text: str) -> str:
-    """The targets are set for one case."""
+    """Format a target. Targets are set for one case only."""
     return f" (target: {text})" if (result.case, result.dtype) == ("issue", "float32") else ""
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """Slope of a straight line through log(values) over log(sizes): 1 for a cost that grows as its size does.
+    """Fit the slope of log(values) over log(sizes): 1 for a cost that is proportional to the size.
 
     >>> round(exponent([1, 2, 4], [3, 12, 48]), 6)
     2.0

@@ -1,13 +1,13 @@
-"""Compile, run and time programs, interleaved so that a drift of the machine hits all of them alike.
+"""Compile, run and time programs in turns, so that a drift of the machine affects all of them alike.
 
-Every program takes its last result as a donated argument, as a train step does with its old gradients: results then
-alias memory that is already there. Without that, a result of the size of all experts' gradients is fresh memory in
-every call, and the page faults of its first touch are timed with it.
+Every program takes its last result as a donated argument, like a train step with its old gradients. The new result
+reuses that memory. Otherwise, a result as large as all experts' gradients would be new memory in every call, and the
+time would include its page faults.
 
-On an accelerator a time is that of the device: calls are enqueued one after the other, the host waits for the last one
-only, and the seconds are divided by their number. The clocks are warm by then, and the arguments rotate through copies
-that are larger than any cache, so that none finds its input there from the call before. What runs for less than some 50
-microseconds is bound by the host, which cannot enqueue faster.
+On an accelerator we measure the time of the device. Calls are enqueued one after the other, the host waits only for the
+last one, and the seconds are divided by their number. Programs run before that to bring the clocks up. The arguments
+rotate through copies that are larger than any cache, so that no call finds its inputs in the cache. Below about 50
+microseconds the host limits the rate of calls.
 """
 
 import dataclasses
@@ -21,17 +21,17 @@ from typing import Any
 import jax
 import numpy as np
 
-# A program that takes longer than this gets `slow` repetitions.
+# A program that takes longer than this is timed once.
 SLOW_SECONDS = 5.0
-# On an accelerator: seconds of one timing at least, seconds of running before the first, and bytes of arguments that a
-# call must not have seen lately (more than twice the cache of an H200, which has 50 MB).
+# On an accelerator: the least seconds of one timing, the seconds of warming up, and the bytes of all copies of the
+# arguments (more than twice the cache of an H200, which has 50 MB).
 BATCH_SECONDS, WARM_SECONDS, ROTATED_BYTES = 0.02, 1.0, 1 << 27
 _MOST_CALLS, _MOST_COPIES = 200, 64
 
 
 @dataclasses.dataclass
 class Program:
-    """A compiled call, its last result, and the seconds of its repetitions so far by round."""
+    """A compiled call, its last result, and the seconds of its repetitions by round."""
 
     name: str
     call: jax.stages.Compiled
@@ -40,17 +40,17 @@ class Program:
     compile_seconds: float
     temp_bytes: int
     peak_bytes: int
-    """Arguments + results - aliased + temporary, of the program that really runs."""
+    """Arguments + results - aliased + temporary, of this compiled program."""
     seconds: dict[int, float] = dataclasses.field(default_factory=dict)
     warm_up: float | None = None
-    """Seconds of the first run, whose result is also what is checked."""
+    """Seconds of the first run, whose result is checked."""
     calls: int = 1
-    """Calls of one timing, enqueued one after the other."""
+    """Number of calls in one timing, enqueued one after the other."""
     copies: list[tuple[Any, ...]] = dataclasses.field(default_factory=list)
-    """More arguments of the same values, elsewhere in memory."""
+    """Copies of the arguments, elsewhere in memory."""
 
     def run(self) -> float:
-        """Run to the end; seconds of a call."""
+        """Run to the end, and return the seconds of a call."""
         rotation = [self.arguments, *self.copies]
         start = time.perf_counter()
         for number in range(self.calls):
@@ -59,7 +59,7 @@ class Program:
         return (time.perf_counter() - start) / self.calls
 
     def batch(self) -> None:
-        """Make a timing long enough for an accelerator, and its arguments too many for a cache."""
+        """Set the number of calls and copies for an accelerator: a long enough timing, and more bytes than a cache."""
         seconds = self.run()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.arguments))
         if 0 < size < ROTATED_BYTES:
@@ -69,7 +69,7 @@ class Program:
 
 
 def compile_program(name: str, call: Callable[..., Any], arguments: tuple[Any, ...], dtype: str) -> Program:
-    """Compile with the old result donated. In float32, products are exact for all (`highest`), ours and peers alike."""
+    """Compile with the old result donated. In float32 all implementations have exact products (`highest`)."""
     shapes = jax.eval_shape(call, *arguments)
     last = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), shapes)
     step = jax.jit(lambda old, *arguments: call(*arguments), donate_argnums=0, keep_unused=True)
@@ -85,17 +85,15 @@ def compile_program(name: str, call: Callable[..., Any], arguments: tuple[Any, .
     return Program(name, compiled, arguments, last, seconds, temp, int(peak) + temp)
 
 
-def time_programs(programs: list[Program], repetitions: int, slow: int = 1, *, batched: bool = False) -> None:
-    """Fill `seconds`: rounds of all programs, beginning with another one each time; slow ones in the first rounds only.
+def time_programs(programs: list[Program], repetitions: int, *, batched: bool = False) -> None:
+    """Fill `seconds` in rounds of all programs. Each round starts with another one. Slow ones run once.
 
-    `batched` is for accelerators: see above.
-
-    A KeyboardInterrupt passes through; what was timed by then stays.
+    Set `batched` on accelerators. After a KeyboardInterrupt, which passes through, the times so far stay.
     """
     count = {}
     for program in programs:
         first = program.run() if program.warm_up is None else program.warm_up
-        count[program.name] = slow if first > SLOW_SECONDS else repetitions
+        count[program.name] = 1 if first > SLOW_SECONDS else repetitions
     if batched:
         for program in programs:
             program.batch()
@@ -111,7 +109,7 @@ def time_programs(programs: list[Program], repetitions: int, slow: int = 1, *, b
 
 
 def paired_ratio(mine: dict[int, float], base: dict[int, float]) -> float | None:
-    """Median ratio over the rounds in which both ran; None if there are none.
+    """Compute the median ratio over the rounds in which both ran; None if there are none.
 
     >>> paired_ratio({0: 2.0, 1: 6.0, 2: 9.0}, {0: 1.0, 1: 2.0})
     2.5
@@ -121,12 +119,12 @@ def paired_ratio(mine: dict[int, float], base: dict[int, float]) -> float | None
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, and again in a second unless `caught()`: callbacks of Python's collector drop it."""
+    """Raise KeyboardInterrupt, and again each second until `caught()`, because Python's collector may swallow it."""
     signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, 1)
     raise KeyboardInterrupt
 
 
 def caught() -> None:
-    """Whoever catches KeyboardInterrupt says so."""
+    """Confirm that KeyboardInterrupt was caught, so that `interrupt` does not raise it again."""
     signal.setitimer(signal.ITIMER_REAL, 0)

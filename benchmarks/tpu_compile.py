@@ -1,7 +1,7 @@
-"""Compile an operation of an implementation for a named TPU, without one, in a process of its own.
+"""Compile an operation of an implementation for a TPU that need not be here, in its own process.
 
-The compiler takes its options from the environment before JAX loads it, and mixes the dumps of all programs of a
-process; so every program gets its own process and its own folder. Needs `pip install 'jax[tpu]'`.
+The compiler reads its options from the environment before JAX loads it, and mixes the dumps of a process's programs.
+Therefore each program gets its own process and folder. Needs `pip install 'jax[tpu]'`.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to compile: names from the tables of cases, implementations and chips; passes are forward or both.
+    """What to compile, by names of cases, implementations and chips; passes are forward or both.
 
-    How tokens spread over experts is no part of it: it changes values, never a program.
+    The distribution of tokens is not part of it, because it changes values but not the program.
     """
 
     chip: str
@@ -39,39 +39,32 @@ class Request:
 
 
 class Compiled(NamedTuple):
-    """What the compiler says. `texts` holds the final bundles by instruction; the top level is called TLP."""
+    """The results of the compiler. `texts` has the final bundles of each instruction; the top level is named TLP."""
 
     texts: dict[str, str]
     steering: dict[str, list[Steering]]
-    """For each distribution that was asked for: what steers every Pallas kernel, in the program's order."""
+    """For each distribution, the integer operands of every Pallas kernel, in the program's order."""
     temp_bytes: int
     compile_seconds: float
     estimated_seconds: float
-    """XLA's own estimate, which leaves out sorts, gathers and kernels, and may be negative."""
+    """XLA's own estimate. It omits sorts, gathers and kernels, and may be negative."""
 
 
 class CompileError(RuntimeError):
-    """The compiler, or the implementation, refused; the message is the last line that it said."""
+    """The compiler or the implementation refused; the message is the last line of its output."""
 
 
 def compile_for_tpu(request: Request, distributions: Sequence[str], timeout: float = 900) -> Compiled:
-    """Compile once, for all distributions, in a child process. Raises CompileError with the reason if that fails."""
+    """Compile once for all distributions, in a child process. Raises CompileError with the reason if that fails."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = (
-            os.environ
-            | ENVIRONMENT
-            | {
-                "JAX_PLATFORMS": "cpu",
-                "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
-                "LIBTPU_INIT_ARGS": schedule_options(Path(folder)),
-            }
-        )
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.tpu_compile",
-            json.dumps([dataclasses.asdict(request), *distributions]),
-        ]
+        settings = {
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
+            "LIBTPU_INIT_ARGS": schedule_options(Path(folder)),
+        }
+        environment = os.environ | ENVIRONMENT | settings
+        asked = json.dumps([dataclasses.asdict(request), *distributions])
+        command = [sys.executable, "-m", "benchmarks.tpu_compile", asked]
         try:
             done = subprocess.run(
                 command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
@@ -91,24 +84,31 @@ def compile_for_tpu(request: Request, distributions: Sequence[str], timeout: flo
         return Compiled(texts=read_schedules(Path(folder)), steering=steering, **said)
 
 
-def _compile(request: Request, distributions: Sequence[str]) -> dict[str, Any]:
-    """In the child: trace for the chip's mesh, compile, and compute what steers the kernels."""
-    import jax
+def mesh_of_one(chip: str) -> Any:
+    """Make the mesh of one device of a chip that need not be here."""
     from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from jax.sharding import Mesh
+
+    from moe_kernels.chips import TPUS
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[chip].smallest_topology)
+    return Mesh(np.array(topology.devices[:1]), ("device",))
+
+
+def _compile(request: Request, distributions: Sequence[str]) -> dict[str, Any]:
+    """In the child process, trace for the chip, compile, and compute the integer operands of the kernels."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
 
     from benchmarks.cases import CASES
     from benchmarks.tpu_implementations import IMPLEMENTATIONS
     from benchmarks.tpu_operands import steering_operands
-    from moe_kernels.chips import TPUS
 
     if reason := IMPLEMENTATIONS[request.implementation].why_not(CASES[request.case], request.dtype, "tpu"):
         raise CompileError(reason)
     prepared = _prepare(request, distributions[0])
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[request.chip].smallest_topology)
-    mesh = Mesh(np.array(topology.devices[:1]), ("device",))
-    everywhere = PartitionSpec()
-    # Mosaic kernels are not partitioned automatically, on a single device either.
+    mesh, everywhere = mesh_of_one(request.chip), PartitionSpec()
+    # Mosaic kernels are not partitioned automatically, not even on one device.
     call = jax.shard_map(prepared.call, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
     arguments = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, everywhere)),
@@ -121,16 +121,10 @@ def _compile(request: Request, distributions: Sequence[str]) -> dict[str, Any]:
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    assert memory is not None, "the TPU compiler says what a program needs"
-    steering = {}
-    for distribution in distributions:
-        values = _prepare(request, distribution).arguments
-        steering[distribution] = [
-            (found.kernel, {index: operand.tolist() for index, operand in found.operands.items()})
-            for found in steering_operands(traced.jaxpr, jax.tree.leaves(values))
-        ]
+    assert memory is not None, "the TPU compiler reports a program's memory"
+    values = {name: jax.tree.leaves(_prepare(request, name).arguments) for name in distributions}
     return {
-        "steering": steering,
+        "steering": {name: steering_operands(traced.jaxpr, leaves) for name, leaves in values.items()},
         "temp_bytes": int(memory.temp_size_in_bytes),
         "compile_seconds": seconds,
         "estimated_seconds": float(costs.get("optimal_seconds", float("nan"))),
@@ -138,7 +132,7 @@ def _compile(request: Request, distributions: Sequence[str]) -> dict[str, Any]:
 
 
 def _prepare(request: Request, distribution: str) -> Any:
-    """The program and its arguments; only those that decide where tokens go have their values."""
+    """Make the program and its arguments. Only the arguments that decide where tokens go have real values."""
     import jax
     import jax.numpy as jnp
 
@@ -150,7 +144,7 @@ def _prepare(request: Request, distribution: str) -> Any:
     expert = draw_experts(case, distribution)
     noise = imposing_noise(case, expert)
     shapes = jax.eval_shape(lambda: make_inputs(case, distribution, request.dtype)._replace(expert=None))
-    # Zeros of this kind cost no memory until they are read.
+    # Broadcast zeros take no memory until they are read.
     zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), shapes)
     inputs = Inputs(*zeros)._replace(noise=jnp.asarray(noise), expert=expert)
     gate = np.take_along_axis(np.asarray(jax.nn.softmax(noise, axis=1)), expert, axis=1)
@@ -160,6 +154,6 @@ def _prepare(request: Request, distribution: str) -> Any:
 
 if __name__ == "__main__":
     asked, *names = json.loads(sys.argv[1])
-    # tokamax reads its own options there; else the gradients of its kernels want a TPU in this machine.
+    # An option of tokamax; without it, the gradients of its kernels need a TPU in this machine.
     sys.argv.append("--tokamax_cross_compile")
     print(json.dumps(_compile(Request(**asked), names)))

@@ -1,4 +1,4 @@
-"""What is compared on a TPU: ours by the table of back ends, ours in XLA alone, and all peers that have a TPU form."""
+"""The implementations for TPUs: ours with the table of back ends, ours in XLA alone, and all peers for TPUs."""
 
 from benchmarks.implementations import CHOSEN, from_backend
 from benchmarks.peers import PEERS

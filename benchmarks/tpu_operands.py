@@ -1,33 +1,28 @@
-"""The values that steer a Pallas kernel (its integer operands), computed on the CPU from the traced program itself.
+"""Compute the integer operands of Pallas kernels on the CPU, from the traced program.
 
-A kernel that skips tiles without rows, or whose grid is as long as the data say, has a schedule only with them. The
-program is walked lazily: what no steering operand depends on (all the large matmuls) is never computed.
+They steer a kernel: which tiles it skips, and how long its grid is. Its schedule depends on them. The program is
+evaluated lazily, so the large matmuls, on which no integer operand depends, are never computed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
-# Primitives that are one more level of the same program, by the parameter that holds it.
+from limoe.plan.scheduled import Steering
+
+# Parameters in which a primitive holds an inner program, and the primitives that call one.
 _INSIDE = ("jaxpr", "call_jaxpr", "fun_jaxpr", "fwd_jaxpr", "call")
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "shard_map", "custom_jvp_call")
 _CALLS += ("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call", "remat_opt")
-# A kernel for one core or a grid of them, and one for all cores of a device (newer versions of JAX).
+# Kernels for one core or a grid, and kernels for all cores of a device (newer versions of JAX).
 _KERNELS = ("pallas_call", "mpmd_map")
 
 
-class Steering(NamedTuple):
-    """The integer operands of one kernel call, by their index among all operands."""
-
-    kernel: str
-    operands: Mapping[int, np.ndarray]
-
-
 class _Lazy:
-    """A value that is computed when somebody asks."""
+    """A value that is computed at the first `get`."""
 
     def __init__(self, compute: Callable[[], Any]) -> None:
         self._compute: Callable[[], Any] | None = compute
@@ -40,9 +35,9 @@ class _Lazy:
 
 
 def steering_operands(program: ClosedJaxpr, arguments: Sequence[Any]) -> list[Steering]:
-    """Find all kernel calls of a traced program, in its order, and compute their integer operands.
+    """Find all kernel calls of a traced program, in order, and compute their integer operands.
 
-    Calls inside loops and branches are not found. Kernels that such an operand depends on run interpreted.
+    It does not find calls inside loops and branches. A kernel runs interpreted if an integer operand depends on it.
 
     >>> import jax
     >>> traced = jax.jit(lambda x: x + 1).trace(jnp.zeros(2))
@@ -53,7 +48,7 @@ def steering_operands(program: ClosedJaxpr, arguments: Sequence[Any]) -> list[St
     known = [_Lazy(lambda value=value: value) for value in arguments]
     _walk(program.jaxpr, [_Lazy(lambda value=value: value) for value in program.consts], known, found)
     return [
-        Steering(name, {index: np.asarray(value.get()).reshape(-1) for index, value in operands.items()})
+        (name, {index: np.asarray(value.get()).reshape(-1).tolist() for index, value in operands.items()})
         for name, operands in found
     ]
 

@@ -1,10 +1,11 @@
-"""A modelled line: a program's cost set against its definition, as JSON and as a table that a person reads."""
+"""The modelled cost of a program relative to its definition, as a line of JSON and a line of a table."""
 
 import dataclasses
 import datetime
 import json
 from collections.abc import Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.cases import CASES, Case, draw_experts
@@ -19,7 +20,7 @@ from moe_kernels.chips import FLOAT32_PASSES, TPUS, Tpu
 
 @dataclasses.dataclass(frozen=True)
 class Modelled:
-    """One line; every figure is modelled except bytes of memory and compile seconds."""
+    """A modelled program. All figures are modelled except bytes of memory and compile seconds."""
 
     op: Op
     passes: Pass
@@ -41,10 +42,10 @@ class Modelled:
     unknown_branches: int
     missing: tuple[str, ...]
     parts: list[dict[str, float | int | str]]
-    """Instructions in descending order of time."""
+    """The instructions in descending order of time."""
 
     def to_json(self) -> str:
-        """One line, with versions, commit and date."""
+        """Write one line, with versions, commit and date."""
         fields = dataclasses.asdict(self)
         fields["pass"] = fields.pop("passes")
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -52,14 +53,14 @@ class Modelled:
 
 
 def floor_seconds(op: Op, passes: Pass, case: Case, load: Load, chip: Tpu, dtype: str) -> float:
-    """The least time that the chip could need; the docstring of tpu_model.py has the formulas.
+    """Compute the least time that the chip could need. The docstring of tpu_model.py has the formulas.
 
     >>> chip, case = TPUS["v6e"], CASES["b16"]
     >>> load = Load(case.tokens, case.experts)
     >>> [round(1e6 * floor_seconds("layer", p, case, load, chip, "bfloat16")) for p in ("forward", "both")]
     [215, 506]
     """
-    itemsize = 4 if dtype == "float32" else 2
+    itemsize = jnp.dtype(dtype).itemsize
     peak, bandwidth = chip.clocked_flops / (FLOAT32_PASSES if dtype == "float32" else 1), chip.hbm_bandwidth
     if op != "layer":
         least = work(op, passes, case, load, itemsize)
@@ -72,7 +73,7 @@ def floor_seconds(op: Op, passes: Pass, case: Case, load: Load, chip: Tpu, dtype
 
 
 def summarise(request: Request, distribution: str, cost: ScheduledCost, compiled: Compiled) -> Modelled:
-    """Set a modelled program against its definition."""
+    """Compare a modelled program with its definition."""
     case, chip = CASES[request.case], TPUS[request.chip]
     implementation = IMPLEMENTATIONS[request.implementation]
     op: Op = request.op  # type: ignore[assignment]
@@ -81,7 +82,7 @@ def summarise(request: Request, distribution: str, cost: ScheduledCost, compiled
     if implementation.is_dense:
         load = Load(case.tokens * case.choices, 1)
     floor_op: Op = "expert_mlp" if implementation.is_dense and op == "layer" else op
-    least = work(floor_op, passes, case, load, 4 if request.dtype == "float32" else 2)
+    least = work(floor_op, passes, case, load, jnp.dtype(request.dtype).itemsize)
     computed = implementation.computed_rows(case, counts, Setting("tpu", chip.kind, request.dtype))
     useful = None
     if op in EXPERT_MATMULS:
@@ -125,7 +126,7 @@ def summarise(request: Request, distribution: str, cost: ScheduledCost, compiled
 
 
 def load_of(case: Case, distribution: str) -> tuple[Load, Counts]:
-    """What finds room, and how much of it each expert gets."""
+    """Count the choices that find room, in all and for each expert."""
     groups = draw_experts(case, distribution).reshape(case.groups, -1)
     wanted = np.stack([np.bincount(group, minlength=case.experts) for group in groups])
     kept = np.minimum(wanted, case.capacity).sum(axis=0)
@@ -133,7 +134,7 @@ def load_of(case: Case, distribution: str) -> tuple[Load, Counts]:
 
 
 def against_peers(results: Sequence[Modelled]) -> str:
-    """How the layer that users get compares with everybody else, the fastest of them first; empty without both.
+    """Compare our layer, with its default back ends, with the others, fastest first. Empty if ours or all others fail.
 
     >>> against_peers([])
     ''
@@ -149,7 +150,7 @@ def against_peers(results: Sequence[Modelled]) -> str:
 
 
 def part_line(part: Mapping[str, float | int | str]) -> str:
-    """An instruction with its three limits; of one with matmuls, cycles of its matmul code over the MXU's floor.
+    """Format an instruction with its limits and, for matmuls, the cycles of its matmul code over the MXU's floor.
 
     >>> limits = {"us": 9.0, "mxu_us": 4.0, "hbm_us": 2.0, "matmul_us": 5.0}
     >>> part_line({"name": "x", "trips": 1, "bound": "bundles"} | limits)
@@ -169,7 +170,7 @@ HEADER = (
 
 
 def line(result: Modelled) -> str:
-    """A line of the table."""
+    """Format a line of the table."""
     macs = "" if result.useful_macs is None else f"{100 * result.useful_macs:.0f}%"
     rows = "" if result.useful_rows is None else f"{100 * result.useful_rows:.0f}%"
     copies = " / ".join(f"{us:.0f}" for us in result.modelled_us_by_descriptor_ns.values()) if result.row_copies else ""
@@ -179,7 +180,7 @@ def line(result: Modelled) -> str:
         f"{result.temp_bytes / 1e6:8.1f} {result.compile_seconds:9.1f}"
     )
     if result.unknown_branches:
-        text += f"  {result.unknown_branches} branches or copies hang on unknown data"
+        text += f"  {result.unknown_branches} branches or copies depend on unknown data"
     if result.missing:
         text += f"  without a schedule: {', '.join(result.missing)}"
     return text

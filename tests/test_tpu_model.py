@@ -200,7 +200,7 @@ def test_a_line_says_what_is_missing():
     compiled = Compiled(texts, {"balanced": []}, 1_000_000, 2.0, 3e-6)
     request = Request("v5e", "dense", "layer", "forward", "b16", "bfloat16")
     text = line(summarise(request, "balanced", cost_of(texts, []), compiled))
-    assert "2 branches or copies hang on unknown data" in text and "without a schedule: sort.2" in text
+    assert "2 branches or copies depend on unknown data" in text and "without a schedule: sort.2" in text
 
 
 def double(sizes, x):
@@ -220,7 +220,7 @@ def test_steering_operands_are_computed_and_nothing_else():
         return jax.jit(lambda sizes: double(sizes, huge @ huge))(sizes)
 
     (call,) = steering_operands(jax.make_jaxpr(program)(jnp.zeros(3, jnp.int32)), [jnp.array([0, 2, 2], jnp.int32)])
-    assert {index: values.tolist() for index, values in call.operands.items()} == {0: [1, 0, 2, 0]}
+    assert call[1] == {0: [1, 0, 2, 0]}
 
 
 def test_cycles_beside_matmuls():
