@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-# A program that takes longer than this is timed once.
+# A program that takes longer than this gets `slow` repetitions.
 SLOW_SECONDS = 5.0
 # On an accelerator: the least seconds of one timing, the seconds of warming up, and the bytes of all copies of the
 # arguments (more than twice the cache of an H200, which has 50 MB).
@@ -85,15 +85,15 @@ def compile_program(name: str, call: Callable[..., Any], arguments: tuple[Any, .
     return Program(name, compiled, arguments, last, seconds, temp, int(peak) + temp)
 
 
-def time_programs(programs: list[Program], repetitions: int, *, batched: bool = False) -> None:
-    """Fill `seconds` in rounds of all programs. Each round starts with another one. Slow ones run once.
+def time_programs(programs: list[Program], repetitions: int, slow: int = 1, *, batched: bool = False) -> None:
+    """Fill `seconds` in rounds of all programs. Each round starts with another one. Slow ones run `slow` rounds.
 
     Set `batched` on accelerators. After a KeyboardInterrupt, which passes through, the times so far stay.
     """
     count = {}
     for program in programs:
         first = program.run() if program.warm_up is None else program.warm_up
-        count[program.name] = 1 if first > SLOW_SECONDS else repetitions
+        count[program.name] = slow if first > SLOW_SECONDS else repetitions
     if batched:
         for program in programs:
             program.batch()
