@@ -1,6 +1,6 @@
-"""What a trained model can do, as numbers: embeddings, and the evaluators that make figures of them.
+"""Numbers that say how good a trained model is: embeddings, and evaluators that compute figures from them.
 
-What a person looks at is in `limoe.report`.
+Pictures for people are in `limoe.report`.
 """
 
 from limoe.evaluate import probe, retrieval, zero_shot

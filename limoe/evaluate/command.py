@@ -12,11 +12,11 @@ from limoe.evaluate.restore import restored_encoder
 
 
 def evaluate_run(folder: str, data: str, probe_data: str = "", *, say: Callable[[str], None]) -> dict[str, Any]:
-    """Evaluate a work folder's newest good checkpoint, dropless; a mapping with preset, step and all figures.
+    """Evaluate a work folder's newest good checkpoint, dropless. Returns a mapping with preset, step and all figures.
 
     `data` names shards (with classes.json for zero-shot classification); empty means the run's own evaluation data.
-    `probe_data` names labelled shards of the same classes, which a linear probe learns from; its figures are None
-    without. Nothing in the folder is changed. Raises CheckpointError without a checkpoint, and what reading raises.
+    `probe_data` names labelled shards of the same classes, from which a linear probe learns; without them its figures
+    are None. The folder is not changed. Raises CheckpointError without a checkpoint, and the errors of reading.
     """
     model = restored_encoder(folder)
     for message in model.skipped:
@@ -26,7 +26,7 @@ def evaluate_run(folder: str, data: str, probe_data: str = "", *, say: Callable[
 
 
 def evaluation_text(result: dict[str, Any]) -> str:
-    """The result for a terminal.
+    """Format the result for a terminal.
 
     >>> from limoe.evaluate.evaluator import no_figures
     >>> print(evaluation_text({"preset": "tiny", "step": 10, **no_figures()}))

@@ -1,4 +1,4 @@
-"""What a run is evaluated on: pairs in memory, what their shards say of them, and the files beside the shards."""
+"""Evaluation data: pairs in memory with their metadata, and the files beside the shards."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from limoe.data.source import Bad, Decoded, Source, open_source
 
 @dataclass(frozen=True)
 class Classes:
-    """Names of the candidate classes and the templates that make a sentence of a name."""
+    """Names of the candidate classes, and templates that turn a name into a sentence."""
 
     templates: tuple[str, ...]
     names: tuple[str, ...]
 
 
 class Pairs(NamedTuple):
-    """Decoded examples: uint8 images [N, H, W, 3], captions, and class labels [N] (-1 where an example has none)."""
+    """Decoded examples: uint8 images [N, H, W, 3], captions, and class labels [N] (-1 without a label)."""
 
     images: np.ndarray
     captions: tuple[str, ...]
     labels: np.ndarray
     image_ids: tuple[int | str | None, ...]
-    """The `image_id` of the metadata, None where there is none."""
+    """The `image_id` of the metadata; None without one."""
     num_bad: int
     first_bad: str
     """Key and reason of the first bad example, "" if there is none."""
 
 
 class Labelled(NamedTuple):
-    """Images with labels, the classes among which to choose, and where they come from."""
+    """Images with labels, the candidate classes, and the folder that they come from."""
 
     pairs: Pairs
     classes: Classes
@@ -49,28 +49,31 @@ class Labelled(NamedTuple):
 
 
 class Matched(NamedTuple):
-    """Pairs, and which of them hold the same image [N] or captions that are right for the same images [N]."""
+    """Pairs, each with the number of its image [N] and of its caption [N].
+
+    Equal image numbers mean the same image. Captions with equal numbers are right for the same images.
+    """
 
     pairs: Pairs
     image_id: np.ndarray
     caption_id: np.ndarray
     rule: str
-    """How that was decided, in words."""
+    """How the numbers were decided, in words."""
 
 
 class EvaluationData(NamedTuple):
-    """What is evaluated; None where there is no such data."""
+    """The data of an evaluation; a field is None if there is no such data."""
 
     zero_shot: Labelled | None
     retrieval: Matched | None
     probe: Labelled | None
-    """What a linear probe learns from; it is tested on the zero-shot images."""
+    """Data from which a linear probe learns; it is tested on the zero-shot images."""
     num_bad: int
-    """Examples that could not be read and are left out; those to learn from do not count."""
+    """Examples that could not be read and are left out, without those of `probe`."""
 
     @property
     def pairs(self) -> Pairs | None:
-        """Some images with captions, if there are any: for what needs no more than that."""
+        """Some images with captions, if there are any, for code that needs no more."""
         if self.retrieval is not None:
             return self.retrieval.pairs
         return None if self.zero_shot is None else self.zero_shot.pairs
@@ -79,8 +82,8 @@ class EvaluationData(NamedTuple):
 def read_evaluation_data(config: Config, folders: DataFolders, probe_folder: str = "") -> EvaluationData:
     """Read the evaluation shards into memory; bad examples are left out and counted.
 
-    Raises DataError if a folder has no usable example, if one in a folder with classes.json has no valid class, or if
-    there is a folder for a probe but none with classes.json.
+    Raises DataError if a folder has no usable example, if an example in a folder with classes.json has no valid class,
+    or if a probe has no evaluation folder with classes.json.
     """
     zero_shot = probe = None
     if folders.zero_shot:
@@ -101,10 +104,10 @@ def read_evaluation_data(config: Config, folders: DataFolders, probe_folder: str
 
 
 def match(pairs: Pairs, *, equal_captions_are_right: bool) -> Matched:
-    """Decide which pairs hold one image, and which captions are right for it.
+    """Decide which pairs show one image, and which captions are right for it.
 
-    Pairs with the same `image_id` hold one image; of those without, pairs with equal pictures do. The right captions
-    of an image are its own, and with `equal_captions_are_right` all that are equal to one of them.
+    Pairs with the same `image_id` show one image. Pairs without an id do if their pictures are equal. The right
+    captions of an image are its own; with `equal_captions_are_right` also all captions equal to one of them.
 
     >>> image = np.zeros((3, 1, 1, 3), np.uint8)
     >>> pairs = Pairs(image, ("a dog", "one dog", "a dog"), np.full(3, -1), (7, 7, 8), 0, "")
@@ -127,16 +130,16 @@ def match(pairs: Pairs, *, equal_captions_are_right: bool) -> Matched:
 
 
 def _numbered(values: Any) -> np.ndarray:
-    """The number of each value, in the order in which they first appear."""
+    """Number the values in the order in which they first appear."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(value, len(numbers)) for value in values])
 
 
 def equal_captions_are_right(folder: str | PathLike[str]) -> bool:
-    """What `retrieval.json` in an evaluation folder says of captions that are equal to one of another image.
+    """Read from `retrieval.json` whether a caption is right for every image that has an equal caption.
 
-    Its content is `{"equal_captions_are_right": true}`, for data whose captions describe all there is to see, so that
-    equal ones are right for either image. Without the file they are wrong. Raises DataError for another content.
+    The file holds `{"equal_captions_are_right": true}` if captions describe everything that an image shows. Without the
+    file such captions are wrong. Raises DataError for any other content.
     """
     path = join(folder, RETRIEVAL_FILE)
     if not files.is_folder(folder) or not files.exists(path):
@@ -150,9 +153,8 @@ def equal_captions_are_right(folder: str | PathLike[str]) -> bool:
 def read_classes(folder: str | PathLike[str]) -> Classes:
     """Reads `classes.json` of an evaluation folder: `{"templates": ["a photo of a {}"], "classes": ["red square"]}`.
 
-    Raises DataError, with the file and what to change, where the folder holds no such file, it is not JSON, a list is
-    absent or empty, a template has not exactly one `{}`, or two names are equal in lower case. Other keys are left
-    alone.
+    Raises DataError, which names the file and what to change, if the file is missing or is not JSON, a list is missing
+    or empty, a template does not have exactly one `{}`, or two names are equal in lower case. Other keys are ignored.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -229,7 +231,7 @@ def read_pairs(source: Source) -> Pairs:
 
 
 def _is_not(kind: Any, metadata: dict[str, Any], name: str) -> bool:
-    """Whether the metadata lacks such a value; true and false are no numbers, although Python counts them as such."""
+    """Say whether the metadata lacks a value of this type. A bool is not an integer here, although it is in Python."""
     value = metadata.get(name)
     return not isinstance(value, kind) or isinstance(value, bool)
 

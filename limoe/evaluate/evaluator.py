@@ -1,4 +1,4 @@
-"""What an evaluator is, and the table of them: their figures land in summary.json and in `limoe eval --json`."""
+"""Evaluators and the table of them. Their figures are in summary.json and in `limoe eval --json`."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ class Evaluator:
 
     name: str
     needs: tuple[str, ...]
-    """Fields of `EvaluationData` that must not be None; without one of them nothing is measured."""
+    """Fields of `EvaluationData` that must not be None; else nothing is measured."""
     measure: Callable[[Encoder, EvaluationData], Any]
     nothing: Any
-    """The figures where nothing is measured: a value of the same NamedTuple."""
+    """The figures if nothing is measured: a value of the same NamedTuple."""
     text: Callable[[Any], str]
-    """The figures in words for a terminal, in one or more lines."""
+    """Formats the figures for a terminal, in one or more lines."""
 
 
 _EVALUATORS: dict[str, Evaluator] = {}
 
 
 def register(evaluator: Evaluator) -> None:
-    """Add an evaluator to all evaluations of this program, also of a run at its end.
+    """Add an evaluator to all evaluations of this program, including the one at the end of a run.
 
-    Raises ValueError for a name, a field of data or a figure that is taken or not there.
+    Raises ValueError if its name or a figure's name is taken, or if a field that it needs does not exist.
     """
     if evaluator.name in _EVALUATORS:
         raise ValueError(f"there is an evaluator {evaluator.name!r} already; give this one another name")
@@ -46,7 +46,7 @@ def register(evaluator: Evaluator) -> None:
 
 
 def no_figures() -> dict[str, Any]:
-    """All figures, by name, of an evaluation without data."""
+    """Give all figures by name for an evaluation without data."""
     merged: dict[str, Any] = {}
     for evaluator in _EVALUATORS.values():
         merged |= evaluator.nothing._asdict()
@@ -54,7 +54,7 @@ def no_figures() -> dict[str, Any]:
 
 
 def evaluate(encoder: Encoder, data: EvaluationData) -> dict[str, Any]:
-    """The figures of all evaluators, by name: the same names whatever data there are."""
+    """Compute the figures of all evaluators by name. The names do not depend on the data."""
     figures = no_figures() | {"evaluation_bad_examples": data.num_bad}
     for evaluator in _EVALUATORS.values():
         if all(getattr(data, name) is not None for name in evaluator.needs):
@@ -63,7 +63,7 @@ def evaluate(encoder: Encoder, data: EvaluationData) -> dict[str, Any]:
 
 
 def in_words(figures: dict[str, Any]) -> list[str]:
-    """A line or more for each evaluator that has measured something."""
+    """Format one or more lines for each evaluator that has measured something."""
     lines = []
     for evaluator in _EVALUATORS.values():
         found = type(evaluator.nothing)(**{name: figures[name] for name in evaluator.nothing._fields})

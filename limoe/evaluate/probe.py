@@ -1,4 +1,4 @@
-"""A linear probe: classes read off the frozen image representation by a map that few images teach (paper section 7)."""
+"""A linear probe: a linear map, learned from few images, from frozen features to classes (paper, section 7)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from limoe.evaluate.embeddings import check_width, checked, checked_labels
 from limoe.evaluate.encode import Encoder
 from limoe.evaluate.evaluator import Evaluator
 
-# Training images of a class in the linear probe (paper, section 7).
+# Training images for each class (paper, section 7).
 PROBE_SHOTS = 10
 
 
 class Probe(NamedTuple):
-    """k-shot probe: share of the test images whose class the linear map finds."""
+    """Result of a k-shot probe: the share of test images whose class the linear map finds."""
 
     top1: float
     chance: float
@@ -25,7 +25,7 @@ class Probe(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What the probe adds to a summary; None without data to learn from."""
+    """Figures of the probe in a summary; None without training data."""
 
     probe_top1: float | None = None
     probe_chance: float | None = None
@@ -42,12 +42,12 @@ def ridge_probe(
     ridge: float = 1.0,
     seed: int = 0,
 ) -> Probe:
-    """Closed-form ridge regression of frozen features [N, D] onto one-hot targets, `shots` a class (paper section 7).
+    """Fit frozen features [N, D] to one-hot targets by ridge regression, `shots` examples of each class (section 7).
 
     Q is the largest training label + 1. Features and targets are centred by their training mean, which is an intercept
-    without penalty: W = (X'X + a I)^-1 X'Y with a = `ridge` times the mean eigenvalue of X'X, so that the scale of the
-    features does not matter. `seed` chooses which examples of a class are taken. Ties count as in `zero_shot`.
-    Raises ValueError on shapes or labels that do not fit, or a class with fewer than `shots` training examples.
+    without penalty. W = (X'X + a I)^-1 X'Y, where a is `ridge` times the mean eigenvalue of X'X; so the scale of the
+    features does not matter. `seed` chooses the examples of each class. Ties count as in `zero_shot`. Raises ValueError
+    for shapes or labels that do not fit, and for a class with fewer than `shots` training examples.
 
     >>> features, label = np.array([[0.0], [0.1], [1.0], [1.1]]), np.array([0, 0, 1, 1])
     >>> ridge_probe(features, label, np.array([[0.2], [0.9]]), np.array([0, 1]), shots=2)
@@ -75,7 +75,7 @@ def ridge_probe(
     mean = train[chosen].mean(axis=0)
     x, y = train[chosen] - mean, targets - targets.mean(axis=0)
     penalty = max(ridge * float(np.sum(x * x)) / x.shape[1], np.finfo(np.float64).tiny)
-    # The dual form is the same map with a matrix of the number of examples, which is smaller for wide features.
+    # The dual form gives the same map. Its matrix has one row for each example, which is smaller for wide features.
     if len(x) < x.shape[1]:
         weight = x.T @ np.linalg.solve(x @ x.T + penalty * np.eye(len(x)), y)
     else:
@@ -87,9 +87,9 @@ def ridge_probe(
 
 
 def _measure(encoder: Encoder, data: EvaluationData) -> Figures:
-    """`PROBE_SHOTS` shots of the image representation before its projection, tested on the zero-shot images.
+    """Fit a probe to `PROBE_SHOTS` images of each class, before the projection, and test it on the zero-shot images.
 
-    Raises DataError where the shards to learn from lack examples of a class.
+    Raises DataError if the training shards have too few examples of a class.
     """
     assert data.zero_shot is not None and data.probe is not None
     shots, test, names = data.probe.pairs, data.zero_shot.pairs, data.zero_shot.classes.names

@@ -1,4 +1,4 @@
-"""Retrieval: the captions of an image among all captions, and the image of a caption among all images (section 7)."""
+"""Retrieval: find the captions of an image among all captions, and the image of a caption among all (section 7)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from limoe.evaluate.evaluator import Evaluator
 
 
 class Retrieval(NamedTuple):
-    """Recall at 1, 5 and 10: share of the queries with a right answer among the first k candidates."""
+    """Recall at k = 1, 5 and 10: the share of queries with a right answer among the first k candidates."""
 
     image_to_text_r1: float
     image_to_text_r5: float
@@ -24,7 +24,7 @@ class Retrieval(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What retrieval adds to a summary; None without data."""
+    """Figures of retrieval in a summary; None without data."""
 
     image_to_text_r1: float | None = None
     image_to_text_r5: float | None = None
@@ -35,18 +35,17 @@ class Figures(NamedTuple):
     retrieval_pairs: int = 0
     retrieval_images: int = 0
     retrieval_rule: str | None = None
-    """Which pairs are one image, and which captions are right for it."""
+    """How images were identified, and which captions are right for them."""
 
 
 def retrieval(image: np.ndarray, text: np.ndarray, caption_id: np.ndarray, image_id: np.ndarray) -> Retrieval:
-    """Recall both ways over N pairs of embeddings `image` and `text` [N, P], as COCO counts it (paper section 7).
+    """Compute recall both ways over N pairs of embeddings `image` and `text` [N, P], as COCO counts it (section 7).
 
     Row i pairs the image `image_id[i]` with the caption `caption_id[i]` (any integers). Rows with the same `image_id`
-    are one image with several captions: one query and one candidate, its embedding taken from the first of them. Rows
-    with the same `caption_id` have equal captions: every one is a right answer for each of their images, and each of
-    their images for every one of them. A wrong candidate that scores as high as the best right one is put before it.
-    Scores are computed in blocks, never as a whole N x N matrix.
-    Raises ValueError on shapes that do not fit, no pairs, or values that are not finite.
+    are one image with several captions. It is one query and one candidate, with the embedding of its first row. Rows
+    with the same `caption_id` have equal captions; each of these captions is right for each of their images. A wrong
+    candidate that scores as high as the best right one ranks before it. Scores are computed in blocks, never as a whole
+    N x N matrix. Raises ValueError for shapes that do not fit, no pairs, or values that are not finite.
 
     >>> eye = np.eye(3)
     >>> result = retrieval(eye[[0, 0, 1, 2]], eye[[0, 2, 1, 2]], np.array([0, 1, 2, 3]), np.array([0, 0, 1, 2]))
@@ -76,7 +75,7 @@ def _rank_of_best(
     pair_query_key: np.ndarray,
     pair_candidate_key: np.ndarray,
 ) -> np.ndarray:
-    """Number of wrong candidates that score at least as high as the best right one, for every query.
+    """Count for every query the wrong candidates that score at least as high as the best right one.
 
     Candidate j is right for query i if some pair holds both their keys. Keys count from 0.
     """

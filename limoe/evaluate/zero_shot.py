@@ -1,4 +1,4 @@
-"""Zero-shot classification: an image is of the class whose prompts are nearest to it (paper section 7)."""
+"""Zero-shot classification: an image gets the class whose prompts are nearest to it (paper, section 7)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from limoe.evaluate.evaluator import Evaluator
 
 
 class ZeroShot(NamedTuple):
-    """Zero-shot classification: shares of the images, and who was taken for whom."""
+    """Result of zero-shot classification: shares of the images, and the confusion matrix."""
 
     top1: float
     top5: float
     chance: float
-    confusion: np.ndarray  # [Q, Q] int64: images of the row's class that were taken for the column's class
+    confusion: np.ndarray  # [Q, Q] int64: number of images of the row's class that got the column's class
 
 
 class Figures(NamedTuple):
-    """What zero-shot classification adds to a summary; None without data."""
+    """Figures of zero-shot classification in a summary; None without data."""
 
     zero_shot_top1: float | None = None
     zero_shot_top5: float | None = None
@@ -31,7 +31,7 @@ class Figures(NamedTuple):
 
 
 def prompts(classes: Classes) -> tuple[str, ...]:
-    """Lower-cased sentences of all classes: all templates of class 0, then all of class 1, and so on (paper section 7).
+    """Make the lower-case sentences of all classes: all templates of class 0, then of class 1, and so on (section 7).
 
     >>> prompts(Classes(("a {}", "A photo of a {}."), ("Cat", "dog")))
     ('a cat', 'a photo of a cat.', 'a dog', 'a photo of a dog.')
@@ -42,7 +42,7 @@ def prompts(classes: Classes) -> tuple[str, ...]:
 def class_embeddings(text_embedding: np.ndarray, *, num_templates: int) -> np.ndarray:
     """Averages the embeddings [Q * num_templates, P] of `prompts` over the templates and L2-normalises: [Q, P] float32.
 
-    Raises ValueError where the rows are no multiple of `num_templates` or not finite (paper section 7).
+    Raises ValueError if the number of rows is not a multiple of `num_templates`, or a value is not finite (section 7).
 
     >>> class_embeddings(np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [0.0, 4.0]]), num_templates=2).round(3)
     array([[0.707, 0.707],
@@ -56,18 +56,17 @@ def class_embeddings(text_embedding: np.ndarray, *, num_templates: int) -> np.nd
         )
     mean = embedding.reshape(-1, num_templates, embedding.shape[1]).mean(axis=1)
     norm = np.linalg.norm(mean, axis=1, keepdims=True)
-    # Prompts that cancel out leave the zero vector and not NaN.
+    # If prompts cancel out, the result is the zero vector, not NaN.
     return (mean / np.maximum(norm, np.finfo(np.float32).tiny)).astype(np.float32)
 
 
 def zero_shot(image: np.ndarray, classes: np.ndarray, label: np.ndarray) -> ZeroShot:
     """Classifies image embeddings [N, P] by the largest dot product with class embeddings [Q, P].
 
-    `label` [N] is the right class of every image (paper section 7).
-    A class that scores as high as the right one is put before it, so a tie is an error. `confusion` follows the same
-    rule (among wrong classes with equal scores the lowest index): its diagonal sums to `top1 * N`. Up to five
-    classes `top5` is 1.
-    Raises ValueError on shapes that do not fit, labels outside 0 to Q - 1, no images, or values that are not finite.
+    `label` [N] is the right class of every image (paper, section 7). A class that scores as high as the right one ranks
+    before it, so a tie is an error. `confusion` follows the same rule; among wrong classes with equal scores it takes
+    the lowest index. Its diagonal sums to `top1 * N`. With at most five classes `top5` is 1. Raises ValueError for
+    shapes that do not fit, labels outside 0 to Q - 1, no images, or values that are not finite.
 
     >>> result = zero_shot(np.eye(3)[[0, 1, 2, 2]], np.eye(3), np.array([0, 1, 2, 0]))
     >>> result.top1, round(result.chance, 3), result.confusion.tolist()
@@ -93,19 +92,19 @@ def zero_shot(image: np.ndarray, classes: np.ndarray, label: np.ndarray) -> Zero
 
 
 def probability(encoder: Encoder, data: Labelled, images: np.ndarray) -> np.ndarray:
-    """Softmax over classes [N, Q] of scaled similarities: how sure the model is of each class."""
+    """Compute the softmax over classes [N, Q] of scaled similarities: how sure the model is of each class."""
     logits = encoder.scale * encoder.images(images) @ _of_classes(encoder, data.classes).T
     exponential = np.exp(logits - logits.max(axis=1, keepdims=True))
     return exponential / exponential.sum(axis=1, keepdims=True)
 
 
 def of_images(encoder: Encoder, data: Labelled) -> ZeroShot:
-    """Zero-shot classification of all images of a data set."""
+    """Classify all images of a data set."""
     return zero_shot(encoder.images(data.pairs.images), _of_classes(encoder, data.classes), data.pairs.labels)
 
 
 def _of_classes(encoder: Encoder, classes: Classes) -> np.ndarray:
-    """One embedding [Q, P] for each class, from all its prompts."""
+    """Compute one embedding for each class from all its prompts, [Q, P]."""
     return class_embeddings(encoder.texts(prompts(classes)), num_templates=len(classes.templates))
 
 

@@ -6,13 +6,13 @@ A committed checkpoint is a folder `step_00001234` that holds
     contents.json    the step, and name, shape and dtype of every array
     digests.json     size and SHA-256 of every other file
 
-It is written under another name (`.partial-...`), every file and folder in it is synced to the disk, and then it is
-renamed: a folder with the final name is complete, whenever the process or the machine stopped.
+It is written under another name (`.partial-...`). Then every file and folder in it is synced to disk, and the folder is
+renamed. So a folder with the final name is complete, even if the process or the machine stopped.
 
-Orbax's AsyncCheckpointer copies the arrays to the host and writes them, each process its own parts, while training goes
-on. Its CheckpointManager is not used: it gives a checkpoint its final name in one process and has no place before that
-where every process could digest what it wrote; it also deletes what it takes for broken, where a damaged checkpoint
-here is skipped and kept. An array is stored whole, so it can be read into any other split over devices.
+Orbax's AsyncCheckpointer copies the arrays to the host and writes them while training continues; each process writes
+its own parts. Orbax's CheckpointManager does not fit: it renames a checkpoint before every process can digest what it
+wrote, and it deletes checkpoints that it takes for broken; here a damaged one is skipped and kept. Arrays are stored
+whole, so they can be read into any other sharding.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _numbers_of_saves = itertools.count()  # the same in every process
 
 
 class Restored(NamedTuple):
-    """What `Checkpoints.restore` found: the step, the state, and one message for each damaged checkpoint skipped."""
+    """What `Checkpoints.restore` found: the step, the state, and a message for each damaged checkpoint."""
 
     step: int
     state: Any
@@ -56,7 +56,7 @@ class Restored(NamedTuple):
 
 
 def _is_not_orbax_chatter(record: logging.LogRecord) -> bool:
-    # Orbax logs some twenty INFO lines a save, and with each failure a traceback of what it raises anyway.
+    # Orbax logs some twenty INFO lines at each save, and tracebacks of errors that it raises anyway.
     return record.levelno == logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
@@ -67,9 +67,9 @@ class Checkpoints:
     """The checkpoints of one run, in one folder.
 
     Args:
-      folder: where they lie; created if absent, left-overs of killed runs in it are removed.
-      keep: how many committed checkpoints stay; an older one is removed only after a newer one is committed.
-      read_only: for looking at a run that may still be going on: nothing is created, removed or renamed.
+      folder: the folder; created if absent. What killed runs left half-written in it is removed.
+      keep: number of committed checkpoints to keep; an older one is removed only after a newer one is committed.
+      read_only: for reading a run that may still be going on; nothing is created, removed or renamed.
 
     Only one process may have a folder open for writing; `limoe.workdir.folder.Workdir` holds the lock.
 
@@ -89,7 +89,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, keep: int = 2, *, read_only: bool = False) -> None:
         if keep < 1:
-            raise ValueError(f"keep={keep}: at least one checkpoint has to stay; use 1 or more")
+            raise ValueError(f"keep={keep}: at least one checkpoint must be kept; use 1 or more")
         self.folder = Path(folder).absolute()
         self._keep = keep
         self._read_only = read_only
@@ -108,29 +108,29 @@ class Checkpoints:
             ) from error
 
     def steps(self) -> tuple[int, ...]:
-        """The steps of the committed checkpoints, oldest first; whether they are sound only `restore` knows."""
+        """The steps of the committed checkpoints, oldest first. Only `restore` finds out which are undamaged."""
         if not self.folder.is_dir():
             return ()
         names = (_STEP_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return tuple(sorted(int(name[1]) for name in names if name))
 
     def save(self, step: int, state: object) -> None:
-        """Copies the state to the host and starts to write it; the arrays may be donated as soon as this returns.
+        """Copies the state to the host and starts to write it. The arrays may be donated as soon as this returns.
 
-        Waits for the write before it. Saving the step that was saved or restored last does nothing.
+        Waits for the previous write. Saving the step that was saved or restored last does nothing.
 
         Args:
-          step: the number of steps that led to this state.
-          state: a pytree of JAX arrays of any shape and any dtype but PRNG keys (`jax.random.key_data` makes arrays).
+          step: the number of finished steps.
+          state: a pytree of JAX arrays of any shape and dtype except PRNG keys (`jax.random.key_data` converts them).
 
         Raises:
-          ValueError: a negative step, or a leaf that would not come back as it is.
-          CheckpointError: the write before this one failed, or the folder holds this step or a later one.
+          ValueError: a negative step, or a leaf that would not be restored as it is.
+          CheckpointError: the previous write failed, or the folder holds this step or a later one.
         """
         if self._read_only:
             raise ValueError(f"{self.folder} was opened with read_only=True; open it without to save")
         if step < 0:
-            raise ValueError(f"step={step}: the number of a step is not negative")
+            raise ValueError(f"step={step}: a step must not be negative")
         leaves = _named_leaves(state)
         for name, leaf in leaves.items():
             _check_leaf(name, leaf)
@@ -140,7 +140,7 @@ class Checkpoints:
         present = self.steps()
         if present and present[-1] >= step:
             raise CheckpointError(
-                f"{self.folder} already holds step {present[-1]}, so step {step} cannot be saved in it; "
+                f"{self.folder} already holds step {present[-1]}, so it cannot take step {step}; "
                 "restore that checkpoint first, or use another folder"
             )
         partial = self._partial_path(step)
@@ -152,17 +152,17 @@ class Checkpoints:
         except Exception as error:
             raise self._failed_write(step, leaves, error) from error
         shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
-        # Not a daemon, because stopped inside native code it could crash the end of the program.
+        # Not a daemon thread: one that is stopped inside native code could crash the end of the program.
         self._writer = threading.Thread(target=self._finish_in_background, args=(step, shapes, writing))
         self._writer.start()
 
     def wait(self) -> None:
-        """Waits until the last save is on the disk; the end of a `with` block does too.
+        """Waits until the last save is on disk. The end of a `with` block waits too.
 
-        A program that ends without it may lose that save (Python starts no threads while it ends), and only that one.
+        A program that ends without waiting may lose the last save, because Python starts no threads while it ends.
 
         Raises:
-          CheckpointError: that save failed; the checkpoints before it are as they were.
+          CheckpointError: that save failed; earlier checkpoints are unchanged.
         """
         if self._writer is not None:
             self._writer.join()
@@ -172,19 +172,18 @@ class Checkpoints:
             raise failure
 
     def restore(self, abstract_state: Any, *, part: bool = False, step: int | None = None) -> Restored | None:
-        """Reads the newest sound checkpoint, or returns None if there has never been one.
+        """Reads the newest undamaged checkpoint; returns None if there has never been a checkpoint.
 
-        A checkpoint with a missing, cut or changed file is skipped and, once an older one has been read, renamed to
-        `step_....damaged`, so that its step can be saved again; nothing is deleted.
+        A checkpoint with a missing, truncated or changed file is skipped. Once an older one has been read, the damaged
+        one is renamed to `step_....damaged`, and its step can be saved again. Nothing is deleted.
 
         Args:
-          abstract_state: the tree to restore into, of `jax.ShapeDtypeStruct` (or arrays); its shardings are used.
-          part: the checkpoint may hold more arrays, which are not read; else that is refused.
-          step: the one to read; the newest sound one if not given.
+          abstract_state: the tree to restore into: `jax.ShapeDtypeStruct`s (or arrays) with their shardings.
+          part: allow more arrays in the checkpoint, which are then not read; by default that is refused.
+          step: the checkpoint to read, instead of the newest undamaged one.
 
         Raises:
-          CheckpointError: there are checkpoints but all are damaged, the sound one has other arrays, or none is of
-            this step.
+          CheckpointError: all checkpoints are damaged, the undamaged one has other arrays, or there is none of `step`.
         """
         self.wait()
         if step is not None and step not in self.steps():
@@ -211,7 +210,7 @@ class Checkpoints:
         return None
 
     def _steps_from_newest(self) -> Iterator[int]:
-        """The committed steps that the first process sees, for all."""
+        """List the committed steps, newest first, as the first process sees them."""
         steps = list(self.steps())
         while (step := from_first(steps.pop() if steps else _NONE)) != _NONE:
             yield step
@@ -227,7 +226,7 @@ class Checkpoints:
         except CheckpointError as failure:
             if error is None:
                 raise
-            error.add_note(str(failure))  # what ended the block is the news
+            error.add_note(str(failure))  # the error that ended the block comes first
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
@@ -236,7 +235,7 @@ class Checkpoints:
         return self.folder / f"{_PARTIAL}{self._path(step).name}"
 
     def _finish_in_background(self, step: int, shapes: dict[str, Any], writing: ocp.AsyncCheckpointer) -> None:
-        """Wait for Orbax, seal, commit, and remove what is too old; a failure is for the caller of save or wait."""
+        """Wait for Orbax, seal, commit, and remove old checkpoints. The next `save` or `wait` raises its error."""
         try:
             self._commit(step, shapes, writing)
             self._newest = step
@@ -245,7 +244,7 @@ class Checkpoints:
         except CheckpointError as error:
             self._failure = error
         except Exception as error:
-            # Whatever went wrong: Orbax has many types for a full disk.
+            # Any exception: Orbax has many types for a full disk.
             self._failure = self._failed_write(step, shapes, error)
             self._failure.__cause__ = error
 
@@ -263,7 +262,7 @@ class Checkpoints:
             seal.sync(self.folder)
 
     def _failed_write(self, step: int, leaves: dict[str, Any], error: Exception) -> CheckpointError:
-        """What to say of it; what is half written goes."""
+        """Remove the half-written checkpoint and make the error."""
         if is_first():
             shutil.rmtree(self._partial_path(step), ignore_errors=True)
         before = self.steps()
@@ -277,7 +276,8 @@ class Checkpoints:
     def _remove_old(self) -> None:
         try:
             for old in self.steps()[: -self._keep]:
-                # Renamed first: killed in the middle of a removal, it would look like a damaged checkpoint.
+                # Rename it first: if the process is killed during the removal, the rest must not look like a damaged
+                # checkpoint.
                 self._path(old).rename(self._partial_path(old))
                 shutil.rmtree(self._partial_path(old))
         except OSError as error:
@@ -288,10 +288,10 @@ class Checkpoints:
 
 
 def _start_to_write(partial: Path, leaves: dict[str, jax.Array]) -> ocp.AsyncCheckpointer:
-    """Copy the arrays to the host and begin to write them; it is done when what is returned is closed."""
+    """Copy the arrays to the host and start to write them. Closing the returned checkpointer finishes the write."""
     some = {name: leaf for name, leaf in leaves.items() if leaf.size}  # Orbax refuses arrays without elements
     if jax.default_backend() == "cpu":
-        # There the host's copy is a view, and an array that is viewed cannot be donated.
+        # On that platform the host's copy is a view, and an array with a view cannot be donated.
         some = jax.tree.map(jnp.copy, some)
     writing = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
     writing.save(partial / _STATE, ocp.args.PyTreeSave(some))
@@ -299,7 +299,7 @@ def _start_to_write(partial: Path, leaves: dict[str, jax.Array]) -> ocp.AsyncChe
 
 
 def _named_leaves(tree: object) -> dict[str, Any]:
-    """The leaves under their paths, such as `params/blocks/0/kernel`."""
+    """Map paths such as `params/blocks/0/kernel` to leaves."""
     paths = [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -307,7 +307,7 @@ def _named_leaves(tree: object) -> dict[str, Any]:
     leaves = dict(paths)
     if not leaves or len(leaves) < len(paths):
         raise ValueError(
-            f"a checkpoint needs at least one array and a name of its own for each, but the tree has {len(paths)} "
+            f"a checkpoint needs at least one array and a different name for each, but the tree has {len(paths)} "
             f"leaves with {len(leaves)} names; avoid dictionary keys with '/'"
         )
     return leaves
@@ -319,17 +319,18 @@ def _check_leaf(name: str, leaf: object) -> None:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise ValueError(f"{name!r} in the state is a PRNG key; save jax.random.key_data of it")
     if leaf.weak_type:
-        # It would come back strongly typed: other promotions, another compiled step, other bits than without a stop.
+        # It would be restored with a strong type. Then promotions, the compiled step and the bits of the result would
+        # change.
         raise ValueError(
-            f"{name!r} in the state is weakly typed; give its dtype where it is made, as in jnp.float32(1)"
+            f"{name!r} in the state is weakly typed; give it a dtype where it is created, as in jnp.float32(1)"
         )
 
 
 def _read(folder: Path, step: int, abstract_state: Any, *, part: bool) -> Any:
-    """The state in a checkpoint whose digests are right, each array where its sharding has it."""
+    """Read the state from a checkpoint whose digests match, each array with its sharding."""
     contents = json.loads((folder / seal.CONTENTS).read_text())
     if contents["step"] != step:
-        raise CheckpointError(f"{folder} holds step {contents['step']}; give the folder its own name again")
+        raise CheckpointError(f"{folder} holds step {contents['step']}; give the folder its original name")
     stored = {name: f"{facts['dtype']}{facts['shape']}" for name, facts in contents["arrays"].items()}
     abstract = _named_leaves(abstract_state)
     wanted = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in abstract.items()}
@@ -371,7 +372,7 @@ def _refuse_other_arrays(folder: Path, stored: dict[str, str], wanted: dict[str,
     others = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
     raise CheckpointError(
         f"checkpoint {folder} was written by another model or optimiser ({listed}{others}); "
-        "use the settings it was written with, or another work folder"
+        "use the settings that it was written with, or another work folder"
     )
 
 

@@ -1,14 +1,14 @@
-"""The work folder of a training run: whose it is, where its files lie, and its log of metrics.
+"""The work folder of a training run: its settings, its lock and its files.
 
-    config.json      the settings; only those that do not change the result may change on the way (`_MAY_CHANGE`)
-    metrics.jsonl    one JSON object a step
+    config.json      the settings; only those that do not affect the result may change later (`_MAY_CHANGE`)
+    metrics.jsonl    one JSON object for each step
     checkpoints/     see `limoe.workdir.checkpoint`
     tokenizer.model  the tokenizer of the run
     figures/         pictures
     summary.json     written last: the run is finished when it is there
     .lock            held by the run that uses the folder, freed by the system however that run ends
 
-A folder is taken when it is empty or has a config.json; one that holds only other files is left alone.
+A run accepts a folder that is empty or has a config.json; it refuses one that holds only other files.
 """
 
 import fcntl
@@ -29,19 +29,19 @@ _SUMMARY = "summary.json"
 _TOKENIZER = "tokenizer.model"
 _FIGURES = "figures"
 _LOCK = ".lock"
-# Settings, as patterns, that neither the result nor what a checkpoint holds depends on: they may change on the way.
+# Patterns of settings that affect neither the result nor a checkpoint's content: they may change during a run.
 _MAY_CHANGE = (
     *("mesh.*", "data.threads", "data.cache_dir", "data.max_bad_share", "train.checkpoint_every"),
     *("train.checkpoints_kept", "train.log_every", "train.routing_every", "train.evaluate_every"),
 )
-# Data may have moved from one folder to another.
+# Data may have been moved to another folder.
 _FOLDERS = ("data.shards", "data.eval_shards")
-# What `files.atomic_writer` leaves behind when it is killed.
+# Files that a killed `files.atomic_writer` leaves.
 _LEFTOVERS = tuple(f".{name}.*.tmp" for name in (_CONFIG, _METRICS, _SUMMARY, _TOKENIZER))
 
 
 class WorkdirError(LimoeError, RuntimeError):
-    """The work folder cannot be used as asked; the message says why, and what to do."""
+    """The work folder cannot be used. The message says why, and what to do."""
 
 
 class Workdir:
@@ -57,21 +57,20 @@ class Workdir:
     def __init__(self, path: Path, config: Config, lock: int | None) -> None:
         self.path = path
         self.config = config
-        self.changes: tuple[str, ...] = ()  # what the run goes on with that it did not begin with, in words
+        self.changes: tuple[str, ...] = ()  # settings that changed since the run began, in words
         self._lock = lock
 
     @classmethod
     def open(cls, path: str | Path, config: Config) -> "Workdir":
-        """Takes the folder for a run with these settings: a new one is made, one of the same settings is continued.
+        """Opens a folder for a run with these settings: makes a new one, or continues one with the same settings.
 
-        Settings that do not change the result may be others than those that are there; they are written down and
-        listed in `changes`. The folder stays locked until `close`, the end of a `with` block, or the end of the
-        process.
+        Settings that do not affect the result may differ from the folder's; the new values are written to it and listed
+        in `changes`. The folder stays locked until `close`, the end of a `with` block, or the end of the process.
 
         Raises:
-          WorkdirError: it holds something else, was made with other settings or by limoe 0.1.0, or another run is using
-            it.
-          limoe.data.files.StorageError: it cannot be written (full disk, permissions).
+          WorkdirError: the folder holds something else, was made with other settings or by limoe 0.1.0, or another run
+          is using it.
+          limoe.data.files.StorageError: the folder cannot be written (full disk, permissions).
         """
         folder = Path(path).absolute()
         _refuse_foreign(folder)
@@ -95,7 +94,7 @@ class Workdir:
 
     @classmethod
     def existing(cls, path: str | Path) -> "Workdir":
-        """Looks at the folder of a run, which may be going on: nothing is made, changed or locked.
+        """Opens the folder of a run to read it. The run may be going on: nothing is created, changed or locked.
 
         Raises:
           WorkdirError: there is no work folder, or its config.json cannot be used.
@@ -132,13 +131,13 @@ class Workdir:
 
     @property
     def finished(self) -> bool:
-        """Whether the run in this folder came to its end: its summary is there."""
+        """Whether the run in this folder has finished: it has a summary."""
         return files.exists(self.summary)
 
     def discard_unstarted(self) -> bool:
-        """Removes what a run wrote that ended before its first step, so that other settings may have the folder.
+        """Removes the files of a run that ended before its first step, to free the folder for other settings.
 
-        A run that has logged a step or saved a checkpoint keeps everything, and gets False.
+        Returns False, and removes nothing, if the run has logged a step or saved a checkpoint.
         """
         started = files.exists(self.metrics) and self.metrics.stat().st_size
         if started or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
@@ -151,14 +150,14 @@ class Workdir:
         return True
 
     def _accept_changes(self, there: Config) -> tuple[str, ...]:
-        """What differs from the settings that are there, in words; WorkdirError if it would change the result."""
+        """Describe how settings differ from the folder's. Raises WorkdirError if that would change the result."""
         here = self.config
         names = differences(there, here)
         moved = [name for name in _FOLDERS if name in names and value_of(there, name) and value_of(here, name)]
         longer = ["train.steps"] * self._may_grow(there)
         free = (*_MAY_CHANGE, *moved, *longer)
         if refused := [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in free)]:
-            advice = "; train.steps may grow only while the newest checkpoint lies before the cool-down"
+            advice = "; train.steps may grow only while the newest checkpoint is from before the cool-down"
             raise WorkdirError(
                 f"{self.path} was made with other settings: {both_values(refused, there, here, 'there', 'now')}"
                 f"{advice * ('train.steps' in refused)}; continue it with its own settings, or start a new run with "
@@ -170,9 +169,9 @@ class Workdir:
         return (f"changed settings: {both_values(names, there, here, 'before', 'now')}{unchecked}",)
 
     def _may_grow(self, there: Config) -> bool:
-        """Whether the steps done so far are those of a longer run too: the cool-down has touched no learning rate."""
+        """Say whether a longer run would have taken the same steps so far: no learning rate was in the cool-down."""
         saved = Checkpoints(self.checkpoints, read_only=True).steps()
-        # Update n has its full rate up to N + 1 - Q, see `limoe.train.optim.make_schedule`.
+        # Update n has its full rate up to n = N + 1 - Q, see `limoe.train.optim.make_schedule`.
         done, full = saved[-1] if saved else 0, there.train.steps + 1 - there.optimizer.cooldown_steps
         return not self.finished and self.config.train.steps > there.train.steps and done <= full
 
@@ -184,7 +183,7 @@ class Workdir:
             )
 
     def close(self) -> None:
-        """Frees the folder for another run; a second call does nothing."""
+        """Unlocks the folder for another run. A second call does nothing."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -223,7 +222,7 @@ def _take_lock(folder: Path) -> int:
         os.close(descriptor)
         raise WorkdirError(
             f"another run (process {holder or 'unknown'}) is using {folder}; "
-            "wait for its end, stop it, or give another folder with --workdir=DIR"
+            "wait until it ends, stop it, or give another folder with --workdir=DIR"
         ) from error
     except OSError as error:
         os.close(descriptor)

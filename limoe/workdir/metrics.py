@@ -1,4 +1,4 @@
-"""The log of a run: one line of JSON a step."""
+"""The log of a run: one line of JSON for each step."""
 
 import bisect
 import json
@@ -17,17 +17,16 @@ _COMPACT = (",", ":")
 
 
 class MetricsLog:
-    """Appends one line of JSON a step to a file, so that after any number of stops each step is there exactly once.
+    """Appends one line of JSON for each step to a file. However often a run stops, the file has each step exactly once.
 
-    A line is handed to the system whole before `append` returns, so a killed process loses none; `sync` before a
-    checkpoint is saved keeps them through a loss of power too. A half-written last line is removed when the file is
-    opened. Only the end of the file is read then, and little more by `truncate_after`, however long the log is. Figures
-    may be numbers, NumPy or JAX arrays, texts, None, and lists, mappings and NamedTuples of them; as JSON has neither
-    NaN nor infinity, a figure that is not finite is written as null. A float32 has the fewest digits that tell it
-    from all others.
+    `append` writes a whole line before it returns, so a killed process loses none. `sync` before a checkpoint also
+    protects lines against a loss of power. Opening the file removes a half-written last line. It reads only the end of
+    the file, and `truncate_after` little more, however long the log is. Figures may be numbers, NumPy or JAX arrays,
+    texts, None, and lists, mappings and NamedTuples of them. JSON has neither NaN nor infinity: figures that are not
+    finite become null. A float32 is written with the fewest digits that identify it.
 
     Raises:
-      WorkdirError: the last whole line is not one of this log.
+      WorkdirError: the last whole line is not a line of this log.
       limoe.data.files.StorageError: the file cannot be written (full disk, permissions).
 
     >>> import tempfile
@@ -56,18 +55,18 @@ class MetricsLog:
         """Writes the figures of a step.
 
         Raises:
-          ValueError: the step is not later than the last one in the file, or a figure is no value of JSON.
-          limoe.data.files.StorageError: the disk is full; the file is as it was before.
+          ValueError: the step is not later than the last one in the file, or JSON cannot hold a figure.
+          limoe.data.files.StorageError: the disk is full; the file is unchanged.
         """
         if self.last_step is not None and step <= self.last_step:
             raise ValueError(
                 f"{self.path} already holds step {self.last_step}, so step {step} cannot follow; use truncate_after"
             )
         if "step" in figures:
-            raise ValueError("the figures have one named 'step'; that name is the log's own")
+            raise ValueError("a figure is named 'step'; the log uses that name itself")
         record = _plain({"step": step, **figures}, "figures")
         line = (json.dumps(record, allow_nan=False, separators=_COMPACT) + "\n").encode()
-        # Unbuffered and opened for each line: no buffer whose rest a failed write would leave to be written later.
+        # Unbuffered and opened for each line: after a failed write, no buffer may write its rest later.
         with files.explained("write", self.path), open(self.path, "ab", buffering=0) as file:
             start = file.seek(0, os.SEEK_END)
             rest = memoryview(line)
@@ -80,15 +79,15 @@ class MetricsLog:
         self.last = record
 
     def truncate_after(self, step: int) -> None:
-        """Removes the lines of all steps after this one; for going on from the checkpoint of that step.
+        """Removes the lines of all later steps, to continue from the checkpoint of this step.
 
-        Killed at any moment, the file has all lines or only those that stay. It takes no room on the disk.
+        If it is killed, the file has either all lines or only those that stay. It needs no space on the disk.
         """
         if self.last_step is None or self.last_step <= step:
             return
 
         def next_step(offset: int) -> int:
-            """The step of the first line that begins at this offset or after it, which is one to be removed if none."""
+            """Read the step of the first line at or after this offset; without such a line, a step to remove."""
             file.seek(max(offset - 1, 0))
             if offset:
                 file.readline()
@@ -106,16 +105,16 @@ class MetricsLog:
         self.last = _parsed(line, self.path) if line else None
 
     def sync(self) -> None:
-        """Waits until every line is on the disk."""
+        """Waits until every line is on disk."""
         with files.explained("write", self.path), open(self.path, "ab") as file:
             os.fsync(file.fileno())
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The lines of a log of metrics, one after another, without a last one that was cut short; null becomes None.
+    """Reads the lines of a log of metrics one after another, except a half-written last line; null becomes None.
 
     Raises:
-      WorkdirError: another line is not one of a `MetricsLog`.
+      WorkdirError: another line is not a line of a `MetricsLog`.
       FileNotFoundError: there is no such file.
     """
     with files.open_binary(path) as file:
@@ -125,11 +124,11 @@ def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def write_json(path: str | Path, value: Mapping[str, object]) -> None:
-    """Writes an object as indented JSON, atomically; figures as in `MetricsLog`, null for what is not finite.
+    """Writes an object as indented JSON, atomically. Figures are written as in `MetricsLog`.
 
     Raises:
-      ValueError: a figure is no value of JSON.
-      limoe.data.files.StorageError: the file cannot be written; an old one is as it was.
+      ValueError: JSON cannot hold a figure.
+      limoe.data.files.StorageError: the file cannot be written; an old file is unchanged.
     """
     files.write_bytes(path, (json.dumps(_plain(value, "value"), indent=2, allow_nan=False) + "\n").encode())
 
@@ -147,7 +146,7 @@ def _parsed(line: bytes, path: Path) -> dict[str, Any]:
 
 
 def _last_line(file: BinaryIO) -> tuple[bytes, int]:
-    """The last whole line, empty if there is none, and where it ends."""
+    """Read the last whole line (empty if there is none) and where it ends."""
     size, block = file.seek(0, os.SEEK_END), 2**16
     while True:
         start = max(size - block, 0)
@@ -161,7 +160,7 @@ def _last_line(file: BinaryIO) -> tuple[bytes, int]:
 
 
 def _plain(value: object, where: str) -> Any:
-    """The value as JSON knows it."""
+    """Convert a value to what JSON can hold."""
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         value = value._asdict()  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(value, Mapping):
@@ -175,7 +174,7 @@ def _plain(value: object, where: str) -> Any:
     if hasattr(value, "__array__"):
         array = np.asarray(value)
         if array.dtype == np.float32:
-            array = array.astype(str)  # no more digits than it needs: half as many as by way of float64
-        # bfloat16 is no number of Python.
+            array = array.astype(str)  # the fewest digits; float64 would need twice as many
+        # Python has no bfloat16.
         return _plain((array if array.dtype.kind in "biu" else array.astype(np.float64)).tolist(), where)
-    raise ValueError(f"{where} is a {type(value).__name__}, which JSON has no form for; give a number, text or list")
+    raise ValueError(f"{where} is a {type(value).__name__}, which JSON cannot hold; give a number, text or list")

@@ -1,8 +1,8 @@
-"""The seal of a checkpoint: size and SHA-256 of every file in it, and what they say when it is read again.
+"""The seal of a checkpoint: size and SHA-256 of every file in it, checked before it is read.
 
-Orbax restores a flipped bit without a word, so the digests are compared before it reads anything. They are computed in
-threads, and with several processes by each of them: of its own files when they are written, of an equal share of all
-files when they are read.
+Orbax restores a flipped bit without an error, so digests are compared before it reads anything. Threads compute the
+digests. With several processes, each digests its own files when it writes, and an equal share of all files when it
+reads.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from limoe.parallel.processes import texts_of_all
 
 CONTENTS = "contents.json"
 _DIGESTS = "digests.json"
-# What Orbax lets process p write, as in `ocdbt.process_3/d/0123` and `array_metadatas/process_3`.
+# Names of the files that process p writes in Orbax, such as `ocdbt.process_3/d/0123` and `array_metadatas/process_3`.
 _OF_PROCESS = re.compile(r"state/(?:.*[./])?process_(\d+)(?:/.*)?")
 
 
 Digests = dict[str, dict[str, Any]]
-"""The size ("bytes") and "sha256" of each file of a checkpoint, by its path in it."""
+"""The size ("bytes") and "sha256" of each file, by its path inside the checkpoint."""
 
 
 class CheckpointError(LimoeError, RuntimeError):
-    """A checkpoint could not be written, or none that can be trusted could be read."""
+    """A checkpoint could not be written, or no trustworthy one could be read."""
 
 
 def digests_of_own_files(folder: Path) -> Digests:
-    """The digests of the files that this process wrote and then synced; the first process has the common ones."""
+    """Sync and digest the files that this process wrote. The first process also takes the common files."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     matches = {name: _OF_PROCESS.fullmatch(name) for name in names}
     owner = {name: int(match[1]) if match else 0 for name, match in matches.items()}
@@ -48,7 +48,7 @@ def digests_of_own_files(folder: Path) -> Digests:
 
 
 def write_seal(folder: Path, digests: Digests) -> None:
-    """Write down the digests of all files, and wait until they and all folders are on the disk."""
+    """Write the digests of all files, and wait until they and all folders are on disk."""
     (folder / _DIGESTS).write_bytes(_as_bytes(dict(sorted(digests.items()))))
     sync(folder / _DIGESTS)
     for path in (folder, *folder.rglob("*")):
@@ -57,9 +57,10 @@ def write_seal(folder: Path, digests: Digests) -> None:
 
 
 def damage_of(folder: Path) -> str:
-    """Why a committed checkpoint cannot be trusted, "" if every file in it is what was written; all processes call it.
+    """Say why a committed checkpoint cannot be trusted; "" if every file is what was written.
 
-    Files that the seal does not name are nobody's business. Raises CheckpointError for a missing permission.
+    All processes must call this. Files that the seal does not name are ignored. Raises CheckpointError for a missing
+    permission.
     """
     try:
         own = _damage_of_own_share(folder)
@@ -86,7 +87,7 @@ def _damage_of_own_share(folder: Path) -> str:
 
 
 def _parsed(recorded: bytes) -> Digests | None:
-    """The digests in the bytes of a seal, None if those are not what was written, byte for byte."""
+    """Parse the digests of a seal; None if its bytes are not exactly what was written."""
     try:
         digests = dict(json.loads(recorded))
     except (ValueError, TypeError):
@@ -109,7 +110,7 @@ def _digests(folder: Path, names: Iterable[str]) -> Digests:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
+    """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
