@@ -1,7 +1,6 @@
-"""The only place that opens paths: reading, listing and atomic writing.
+"""Reading, listing and atomic writing of files: the only module of `limoe.data` that opens paths.
 
-Everything else in `limoe.data` names a file and asks here for its bytes, so that object storage can follow by changing
-this file alone.
+Support for object storage would change this module alone.
 """
 
 import contextlib
@@ -26,20 +25,20 @@ _ADVICE = {
     errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
     errno.EACCES: "permission denied; change the permissions or choose another folder",
     errno.EPERM: "permission denied; change the permissions or choose another folder",
-    errno.EROFS: "it lies on a read-only file system; choose another folder",
+    errno.EROFS: "the file system is read-only; choose another folder",
 }
 
 
 class DataError(LimoeError):
-    """The data cannot be used as asked; the message says what, where, and what to do."""
+    """The data cannot be used. The message says what is wrong, where, and what to do."""
 
 
 class StorageError(OSError):
-    """The system refuses to read or write a file (full disk, permissions); `errno` keeps the cause."""
+    """The system refuses to read or write a file (full disk, permissions). `errno` has the system's number."""
 
 
 class Stamp(NamedTuple):
-    """What changes when a file is written anew: its size in bytes and its modification time in nanoseconds."""
+    """Size in bytes and modification time in nanoseconds of a file; it has others after it is written again."""
 
     size: int
     modified_ns: int
@@ -47,7 +46,7 @@ class Stamp(NamedTuple):
 
 @contextlib.contextmanager
 def explained(action: str, path: Path) -> Iterator[None]:
-    """Turns a full disk or a missing permission inside the block into a `StorageError` that names the path.
+    """Turn a full disk or a missing permission inside the block into a `StorageError` that names the path.
 
     >>> with explained("write", "/data/a.tar"):
     ...     raise OSError(errno.ENOSPC, "No space left on device")
@@ -71,19 +70,19 @@ def _refusal(action: str, path: Path, reason: str, cause: OSError) -> StorageErr
 
 
 def open_binary(path: Path) -> BinaryIO:
-    """Opens a file for reading bytes; `StorageError` if it may not be read, `FileNotFoundError` if it is not there."""
+    """Open a file to read bytes. Raises `StorageError` without permission, `FileNotFoundError` without the file."""
     with explained("read", path):
         return open(_local(path), "rb")
 
 
 def read_bytes(path: Path) -> bytes:
-    """The whole file as bytes; raises like `open_binary`."""
-    with explained("read", path), open_binary(path) as file:
+    """Read a whole file. Raises the errors of `open_binary`."""
+    with open_binary(path) as file:
         return file.read()
 
 
 def read_text(path: Path) -> str:
-    """The whole file as UTF-8 text; raises like `open_binary`, and `DataError` if it is not UTF-8."""
+    """Read a whole file as UTF-8 text. Raises the errors of `open_binary`, and `DataError` if it is not UTF-8."""
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -91,40 +90,37 @@ def read_text(path: Path) -> str:
 
 
 def read_range(path: Path, offset: int, size: int) -> bytes:
-    """The `size` bytes of the file from `offset` on, fewer where it ends before; raises like `open_binary`."""
-    # Unbuffered and opened for each read: 10 us, no handles to keep or to share between threads.
-    with explained("read", path), open(_local(path), "rb", buffering=0) as file:
+    """Read `size` bytes from `offset`, fewer if the file ends before. Raises the errors of `open_binary`."""
+    # Opened for each read, so that threads share no handle.
+    with open_binary(path) as file:
         file.seek(offset)
-        parts = [file.read(size)]
-        while parts[-1] and sum(map(len, parts)) < size:
-            parts.append(file.read(size - sum(map(len, parts))))
-    return b"".join(parts)
+        return file.read(size)
 
 
 def exists(path: Path) -> bool:
-    """Whether a file or folder of this name is there."""
+    """Say whether there is a file or folder of this name."""
     return os.path.exists(_local(path))
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder of this name is there."""
+    """Say whether there is a folder of this name."""
     return os.path.isdir(_local(path))
 
 
 def stamp(path: Path) -> Stamp:
-    """The file's size and modification time; `FileNotFoundError` if it is not there."""
+    """Read a file's size and modification time. Raises `FileNotFoundError` if there is no such file."""
     with explained("read", path):
         status = os.stat(_local(path))
     return Stamp(status.st_size, status.st_mtime_ns)
 
 
 def list_files(pattern: Path) -> list[str]:
-    """The files that match a glob pattern (`**` too), sorted by name; hidden files only where the pattern says so."""
+    """List the files that match a glob pattern (also `**`), sorted by name. Hidden files match only an explicit dot."""
     return sorted(path for path in glob.glob(_local(pattern), recursive=True) if os.path.isfile(path))
 
 
 def make_folder(path: Path) -> None:
-    """Makes the folder and those above it unless they are there; `StorageError` if it cannot be made."""
+    """Create a folder and its parents unless they exist. Raises `StorageError` if that is impossible."""
     action = "make the folder"
     with explained(action, path):
         try:
@@ -137,9 +133,9 @@ def make_folder(path: Path) -> None:
 
 
 def cache_folder(cache_dir: Path = "") -> str:
-    """Where to keep what can be made again, not yet made.
+    """Name the folder for files that can be generated again. It may not exist yet.
 
-    That is `cache_dir`, else the environment's `LIMOE_CACHE`, else `limoe` in the user's cache folder.
+    It is `cache_dir`, else the environment variable `LIMOE_CACHE`, else `limoe` in the user's cache folder.
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.fspath(cache_dir) or os.environ.get("LIMOE_CACHE") or os.path.join(base, "limoe")
@@ -147,11 +143,11 @@ def cache_folder(cache_dir: Path = "") -> str:
 
 @contextlib.contextmanager
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
-    """Writes a file that appears under its name only once it is whole and on the disk.
+    """Write a file that gets its name only when it is complete and on disk.
 
-    The bytes go to a hidden temporary name in the same folder (made if absent), are synced, and are then renamed: a run
-    killed at any moment leaves the old file or the new one, never half of one. An exception inside the block leaves the
-    old file as it was. Raises `StorageError` on a full disk or a missing permission.
+    The bytes are written to a hidden temporary file in the same folder (created if absent), synced, and renamed. A
+    killed process leaves the old file or the new one, never half a file. An exception inside the block leaves the old
+    file unchanged. Raises `StorageError` for a full disk or a missing permission.
     """
     target = _local(path)
     folder, name = os.path.split(os.path.abspath(target))
@@ -164,31 +160,31 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-                os.replace(temporary, target)  # under the lock: until then the file is for nobody else to remove
+                os.replace(temporary, target)  # still locked, so that `remove_leftovers` cannot take it
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        _sync_folder(folder)
+        sync(folder)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what `atomic_writer` has left in a folder where it was killed, if that was before this process began.
+    """Remove temporary files that a killed `atomic_writer` left in a folder before this process began.
 
-    A file of any other name stays, and so does one that a living writer holds, here or on another machine: the system
-    frees a writer's lock when it ends, however it does. What may not be removed stays as well.
+    Files of other names stay, and so do files of a running writer, here or on another machine: it holds a lock, which
+    the system frees when the writer ends. Files that may not be removed stay as well.
     """
     with contextlib.suppress(OSError), os.scandir(_local(folder)) as entries:
         for entry in entries:
             if re.fullmatch(r"\..+\.\d+-[0-9a-f]{8}\.tmp", entry.name) and entry.is_file(follow_symlinks=False):
                 with contextlib.suppress(OSError), open(entry.path, "r+b") as file:
-                    # The age too: a writer that has only just opened its file has not locked it yet.
+                    # A new file may belong to a writer that has not locked it yet.
                     if os.fstat(file.fileno()).st_mtime < _STARTED and _lock(file):
                         os.unlink(entry.path)
 
 
 def _lock(file: BinaryIO) -> bool:
-    """Whether the file is now locked by this process; false where another has it or the file system knows no locks."""
+    """Lock a file. Returns False if another process holds the lock or the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -197,14 +193,14 @@ def _lock(file: BinaryIO) -> bool:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes the whole file through `atomic_writer`."""
+    """Write a whole file with `atomic_writer`."""
     with atomic_writer(path) as file:
         file.write(content)
 
 
-def _sync_folder(folder: str) -> None:
-    """Makes the rename itself survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk. A renamed file survives a loss of power after a sync of its folder."""
+    descriptor = os.open(_local(path), os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

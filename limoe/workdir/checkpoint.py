@@ -24,10 +24,9 @@ import math
 import os
 import re
 import shutil
-import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -35,6 +34,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
+from limoe.data import files
 from limoe.parallel.processes import from_first, is_first, told_to_all, wait_for_all
 from limoe.workdir import seal
 from limoe.workdir.seal import CheckpointError
@@ -94,8 +94,9 @@ class Checkpoints:
         self._keep = keep
         self._read_only = read_only
         self._newest: int | None = None  # the step that this object saved or restored last
-        self._writer: threading.Thread | None = None
-        self._failure: Exception | None = None
+        # Its thread is no daemon: one that is stopped inside native code could crash the end of the program.
+        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
         if read_only or not is_first():
             return
         try:
@@ -140,7 +141,7 @@ class Checkpoints:
         present = self.steps()
         if present and present[-1] >= step:
             raise CheckpointError(
-                f"{self.folder} already holds step {present[-1]}, so it cannot take step {step}; "
+                f"{self.folder} already holds step {present[-1]}, so step {step} cannot be saved in it; "
                 "restore that checkpoint first, or use another folder"
             )
         partial = self._partial_path(step)
@@ -152,9 +153,7 @@ class Checkpoints:
         except Exception as error:
             raise self._failed_write(step, leaves, error) from error
         shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
-        # Not a daemon thread: one that is stopped inside native code could crash the end of the program.
-        self._writer = threading.Thread(target=self._finish_in_background, args=(step, shapes, writing))
-        self._writer.start()
+        self._writing = self._writer.submit(self._finish_in_background, step, shapes, writing)
 
     def wait(self) -> None:
         """Waits until the last save is on disk. The end of a `with` block waits too.
@@ -164,12 +163,9 @@ class Checkpoints:
         Raises:
           CheckpointError: that save failed; earlier checkpoints are unchanged.
         """
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def restore(self, abstract_state: Any, *, part: bool = False, step: int | None = None) -> Restored | None:
         """Reads the newest undamaged checkpoint; returns None if there has never been a checkpoint.
@@ -218,9 +214,7 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         try:
             self.wait()
         except CheckpointError as failure:
@@ -238,15 +232,11 @@ class Checkpoints:
         """Wait for Orbax, seal, commit, and remove old checkpoints. The next `save` or `wait` raises its error."""
         try:
             self._commit(step, shapes, writing)
-            self._newest = step
-            if is_first():
-                self._remove_old()
-        except CheckpointError as error:
-            self._failure = error
-        except Exception as error:
-            # Any exception: Orbax has many types for a full disk.
-            self._failure = self._failed_write(step, shapes, error)
-            self._failure.__cause__ = error
+        except Exception as error:  # any: Orbax has many types for a full disk
+            raise self._failed_write(step, shapes, error) from error
+        self._newest = step
+        if is_first():
+            self._remove_old()
 
     def _commit(self, step: int, shapes: dict[str, Any], writing: ocp.AsyncCheckpointer) -> None:
         partial = self._partial_path(step)
@@ -259,7 +249,7 @@ class Checkpoints:
         if is_first():
             seal.write_seal(partial, {name: digest for text in told for name, digest in json.loads(text).items()})
             partial.rename(self._path(step))
-            seal.sync(self.folder)
+            files.sync(self.folder)
 
     def _failed_write(self, step: int, leaves: dict[str, Any], error: Exception) -> CheckpointError:
         """Remove the half-written checkpoint and make the error."""

@@ -11,11 +11,12 @@
 A run accepts a folder that is empty or has a config.json; it refuses one that holds only other files.
 """
 
+import contextlib
 import fcntl
 import fnmatch
 import os
 from pathlib import Path
-from types import TracebackType
+from typing import BinaryIO
 
 from limoe.config.schema import Config, ConfigError
 from limoe.config.settings import both_values, differences, from_json, is_of_first_format, to_json, value_of
@@ -27,7 +28,6 @@ _CONFIG = "config.json"
 _METRICS = "metrics.jsonl"
 _SUMMARY = "summary.json"
 _TOKENIZER = "tokenizer.model"
-_FIGURES = "figures"
 _LOCK = ".lock"
 # Patterns of settings that affect neither the result nor a checkpoint's content: they may change during a run.
 _MAY_CHANGE = (
@@ -54,11 +54,11 @@ class Workdir:
     (False, 'tiny', 'checkpoints')
     """
 
-    def __init__(self, path: Path, config: Config, lock: int | None) -> None:
-        self.path = path
-        self.config = config
+    def __init__(self, path: Path, config: Config, lock: BinaryIO | None) -> None:
+        self.path, self.config, self._lock = path, config, lock
         self.changes: tuple[str, ...] = ()  # settings that changed since the run began, in words
-        self._lock = lock
+        self.checkpoints, self.figures = path / "checkpoints", path / "figures"
+        self.tokenizer, self.metrics, self.summary = path / _TOKENIZER, path / _METRICS, path / _SUMMARY
 
     @classmethod
     def open(cls, path: str | Path, config: Config) -> "Workdir":
@@ -83,7 +83,7 @@ class Workdir:
                 workdir.changes = workdir._accept_changes(there)
             if not files.exists(folder / _CONFIG) or workdir.changes:
                 files.write_bytes(folder / _CONFIG, to_json(config).encode())
-            for pattern in (*_LEFTOVERS, f"{_FIGURES}/.*.tmp"):
+            for pattern in (*_LEFTOVERS, f"{workdir.figures.name}/.*.tmp"):
                 for leftover in folder.glob(pattern):
                     leftover.unlink()
             files.make_folder(workdir.figures)
@@ -103,31 +103,6 @@ class Workdir:
         if not files.exists(folder / _CONFIG):
             raise WorkdirError(f"{folder} is not a work folder: it has no {_CONFIG}; give the folder of a training run")
         return cls(folder, _read_config(folder), None)
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder for `limoe.workdir.checkpoint.Checkpoints`."""
-        return self.path / "checkpoints"
-
-    @property
-    def figures(self) -> Path:
-        """The folder for pictures."""
-        return self.path / _FIGURES
-
-    @property
-    def tokenizer(self) -> Path:
-        """The file for the run's tokenizer."""
-        return self.path / _TOKENIZER
-
-    @property
-    def metrics(self) -> Path:
-        """The file for `MetricsLog`."""
-        return self.path / _METRICS
-
-    @property
-    def summary(self) -> Path:
-        """The file for `write_json` at the end of the run."""
-        return self.path / _SUMMARY
 
     @property
     def finished(self) -> bool:
@@ -185,15 +160,12 @@ class Workdir:
     def close(self) -> None:
         """Unlocks the folder for another run. A second call does nothing."""
         if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+            self._lock.close()
 
     def __enter__(self) -> "Workdir":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -211,30 +183,26 @@ def _refuse_foreign(folder: Path) -> None:
         )
 
 
-def _take_lock(folder: Path) -> int:
+def _take_lock(folder: Path) -> BinaryIO:
+    """Lock the folder and write this process's number into the lock file. Closing the file frees the folder."""
     path = folder / _LOCK
-    with files.explained("write", path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-        os.close(descriptor)
-        raise WorkdirError(
-            f"another run (process {holder or 'unknown'}) is using {folder}; "
-            "wait until it ends, stop it, or give another folder with --workdir=DIR"
-        ) from error
-    except OSError as error:
-        os.close(descriptor)
-        raise WorkdirError(f"{folder} cannot be locked ({error}); give a folder on a local disk") from error
-    try:
-        with files.explained("write", path):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+    with contextlib.ExitStack() as stack, files.explained("write", path):
+        file = stack.enter_context(open(path, "ab+", buffering=0))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read(32).decode(errors="replace").strip()
+            raise WorkdirError(
+                f"another run (process {holder or 'unknown'}) is using {folder}; "
+                "wait until it ends, stop it, or give another folder with --workdir=DIR"
+            ) from error
+        except OSError as error:
+            raise WorkdirError(f"{folder} cannot be locked ({error}); give a folder on a local disk") from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n".encode())
+        stack.pop_all()
+    return file
 
 
 def _read_config(folder: Path) -> Config:

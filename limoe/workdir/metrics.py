@@ -3,6 +3,7 @@
 import bisect
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -147,16 +148,12 @@ def _parsed(line: bytes, path: Path) -> dict[str, Any]:
 
 def _last_line(file: BinaryIO) -> tuple[bytes, int]:
     """Read the last whole line (empty if there is none) and where it ends."""
-    size, block = file.seek(0, os.SEEK_END), 2**16
-    while True:
-        start = max(size - block, 0)
-        file.seek(start)
-        tail = file.read(size - start)
-        end = tail.rfind(b"\n") + 1
-        begin = tail.rfind(b"\n", 0, max(end - 1, 0)) + 1
-        if begin or not start:
-            return tail[begin:end], start + end
-        block *= 2
+    if not file.seek(0, os.SEEK_END):
+        return b"", 0  # an empty file cannot be mapped
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        end = content.rfind(b"\n") + 1
+        begin = content.rfind(b"\n", 0, max(end - 1, 0)) + 1
+        return content[begin:end], end
 
 
 def _plain(value: object, where: str) -> Any:

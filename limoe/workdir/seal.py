@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from typing import Any
 
 import jax
 
+from limoe.data import files
 from limoe.errors import LimoeError
 from limoe.parallel.processes import texts_of_all
 
@@ -43,17 +43,17 @@ def digests_of_own_files(folder: Path) -> Digests:
     own = [name for name in names if owner[name] == jax.process_index()]
     digests = _digests(folder, own)
     for name in own:
-        sync(folder / name)
+        files.sync(folder / name)
     return digests
 
 
 def write_seal(folder: Path, digests: Digests) -> None:
     """Write the digests of all files, and wait until they and all folders are on disk."""
     (folder / _DIGESTS).write_bytes(_as_bytes(dict(sorted(digests.items()))))
-    sync(folder / _DIGESTS)
+    files.sync(folder / _DIGESTS)
     for path in (folder, *folder.rglob("*")):
         if path.is_dir():
-            sync(path)
+            files.sync(path)
 
 
 def damage_of(folder: Path) -> str:
@@ -107,12 +107,3 @@ def _digests(folder: Path, names: Iterable[str]) -> Digests:
 
     with ThreadPoolExecutor() as threads:
         return dict(threads.map(digest, names))
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
