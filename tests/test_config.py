@@ -278,7 +278,7 @@ def damaged(change: Any) -> str:
         (damaged(lambda tree: tree["model"].update(dept=4)), "model.dept; the nearest setting is model.depth"),
         (damaged(lambda tree: tree["train"].pop("steps")), "lacks train.steps"),
         (damaged(lambda tree: tree.pop("loss")), "lacks loss"),
-        (damaged(lambda tree: tree.update(loss=3)), "the config holds 3 where the settings loss."),
+        (damaged(lambda tree: tree.update(loss=3)), "the config holds 3 instead of the settings loss."),
         (damaged(lambda tree: tree.update(preset=3)), "preset=3"),
         (damaged(lambda tree: tree["train"].update(steps="9")), "train.steps='9' is not of the right type"),
         (damaged(lambda tree: tree["train"].update(steps=[9])), "train.steps=(9,) is not of the right type"),

@@ -75,7 +75,8 @@ def gate_loss(sums, loss, model):
 
 
 def test_an_auxiliary_loss(monkeypatch):
-    monkeypatch.setattr(schema.EXTRA_LOSSES, "_names", [])
+    monkeypatch.setattr(losses, "EXTRA_LOSSES", [])
+    monkeypatch.setattr(schema, "EXTRA_LOSSES", losses.EXTRA_LOSSES)
     monkeypatch.setattr(losses, "AUXILIARY_LOSSES", dict(losses.AUXILIARY_LOSSES))
     with pytest.raises(ConfigError, match=r"'gates' is no registered auxiliary loss; there are: none"):
         small_config("extra=gates=2")
@@ -102,9 +103,16 @@ def test_an_auxiliary_loss(monkeypatch):
         losses.register("z", gate_loss)
 
 
-def test_an_activation(monkeypatch):
-    assert list(moe_kernels.ACTIVATIONS) == list(schema.ACTIVATIONS)
-    monkeypatch.setattr(schema.ACTIVATIONS, "_names", list(schema.ACTIVATIONS))
+@pytest.fixture
+def names_of_activations():
+    """After the test they are what they were."""
+    before = list(schema.ACTIVATIONS)
+    yield before
+    schema.ACTIVATIONS[:] = before
+
+
+def test_an_activation(monkeypatch, names_of_activations):
+    assert list(moe_kernels.ACTIVATIONS) == names_of_activations
     monkeypatch.delitem(moe_kernels.ACTIVATIONS, "line", raising=False)
     with pytest.raises(
         ConfigError, match=r"model\.activation=line is not of the right type; .*use gelu_tanh \| gelu_erf"
@@ -115,6 +123,8 @@ def test_an_activation(monkeypatch):
 
     monkeypatch.setitem(moe_kernels.ACTIVATIONS, "line", None)  # taken out again after the test
     register_activation("line", lambda x: 2 * x)
+    with pytest.raises(ValueError, match="there is an activation 'line' already"):
+        register_activation("line", jnp.abs)
     tokens, router, weights = layer_arguments()
     output = moe_kernels.moe_mlp(tokens, router, weights, moe_kernels.MoeSpec(activation="line"))
     gate = jax.nn.softmax(tokens @ router).max(axis=1)

@@ -1,8 +1,8 @@
-"""The named configurations: `tiny` for two CPU cores, the paper's sizes, and a dense twin of each."""
+"""Named configurations: `tiny` for two CPU cores, the paper's sizes, and a dense twin of each."""
 
 from dataclasses import replace
 
-from limoe.config.schema import Config, ConfigError, DataConfig, LossConfig, ModelConfig, OptimizerConfig, TrainConfig
+from limoe.config.schema import Config, ConfigError, ModelConfig, OptimizerConfig, TrainConfig
 from limoe.errors import nearest
 
 
@@ -28,18 +28,14 @@ def _tiny() -> Config:
     )
     optimizer = OptimizerConfig(name="adamw", warmup_steps=60, cooldown_steps=250, timescale=1_000.0, weight_decay=1e-4)
     train = TrainConfig(steps=500, batch_size=128, checkpoint_every=100, evaluate_every=100)
-    return Config(preset="tiny", model=model, loss=LossConfig(), optimizer=optimizer, data=DataConfig(), train=train)
-
-
-def _paper(preset: str, model: ModelConfig, train: TrainConfig) -> Config:
-    """A size of the paper with the recipe of its section 4, which the defaults hold."""
-    return Config(
-        preset=preset, model=model, loss=LossConfig(), optimizer=OptimizerConfig(), data=DataConfig(), train=train
-    )
+    return Config(preset="tiny", model=model, optimizer=optimizer, train=train)
 
 
 def _paper_sizes() -> list[Config]:
-    """The table of the paper's section 1; which blocks hold experts is [open] for all of them."""
+    """The table of the paper's section 1, with the recipe of its section 4, which the defaults hold.
+
+    Which blocks hold experts is [open] for all sizes.
+    """
     main = TrainConfig(steps=781_250, batch_size=16_384)
     small = ModelConfig(
         depth=8,
@@ -75,21 +71,21 @@ def _paper_sizes() -> list[Config]:
         group_examples=42,
     )
     return [
-        _paper("s32", small, main),
-        _paper("b32", base, main),
-        _paper("b16", replace(base, patch_size=16, group_examples=32), main),
-        _paper("l16", large, main),
-        # 21,502 pairs in the paper; 21,504 = 512 groups of 42, so that no group is cut on 512 chips.
-        _paper("h14", huge, replace(main, steps=700_000, batch_size=21_504)),
+        Config(preset="s32", model=small, train=main),
+        Config(preset="b32", model=base, train=main),
+        Config(preset="b16", model=replace(base, patch_size=16, group_examples=32), train=main),
+        Config(preset="l16", model=large, train=main),
+        # The paper has 21,502 pairs. 21,504 are 512 groups of 42, so each of 512 chips gets whole groups.
+        Config(preset="h14", model=huge, train=replace(main, steps=700_000, batch_size=21_504)),
     ]
 
 
 def _with_dense_twins(configs: list[Config]) -> dict[str, Config]:
-    presets = {config.preset: config for config in configs}
-    for config in configs:
-        name = f"{config.preset}-dense"
-        presets[name] = replace(config, preset=name, model=replace(config.model, moe_layers=()))
-    return presets
+    dense = [
+        replace(config, preset=f"{config.preset}-dense", model=replace(config.model, moe_layers=()))
+        for config in configs
+    ]
+    return {config.preset: config for config in configs + dense}
 
 
 PRESETS: dict[str, Config] = _with_dense_twins([_tiny(), *_paper_sizes()])
@@ -97,9 +93,9 @@ PRESETS: dict[str, Config] = _with_dense_twins([_tiny(), *_paper_sizes()])
 
 
 def preset(name: str) -> Config:
-    """The preset of that name.
+    """Get a preset by its name.
 
-    Raises ConfigError with the nearest name when there is none.
+    Raises ConfigError, with the nearest name, if there is none.
 
     >>> preset("h14").model.moe_layers[:5], preset("h14-dense").model.moe_layers
     ((3, 7, 11, 15, 17), ())

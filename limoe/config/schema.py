@@ -1,21 +1,21 @@
-"""Every setting of a run as frozen dataclasses, checked when they are built.
+"""All settings of a run, as frozen dataclasses that check their values when they are made.
 
-Fields marked [open] are not fixed by the paper; their default is this project's choice. Presets are in
-`limoe.config.presets`, settings by name (command line, JSON, help) in `limoe.config.settings`.
+The paper does not state the values of fields marked [open]; their defaults are this project's choice. Presets are in
+`limoe.config.presets`. Settings by name (command line, JSON, help) are in `limoe.config.settings`.
 """
 
 import math
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
-from limoe.config.section import Choices, ConfigError, Section, setting
+from limoe.config.section import ConfigError, Section, setting
 
-ACTIVATIONS = Choices("gelu_tanh", "gelu_erf", "silu", "relu", "relu_squared")
-"""Those of `moe_kernels.ACTIVATIONS`, which need not be imported to read settings."""
-EXTRA_LOSSES = Choices()
-"""Auxiliary losses beside those of the paper: none, unless a program adds one (`limoe.train.losses.register`)."""
+ACTIVATIONS = ["gelu_tanh", "gelu_erf", "silu", "relu", "relu_squared"]
+"""Names of `moe_kernels.ACTIVATIONS`, so that settings are read without importing it. A program may add its own."""
+EXTRA_LOSSES: list[str] = []
+"""Names of auxiliary losses that a program has added to those of the paper (`limoe.train.losses.register`)."""
 
-# The token that fills a caption up, for tokenizer and model.
+# The token that pads captions, in tokenizer and model.
 PAD_ID = 0
 
 
@@ -53,35 +53,34 @@ class ModelConfig(Section):
     patch_size: int = setting("side of a square patch, pixels; a divisor of image_size", required=True)
     image_size: int = setting("side of a square image, pixels", required=True)
     text_length: int = setting("text tokens of a caption, padding included", required=True)
-    vocab_size: int = setting("text tokens known to the tokenizer, padding and unknown included", required=True)
+    vocab_size: int = setting("different text tokens of the tokenizer, padding and unknown included", required=True)
     moe_layers: tuple[int, ...] = setting(
         "blocks that hold experts, counted from 0, ascending; () = dense", required=True
     )
     num_experts: int = setting("E, experts of an MoE layer", 32)
-    num_choices: int = setting("K, experts that a token asks for", 1)
+    num_choices: int = setting("K, experts that a token chooses", 1)
     capacity_factor: float = setting(
         "c of the training capacity ceil(S K c / E); evaluation drops nothing [open]", 1.05
     )
     group_examples: int = setting("examples routed as one group; 0 = the whole batch [open]", 0)
     priority: Literal["bpr", "arrival", "random", "image_first", "text_first"] = setting(
-        "who is served first when an expert is full; bpr = largest gate first", "bpr"
+        "which tokens a full expert takes first; bpr = those with the largest gates", "bpr"
     )
     router_noise: float = setting("std of the training noise on the router's logits, times 1/E; 0 = off", 1.0)
     activation: str = setting("activation of MLPs and experts", "gelu_tanh", choices=ACTIVATIONS)
     layer_norm_epsilon: float = setting("added to the variance in LayerNorm [open]", 1e-6)
     text_padding: Literal["keep", "mask"] = setting(
-        "keep: padding is attended to, pooled and routed like text; mask: it is left out everywhere [open]", "keep"
+        "keep: attend to, pool and route padding like text; mask: leave it out everywhere [open]", "keep"
     )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "type of the matmuls; auto = bfloat16 on TPU and GPU, float32 on CPU", "auto"
+        "dtype of matmuls; auto = bfloat16 on TPU and GPU, float32 on CPU", "auto"
     )
-    attention: Literal["auto", "xla", "kernel"] = setting("its program; auto = the kernel on TPU, else xla", "auto")
+    attention: Literal["auto", "xla", "kernel"] = setting("implementation; auto = the kernel on TPU, else xla", "auto")
     remat: Literal["none", "attention", "blocks"] = setting(
-        "what the backward pass computes again to save memory: attention's scores, or blocks but for routing", "none"
+        "what the backward pass computes again to save memory: attention's scores, or whole blocks except routing",
+        "none",
     )
-    scan_unroll: int = setting(
-        "periods of a segment of equal blocks that are written out in a row; more = faster on CPU, longer to compile", 1
-    )
+    scan_unroll: int = setting("unroll of the scan over repeated blocks; more = faster on CPU, longer to compile", 1)
 
     @property
     def num_image_tokens(self) -> int:
@@ -151,29 +150,29 @@ class LossConfig(Section):
     section = "loss"
 
     contrastive: Literal["softmax", "sigmoid"] = setting("form of the contrastive loss", "softmax")
-    initial_scale: float = setting("multiplier of the similarities at the start (learned as its logarithm)", 10.0)
-    initial_bias: float = setting("bias of the logits at the start; sigmoid only", -10.0)
-    aux_weight: float = setting("times the mean of the active auxiliary losses", 0.04)
+    initial_scale: float = setting("initial factor of the similarities (its logarithm is learned)", 10.0)
+    initial_bias: float = setting("initial bias of the logits; sigmoid only", -10.0)
+    aux_weight: float = setting("factor of the mean of the active auxiliary losses", 0.04)
     aux_scope: Literal["batch", "group"] = setting(
-        "statistics over the whole step's tokens or by group [open]", "batch"
+        "statistics over all tokens of the step, or over each group [open]", "batch"
     )
     importance: bool = setting("importance loss: equal sums of gates", True)
     importance_weight: float = setting("weight of the importance loss", 1.0)
     load: bool = setting("load loss: equal expected numbers of tokens; needs router_noise", True)
     load_weight: float = setting("weight of the load loss", 1.0)
-    z: bool = setting("z-loss: small logits of the router", True)
+    z: bool = setting("z-loss: keeps the router's logits small", True)
     z_weight: float = setting("weight of the z-loss", 1.0)
-    local_text: bool = setting("local entropy of text: each token sure of its expert", True)
+    local_text: bool = setting("local entropy of text: each token prefers few experts", True)
     local_text_weight: float = setting("weight of the local entropy of text", 1.0)
     local_image: bool = setting("local entropy of images; the paper finds that it hurts", False)
     local_image_weight: float = setting("weight of the local entropy of images", 1.0)
-    global_text: bool = setting("thresholded global entropy of text: enough experts take text", True)
+    global_text: bool = setting("global entropy of text above a threshold: enough experts take text", True)
     global_text_weight: float = setting("weight of the global entropy of text", 1.0)
-    global_image: bool = setting("thresholded global entropy of images: enough experts take images", True)
+    global_image: bool = setting("global entropy of images above a threshold: enough experts take images", True)
     global_image_weight: float = setting("weight of the global entropy of images", 1.0)
     extra: str = setting("registered auxiliary losses and their weights, like mine=1,other=0.5; empty = none", "")
-    threshold_experts_text: float = setting("experts that text shall use at least; 0 = 9 E / 32", 0.0)
-    threshold_experts_image: float = setting("experts that images shall use at least; 0 = 20 E / 32", 0.0)
+    threshold_experts_text: float = setting("least number of experts for text; 0 = 9 E / 32", 0.0)
+    threshold_experts_image: float = setting("least number of experts for images; 0 = 20 E / 32", 0.0)
 
     def _check(self) -> None:
         self._require_positive("initial_scale")
@@ -192,14 +191,15 @@ class LossConfig(Section):
 
     @property
     def extra_weights(self) -> dict[str, float]:
-        """The registered auxiliary losses that are on, with their weights; 0 for what is no number."""
+        """Registered auxiliary losses that are on, with their weights; 0 if a weight is not a number."""
         items = [item.partition("=") for item in self.extra.split(",")] if self.extra else []
         return {name.strip(): _number(value) for name, _, value in items}
 
     def threshold(self, modality: Literal["text", "image"], num_experts: int) -> float:
-        """Threshold of the global entropy, nats: log(9 E / 32) of text and log(20 E / 32) of images unless set.
+        """Compute the threshold of the global entropy in nats; by default log(9 E / 32), for images log(20 E / 32).
 
-        Not positive when that is at most one expert: the loss is then never active. Paper, section 3, Eq. 2.
+        It is the logarithm of the least number of experts. If that is at most 1, the loss is never active (section 3,
+        Eq. 2).
         """
         share = {"text": 9, "image": 20}[modality] / 32
         return math.log(getattr(self, f"threshold_experts_{modality}") or share * num_experts)
@@ -215,8 +215,8 @@ class OptimizerConfig(Section):
     learning_rate: float = setting("peak learning rate, reached at the end of the warm-up", 1e-3)
     warmup_steps: int = setting("steps of linear warm-up", 10_000)
     cooldown_steps: int = setting("steps of linear cool-down to zero at the end", 10_000)
-    timescale: float = setting("steps after the warm-up until the rate has fallen by sqrt(2)", 10_000.0)
-    weight_decay: float = setting("share by which kernels shrink a step at the peak learning rate (decoupled)", 1e-5)
+    timescale: float = setting("steps after the warm-up in which the rate falls by a factor of sqrt(2)", 10_000.0)
+    weight_decay: float = setting("share by which kernels shrink in a step at the peak learning rate; decoupled", 1e-5)
     clip_norm: float = setting("largest global norm of the gradient; 0 = no clipping", 1.0)
     momentum: float = setting("Adafactor: momentum, kept in bfloat16; 0 = none", 0.9)
     decay: float = setting("Adafactor: exponent of the second moment's decay 1 - t^-decay", 0.8)
@@ -237,7 +237,7 @@ class OptimizerConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """Where image-text pairs come from and how they are read."""
+    """Sources of image-text pairs, and how they are read."""
 
     section = "data"
 
@@ -247,12 +247,12 @@ class DataConfig(Section):
         "",
     )
     eval_shards: str = setting("folder with evaluation shards; empty = the embedded world's held-out pairs", "")
-    tokenizer: str = setting("SentencePiece .model file; empty = trained from the captions", "")
+    tokenizer: str = setting("SentencePiece .model file; empty = train one from the captions", "")
     seed: int = setting("seed of the order of the data and of the embedded world", 0)
     threads: int = setting("threads that decode images", 2)
     max_bad_share: float = setting("share of bad examples above which the run stops", 0.05)
     world_pairs: int = setting("training pairs of the embedded world", 20_480)
-    cache_dir: str = setting("folder for what is generated once; empty = the user's cache folder", "")
+    cache_dir: str = setting("folder for generated data; empty = the user's cache folder", "")
 
     def _check(self) -> None:
         self._require_not_negative("seed")
@@ -262,20 +262,21 @@ class DataConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Section):
-    """Length of the run, its batch and its checkpoints."""
+    """Length, batches, checkpoints and evaluations of a run."""
 
     section = "train"
 
     steps: int = setting("optimiser steps", required=True)
-    batch_size: int = setting("B, image-text pairs of a step; all serve as negatives", required=True)
-    accumulation: int = setting("chunks that a batch is cut into to save memory; the result is the same", 1)
+    batch_size: int = setting("B, image-text pairs of a step; each pair is compared with all others", required=True)
+    accumulation: int = setting("chunks of a batch, computed one after another to save memory; same result", 1)
     seed: int = setting("seed of the parameters and of the router noise", 0)
     checkpoint_every: int = setting("steps between two checkpoints", 1_000)
     checkpoints_kept: int = setting("newest checkpoints kept", 2)
-    evaluate_every: int = setting("steps between two zero-shot evaluations on the way; 0 = only at the end", 0)
+    evaluate_every: int = setting("steps between two zero-shot evaluations; 0 = only at the end", 0)
     log_every: int = setting("steps between two updates of the progress bar; metrics.jsonl has every step", 10)
     routing_every: int = setting(
-        "steps between two counts by expert in metrics.jsonl; the first and the last 100 steps have them too", 200
+        "steps between two lines of metrics.jsonl with counts by expert; the first and last 100 steps have them too",
+        200,
     )
 
     @property
@@ -288,7 +289,7 @@ class TrainConfig(Section):
         self._require_not_negative("seed")
         self._require(self.batch_size >= 2, "batch_size", "a contrastive loss needs at least 2 pairs")
         self._require(
-            self.checkpoints_kept >= 2, "checkpoints_kept", "keep at least 2, so that a damaged newest one loses little"
+            self.checkpoints_kept >= 2, "checkpoints_kept", "keep at least 2, in case the newest one is damaged"
         )
         self._require(
             self.batch_size % self.accumulation == 0,
@@ -299,22 +300,21 @@ class TrainConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig(Section):
-    """How devices share the work; training gives the same result on every mesh."""
+    """How devices share the work. Training gives the same result on every mesh."""
 
     section = "mesh"
 
-    data: int = setting("devices that share examples only: each holds the same experts", 1)
-    expert: int = setting("devices that share examples and experts; a divisor of model.num_experts", 1)
-    slice: int = setting("pod slices; rows are exchanged inside a slice only", 1)
+    data: int = setting("devices that split examples only: each holds the same experts", 1)
+    expert: int = setting("devices that split examples and experts; a divisor of model.num_experts", 1)
+    slice: int = setting("pod slices; rows are exchanged only inside a slice", 1)
     fully_sharded: bool = setting(
-        "split what is not an expert, and its optimiser state, over mesh.data instead of copying it", False
+        "split parameters that are not experts, with their optimiser state, over mesh.data instead of copying", False
     )
-
     exchange_chunks: int = setting(
-        "pieces of an exchange of rows between experts' devices; with more, one travels while another is worked on", 1
+        "pieces of each exchange of rows; with more, one is sent while another is computed on", 1
     )
     keep_exchanged: bool = setting(
-        "with model.remat: keep exchanged rows for the backward pass instead of exchanging them again", True
+        "with model.remat: keep exchanged rows for the backward pass instead of exchanging again", True
     )
 
     @property
@@ -330,7 +330,7 @@ class MeshConfig(Section):
 class Config:
     """All settings of a run.
 
-    Raises ConfigError when a setting is ill-typed, out of range or does not fit the others.
+    Raises ConfigError if a setting has a wrong type, is out of range or does not fit the others.
 
     >>> from limoe.config.presets import preset
     >>> config = preset("b16")
@@ -340,9 +340,9 @@ class Config:
 
     preset: str
     model: ModelConfig
-    loss: LossConfig
-    optimizer: OptimizerConfig
-    data: DataConfig
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
 
@@ -365,7 +365,7 @@ class Config:
             self._check_losses()
 
     def _check_mesh(self) -> None:
-        """Every device has whole experts and equally many whole groups of each chunk."""
+        """Require whole experts, and equally many pairs of each chunk, on every device."""
         mesh, chunk, experts = self.mesh, self.train.chunk_size, self.model.num_experts
         if chunk % mesh.num_devices:
             raise ConfigError(
@@ -380,7 +380,7 @@ class Config:
             )
 
     def _check_groups(self) -> None:
-        """Groups are whole and never cut by accumulation, so that routing does not depend on the number of chunks."""
+        """Require that chunks and devices get whole groups, so that routing does not depend on their number."""
         group, devices = self.model.group_examples, self.mesh.num_devices
         chunk = self.train.chunk_size // devices
         cutting = [f"train.accumulation={self.train.accumulation}"] * (self.train.accumulation > 1)

@@ -1,51 +1,27 @@
-"""What a setting is: its help, default and type, and how a section of them is checked when it is built."""
+"""Settings and sections of settings: help, default and type of a setting, and the checks of a section."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from limoe.errors import LimoeError
 
 
-class Choices:
-    """The names that a setting takes. A program may add one of its own, together with what it stands for.
-
-    >>> choices = Choices("red", "green")
-    >>> choices.add("blue")
-    >>> type_name(choices), fits("blue", choices), fits("grey", choices)
-    ('red | green | blue', True, False)
-    """
-
-    def __init__(self, *names: str) -> None:
-        self._names = list(names)
-
-    def add(self, name: str) -> None:
-        """Take one more name; raises ValueError for one that is taken already."""
-        if name in self._names:
-            raise ValueError(f"{name!r} is one of {', '.join(self._names)} already; take another name")
-        self._names.append(name)
-
-    def remove(self, name: str) -> None:
-        """Take out a name that was added."""
-        self._names.remove(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-
 class ConfigError(LimoeError, ValueError):
-    """A setting is unknown, ill-typed or does not fit the others; the message says which one and what to do."""
+    """A setting is unknown, has a wrong type or does not fit the others. The message says which, and what to do."""
 
 
-def setting(help: str, default: Any = None, *, required: bool = False, choices: Choices | None = None) -> Any:
-    """A dataclass field with its help text (units and meaning of special values); required ones come from a preset."""
+def setting(help: str, default: Any = None, *, required: bool = False, choices: list[str] | None = None) -> Any:
+    """Make a dataclass field with a help text, which gives units and special values. Presets give required ones.
+
+    `choices` are the allowed names, if they may grow while the program runs; else the annotation has them.
+    """
     metadata = {"help": help, "choices": choices}
     return field(metadata=metadata) if required else field(default=default, metadata=metadata)
 
 
 def type_name(kind: Any) -> str:
-    """The type of a setting as shown to a person.
+    """Describe the type of a setting to a user.
 
     >>> type_name(Literal["keep", "mask"]), type_name(tuple[int, ...]), type_name(float)
     ('keep | mask', 'integers like 1,3 or ()', 'number')
@@ -58,16 +34,14 @@ def type_name(kind: Any) -> str:
 
 
 def names_of(kind: Any) -> tuple[str, ...]:
-    """The names that a setting of this type takes; none where it is not a matter of names."""
-    if isinstance(kind, Choices):
-        return tuple(kind)
-    return get_args(kind) if get_origin(kind) is Literal else ()
+    """List the names that a setting of this type may have; none if it is not one of several names."""
+    return tuple(kind) if isinstance(kind, list) else get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def fits(value: object, kind: Any) -> bool:
-    """Whether a value has the type of a setting (a bool is not an integer; floats are finite)."""
-    if isinstance(kind, Choices) or get_origin(kind) is Literal:
-        return value in names_of(kind)
+    """Say whether a value has the type of a setting. A bool is not an integer, and a float must be finite."""
+    if names := names_of(kind):
+        return value in names
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(fits(item, int) for item in value)
     if kind is float:
@@ -76,9 +50,9 @@ def fits(value: object, kind: Any) -> bool:
 
 
 def checked(name: str, value: object, kind: Any) -> Any:
-    """The value of the setting with that dotted name, a whole number made a float where a float is due.
+    """Check the type of the value of a setting with a dotted name, and convert an integer to float if required.
 
-    Raises ConfigError when the value has not the setting's type.
+    Raises ConfigError for a value of another type.
 
     >>> checked("optimizer.learning_rate", 1, float)
     1.0
@@ -91,7 +65,7 @@ def checked(name: str, value: object, kind: Any) -> Any:
 
 
 def setting_types(section: type) -> dict[str, Any]:
-    """The type of each setting of a section, in the order of the fields.
+    """Map the settings of a section to their types, in the order of the fields.
 
     >>> from limoe.config.schema import TrainConfig
     >>> setting_types(TrainConfig)["accumulation"]
@@ -102,7 +76,7 @@ def setting_types(section: type) -> dict[str, Any]:
 
 
 class Section:
-    """What the sections share: the check of each field's type, and requirements with a message."""
+    """Base class of sections: checks the type of each field, and gives failed requirements a message."""
 
     section: str
 

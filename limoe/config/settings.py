@@ -1,40 +1,24 @@
-"""Settings by name: set from the command line, written to JSON and read back, compared, listed with their help."""
+"""Settings by name: setting them from the command line, JSON, comparison, help."""
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, get_origin
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, get_origin, get_type_hints
 
 from limoe.config.presets import preset
-from limoe.config.schema import (
-    Config,
-    ConfigError,
-    DataConfig,
-    LossConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from limoe.config.schema import Config, ConfigError
 from limoe.config.section import checked, fits, names_of, setting_types, type_name
 from limoe.errors import nearest
 
 FORMAT = 2
-"""Of what `to_json` writes; that of limoe 0.1.0 was the first and has no mark."""
+"""Number of the format that `to_json` writes. limoe 0.1.0 wrote the first format, without a number."""
 
-SECTIONS: dict[str, type] = {
-    "model": ModelConfig,
-    "loss": LossConfig,
-    "optimizer": OptimizerConfig,
-    "data": DataConfig,
-    "train": TrainConfig,
-    "mesh": MeshConfig,
-}
+SECTIONS: dict[str, type] = {name: kind for name, kind in get_type_hints(Config).items() if name != "preset"}
 
 # Settings that 0.1.0 did not have, by section.
 _SINCE_FORMAT_1 = {"loss": ("extra",), "train": ("routing_every",)}
 
-# Settings that differ which a message lists; another preset alone has twenty.
+# A message lists at most so many settings that differ. Two presets can differ in twenty.
 _VALUES_SHOWN = 5
 
 
@@ -61,7 +45,7 @@ _SETTINGS: dict[str, _Setting] = {setting.name: setting for setting in _all_sett
 
 
 def _find(name: str) -> _Setting:
-    """The setting with a dotted name, or with a bare field name that only one section has."""
+    """Find a setting by its dotted name, or by its field name if only one section has it."""
     if name in _SETTINGS:
         return _SETTINGS[name]
     if name == "preset":
@@ -79,7 +63,7 @@ def _find(name: str) -> _Setting:
 
 
 def _parse(text: str, setting: _Setting) -> Any:
-    """The value that a text stands for, by the setting's type."""
+    """Parse a text to the type of a setting."""
     kind = setting.kind
     value: Any = text
     try:
@@ -99,7 +83,7 @@ def _parse(text: str, setting: _Setting) -> Any:
 
 
 def _parse_integers(text: str) -> tuple[int, ...]:
-    """`1,3`, `(1, 3)` or `()`; an empty text, more likely a slip than a wish for none, raises ValueError."""
+    """Parse `1,3`, `(1, 3)` or `()`. An empty text is probably a mistake and raises ValueError."""
     inner = text.removeprefix("(").removesuffix(")").strip()
     if not inner and text:
         return ()
@@ -107,10 +91,10 @@ def _parse_integers(text: str) -> tuple[int, ...]:
 
 
 def override(config: Config, settings: Sequence[str]) -> Config:
-    """The config with some settings replaced, each given as `section.field=value` or, where unambiguous, `field=value`.
+    """Replace settings, each given as `section.field=value`, or as `field=value` if that is unambiguous.
 
-    All are set before anything is checked, so their order does not matter. Raises ConfigError when a setting is unknown
-    (with the nearest right name), ambiguous, given twice, ill-typed (with what is allowed), or does not fit the others.
+    Checks come after all replacements, so the order does not matter. Raises ConfigError if a setting is unknown (with
+    the nearest name), ambiguous, given twice, of a wrong type (with the allowed ones), or does not fit the others.
 
     >>> tiny = preset("tiny")
     >>> override(tiny, ["moe_layers=()", "train.seed=7"]).train.seed
@@ -135,22 +119,19 @@ def override(config: Config, settings: Sequence[str]) -> Config:
 
 
 def to_json(config: Config) -> str:
-    """The config as indented JSON text that `from_json` turns back into an equal config.
+    """Write a config as indented JSON, from which `from_json` makes an equal config.
 
     >>> from_json(to_json(preset("h14"))) == preset("h14")
     True
     """
-    tree: dict[str, Any] = {"format": FORMAT, "preset": config.preset}
-    for section, kind in SECTIONS.items():
-        tree[section] = {name: getattr(getattr(config, section), name) for name in setting_types(kind)}
-    return json.dumps(tree, indent=2) + "\n"
+    return json.dumps({"format": FORMAT, **asdict(config)}, indent=2) + "\n"
 
 
 def from_json(text: str) -> Config:
-    """The config that `to_json` wrote, in this version or in limoe 0.1.0.
+    """Read a config that `to_json` of this version or of limoe 0.1.0 wrote.
 
-    Raises ConfigError when the text is not JSON, when a setting is unknown or missing (nothing is filled in quietly,
-    but for settings that 0.1.0 did not have), or when a value is not allowed.
+    Raises ConfigError if the text is not JSON, a setting is unknown or missing, or a value is not allowed. Only
+    settings that 0.1.0 did not have get defaults.
     """
     try:
         tree = json.loads(text)
@@ -158,14 +139,13 @@ def from_json(text: str) -> Config:
         raise ConfigError(f"the config is not JSON: {error}") from error
     written = tree.pop("format", 1) if isinstance(tree, dict) else FORMAT
     if written not in (1, FORMAT):
-        raise ConfigError(f"the config has format {written!r}, of which this version knows nothing; use a newer one")
+        raise ConfigError(f"the config has format {written!r}, which this version cannot read; use a newer version")
     _check_keys(tree, ["preset", *SECTIONS], "")
     if not isinstance(tree["preset"], str):
-        raise ConfigError(f"preset={tree['preset']!r} in the config is not a text")
+        raise ConfigError(f"preset={tree['preset']!r} in the config must be a text")
     sections = {}
     for section, kind in SECTIONS.items():
-        types = setting_types(kind)
-        later = [name for name in _SINCE_FORMAT_1.get(section, ()) if written == 1]
+        types, later = setting_types(kind), _SINCE_FORMAT_1.get(section, ()) if written == 1 else ()
         _check_keys(tree[section], [name for name in types if name not in later], f"{section}.")
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in tree[section].items()}
         sections[section] = kind(**{name: checked(f"{section}.{name}", values[name], types[name]) for name in values})
@@ -173,7 +153,7 @@ def from_json(text: str) -> Config:
 
 
 def is_of_first_format(text: str) -> bool:
-    """Whether a config that `from_json` reads was written by limoe 0.1.0.
+    """Say whether limoe 0.1.0 wrote a config that `from_json` reads.
 
     >>> is_of_first_format(to_json(preset("tiny")))
     False
@@ -183,7 +163,7 @@ def is_of_first_format(text: str) -> bool:
 
 def _check_keys(tree: Any, names: list[str], prefix: str) -> None:
     if not isinstance(tree, dict):
-        raise ConfigError(f"the config holds {tree!r} where the settings {prefix}... should be")
+        raise ConfigError(f"the config holds {tree!r} instead of the settings {prefix}...")
     for name in tree:
         if name not in names:
             close = nearest(name, names)
@@ -195,22 +175,16 @@ def _check_keys(tree: Any, names: list[str], prefix: str) -> None:
 
 
 def differences(first: Config, second: Config) -> list[str]:
-    """Dotted names of the settings in which two configs differ, in the order of the help.
+    """List the dotted names of settings that differ between two configs, in the order of the help.
 
     >>> differences(preset("tiny"), override(preset("tiny"), ["train.seed=1", "z=false"]))
     ['loss.z', 'train.seed']
     """
-    names = [
-        setting.name
-        for setting in _SETTINGS.values()
-        if getattr(getattr(first, setting.section), setting.field)
-        != getattr(getattr(second, setting.section), setting.field)
-    ]
-    return ["preset"] * (first.preset != second.preset) + names
+    return [name for name in ("preset", *_SETTINGS) if value_of(first, name) != value_of(second, name)]
 
 
 def both_values(names: Sequence[str], first: Config, second: Config, at_first: str, at_second: str) -> str:
-    """The first few settings with the values that two configs give them, for a message; texts are quoted.
+    """Format the first few of these settings with their values in two configs, for a message. Texts are quoted.
 
     >>> both_values(["train.seed"], preset("tiny"), override(preset("tiny"), ["train.seed=1"]), "there", "now")
     'train.seed (0 there, 1 now)'
@@ -223,7 +197,7 @@ def both_values(names: Sequence[str], first: Config, second: Config, at_first: s
 
 
 def value_of(config: Config, name: str) -> Any:
-    """The value of the setting with a dotted name.
+    """Get the value of a setting by its dotted name.
 
     >>> value_of(preset("tiny"), "model.depth")
     4
@@ -235,7 +209,7 @@ def value_of(config: Config, name: str) -> Any:
 
 
 def settings_help(preset_name: str = "tiny") -> str:
-    """A table of every setting: name, value in that preset, type and help.
+    """List every setting with its value in a preset, type and help.
 
     >>> print(settings_help().splitlines()[1])
     model.depth = 4  [integer]
@@ -243,14 +217,13 @@ def settings_help(preset_name: str = "tiny") -> str:
     config = preset(preset_name)
     lines = [f"Settings for --set, with their values in the preset {preset_name}:"]
     for setting in _SETTINGS.values():
-        value = getattr(getattr(config, setting.section), setting.field)
-        lines.append(f"{setting.name} = {_shown(value)}  [{type_name(setting.kind)}]")
+        lines.append(f"{setting.name} = {_shown(value_of(config, setting.name))}  [{type_name(setting.kind)}]")
         lines.append(f"    {setting.help}")
     return "\n".join(lines)
 
 
 def _shown(value: object) -> str:
-    """A value as `override` reads it."""
+    """Format a value so that `override` can read it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
@@ -259,5 +232,5 @@ def _shown(value: object) -> str:
 
 
 def _quoted(value: object) -> str:
-    """A value in the middle of a sentence, where an empty text would not be seen."""
+    """Format a value inside a sentence. Quotes make an empty text visible."""
     return repr(value) if isinstance(value, str) else _shown(value)

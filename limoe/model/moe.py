@@ -52,7 +52,9 @@ def register_activation(name: str, function: ActivationFunction) -> None:
 
     Raises ValueError if an activation has that name already.
     """
-    schema.ACTIVATIONS.add(name)
+    if name in schema.ACTIVATIONS:
+        raise ValueError(f"there is an activation {name!r} already; take another name")
+    schema.ACTIVATIONS.append(name)
     ACTIVATIONS[name] = function
 
 

@@ -196,7 +196,7 @@ def register(name: str, function: AuxiliaryLoss) -> None:
     """
     if name in AUXILIARY_LOSSES:
         raise ValueError(f"there is an auxiliary loss {name!r} already; take another name")
-    EXTRA_LOSSES.add(name)
+    EXTRA_LOSSES.append(name)
     AUXILIARY_LOSSES[name] = function
 
 
