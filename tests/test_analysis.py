@@ -83,9 +83,9 @@ def test_names_of_experts():
     # Shares of image: 60, 35, 4, 1, 0; of text: 2, 35, 60, 1, 2 per cent. An even share is 20, so below 2 is unused.
     wanted = np.array([[[600, 350, 39, 1, 10], [2, 34, 61, 1, 2]]])
     assert analysis.expert_modality(wanted) == (("image", "shared", "text", "unused", "unused"),)
-    assert analysis.expert_modality(wanted, purity=0.99)[0][:3] == ("shared", "shared", "shared")
-    with pytest.raises(ValueError, match="purity"):
-        analysis.expert_modality(wanted, purity=0.5)
+    # Preferences of 0.89, 0.91, 0.106 and 0.048.
+    near = np.array([[[55, 45, 800, 100], [445, 455, 95, 5]]])
+    assert analysis.expert_modality(near) == (("shared", "text", "shared", "image"),)
 
 
 def top_patches_ref(gate, expert, num_experts, patches, count, per_image):

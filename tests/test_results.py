@@ -228,8 +228,10 @@ def test_last_steps_are_the_mean_over_layers_and_the_last_hundred() -> None:
     blank = {"total": 0.0, "contrastive": 0.0, "effective_experts": [[1.0, 1.0]] * 2, "zero_shot_top1": None}
     blank |= {"step_seconds": 0.5, "bad_examples": 2, "bad_first": ["a: cut", "b: cut"]}
     log = results.read_log(sparse, [blank | line | {"step": step} for step, line in enumerate([first, *lines], 1)])
-    assert log.step.tolist() == list(range(1, 102)) and log.success_rate.shape == (101, 2)
-    assert log.success_rate[:2].tolist() == [[0.9, 0.9], [0.5, 0.5]] and log.effective_experts.shape == (101, 2, 2)
+    history = log.history
+    assert history.step.tolist() == list(range(1, 102)) and history.success_rate.shape == (101, 2)
+    assert history.success_rate[:2].tolist() == [[0.9, 0.9], [0.5, 0.5]]
+    assert history.effective_experts.shape == (101, 2, 2)
     assert (log.num_bad, log.first_bad) == (202, ("a: cut", "b: cut", "a: cut", "b: cut", "a: cut"))
     assert log.train_seconds == 50.5
     last = log.last

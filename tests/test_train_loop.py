@@ -295,7 +295,7 @@ size, model = path.stat().st_size, preset("h14").model
 
 before = forget_peak()
 log = results.read_log(model, read_metrics(path))
-assert len(log.step) == num_steps and log.last.wanted.shape == (12, 2, 32)
+assert len(log.history.step) == num_steps and log.last.wanted.shape == (12, 2, 32)
 pictures.draw_training(path.parent / "training.png", results.training_history(log, {}, 0.99))
 figures = resident("VmHWM:") - before
 del log

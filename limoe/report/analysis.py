@@ -1,7 +1,7 @@
-"""What the routing figures say: who goes where, how much a perfect router could keep, and what each expert likes best.
+"""Analysis of routing: shares of experts, what a perfect router keeps, and the favourites of each expert (section 6).
 
-Plain NumPy over sums and choices that the model hands out (paper section 6). Letters: L MoE layers, M modalities (0
-image, 1 text), E experts, T tokens. Counts may be floats, as sums over devices are.
+The functions use NumPy on sums and choices of a model. Letters: L MoE layers, M modalities (0 image, 1 text), E
+experts, T tokens. Counts may be floats, because sums over devices are.
 """
 
 import math
@@ -11,16 +11,19 @@ import numpy as np
 
 from limoe.model.moe import TEXT, expert_capacity
 
+# Preference for a modality from which on an expert counts as its own.
+_PURE = 0.9
+
 
 class ExpertShares(NamedTuple):
-    """Share of all tokens of a layer that each expert got, by modality, before and after capacity."""
+    """Shares of all tokens of a layer that each expert got, by modality, before and after capacity."""
 
     wanted: np.ndarray  # [L, M, E], sums to 1 over a layer
     kept: np.ndarray  # [L, M, E], sums to the success rate of the layer
 
 
 class TopPatches(NamedTuple):
-    """Image patches with the largest gates of each expert, best first; -1 and gate 0 where an expert has no more."""
+    """Image patches with the largest gates of each expert, best first; -1 and gate 0 if an expert has no more."""
 
     example: np.ndarray  # [E, count] int64
     patch: np.ndarray  # [E, count] int64, row by row from the top left corner
@@ -28,9 +31,9 @@ class TopPatches(NamedTuple):
 
 
 def expert_shares(wanted: np.ndarray, kept: np.ndarray) -> ExpertShares:
-    """Shares of the tokens of each layer, from counts [L, M, E] of those that chose an expert and those with room.
+    """Compute shares of each layer from counts [L, M, E] of tokens that chose an expert, and of those that found room.
 
-    Raises ValueError on shapes that do not fit, negative counts, more kept than wanted, or a layer without tokens.
+    Raises ValueError for shapes that do not fit, negative counts, more kept than wanted, or a layer without tokens.
 
     >>> shares = expert_shares(np.array([[[6.0, 2.0], [0.0, 2.0]]]), np.array([[[5.0, 2.0], [0.0, 2.0]]]))
     >>> shares.wanted.tolist(), shares.kept.tolist()
@@ -39,7 +42,7 @@ def expert_shares(wanted: np.ndarray, kept: np.ndarray) -> ExpertShares:
     wanted, kept = _counts("wanted", wanted), _counts("kept", kept)
     if wanted.shape != kept.shape:
         raise ValueError(f"wanted has shape {list(wanted.shape)} and kept {list(kept.shape)}; they must be equal")
-    # Averages of float32 sums may be off by their rounding.
+    # Means of float32 sums have rounding errors.
     more = kept > wanted * (1 + 1e-5)
     if np.any(more):
         layer, modality, expert = (int(i[0]) for i in np.nonzero(more))
@@ -53,11 +56,11 @@ def expert_shares(wanted: np.ndarray, kept: np.ndarray) -> ExpertShares:
 
 
 def text_preference(wanted: np.ndarray) -> np.ndarray:
-    """How much each expert prefers text, from counts [L, 2, E]: 0 only image, 1 only text, 1/2 no preference; [L, E].
+    """Compute how much each expert prefers text, [L, E], from counts [L, 2, E]: 0 is image only, 1 is text only.
 
-    It is t / (i + t) with t and i the shares of all text and of all image tokens that the expert gets. An image has up
-    to 16 times as many tokens as its caption: by plain counts every shared expert would pass for an image expert. An
-    expert that nobody chose has NaN.
+    The preference is t / (i + t), where the expert gets the share t of all text tokens and i of all image tokens. Plain
+    counts would mislead: an image has up to 16 times as many tokens as its caption, so every shared expert would look
+    like an image expert. An expert that no token chose has NaN.
 
     >>> text_preference(np.array([[[90.0, 10.0, 0.0], [0.0, 10.0, 0.0]]]))
     array([[0.        , 0.90909091,        nan]])
@@ -70,17 +73,15 @@ def text_preference(wanted: np.ndarray) -> np.ndarray:
     return np.divide(share[:, TEXT], both, out=np.full(both.shape, np.nan), where=both > 0)
 
 
-def expert_modality(wanted: np.ndarray, *, purity: float = 0.9) -> tuple[tuple[str, ...], ...]:
-    """Name of each expert in each layer, from counts [L, 2, E]: "image", "text", "shared" or "unused".
+def expert_modality(wanted: np.ndarray) -> tuple[tuple[str, ...], ...]:
+    """Name each expert of each layer, from counts [L, 2, E]: "image", "text", "shared" or "unused".
 
-    An expert belongs to a modality from a `text_preference` of `purity` for it on; "unused" got under a tenth of an
-    even share of either modality. Raises ValueError unless `purity` lies above 1/2 and up to 1.
+    An expert is "text" if its `text_preference` is at least 0.9, and "image" if it is at most 0.1. It is "unused" if it
+    got at most a tenth of an even share of each modality.
 
     >>> expert_modality(np.array([[[60.0, 40.0, 0.0, 0.0], [0.0, 10.0, 30.0, 0.1]]]))
     (('image', 'shared', 'text', 'unused'),)
     """
-    if not 0.5 < purity <= 1:
-        raise ValueError(f"purity={purity} must lie above 0.5 and up to 1")
     preference = text_preference(wanted)
     wanted = np.asarray(wanted, np.float64)
     even = wanted.sum(axis=2, keepdims=True) / wanted.shape[2]
@@ -89,20 +90,19 @@ def expert_modality(wanted: np.ndarray, *, purity: float = 0.9) -> tuple[tuple[s
     def name(preference: float, unused: bool) -> str:
         if unused:
             return "unused"
-        if preference >= purity:
+        if preference >= _PURE:
             return "text"
-        return "image" if preference <= 1 - purity else "shared"
+        return "image" if preference <= 1 - _PURE else "shared"
 
     return tuple(tuple(map(name, *layer)) for layer in zip(preference.tolist(), unused.tolist(), strict=True))
 
 
 def success_rate_bound(num_experts: int, tokens_per_group: int, num_choices: int, capacity_factor: float) -> float:
-    """Expected share of choices that a perfect router with independent tokens keeps (paper section 2).
+    """Compute the share of choices that a perfect router with independent tokens keeps on average (paper, section 2).
 
-    Each of S tokens chooses K of E experts evenly and independently, so X ~ Binomial(S, K/E) of them want an expert,
-    which has C = ceil(S K c / E) places: the share is E * mean(min(X, C)) / (S K). A router can beat this only where
-    its tokens depend on each other. Raises ValueError on sizes below 1, K > E, or a capacity factor that is not above
-    0.
+    Each of S tokens chooses K of E experts evenly and independently. So X ~ Binomial(S, K/E) tokens want an expert, and
+    it has C = ceil(S K c / E) places. The share is E * mean(min(X, C)) / (S K). A router can do better only if its
+    tokens depend on each other. Raises ValueError for sizes below 1, K > E, or a capacity factor that is not above 0.
 
     >>> round(success_rate_bound(32, 8 * 212, 1, 1.05), 3)
     0.969
@@ -117,7 +117,7 @@ def success_rate_bound(num_experts: int, tokens_per_group: int, num_choices: int
     mean = tokens * p
     if num_choices == num_experts or capacity >= tokens:
         return min(capacity / mean, 1.0)
-    # 40 standard deviations to each side (and 50 more, for small means) hold all but 1e-100 of the mass.
+    # All but 1e-100 of the mass is within 40 standard deviations of the mean (and 50 more, for small means).
     reach = 40 * math.sqrt(mean * (1 - p)) + 50
     counts = np.arange(max(0, math.floor(mean - reach)), min(tokens, math.ceil(mean + reach)) + 1)
     log_choose = [-math.lgamma(n + 1) - math.lgamma(tokens - n + 1) for n in counts.tolist()]
@@ -135,11 +135,12 @@ def top_patches(
     count: int = 8,
     per_image: int = 2,
 ) -> TopPatches:
-    """Image patches with the `count` largest gates of each expert, at most `per_image` of one image (paper section 6).
+    """Find the patches with the `count` largest gates of each expert, at most `per_image` of one image (section 6).
 
-    `gate` and `expert` [T] or [T, K] hold the image tokens of one MoE layer, image after image, `patches_per_image`
-    each. Gates that are not above 0 (masked tokens) are left out; ties go to the lower token.
-    Raises ValueError on shapes that do not fit or experts outside 0 to `num_experts` - 1.
+    `gate` and `expert` [T] or [T, K] are those of the image tokens of one MoE layer, image after image, with
+    `patches_per_image` tokens each. Gates that are not above 0 (masked tokens) are left out. Of equal gates, the token
+    with the lower index comes first. Raises ValueError for shapes that do not fit, or experts outside 0 to
+    `num_experts` - 1.
 
     >>> gate, expert = np.array([0.5, 0.9, 0.8, 0.7]), np.array([0, 1, 1, 1])
     >>> top = top_patches(gate, expert, num_experts=2, patches_per_image=2, count=2, per_image=1)
@@ -173,10 +174,11 @@ def top_patches(
 def top_tokens(
     gate: np.ndarray, expert: np.ndarray, token_id: np.ndarray, *, num_experts: int, count: int = 8
 ) -> np.ndarray:
-    """Vocabulary ids [E, count] with the largest sums of gates of each expert, best first; -1 where it has no more.
+    """Find the token ids [E, count] with the largest sums of gates of each expert, best first; -1 if it has no more.
 
-    `gate` and `expert` [T] or [T, K] and `token_id` [T] hold the text tokens of one MoE layer; leave padding out by
-    gates of 0. Ties go to the lower id. Raises ValueError as `top_patches`, and on ids below 0.
+    `gate` and `expert` [T] or [T, K] and `token_id` [T] are those of the text tokens of one MoE layer. Give padding a
+    gate of 0 to leave it out. Of equal sums, the lower id comes first. Raises ValueError as `top_patches` does, and for
+    ids below 0.
 
     >>> top_tokens(np.array([.5, .4, .3]), np.array([0, 0, 0]), np.array([7, 5, 5]), num_experts=2, count=2).tolist()
     [[5, 7], [-1, -1]]
@@ -205,11 +207,11 @@ def top_tokens(
 def cut_patches(
     images: np.ndarray, example: np.ndarray, patch: np.ndarray, *, patch_size: int, context: int = 1
 ) -> np.ndarray:
-    """Cuts patches with `context` patches around them out of uint8 images [N, height, width, 3].
+    """Cut patches, with `context` patches around them, out of uint8 images [N, height, width, 3].
 
-    `example` and `patch` [...] as in `TopPatches`; the cuts are [..., side, side, 3] with side (2 context + 1)
-    patch_size, the patch itself in the middle. Outside of the image, and all over where `example` is -1, the cut is
-    white. Raises ValueError on shapes or numbers that do not fit.
+    `example` and `patch` [...] are as in `TopPatches`. Cuts are [..., side, side, 3], where side is (2 context + 1)
+    patch_size; the patch is in the middle. A cut is white outside of the image, and completely white if `example` is
+    -1. Raises ValueError for shapes or numbers that do not fit.
 
     >>> image = np.arange(16, dtype=np.uint8).reshape(1, 4, 4, 1).repeat(3, axis=3)
     >>> cut_patches(image, np.array(0), np.array(1), patch_size=2, context=0)[..., 0].tolist()
@@ -230,21 +232,18 @@ def cut_patches(
     pointless = (example >= len(images)) | (example >= 0) & ((patch < 0) | (patch >= num_patches))
     if np.any(pointless):
         raise ValueError(f"example and patch must point into {len(images)} images of {num_patches} patches")
-    side = (2 * context + 1) * patch_size
-    margin = context * patch_size
+    side, margin = (2 * context + 1) * patch_size, 2 * [context * patch_size]
     cuts = np.full((*example.shape, side, side, 3), 255, np.uint8)
     for place in np.ndindex(example.shape):
-        if example[place] < 0:
-            continue
-        top, left = (patch_size * i - margin for i in divmod(int(patch[place]), columns))
-        inside = images[example[place]][max(top, 0) : top + side, max(left, 0) : left + side]
-        row, column = max(-top, 0), max(-left, 0)
-        cuts[place][row : row + inside.shape[0], column : column + inside.shape[1]] = inside
+        if example[place] >= 0:
+            framed = np.pad(images[example[place]], (margin, margin, (0, 0)), constant_values=255)
+            top, left = (patch_size * i for i in divmod(int(patch[place]), columns))
+            cuts[place] = framed[top : top + side, left : left + side]
     return cuts
 
 
 def _place_in_run(*keys: np.ndarray) -> np.ndarray:
-    """Position of each entry in its run of equal keys."""
+    """Number the entries of each run of equal keys, from 0."""
     index = np.arange(len(keys[0]))
     starts = np.zeros(len(index), bool)
     starts[:1] = True

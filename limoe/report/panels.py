@@ -1,7 +1,7 @@
-"""The parts that figures are made of: one panel each, drawn on axes, and the style that they share.
+"""Panels: parts of figures, each drawn on axes, and the style of all figures.
 
-Image is blue and text is orange in every figure, which also the colour-blind can tell apart. Strings that come from
-data are shown as they are, never parsed as formulas.
+Images are blue and text is orange in every figure; colour-blind readers can distinguish these. Strings from data are
+never parsed as formulas.
 """
 
 import math
@@ -16,7 +16,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
@@ -46,21 +45,21 @@ _STYLE = {
 
 
 class History(NamedTuple):
-    """Figures of a run over training: N logged steps, L MoE layers (0 if dense), Z evaluations. NaN leaves a gap."""
+    """Figures of a run over N logged steps, with L MoE layers (0 if dense) and Z evaluations. NaN leaves a gap."""
 
     step: np.ndarray  # [N]
     loss: np.ndarray  # [N] total loss, nats
     contrastive: np.ndarray  # [N] contrastive part of it, nats
     success_rate: np.ndarray  # [N, 2] share of image and of text tokens that found room
     effective_experts: np.ndarray  # [N, L, 2] exp of the entropy of the mean gates
-    success_rate_bound: float
     zero_shot_step: np.ndarray  # [Z]
     zero_shot_top1: np.ndarray  # [Z]
-    zero_shot_chance: float
+    success_rate_bound: float = 1.0
+    zero_shot_chance: float = 0.0
 
 
 class LayerView(NamedTuple):
-    """One MoE layer seen through its experts, for the galleries."""
+    """What the galleries show of one MoE layer and its experts."""
 
     moe_layer: int  # index of the block, from 0
     wanted: np.ndarray  # [2, E] tokens that chose each expert
@@ -70,37 +69,32 @@ class LayerView(NamedTuple):
 
 @contextmanager
 def open_figure(path: str | PathLike[str], width: float, height: float, layout: Any = None) -> Iterator[Figure]:
-    """A figure of this size in inches under our style, written to `path` at the end."""
+    """Open a figure of a size in inches, in the common style. The end of the block writes it to `path`."""
     with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
-        # A caption may hold any script; the font shows a box for what it lacks.
+        # A caption may use any script. For characters that the font lacks it shows a box.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=(width, height), dpi=120, layout=layout)
         yield figure
         with files.atomic_writer(path) as file:
-            # The version of matplotlib in the file would change the bytes without need.
+            # Without matplotlib's version in the file, its bytes depend on the picture alone.
             figure.savefig(file, format="png", metadata={"Software": None})
 
 
 def axes_at(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes placed in inches from the top left corner."""
+    """Add axes at a position in inches from the top left corner."""
     full_width, full_height = figure.get_size_inches()
     box = (left / full_width, 1 - (top + height) / full_height, width / full_width, height / full_height)
     return figure.add_axes(box)
 
 
 def headline(figure: Figure, title: str) -> None:
-    """Title of the whole figure, in its top left corner."""
+    """Write the title of the whole figure into its top left corner."""
     width, height = figure.get_size_inches()
     figure.text(0.15 / width, 1 - 0.2 / height, title, fontsize=11, fontweight="bold", va="top")
 
 
-def legend_line(label: str, **style: Any) -> Any:
-    """Entry of a legend for a line that has no label of its own."""
-    return Line2D([], [], **({"color": "black", "linewidth": 1} | style), label=label)
-
-
 def stack(axes: Axes, wanted: np.ndarray, kept: np.ndarray) -> None:
-    """Bars of one layer from shares [2, E]: kept image, kept text, then what was dropped of each."""
+    """Draw the bars of one layer from shares [2, E]: kept image, kept text, then the dropped part of each."""
     expert = np.arange(wanted.shape[1])
     bottom = np.zeros(len(expert))
     for modality in (IMAGE, TEXT):
@@ -119,14 +113,14 @@ def stack(axes: Axes, wanted: np.ndarray, kept: np.ndarray) -> None:
 
 
 def draw_loss(axes: Axes, history: History) -> None:
-    """Total loss and its contrastive part over training."""
+    """Draw the total loss and its contrastive part over training."""
     _curve(axes, history.step, history.loss, "black", "total")
     _curve(axes, history.step, history.contrastive, "#CC79A7", "contrastive part")
     _finish(axes, "Loss", "nats")
 
 
 def draw_success_rate(axes: Axes, history: History) -> None:
-    """Success rate of each modality over training, with what a perfect router keeps."""
+    """Draw the success rate of each modality over training, and that of a perfect router."""
     for modality, name in enumerate(MODALITIES):
         _curve(axes, history.step, history.success_rate[:, modality], COLOURS[name], f"{name} tokens")
     bound = history.success_rate_bound
@@ -137,7 +131,7 @@ def draw_success_rate(axes: Axes, history: History) -> None:
 
 
 def draw_effective_experts(axes: Axes, history: History) -> None:
-    """Effective number of experts of each modality and layer over training, darker from layer to layer."""
+    """Draw the effective number of experts of each modality and layer over training; later layers are darker."""
     num_layers = history.effective_experts.shape[1]
     for modality, name in enumerate(MODALITIES):
         for layer in range(num_layers):
@@ -152,7 +146,7 @@ def draw_effective_experts(axes: Axes, history: History) -> None:
 
 
 def draw_zero_shot(axes: Axes, history: History) -> None:
-    """Zero-shot accuracy over training, with chance."""
+    """Draw zero-shot accuracy over training, and chance."""
     axes.plot(history.zero_shot_step, history.zero_shot_top1, color="black", marker="o", markersize=3.5, label="top-1")
     chance = history.zero_shot_chance
     axes.axhline(chance, color=_NEUTRAL, linestyle=":", linewidth=1.5, label=f"chance, {chance:.1%}")
@@ -176,7 +170,7 @@ def _finish(axes: Axes, title: str, unit: str) -> None:
 def _curve(
     axes: Axes, step: np.ndarray, value: np.ndarray, colour: Any, label: str | None, *, raw: bool = True
 ) -> None:
-    """Means of up to 60 bins as a line, over a pale line of up to 2,000 single values."""
+    """Draw means of up to 60 bins as a line, over a pale line of up to 2,000 single values."""
     if raw and len(step) > 60:
         every = math.ceil(len(step) / 2000)
         axes.plot(step[::every], value[::every], color=_pale(colour, 0.65), linewidth=0.6, zorder=1)
@@ -195,9 +189,9 @@ def _mean_of_finite(value: np.ndarray) -> float:
 def draw_patches(
     axes: Axes, cuts: np.ndarray, view: LayerView, experts: Sequence[int], *, words_instead: bool = False
 ) -> None:
-    """Cuts [rows, count, side, side, 3] on a grid of unit cells, a row an expert, the patch itself framed.
+    """Draw cuts [rows, count, side, side, 3] on a grid, one row for each expert, with a frame around each patch.
 
-    With `words_instead` a text expert's row holds its favourite words.
+    With `words_instead`, the row of a text expert shows its favourite words.
     """
     names = expert_modality(view.wanted[None])[0]
     count = cuts.shape[1]
@@ -224,7 +218,7 @@ def draw_patches(
 
 
 def label_expert(axes: Axes, view: LayerView, expert: int, row: int) -> None:
-    """Name and modality of an expert, and what it takes, to the left of its row."""
+    """Write the name, modality and shares of an expert to the left of its row."""
     name = expert_modality(view.wanted[None])[0][expert]
     share = view.wanted[:, expert] / np.maximum(view.wanted.sum(axis=1), 1e-30)
     style: dict[str, Any] = {"ha": "right", "color": COLOURS[name]}
@@ -234,9 +228,9 @@ def label_expert(axes: Axes, view: LayerView, expert: int, row: int) -> None:
 
 
 def draw_bars(axes: Axes, view: LayerView, experts: Sequence[int], rows: int) -> None:
-    """For each expert the share of all image tokens that it gets, to the left, and of all text tokens, to the right.
+    """Draw for each expert its share of all image tokens to the left, and of all text tokens to the right.
 
-    Below its name stands how many times larger its share of one modality is than that of the other.
+    The label of an expert says how many times larger its share of one modality is than that of the other.
     """
     share = view.wanted / np.maximum(view.wanted.sum(axis=1, keepdims=True), 1e-30)
     unused = [name == "unused" for name in expert_modality(view.wanted[None])[0]]
@@ -265,7 +259,7 @@ def draw_bars(axes: Axes, view: LayerView, experts: Sequence[int], rows: int) ->
 
 
 def leaning(preference: float) -> str:
-    """What an expert leans to, from its `text_preference`: the larger share over the smaller one.
+    """Say which modality an expert prefers, with the ratio of its shares, from its `text_preference`.
 
     >>> leaning(0.75), leaning(0.1), leaning(0.51), leaning(1.0), leaning(math.nan)
     ('text 3.0×', 'image 9.0×', 'both alike', 'text only', 'unused')
@@ -282,7 +276,7 @@ def leaning(preference: float) -> str:
 
 
 def _preferred_colour(preference: float) -> tuple[float, float, float]:
-    """From the colour of image over grey to that of text."""
+    """Choose a colour on the scale from the colour of images over grey to that of text."""
     if math.isnan(preference):
         return to_rgb(COLOURS["unused"])
     amount = math.sqrt(abs(2 * preference - 1))
@@ -292,7 +286,7 @@ def _preferred_colour(preference: float) -> tuple[float, float, float]:
 
 
 def draw_guesses(axes: Axes, probability: np.ndarray, names: Sequence[str], right: Sequence[bool]) -> None:
-    """Bars of the likeliest classes, named; the right one is green and ticked."""
+    """Draw bars of the likeliest classes with their names. The right one is green and ticked."""
     for row, (value, name, hit) in enumerate(zip(probability.tolist(), names, right, strict=True)):
         axes.barh(row, value, 0.82, color=_pale(_RIGHT if hit else _NEUTRAL, 0.5))
         axes.text(0.02, row, one_line(name, 24) + (" ✓" if hit else ""), va="center", fontsize=8)
@@ -308,13 +302,13 @@ def _pale(colour: Any, amount: float) -> tuple[float, float, float]:
 
 
 def one_line(text: str, length: int) -> str:
-    """One line of at most `length` characters; control characters, which some back ends choke on, become spaces."""
+    """Cut a text to one line of at most `length` characters. Characters that cannot be printed become spaces."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
 def pack_words(words: Sequence[str], length: int, count: int) -> list[str]:
-    """Words packed into at most `count` lines of about `length` characters; what does not fit is left out."""
+    """Pack words into at most `count` lines of at most `length` characters. Words that do not fit are left out."""
     lines = [""]
     for word in (one_line(word, length) for word in words):
         longer = f"{lines[-1]}, {word}" if lines[-1] else word

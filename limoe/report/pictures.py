@@ -1,6 +1,6 @@
-"""Figures (PNG) and the closing table of a run.
+"""Figures (PNG) of a run, and the table at its end.
 
-Figures are written whole or not at all, and the same input gives the same bytes with the same matplotlib.
+A figure is written completely or not at all. The same input gives the same bytes with the same version of matplotlib.
 """
 
 import math
@@ -9,27 +9,13 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
 from limoe.report import panels
 from limoe.report.analysis import cut_patches, expert_modality, expert_shares, text_preference
 from limoe.report.panels import COLOURS, MODALITIES, History, LayerView
-
-_SUMMARY_KEYS = (
-    "preset",
-    "steps",
-    "seconds",
-    "zero_shot_top1",
-    "zero_shot_chance",
-    "image_to_text_r1",
-    "text_to_image_r1",
-    "success_rate_image",
-    "success_rate_text",
-    "success_rate_bound",
-    "parameters_total",
-    "parameters_per_token",
-)
 
 
 def draw_expert_shares(
@@ -38,13 +24,12 @@ def draw_expert_shares(
     kept: np.ndarray,
     *,
     moe_layers: Sequence[int],
-    capacity_factor: float | None,
+    capacity_factor: float,
 ) -> None:
-    """Draws the share of all tokens that each expert got, image and text stacked, one panel a MoE layer.
+    """Draw the share of all tokens that each expert got, image and text stacked, one panel for each MoE layer.
 
-    `wanted` and `kept` are counts [L, 2, E]; what found no room is hatched. The dashed line is the capacity
-    (none if None).
-    Raises ValueError on shapes that do not fit or without MoE layers (paper section 6).
+    `wanted` and `kept` are counts [L, 2, E]. Tokens that found no room are hatched. A dashed line shows the capacity.
+    Raises ValueError for shapes that do not fit, or without MoE layers (paper, section 6).
 
     >>> import tempfile
     >>> counts = np.array([[[6.0, 2.0], [0.0, 2.0]]])
@@ -66,8 +51,7 @@ def draw_expert_shares(
                 axes.remove()
                 continue
             panels.stack(axes, shares.wanted[index], shares.kept[index])
-            if capacity_factor is not None:
-                axes.axhline(capacity_factor / num_experts, color="black", linestyle="--", linewidth=1)
+            axes.axhline(capacity_factor / num_experts, color="black", linestyle="--", linewidth=1)
             axes.set_title(f"block {moe_layers[index]}: {_census(names[index])}", fontsize=10)
             axes.set_xticks(range(num_experts), [str(e) for e in range(num_experts)], fontsize=8)
             for label, name in zip(axes.get_xticklabels(), names[index], strict=True):
@@ -75,29 +59,26 @@ def draw_expert_shares(
                 label.set_fontweight("bold" if name in MODALITIES else "normal")
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             axes.set_xlim(-0.6, num_experts - 0.4)
-            axes.set_ylim(0, 1.06 * max(float(shares.wanted.sum(axis=1).max()), (capacity_factor or 0) / num_experts))
+            axes.set_ylim(0, 1.06 * max(float(shares.wanted.sum(axis=1).max()), capacity_factor / num_experts))
         figure.supxlabel("expert (coloured by the modality that prefers it)", fontsize=10)
         figure.supylabel("share of all tokens of the layer", fontsize=10)
         handles: list[Any] = [Patch(color=COLOURS[name], label=f"{name} tokens") for name in MODALITIES]
         handles.append(Patch(facecolor="white", edgecolor="#444444", hatch="////", label="chose it, found no room"))
-        if capacity_factor is not None:
-            handles.append(panels.legend_line("capacity", linestyle="--"))
+        handles.append(Line2D([], [], color="black", linewidth=1, linestyle="--", label="capacity"))
         figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
 
 
 def draw_training(path: str | PathLike[str], history: History) -> None:
-    """Draws loss, success rates with the bound, effective number of experts and zero-shot accuracy over training.
+    """Draw loss, success rates with their bound, effective number of experts and zero-shot accuracy over training.
 
-    Panels without figures (a dense model has no experts) are left out. Raises ValueError on shapes that do not
-    fit or no steps.
+    Panels without data are left out, such as experts of a dense model.
 
     >>> import tempfile
     >>> one = np.ones(1)
-    >>> history = History(one, one, one, np.ones((1, 2)), np.ones((1, 1, 2)), 0.99, one[:0], one[:0], 0.1)
+    >>> history = History(one, one, one, np.ones((1, 2)), np.ones((1, 1, 2)), one[:0], one[:0])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     draw_training(f"{folder}/training.png", history)
     """
-    _check_history(history)
     drawings = [panels.draw_loss]
     if history.effective_experts.shape[1]:
         drawings += [panels.draw_success_rate, panels.draw_effective_experts]
@@ -114,10 +95,10 @@ def draw_training(path: str | PathLike[str], history: History) -> None:
 
 
 def draw_gallery(path: str | PathLike[str], images: np.ndarray, view: LayerView, *, patch_size: int) -> None:
-    """Draws the image patches with the largest gates of each expert of one MoE layer, each with its surroundings.
+    """Draw the image patches with the largest gates of each expert of one MoE layer, with their surroundings.
 
-    `images` are the uint8 images [N, height, width, 3] that `view.top` points into, `patch_size` is in pixels.
-    Raises ValueError on shapes that do not fit (paper section 6).
+    `view.top` has numbers of the uint8 images [N, height, width, 3]. `patch_size` is in pixels. Raises ValueError if
+    the images cannot be cut into patches of that size (paper, section 6).
 
     >>> import tempfile
     >>> from limoe.report.analysis import TopPatches
@@ -127,7 +108,7 @@ def draw_gallery(path: str | PathLike[str], images: np.ndarray, view: LayerView,
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     draw_gallery(f"{folder}/gallery.png", images, view, patch_size=2)
     """
-    num_experts, count = _check_view(view)
+    num_experts, count = view.top.example.shape
     cuts = cut_patches(images, view.top.example, view.top.patch, patch_size=patch_size)
     columns = 1 if num_experts <= 8 else 2
     rows = math.ceil(num_experts / columns)
@@ -151,26 +132,15 @@ def draw_gallery(path: str | PathLike[str], images: np.ndarray, view: LayerView,
 def draw_examples(
     path: str | PathLike[str], images: np.ndarray, probability: np.ndarray, label: np.ndarray, names: Sequence[str]
 ) -> None:
-    """Draws uint8 images [N, height, width, 3] with the three classes of largest `probability` [N, Q] under each.
+    """Draw uint8 images [N, height, width, 3], each above the three classes of largest `probability` [N, Q].
 
-    The right class, `label` [N], stands above, and is green and ticked below.
-    Raises ValueError on shapes that do not fit or no images.
+    The right class, `label` [N], is the title of an image, and is green and ticked below it.
 
     >>> import tempfile
     >>> images, probability = np.zeros((1, 4, 4, 3), np.uint8), np.array([[0.2, 0.8]])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     draw_examples(f"{folder}/examples.png", images, probability, np.array([1]), ["cat", "dog"])
     """
-    images, probability, label = np.asarray(images), np.asarray(probability), np.asarray(label)
-    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] != 3 or not len(images):
-        raise ValueError(f"images must be uint8 [N, height, width, 3], at least one, not {images.dtype} {images.shape}")
-    if probability.shape != (len(images), len(names)) or label.shape != (len(images),):
-        raise ValueError(
-            f"probability {probability.shape} and label {label.shape} do not fit {len(images)} images and {len(names)} "
-            "names"
-        )
-    if label.min() < 0 or label.max() >= len(names):
-        raise ValueError(f"label must lie in 0 to {len(names) - 1}, but ranges from {label.min()} to {label.max()}")
     columns = min(len(images), 6)
     rows = math.ceil(len(images) / columns)
     with panels.open_figure(path, 2.15 * max(columns, 3) + 0.15, 3.15 * rows + 0.5) as figure:
@@ -192,22 +162,21 @@ def draw_examples(
 def draw_overview(
     path: str | PathLike[str], images: np.ndarray, view: LayerView, history: History, *, patch_size: int
 ) -> None:
-    """Draws one picture of a run: which expert took which modality, patches that experts like, and how training went.
+    """Draw one picture of a run: which expert got which modality, favourite patches of experts, and the training.
 
-    Of more than eight experts it shows eight, spread evenly from the one that most prefers text to the one that most
-    prefers images. Arguments and errors as in `draw_gallery` and `draw_training`.
+    If there are more than eight experts, it shows eight, spread evenly from the strongest preference for text to that
+    for images. Arguments and errors are those of `draw_gallery` and `draw_training`.
 
     >>> import tempfile
     >>> from limoe.report.analysis import TopPatches
     >>> images, one = np.zeros((1, 4, 4, 3), np.uint8), np.ones(1)
     >>> top = TopPatches(np.array([[0]]), np.array([[3]]), np.ones((1, 1)))
     >>> view = LayerView(1, np.array([[4.0], [1.0]]), top, ((),))
-    >>> history = History(one, one, one, np.ones((1, 2)), np.ones((1, 1, 2)), 0.99, one[:0], one[:0], 0.1)
+    >>> history = History(one, one, one, np.ones((1, 2)), np.ones((1, 1, 2)), one[:0], one[:0])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     draw_overview(f"{folder}/overview.png", images, view, history, patch_size=2)
     """
-    num_experts, _ = _check_view(view)
-    _check_history(history)
+    num_experts, most = view.top.example.shape
     preference = text_preference(view.wanted[None])[0]
     experts = np.argsort(-preference, kind="stable")
     title = f"Block {view.moe_layer}: who takes what"
@@ -217,7 +186,7 @@ def draw_overview(
         title = f"Block {view.moe_layer}: {len(experts)} of {num_experts} experts"
     rows = max(len(experts), 4)
     cell, bars, top = 5 / max(rows, 5), 2.3, 0.45
-    count = min(int(4.4 / cell), view.top.example.shape[1])
+    count = min(int(4.4 / cell), most)
     example, patch = view.top.example[experts, :count], view.top.patch[experts, :count]
     cuts = cut_patches(images, example, patch, patch_size=patch_size)
     height = cell * rows
@@ -243,11 +212,11 @@ def draw_overview(
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:
-    """Text of a run's result for the terminal, from the content of `summary.json`; None shows as a dash.
+    """Format the result of a run for the terminal, from the content of `summary.json`. None becomes a dash.
 
-    A dense model has None for the success rates, and no lines for them. Two more entries are shown where present:
-    `expert_modality` (for each MoE layer the names of its experts) with `moe_layers`, and `figures` (where they are).
-    Raises ValueError where one of the others is absent.
+    A dense model has None for the success rates, and no lines for them. Two entries are optional: `expert_modality`
+    (the names of the experts of each layer in `moe_layers`) and `figures` (their folder). Raises KeyError if another
+    entry is missing.
 
     >>> rates = dict.fromkeys(("zero_shot_chance", "image_to_text_r1", "text_to_image_r1"), 0.25)
     >>> rates |= dict.fromkeys(("success_rate_image", "success_rate_text", "success_rate_bound"), None)
@@ -258,20 +227,16 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     -
       zero-shot top-1                90.0%   chance 25.0%
     """
-    absent = [key for key in _SUMMARY_KEYS if key not in summary]
-    if "expert_modality" in summary and "moe_layers" not in summary:
-        absent.append("moe_layers")
-    if absent:
-        raise ValueError(f"the summary has no {', '.join(absent)}; was it written by another version?")
-    rate = {
-        key: _percent(summary[key]) for key in _SUMMARY_KEYS if key.startswith(("zero", "image", "text", "success"))
-    }
-    bound = f"a perfect router keeps {rate['success_rate_bound']}"
-    routing = [(f"{name} tokens that found room", rate[f"success_rate_{name}"], bound) for name in MODALITIES]
+
+    def rate(name: str) -> str:
+        return "-" if summary[name] is None else f"{summary[name]:.1%}"
+
+    bound = f"a perfect router keeps {rate('success_rate_bound')}"
+    routing = [(f"{name} tokens that found room", rate(f"success_rate_{name}"), bound) for name in MODALITIES]
     rows = [
-        ("zero-shot top-1", rate["zero_shot_top1"], f"chance {rate['zero_shot_chance']}"),
-        ("retrieval image to text R@1", rate["image_to_text_r1"], ""),
-        ("retrieval text to image R@1", rate["text_to_image_r1"], ""),
+        ("zero-shot top-1", rate("zero_shot_top1"), f"chance {rate('zero_shot_chance')}"),
+        ("retrieval image to text R@1", rate("image_to_text_r1"), ""),
+        ("retrieval text to image R@1", rate("text_to_image_r1"), ""),
         *([] if summary["success_rate_image"] is None else routing),
         ("parameters", _amount(summary["parameters_total"]), f"{_amount(summary['parameters_per_token'])} per token"),
     ]
@@ -286,31 +251,6 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _check_history(history: History) -> None:
-    steps = np.shape(history.step)
-    effective = np.shape(history.effective_experts)
-    fits = len(steps) == 1 and np.shape(history.loss) == np.shape(history.contrastive) == steps
-    fits = fits and np.shape(history.success_rate) == (*steps, 2)
-    fits = fits and len(effective) == 3 and (effective[0], effective[2]) == (*steps, 2)
-    if not fits or np.shape(history.zero_shot_step) != np.shape(history.zero_shot_top1):
-        shapes = {name: np.shape(value) for name, value in history._asdict().items()}
-        raise ValueError(f"the history's shapes do not fit each other: {shapes}; see the fields of History")
-    if steps == (0,):
-        raise ValueError("the history has no steps; draw it after at least one")
-
-
-def _check_view(view: LayerView) -> tuple[int, int]:
-    shape = np.shape(view.top.example)
-    if len(shape) != 2 or np.shape(view.wanted) != (2, shape[0]) or len(view.words) != shape[0]:
-        raise ValueError(
-            f"wanted {np.shape(view.wanted)}, top patches {shape} and the words of {len(view.words)} experts do not "
-            "fit; they must be [2, E], [E, count] and E"
-        )
-    if not np.sum(view.wanted) > 0:
-        raise ValueError(f"block {view.moe_layer} routed no tokens; pass sums of at least one step")
-    return shape
-
-
 def _census(names: Sequence[str]) -> str:
     return ", ".join(f"{names.count(name)} {name}" for name in COLOURS if name in names)
 
@@ -318,10 +258,6 @@ def _census(names: Sequence[str]) -> str:
 def _roll(names: Sequence[str]) -> str:
     groups = {name: [str(e) for e, other in enumerate(names) if other == name] for name in COLOURS}
     return "   ".join(f"{name}: {' '.join(experts)}" for name, experts in groups.items() if experts)
-
-
-def _percent(value: float | int | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
 
 
 def _amount(value: float | int | None) -> str:

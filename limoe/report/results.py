@@ -1,4 +1,4 @@
-"""What a finished run shows: evaluation, figures, and the numbers of its summary."""
+"""Results of a finished run: figures, and the numbers of its summary."""
 
 from __future__ import annotations
 
@@ -21,23 +21,17 @@ from limoe.report import pictures
 from limoe.report.analysis import expert_modality, success_rate_bound, top_patches, top_tokens
 from limoe.report.panels import History, LayerView
 
-# Training steps whose mean the summary's success rates and the figure of shares are.
+# The summary's success rates and the figure of shares are means over this many training steps.
 LAST_STEPS = 100
 EXAMPLES_SHOWN = 12
-# Bad examples of a run that are named at its end.
+# Bad examples that the end of a run names.
 BAD_SHOWN = 5
 
 
 class Log(NamedTuple):
-    """What the end of a run needs of its log: N steps, L MoE layers (0 if dense)."""
+    """Everything that the end of a run needs from its log."""
 
-    step: np.ndarray  # [N]
-    total: np.ndarray  # [N]
-    contrastive: np.ndarray  # [N]
-    success_rate: np.ndarray  # [N, 2], mean over layers; NaN if dense
-    effective_experts: np.ndarray  # [N, L, 2]
-    zero_shot_step: np.ndarray  # [Z], of the steps that were evaluated
-    zero_shot_top1: np.ndarray  # [Z]
+    history: History
     last: LastSteps
     train_seconds: float
     num_bad: int
@@ -45,10 +39,11 @@ class Log(NamedTuple):
 
 
 class LastSteps(NamedTuple):
-    """Means over the last `LAST_STEPS` steps of training: success rates over all MoE layers, choices by expert.
+    """Means over the last `LAST_STEPS` training steps: success rates over all MoE layers, and choices by expert.
 
     A success rate is the share of a modality's choices that found room in their expert, at training capacity and with
-    noise: of its tokens with `model.num_choices` 1, else of each token's K choices alike.
+    noise. All K choices of a token count alike. `wanted` and `kept` are [L, 2, E]: choices, and those that found room.
+    All fields are None for a dense model.
     """
 
     success_rate_image: float | None
@@ -58,16 +53,19 @@ class LastSteps(NamedTuple):
 
 
 def read_log(model: ModelConfig, lines: Iterable[dict[str, Any]]) -> Log:
-    """Gather the lines of a log one by one, 8 bytes a number: 0.2 GB for 700,000 steps of H/14."""
-    names = ("step", "total", "contrastive", "success_rate", "effective_experts", "zero_shot_step", "zero_shot_top1")
+    """Collect the lines of a log. A number takes 8 bytes, so 700,000 steps of H/14 take 0.2 GB.
+
+    Success rates of the history are means over layers, or NaN for a dense model.
+    """
+    names = ("step", "loss", "contrastive", "success_rate", "effective_experts", "zero_shot_step", "zero_shot_top1")
     column = {name: array("d") for name in names}
     tail: deque[dict[str, Any]] = deque(maxlen=LAST_STEPS)
     seconds, num_bad, first_bad = 0.0, 0, []
     for line in lines:
-        for name in names[:3]:
-            column[name].append(line[name])
+        for name, figure in (("step", "step"), ("loss", "total"), ("contrastive", "contrastive")):
+            column[name].append(line[figure])
         if model.moe_layers:
-            # A modality without tokens has null.
+            # Null, for a modality without tokens, becomes NaN.
             column["success_rate"].frombytes(np.array(line["success_rate"], float).mean(axis=0).tobytes())
             column["effective_experts"].frombytes(np.array(line["effective_experts"], float).tobytes())
         if line["zero_shot_top1"] is not None:
@@ -77,17 +75,15 @@ def read_log(model: ModelConfig, lines: Iterable[dict[str, Any]]) -> Log:
         seconds += line["step_seconds"]
         num_bad += line["bad_examples"]
         first_bad += line["bad_first"][: max(0, BAD_SHOWN - len(first_bad))]
-    found = {name: np.frombuffer(values) for name, values in column.items()}
+    found: dict[str, Any] = {name: np.frombuffer(values) for name, values in column.items()}
     steps, layers = len(found["step"]), len(model.moe_layers)
     found["success_rate"] = found["success_rate"].reshape(-1, 2) if layers else np.full((steps, 2), np.nan)
     found["effective_experts"] = found["effective_experts"].reshape(steps, layers, 2)
-    return Log(
-        **found, last=last_steps(model, tail), train_seconds=seconds, num_bad=num_bad, first_bad=tuple(first_bad)
-    )
+    return Log(History(**found), last_steps(model, tail), seconds, num_bad, tuple(first_bad))
 
 
 def last_steps(model: ModelConfig, tail: Iterable[dict[str, Any]]) -> LastSteps:
-    """Means over these lines, counts by expert over those that have them; None for a dense model."""
+    """Compute means over these lines; those of counts by expert are over the lines that have counts."""
     if not model.moe_layers:
         return LastSteps(None, None, None, None)
     lines = list(tail)
@@ -98,9 +94,9 @@ def last_steps(model: ModelConfig, tail: Iterable[dict[str, Any]]) -> LastSteps:
 
 
 def bound(model: ModelConfig, batch_size: int) -> float | None:
-    """Share of choices that a perfect router with independent tokens keeps at training capacity; None if dense.
+    """Compute the share of choices that a perfect router with independent tokens keeps in training; None if dense.
 
-    Padding counts as tokens here, as it does for the capacity: where it is masked, the true bound lies a little higher.
+    Padding counts as tokens here, as it does for the capacity. If padding is masked, the true bound is a little higher.
     """
     if not model.moe_layers:
         return None
@@ -109,21 +105,16 @@ def bound(model: ModelConfig, batch_size: int) -> float | None:
 
 
 def training_history(log: Log, figures: Mapping[str, Any], success_rate_bound: float | None) -> History:
-    """Curves of a run from its log; the final zero-shot result closes its curve."""
-    shot_step, top1 = log.zero_shot_step, log.zero_shot_top1
+    """Complete the history of a run by its final zero-shot result, chance, and what a perfect router keeps."""
+    history = log.history._replace(
+        success_rate_bound=success_rate_bound or 1.0, zero_shot_chance=figures.get("zero_shot_chance") or 0.0
+    )
     final = figures.get("zero_shot_top1")
-    if final is not None and (not len(shot_step) or shot_step[-1] != log.step[-1]):
-        shot_step, top1 = np.append(shot_step, log.step[-1]), np.append(top1, final)
-    return History(
-        step=log.step,
-        loss=log.total,
-        contrastive=log.contrastive,
-        success_rate=log.success_rate,
-        effective_experts=log.effective_experts,
-        success_rate_bound=success_rate_bound or 1.0,
-        zero_shot_step=shot_step,
-        zero_shot_top1=top1,
-        zero_shot_chance=figures.get("zero_shot_chance") or 0.0,
+    if final is None or history.step[-1] in history.zero_shot_step[-1:]:
+        return history
+    return history._replace(
+        zero_shot_step=np.append(history.zero_shot_step, history.step[-1]),
+        zero_shot_top1=np.append(history.zero_shot_top1, final),
     )
 
 
@@ -137,7 +128,7 @@ def draw(
     data: EvaluationData,
     tokenizer: Tokenizer,
 ) -> None:
-    """Draw every figure there is data for into `folder`."""
+    """Draw all figures for which there are data into `folder`."""
     pictures.draw_training(folder / "training.png", history)
     if data.zero_shot:
         chosen = np.linspace(0, len(data.zero_shot.pairs.images) - 1, EXAMPLES_SHOWN).astype(int)
@@ -154,9 +145,9 @@ def draw(
         moe_layers=model.moe_layers,
         capacity_factor=_factor_of_present_tokens(model, batch_size, last.wanted),
     )
-    pairs = data.pairs
-    if pairs is None:
+    if data.retrieval is None:
         return
+    pairs = data.retrieval.pairs
     views = layer_views(model, last, encoder, pairs, tokenizer)
     for view in views:
         pictures.draw_gallery(
@@ -166,7 +157,7 @@ def draw(
 
 
 def _factor_of_present_tokens(model: ModelConfig, batch_size: int, wanted: np.ndarray) -> float:
-    """The capacity factor in terms of the tokens that were there: padding counts for capacity, but takes no place."""
+    """Compute the capacity factor relative to routed tokens: padding counts for capacity, but may not be routed."""
     present = wanted.sum() / (len(model.moe_layers) * model.num_choices)
     return model.capacity_factor * batch_size * model.tokens_per_example / float(present)
 
@@ -174,7 +165,7 @@ def _factor_of_present_tokens(model: ModelConfig, batch_size: int, wanted: np.nd
 def layer_views(
     model: ModelConfig, last: LastSteps, encoder: Encoder, pairs: Pairs, tokenizer: Tokenizer
 ) -> list[LayerView]:
-    """For each MoE layer the patches and words with the largest gates of each expert (paper, section 6)."""
+    """Find the patches and words with the largest gates of each expert of each MoE layer (paper, section 6)."""
     assert last.wanted is not None
     text = encoder.tokenize(pairs.captions)
     assignment = encoder.assignments(pairs.images, text)
@@ -201,11 +192,11 @@ def layer_views(
 
 
 def summary(config: Config, figures: Mapping[str, Any], log: Log, seconds: float) -> dict[str, Any]:
-    """The content of summary.json.
+    """Make the content of summary.json.
 
-    `seconds` of wall time are those of all commands of the run: from the start of each to the last step that it logged,
-    the finishing one to its end. `train_seconds` are those of the steps alone, waiting for data and compilation
-    included; steps that were done twice count once. `training_bad_examples` were replaced.
+    `seconds` are the wall time of all commands of the run: each from its start to the last step that it logged, the
+    last one to its end. `train_seconds` are the time of the steps, with waiting for data and compilation; a step that
+    was repeated counts once. `training_bad_examples` is the number of replaced examples.
     """
     described = describe(config)
     content: dict[str, Any] = {
