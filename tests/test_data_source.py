@@ -66,7 +66,6 @@ BAD = {
     "metadata not JSON": ({"k.png": png("red"), "k.txt": b"a", "k.json": b"{"}, "the metadata is not JSON"),
     "metadata too deep": ({"k.png": png("red"), "k.txt": b"a", "k.json": b"[" * 10**5}, "the metadata is not JSON"),
     "metadata no object": ({"k.png": png("red"), "k.txt": b"a", "k.json": b"[1]"}, "the metadata is not a JSON object"),
-    "metadata missing": ({"k.png": png("red"), "k.txt": b"a"}, "the metadata is missing"),
 }
 
 
@@ -79,10 +78,12 @@ def test_a_bad_example_gives_its_key_and_the_reason(tmp_path, members, reason):
     assert bad.reason.startswith(reason)
 
 
-def test_metadata_is_not_read_unless_asked_for(tmp_path):
+def test_metadata_is_not_read_unless_asked_for_and_there(tmp_path):
     write_members(tmp_path / "a.tar", {"k.png": png("red"), "k.txt": b"a", "k.json": b"{"})
-    example = ShardSource(tmp_path, image_size=8)[0]
-    assert isinstance(example, Decoded) and example.metadata is None
+    write_members(tmp_path / "b.tar", {"k.png": png("red"), "k.txt": b"a"})
+    for shard, asked_for in (("a.tar", False), ("b.tar", True)):
+        example = ShardSource(tmp_path / shard, image_size=8, metadata=asked_for)[0]
+        assert isinstance(example, Decoded) and example.metadata is None
 
 
 def test_a_cut_tar_gives_what_is_whole_and_names_the_cut_member(tmp_path):

@@ -307,6 +307,20 @@ def test_an_image_id_of_another_kind_is_none(tmp_path):
     assert data.retrieval.pairs.image_ids == (None, None, None, None, "a")
 
 
+def test_an_example_without_metadata_is_left_out_where_it_needs_a_class(tmp_path):
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    facts = ({"class": 0}, None)
+    write_shard(tmp_path / "0.tar", [Example(str(n), picture.getvalue(), "a", facts[n], "png") for n in range(2)])
+    (tmp_path / "classes.json").write_text('{"templates": ["a {}"], "classes": ["dog"]}')
+    small = override(preset("tiny"), ["model.image_size=8", "model.patch_size=8"])
+    data = read_evaluation_data(small, DataFolders("", str(tmp_path), str(tmp_path)))
+    assert data.zero_shot is not None and data.zero_shot.pairs.first_bad == "1: the metadata is missing"
+    assert (len(data.zero_shot.pairs.captions), data.num_bad) == (1, 1)
+    data = read_evaluation_data(small, DataFolders("", "", str(tmp_path)))
+    assert data.retrieval is not None and (len(data.retrieval.pairs.captions), data.num_bad) == (2, 0)
+
+
 def test_equal_captions_of_other_images_are_right_only_where_the_data_say_so(tmp_path):
     pairs = pairs_of(("a dog", "a dog"), (0, 1))
     data = lambda right: EvaluationData(None, match(pairs, equal_captions_are_right=right), None, 0)  # noqa: E731

@@ -164,10 +164,10 @@ def test_the_files_are_pairs_in_the_layout_of_img2dataset(written):
 
 
 def test_the_evaluation_folder_names_its_classes(written):
-    facts = json.loads((Path(written.heldout) / "classes.json").read_text(encoding="utf-8"))
+    facts = json.loads((Path(written.zero_shot) / "classes.json").read_text(encoding="utf-8"))
     assert facts == {"templates": list(TEMPLATES), "classes": [triple.name for triple in HELD_OUT]}
     assert all(template.count("{}") == 1 for template in facts["templates"])
-    metadata = [json.loads(value) for name, value in members(written.heldout).items() if name.endswith(".json")]
+    metadata = [json.loads(value) for name, value in members(written.zero_shot).items() if name.endswith(".json")]
     assert sorted(one["class"] for one in metadata) == sorted(list(range(24)) * 2)
     assert all(Triple(*one["things"][0]).name == facts["classes"][one["class"]] for one in metadata)
     training = [json.loads(value) for name, value in members(written.train).items() if name.endswith(".json")]
@@ -187,7 +187,7 @@ def test_a_world_that_is_whole_is_left_alone_and_damage_is_mended(written, monke
     assert shards == []
     damaged = Path(folders.train) / "00001.tar"
     damaged.write_bytes(damaged.read_bytes()[: 60 * 512])
-    (Path(folders.heldout) / "00000.tar").unlink()
+    (Path(folders.zero_shot) / "00000.tar").unlink()
     (root / "world.json").unlink()
     write_world(SMALL, tmp_path)
     assert [Path(path).name for path in shards] == ["00001.tar", "00000.tar"]

@@ -1,9 +1,9 @@
-"""The global batch of each step, a pure function of (data, batch size, seed, step).
+"""The global batch of each step: a pure function of data, batch size, seed and step.
 
-Position p = step * B + row of the order is example `shuffle_epoch(p mod n)` of epoch `p div n`, so each epoch shows
-every example once. A bad example is replaced in its place by the next good one of the same row, at p + B, p + 2B, ...:
-no other row changes, a process that reads only some rows sees the same batch, and no batch holds a pair twice because
-of a replacement.
+Row r of step s has position p = s * B + r. Of n examples it shows number `shuffle_epoch(p mod n)` in epoch `p div n`,
+so each epoch shows every example once. A bad example is replaced by the next good one of the same row, at p + B,
+p + 2B, ... So no other row changes, a process that reads only some rows sees the same batch, and no replacement puts a
+pair into a batch twice.
 """
 
 import contextlib
@@ -21,21 +21,20 @@ from jaxtyping import Int32, UInt8
 from limoe.data.files import DataError
 from limoe.data.source import Bad, Decoded, Source
 
-# Rows that one thread decodes at a time: enough to make Grain's cost per item vanish, few enough to share a batch among
-# the threads.
+# Rows that one thread decodes at a time. More would leave threads idle, fewer would pay Grain's cost per item often.
 _CHUNK_ROWS = 16
-# Tries for one row. With half of the data bad, a row fails this often once in 10^300.
+# Examples to try for one row. If half of the data is bad, all of them are bad once in 10^300 rows.
 _MAX_TRIES = 1000
 _NUM_SHOWN = 5
-# Grain's index shuffle walks through 2^14 places or more until it meets one in range: 4 us an index from 2^14 examples
-# on, but 0.2 ms for 100 and 10 ms for 2 (Xeon, 2026-11). Smaller data get their order from a sort instead.
+# Grain's index shuffle permutes at least 2^14 places, until one is in range: 4 us for an index with 2^14 examples or
+# more, but 0.2 ms with 100 and 10 ms with 2 (Xeon, 2026-11). Smaller data sets are ordered by a sort instead.
 _SMALL = 2**14
-# Below this many examples examined, a share says nothing.
+# With fewer examples examined, the share of bad ones says nothing.
 _MIN_EXAMINED = 100
 
 
 class BadExamples(NamedTuple):
-    """How many examples were examined and how many of them were bad, and the first few of the bad ones."""
+    """Numbers of examined and of bad examples, and the first few bad ones."""
 
     num_examined: int
     num_bad: int
@@ -43,7 +42,7 @@ class BadExamples(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The rows asked for of one step's global batch: uint8 images, int32 token ids, and keys."""
+    """Rows of the global batch of a step: uint8 images, int32 token ids, and keys."""
 
     images: UInt8[np.ndarray, "B H W 3"]
     tokens: Int32[np.ndarray, "B N"]
@@ -62,11 +61,11 @@ class _Chunk(NamedTuple):
 
 
 class Batches:
-    """The global batches over `source`, or the `rows` of them that one process holds.
+    """The global batches over `source`, or the `rows` of them that one process needs.
 
-    `encode` turns captions into int32 token ids [B, N]. With `threads` 0 nothing is read ahead. `max_bad_share` is the
-    share of bad examples, among those examined since the iteration began, above which it stops. Raises `ValueError`
-    for a setting out of its range and `DataError` for more examples than Grain's index shuffle can order (2^32).
+    `encode` turns captions into int32 token ids [B, N]. With `threads=0` nothing is read ahead. Iteration stops if the
+    share of bad examples, since it began, is above `max_bad_share`. Raises `ValueError` for a setting that is out of
+    range, and `DataError` for more examples than Grain's index shuffle can order (2^32).
     """
 
     def __init__(
@@ -91,30 +90,29 @@ class Batches:
             )
         if len(source) >= 2**32:
             raise DataError(f"{len(source)} examples are more than 2^32 - 1, which one order can hold; split the data")
-        self._source = source
-        self._encode = encode
-        self._batch_size = batch_size
-        self._seed = seed
-        self._rows = rows
-        self._threads = threads
-        self._max_bad_share = max_bad_share
+        self._source, self._encode = source, encode
+        self._batch_size, self._rows, self._seed = batch_size, rows, seed
+        self._threads, self._max_bad_share = threads, max_bad_share
 
     def at(self, step: int) -> Batch:
-        """The batch of one step, read now in this thread. Raises `DataError` if no good example is found for a row."""
+        """Read the batch of one step in this thread. Raises `DataError` if a row finds no good example."""
         return _assemble([self._read_rows(step, self._rows)])
 
     def from_step(self, step: int) -> Generator[Batch, None, None]:
-        """The batches of `step`, `step + 1`, ... without end, read ahead by about one batch in Grain's threads.
+        """Yield the batches of `step`, `step + 1`, ... without end. Grain's threads read about one batch ahead.
 
-        Raises `DataError` with the share, the limit and the first keys when the share of bad examples is above
-        `max_bad_share` by more than chance explains (four standard deviations), or when no good example is found for a
-        row.
+        Raises `DataError`, with the share, the limit and the first keys, if the share of bad examples is above
+        `max_bad_share` by more than chance explains (four standard deviations), or if a row finds no good example.
         """
         chunks = [self._rows[first : first + _CHUNK_ROWS] for first in range(0, len(self._rows), _CHUNK_ROWS)]
-        reader = _ChunkReader(self._read_rows, chunks)
         buffer_size = len(chunks) + 2 * self._threads if self._threads else 0
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=buffer_size)
-        iterator = iter(grain.MapDataset.source(reader).to_iter_dataset(options))
+
+        def read_chunk(number: int) -> _Chunk:
+            step, chunk = divmod(number, len(chunks))
+            return self._read_rows(step, chunks[chunk])
+
+        iterator = iter(grain.MapDataset.range(sys.maxsize).map(read_chunk).to_iter_dataset(options))
         iterator.set_state({"next_index": step * len(chunks)})
         total = BadExamples(0, 0, ())
         with contextlib.closing(iterator):
@@ -159,30 +157,15 @@ class Batches:
             )
 
 
-class _ChunkReader:
-    """What Grain reads: chunk c of step s has the number s * (chunks of a step) + c."""
-
-    def __init__(self, read_rows: Callable[[int, Sequence[int]], _Chunk], chunks: list[Sequence[int]]) -> None:
-        self._read_rows = read_rows
-        self._chunks = chunks
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: int) -> _Chunk:
-        step, chunk = divmod(index, len(self._chunks))
-        return self._read_rows(step, self._chunks[chunk])
-
-
 @functools.lru_cache(maxsize=64)
 def _epoch_seed(seed: int, epoch: int) -> int:
-    # Hashed, not added: seed + epoch would make epoch 1 of seed 0 the same order as epoch 0 of seed 1.
+    # A hash, not a sum: with seed + epoch, epoch 1 of seed 0 would have the order of epoch 0 of seed 1.
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
 
 
 @functools.lru_cache(maxsize=64)
 def _small_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    # Raw bits of a bit generator, which NumPy keeps the same for ever, unlike the methods of Generator.
+    # Raw bits of a bit generator never change with NumPy's version; results of Generator's methods may.
     return np.argsort(np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_examples), kind="stable")
 
 

@@ -1,4 +1,4 @@
-"""Encoded images to pixels: decode with Pillow, RGB, one square size."""
+"""Decoding of images with Pillow, to RGB of one square size."""
 
 import io
 
@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-# 64 Mi pixels are 200 MB as RGB, for each decoding thread; above that a few bytes of file could fill the memory.
+# 64 Mi pixels are 200 MB of RGB in each decoding thread. Without a limit, a file of a few bytes could fill the memory.
 MAX_PIXELS = 64 * 2**20
 FORMATS = ("JPEG", "PNG", "WEBP")
 PREPROCESS = {
@@ -21,15 +21,15 @@ PREPROCESS = {
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; the message is the reason, to be reported with the example's key."""
+    """An image that cannot be used. The message is the reason, reported with the example's key."""
 
 
 def decode(content: bytes, *, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """The image as uint8 RGB, resized to a square of `size` pixels.
+    """Decode an image to uint8 RGB and resize it to a square of `size` pixels.
 
-    A plain resize as in the paper (section 4), bilinear with antialiasing. A JPEG at least twice as large is decoded at
-    1/2, 1/4 or 1/8 of its size, never below `size`, which is faster. Transparent pixels are laid over black. Raises
-    `ImageError` if the image does not decode or if its header claims more than `MAX_PIXELS`; then nothing was decoded.
+    The resize is bilinear with antialiasing (paper, section 4). For speed, a JPEG at least twice as large is decoded at
+    1/2, 1/4 or 1/8 of its size, never below `size`. Transparent pixels are drawn over black. Raises `ImageError` if the
+    image does not decode, or before decoding if its header claims more than `MAX_PIXELS`.
 
     >>> file = io.BytesIO()
     >>> Image.new("RGB", (40, 30), (255, 0, 0)).save(file, "PNG")
@@ -50,8 +50,7 @@ def decode(content: bytes, *, size: int) -> UInt8[np.ndarray, "size size 3"]:
         raise ImageError(f"the image is too large: {error}") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"the image does not decode: it is none of {', '.join(FORMATS)}") from error
-    # Pillow's decoders raise a dozen kinds of exception on damaged bytes (OSError, SyntaxError, struct.error,
-    # zlib.error, ...).
+    # For damaged bytes, Pillow's decoders raise a dozen types (OSError, SyntaxError, struct.error, zlib.error, ...).
     except Exception as error:
         raise ImageError(f"the image does not decode: {type(error).__name__}: {error}") from error
 

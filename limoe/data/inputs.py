@@ -1,51 +1,40 @@
-"""From a configuration to what a run reads: shards (the embedded world is written first), tokenizer, batches."""
+"""Inputs of a run, from its configuration: folders of shards (with the embedded world), tokenizer, batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from limoe.config.schema import Config, ConfigError
 from limoe.data import files
 from limoe.data.batches import Batches
-from limoe.data.files import cache_folder
-from limoe.data.source import CachedSource, Source, open_source
+from limoe.data.source import CachedSource, DataFolders, Source, open_source
 from limoe.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from limoe.data.world import World, write_world
 
-# Captions that a tokenizer is trained from, spread evenly over the data.
+# Captions to train a tokenizer from, spread evenly over the data.
 TOKENIZER_CAPTIONS = 200_000
-# Decoded images are kept in memory as far as this goes: the embedded world whole, of large data nothing that matters.
+# Memory for decoded images. The whole embedded world fits; of large data sets only a small part does.
 CACHE_BYTES = 2 * 2**30
-# Beside evaluation shards: the classes of zero-shot classification, and which captions are right in retrieval.
+# Files beside evaluation shards: classes for zero-shot classification, and which captions are right in retrieval.
 CLASSES_FILE, RETRIEVAL_FILE = "classes.json", "retrieval.json"
 
 Progress = Callable[[int, int], None]
 
 
-class DataFolders(NamedTuple):
-    """Where pairs lie: for training, and (empty if there are none) for zero-shot classification and for retrieval."""
-
-    train: str
-    zero_shot: str
-    retrieval: str
-
-
 def data_folders(config: Config, progress: Progress | None = None) -> DataFolders:
-    """Folders of the configured shards; the embedded world is written into the cache first if it is not there whole.
+    """Find the folders of the configured shards. If the embedded world is used, write its missing shards first.
 
-    With `data.shards` given, `data.eval_shards` serves both evaluations (zero-shot needs its classes.json), and none
-    take place without it.
+    If `data.shards` is set, both evaluations use `data.eval_shards` (zero-shot needs a classes.json there). Without it
+    there is no evaluation.
     """
     if config.data.shards:
         return DataFolders(config.data.shards, *_evaluation(config.data.eval_shards))
     world = World(seed=config.data.seed, num_pairs=config.data.world_pairs)
-    cache = cache_folder(config.data.cache_dir)
-    folders = write_world(world, cache, progress)
+    folders = write_world(world, files.cache_folder(config.data.cache_dir), progress)
     if config.data.eval_shards:
         return DataFolders(folders.train, *_evaluation(config.data.eval_shards))
-    return DataFolders(folders.train, folders.heldout, folders.retrieval)
+    return folders
 
 
 def _evaluation(folder: str) -> tuple[str, str]:
@@ -54,16 +43,16 @@ def _evaluation(folder: str) -> tuple[str, str]:
 
 
 def evaluation_folders(config: Config, data: str) -> DataFolders:
-    """The folders of an evaluation: the given shards for both kinds, or those of the run's own configuration."""
+    """Find the folders of an evaluation: the given shards for both kinds, or those of the run's configuration."""
     if data:
         return DataFolders("", *_evaluation(data))
     return data_folders(config)
 
 
 def ready_tokenizer(config: Config, path: Path) -> Tokenizer | None:
-    """The tokenizer at `path` if it is there, else the configured one, saved there; None if one has to be trained.
+    """Load the tokenizer at `path`, or load the configured one and save it there; None if neither exists.
 
-    Raises ConfigError if it has more pieces than `model.vocab_size`, DataError if it cannot be read.
+    Raises ConfigError if it has more pieces than `model.vocab_size`, and DataError if it cannot be read.
     """
     given = path if files.exists(path) else config.data.tokenizer
     if not given:
@@ -80,10 +69,9 @@ def ready_tokenizer(config: Config, path: Path) -> Tokenizer | None:
 
 
 def tokenizer_for(config: Config, path: Path, source: Source) -> Tokenizer:
-    """The tokenizer of a run: the one at `path` if it is there, else the configured or a newly trained one, saved
-    there.
+    """Load the tokenizer of a run as `ready_tokenizer` does, or train one and save it at `path`.
 
-    Raises like `ready_tokenizer`, and DataError if it cannot be trained.
+    Raises the errors of `ready_tokenizer`, and DataError if no tokenizer can be trained.
     """
     tokenizer = ready_tokenizer(config, path)
     if tokenizer is None:
@@ -96,15 +84,14 @@ def tokenizer_for(config: Config, path: Path, source: Source) -> Tokenizer:
 
 
 def training_source(config: Config, folders: DataFolders) -> Source:
-    """The training examples at the configured image size."""
+    """Open the training examples at the configured image size."""
     return open_source(folders.train, image_size=config.model.image_size, cache_dir=config.data.cache_dir)
 
 
 def training_batches(
     config: Config, source: Source, tokenizer: Tokenizer, rows: Sequence[int] | None = None
 ) -> Batches:
-    """The global batches of a run, or some rows of them, decoded in threads, decoded images kept in memory where they
-    fit."""
+    """Make the global batches of a run, or some of their rows. Decoded images stay in memory up to `CACHE_BYTES`."""
     return Batches(
         CachedSource(source, max_bytes=CACHE_BYTES),
         tokenizer.encode,

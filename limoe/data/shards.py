@@ -1,7 +1,7 @@
-"""Image-text tar shards in the layout that img2dataset writes, and the index that makes them random access.
+"""Image-text tar shards in the layout of img2dataset, and an index that gives random access to them.
 
-An example is a key with the members `key.jpg` (or .jpeg, .png, .webp), `key.txt` and optionally `key.json`, in any
-order within one tar. Member names are compared, never used as file paths.
+An example consists of the members `key.jpg` (or .jpeg, .png, .webp), `key.txt` and optionally `key.json`, in any order
+in one tar. Member names are compared, never used as file paths.
 """
 
 import glob
@@ -24,12 +24,12 @@ INDEX_SUFFIX = ".index"
 _INDEX_VERSION = 1
 _DIGEST_SIZE = hashlib.sha256().digest_size
 _BLOCK = 512
-# A long name or a pax header larger than this is damage, not a name.
+# A larger long name or pax header is taken for damage.
 _MAX_EXTENDED_HEADER = 1 << 20
 
 
 class Example(NamedTuple):
-    """One example as it is stored: the image still encoded, the caption as text, the metadata as a JSON object."""
+    """An example as it is stored: an encoded image, the caption as text, the metadata as a JSON object."""
 
     key: str
     image_bytes: bytes
@@ -39,9 +39,9 @@ class Example(NamedTuple):
 
 
 def write_shard(path: files.Path, examples: Iterable[Example]) -> int:
-    """Writes the examples as one tar, atomically, and returns their number; equal examples give equal bytes.
+    """Write the examples as one tar, atomically, and return their number. Equal examples give equal bytes.
 
-    Raises `ValueError` for a key with a dot or slash in it or an unknown image extension, `StorageError` if it cannot
+    Raises `ValueError` for a key with a dot or slash, or an unknown image extension; `StorageError` if the file cannot
     be written.
 
     >>> import tempfile
@@ -63,26 +63,23 @@ def write_shard(path: files.Path, examples: Iterable[Example]) -> int:
             _add(tar, f"{example.key}.{example.image_extension}", example.image_bytes)
             _add(tar, f"{example.key}.txt", example.caption.encode("utf-8"))
             if example.metadata is not None:
-                _add(
-                    tar,
-                    f"{example.key}.json",
-                    json.dumps(example.metadata, sort_keys=True, ensure_ascii=False).encode("utf-8"),
-                )
+                metadata = json.dumps(example.metadata, sort_keys=True, ensure_ascii=False)
+                _add(tar, f"{example.key}.json", metadata.encode("utf-8"))
             count += 1
     return count
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # owner, group and time stay zero: the bytes depend on the content alone
+    member = tarfile.TarInfo(name)  # owner, group and time stay zero, so equal contents give equal bytes
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
 
 
 def find_shards(spec: files.Path) -> list[str]:
-    """The tar files that a folder, a file, a glob or a brace list names, sorted and each once.
+    """Find the tar files of a folder, a file, a glob or a brace list; sorted, each once.
 
-    A brace list is `{a,b}` or `{000..127}` (leading zeros are kept). Raises `DataError` that names what was looked for
-    when nothing is found, or when a file that the brace list names is missing.
+    A brace list is `{a,b}` or `{000..127}` (leading zeros are kept). Raises `DataError`, which says what was looked
+    for, if nothing is found or a file of a brace list is missing.
 
     >>> expand_braces("train-{08..10}.tar")
     ['train-08.tar', 'train-09.tar', 'train-10.tar']
@@ -113,7 +110,7 @@ def find_shards(spec: files.Path) -> list[str]:
 
 
 def expand_braces(text: str) -> list[str]:
-    """All texts that `{a,b}` and `{00..12}` stand for, in order; text without braces stands for itself.
+    """Expand `{a,b}` and `{00..12}` to all texts, in order. A text without braces is the only result.
 
     >>> expand_braces("{a,b}-{0..1}")
     ['a-0', 'a-1', 'b-0', 'b-1']
@@ -132,12 +129,12 @@ def expand_braces(text: str) -> list[str]:
 
 
 class ShardIndex(NamedTuple):
-    """Where the members of each example of one tar lie. N examples, in the order in which their keys first appear.
+    """Positions of the members of each of N examples in one tar, in the order in which their keys first appear.
 
-    `image`, `caption` and `metadata` are int64 [N, 2]: offset and size in bytes, offset -1 if there is no such member.
-    A span may end beyond the end of the tar: that member was cut. `damage` says what is wrong with the tar as a whole,
-    "" if nothing; a damaged tar whose lost member cannot be named has one more key, "after <the last key>", without
-    members, so that the loss is counted.
+    `image`, `caption` and `metadata` are int64 [N, 2]: offset and size in bytes, with offset -1 for a missing member.
+    If a span ends beyond the end of the tar, the tar was cut inside this member. `damage` describes a damage of the
+    whole tar, "" without one. If the name of a lost member is unknown, there is one more key, "after <the last key>",
+    without members, so that the loss is counted.
     """
 
     stamp: files.Stamp
@@ -149,10 +146,10 @@ class ShardIndex(NamedTuple):
 
 
 def load_index(path: files.Path, *, cache_dir: files.Path = "") -> ShardIndex:
-    """The stored index of a tar if it fits the tar's size and modification time, else a new one, then stored.
+    """Load the stored index of a tar if it fits the tar's size and modification time; else build and store one.
 
-    It is stored beside the tar, or in `cache_dir` (the user's cache folder if empty) where the tar's folder may not be
-    written, and only kept in memory where neither may. Raises like `files.open_binary`.
+    It is stored beside the tar. If that folder cannot be written, it is stored in `cache_dir` (the user's cache folder
+    if empty); if that cannot be written either, it is not stored. Raises the errors of `files.open_binary`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -183,7 +180,7 @@ def load_index(path: files.Path, *, cache_dir: files.Path = "") -> ShardIndex:
 
 
 def build_index(path: files.Path) -> ShardIndex:
-    """Reads the headers of a tar, keeping what is whole before a damage; raises like `files.open_binary`."""
+    """Index a tar from its headers, up to a damage if there is one. Raises the errors of `files.open_binary`."""
     stamp = files.stamp(path)
     spans: dict[str, dict[str, tuple[int, int]]] = {}
     last_key = "the beginning"
@@ -207,14 +204,14 @@ def build_index(path: files.Path) -> ShardIndex:
         kind: np.array([members.get(kind, (-1, 0)) for members in spans.values()], np.int64).reshape(-1, 2)
         for kind in _KINDS
     }
-    return ShardIndex(stamp, list(spans), arrays["image"], arrays["caption"], arrays["metadata"], damage)
+    return ShardIndex(stamp=stamp, keys=list(spans), damage=damage, **arrays)
 
 
 _KINDS = ("image", "caption", "metadata")
 
 
 def _key_and_kind(name: str) -> tuple[str, str]:
-    """The key of a member, and its kind: "image", "caption", "metadata" or "".
+    """Split the name of a member into its key and kind: "image", "caption", "metadata" or "".
 
     The key ends at the first dot of the last part of the name.
 
@@ -228,13 +225,13 @@ def _key_and_kind(name: str) -> tuple[str, str]:
 
 
 class _BrokenTar(Exception):
-    """The headers cannot be followed any further; the message fits into 'the tar ...'."""
+    """No header can be read after this point. The message completes the sentence "the tar ..."."""
 
 
 def _members(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of each regular file, by the headers alone.
+    """Read name, offset and size of each regular file from the headers.
 
-    Not `tarfile`'s own loop: that ends quietly at a damaged header, as if the tar ended there.
+    `tarfile` has such a loop, but it ends at a damaged header without an error, as if the tar ended there.
     """
     position = 0
     extended: dict[str, str] = {}
@@ -267,7 +264,7 @@ def _members(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
 
 
 def _extended_header(kind: bytes, content: bytes) -> dict[str, str]:
-    """The path and size that a GNU long name or a pax header gives to the member after it."""
+    """Read the path and size that a GNU long name or a pax header gives to the next member."""
     if kind == tarfile.GNUTYPE_LONGNAME:
         return {"path": content.rstrip(b"\0").decode("utf-8", "backslashreplace")}
     records = {}
@@ -281,18 +278,13 @@ def _extended_header(kind: bytes, content: bytes) -> dict[str, str]:
 def _store_index(place: str, index: ShardIndex) -> None:
     payload = io.BytesIO()
     facts = {"version": _INDEX_VERSION, "stamp": index.stamp, "keys": index.keys, "damage": index.damage}
-    np.savez(
-        payload,
-        facts=np.frombuffer(json.dumps(facts).encode("ascii"), np.uint8),
-        image=index.image,
-        caption=index.caption,
-        metadata=index.metadata,
-    )
+    arrays = {kind: getattr(index, kind) for kind in _KINDS}
+    np.savez(payload, facts=np.frombuffer(json.dumps(facts).encode("ascii"), np.uint8), **arrays)
     files.write_bytes(place, hashlib.sha256(payload.getbuffer()).digest() + payload.getbuffer())
 
 
 def _stored_index(place: str, stamp: files.Stamp) -> ShardIndex | None:
-    """The index stored at that place; None if there is none, if it is damaged, or of another state of the tar."""
+    """Read a stored index; None if there is none, it is damaged, or the tar has changed since."""
     try:
         content = files.read_bytes(place)
     except OSError:
@@ -304,4 +296,5 @@ def _stored_index(place: str, stamp: files.Stamp) -> ShardIndex | None:
         facts = json.loads(stored["facts"].tobytes())
         if (facts["version"], files.Stamp(*facts["stamp"])) != (_INDEX_VERSION, stamp):
             return None
-        return ShardIndex(stamp, facts["keys"], stored["image"], stored["caption"], stored["metadata"], facts["damage"])
+        arrays = {kind: stored[kind] for kind in _KINDS}
+        return ShardIndex(stamp=stamp, keys=facts["keys"], damage=facts["damage"], **arrays)

@@ -1,4 +1,4 @@
-"""Random access to decoded examples over shards: an example or, where it cannot be used, the reason."""
+"""Data sources: random access to decoded examples; for an example that cannot be used, the reason."""
 
 import bisect
 import itertools
@@ -14,13 +14,13 @@ from jaxtyping import UInt8
 from limoe.data import files, images, shards
 from limoe.data.files import DataError
 
-# Larger members are refused unread: they are no captions and no web images, but could fill the memory.
+# Larger members are refused unread. They are no captions and no images of the web, and could fill the memory.
 MAX_IMAGE_BYTES = 256 * 2**20
 MAX_TEXT_BYTES = 2**20
 
 
 class Decoded(NamedTuple):
-    """An example ready for use: `image` uint8 [H, W, 3]; `metadata` from its .json, None if that is not read."""
+    """A decoded example: `image` uint8 [H, W, 3]; `metadata` from its .json, None without one or if it is not read."""
 
     image: UInt8[np.ndarray, "H W 3"]
     caption: str
@@ -35,13 +35,20 @@ class Bad(NamedTuple):
     reason: str
 
 
+class DataFolders(NamedTuple):
+    """Folders of pairs: for training, for zero-shot classification and for retrieval; "" if there is none."""
+
+    train: str
+    zero_shot: str
+    retrieval: str
+
+
 @runtime_checkable
 class Source(Protocol):
-    """Examples by number: the same number always gives the same example, from any thread.
+    """Examples by number. A number always gives the same example, from any thread.
 
-    A source of one's own is a class that inherits from this one, and a line that names it, `SOURCES["csv"] = Csv`. Then
-    `csv:PATH` stands wherever a folder with shards can; `Csv(PATH, image_size=..., metadata=..., cache_dir=...)` reads
-    it.
+    To add a source, inherit from this class and register the class, as in `SOURCES["csv"] = Csv`. Then `csv:PATH` is
+    allowed instead of a folder with shards; `Csv(PATH, image_size=..., metadata=..., cache_dir=...)` reads it.
     """
 
     def __len__(self) -> int: ...
@@ -50,11 +57,11 @@ class Source(Protocol):
 
     @property
     def damages(self) -> list[str]:
-        """What is wrong with the data as a whole, as "<path>: <damage>", for a message at the start of a run."""
+        """Damages of the data as a whole, as "<path>: <damage>". They are printed at the start of a run."""
         return []
 
     def captions(self, *, limit: int) -> Iterator[str]:
-        """The usable captions of at most `limit` examples evenly spread over the data, in order."""
+        """Yield the usable captions, in order, of at most `limit` examples that are evenly spread over the data."""
         for number in spread_evenly(len(self), limit):
             example = self[number]
             if isinstance(example, Decoded):
@@ -62,7 +69,7 @@ class Source(Protocol):
 
 
 def spread_evenly(count: int, limit: int) -> range:
-    """At most `limit` numbers below `count`, equally far apart.
+    """Choose at most `limit` numbers below `count`, equally far apart.
 
     >>> list(spread_evenly(10, 5))
     [0, 2, 4, 6, 8]
@@ -71,15 +78,15 @@ def spread_evenly(count: int, limit: int) -> range:
 
 
 class _BadExample(Exception):
-    """Carries the reason from where it is seen to where the key is known."""
+    """The reason why an example is bad, raised where the example's key is not known."""
 
 
 class ShardSource(Source):
-    """The examples of all shards that `find_shards(spec)` names, shard after shard; their number includes the bad ones.
+    """The examples of all shards that `find_shards(spec)` names, shard after shard, bad examples included.
 
-    `metadata` asks for the content of key.json too; then an example whose .json is damaged is bad, and, unless
-    `needs_metadata` is false, one that has none. Indexes are kept as
-    `load_index` says. Raises `DataError` if no shards or no examples are found, and what `files.open_binary` raises.
+    `metadata` asks for the content of key.json too; then an example with a damaged .json is bad. `load_index` says
+    where indexes are stored. Raises `DataError` if no shards or no examples are found, and the errors of
+    `files.open_binary`.
     """
 
     def __init__(
@@ -88,7 +95,6 @@ class ShardSource(Source):
         *,
         image_size: int,
         metadata: bool = False,
-        needs_metadata: bool = True,
         cache_dir: files.Path = "",
     ) -> None:
         if image_size < 1:
@@ -96,8 +102,7 @@ class ShardSource(Source):
         self._paths = shards.find_shards(spec)
         self._indexes = [shards.load_index(path, cache_dir=cache_dir) for path in self._paths]
         self._ends = list(itertools.accumulate(len(index.keys) for index in self._indexes))
-        self._image_size = image_size
-        self._metadata, self._needs_metadata = metadata, needs_metadata
+        self._image_size, self._metadata = image_size, metadata
         if not self._ends[-1]:
             raise DataError(
                 f"the {len(self._paths)} shards of {spec} hold no examples; they need key.jpg and key.txt members"
@@ -113,20 +118,20 @@ class ShardSource(Source):
             caption = _caption(path, index, row)
             content = _member(path, index, index.image[row], "image", MAX_IMAGE_BYTES)
             image = images.decode(content, size=self._image_size)
-            read = self._metadata and (self._needs_metadata or index.metadata[row][0] >= 0)
+            read = self._metadata and index.metadata[row][0] >= 0
             return Decoded(image, caption, key, _metadata(path, index, row) if read else None)
         except (_BadExample, images.ImageError) as error:
             return Bad(key, str(error))
 
     @property
     def damages(self) -> list[str]:
-        """What is wrong with whole shards."""
+        """Damages of whole shards."""
         return [
             f"{path}: {index.damage}" for path, index in zip(self._paths, self._indexes, strict=True) if index.damage
         ]
 
     def captions(self, *, limit: int) -> Iterator[str]:
-        """As `Source` says; no image is read."""
+        """Yield captions as `Source` does, without reading images."""
         for number in spread_evenly(len(self), limit):
             try:
                 yield _caption(*self._locate(number))
@@ -142,7 +147,7 @@ class ShardSource(Source):
 
 
 class CachedSource(Source):
-    """The same examples, kept in memory once decoded as far as `max_bytes` allows: later epochs decode nothing."""
+    """The examples of another source; decoded ones stay in memory, up to `max_bytes`, so later epochs are faster."""
 
     def __init__(self, source: Source, *, max_bytes: int) -> None:
         self._source = source
@@ -157,7 +162,7 @@ class CachedSource(Source):
         if number in self._kept:
             return self._kept[number]
         example = self._source[number]
-        # About 1 kB of Python objects hang on each example, whatever the image's size.
+        # Besides the image, an example has about 1 kB of Python objects.
         num_bytes = 1024 + (example.image.nbytes if isinstance(example, Decoded) else 0)
         with self._lock:
             if num_bytes <= self._bytes_left and number not in self._kept:
@@ -167,7 +172,7 @@ class CachedSource(Source):
 
 
 SOURCES: dict[str, Callable[..., Source]] = {"shards": ShardSource}
-"""What reads `NAME:PATH`; a path without a name is one of shards."""
+"""The source that reads `NAME:PATH`, by name. A path without a name means shards."""
 
 
 def open_source(
@@ -175,13 +180,11 @@ def open_source(
     *,
     image_size: int,
     metadata: bool = False,
-    needs_metadata: bool = True,
     cache_dir: files.Path = "",
 ) -> Source:
-    """The examples at a place: a folder with shards, or `NAME:PATH`, which the source of that name in `SOURCES` reads.
+    """Open the examples at a place: a folder with shards, or `NAME:PATH` for a source of that name in `SOURCES`.
 
-    `metadata` asks for the metadata of each example too. Raises DataError for an unknown name, and what the source
-    raises.
+    `metadata` asks for the metadata of each example too. Raises DataError for an unknown name, and the source's errors.
 
     >>> open_source("parquet:pairs", image_size=8)
     Traceback (most recent call last):
@@ -196,9 +199,7 @@ def open_source(
             f"there is no data source {name!r} for {place}; there are: {', '.join(SOURCES)}. "
             f"Write ./{place} if that is the name of a folder"
         )
-    # Whether an example may lack metadata is a question where these are files of their own.
-    options = {"needs_metadata": needs_metadata} if name == "shards" else {}
-    return SOURCES[name](path, image_size=image_size, metadata=metadata, cache_dir=cache_dir, **options)
+    return SOURCES[name](path, image_size=image_size, metadata=metadata, cache_dir=cache_dir)
 
 
 def _caption(path: str, index: shards.ShardIndex, row: int) -> str:

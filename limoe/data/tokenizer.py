@@ -1,4 +1,4 @@
-"""Captions to token ids with SentencePiece: lower-cased, a fixed length, pad id 0."""
+"""Captions to token ids with SentencePiece: lower case, fixed length, pad id 0."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -15,9 +15,9 @@ UNKNOWN_ID = 1
 
 
 class Tokenizer:
-    """A SentencePiece model that writes every caption as `length` token ids.
+    """A SentencePiece model that encodes every caption as `length` token ids.
 
-    Made by `train_tokenizer` or `load_tokenizer`. `vocab_size` is the number of ids that can occur, pad included.
+    Use `train_tokenizer` or `load_tokenizer` to make one. `vocab_size` is the number of ids, pad included.
     """
 
     def __init__(self, model: bytes, *, length: int, name: str = "the tokenizer model") -> None:
@@ -35,9 +35,9 @@ class Tokenizer:
         self.vocab_size: int = self._processor.vocab_size()
 
     def encode(self, captions: Sequence[str]) -> Int32[np.ndarray, "B N"]:
-        """Token ids int32 [B, N] of the captions: lower-cased, cut after `length` tokens, filled up with `PAD_ID`.
+        """Encode captions in lower case as int32 [B, N], cut to `length` tokens or padded with `PAD_ID`.
 
-        A caption without any piece becomes one unknown token, so that no row is all padding.
+        A caption without any token gets the unknown token, so that no row is all padding.
         """
         tokens = np.full((len(captions), self.length), PAD_ID, np.int32)
         for row, pieces in enumerate(
@@ -48,27 +48,27 @@ class Tokenizer:
         return tokens
 
     def piece(self, token: int) -> str:
-        """What a token id stands for, as a person reads it; a piece within a word begins with a dash."""
+        """Give the text of a token id. A piece from inside a word begins with a dash."""
         piece = self._processor.id_to_piece(token)
         return piece[1:] if piece.startswith("\u2581") else f"-{piece}"
 
     def save(self, path: files.Path) -> None:
-        """Writes the .model file atomically; raises `StorageError` if it cannot be written."""
+        """Write the .model file atomically. Raises `StorageError` if it cannot be written."""
         files.write_bytes(path, self.model)
 
 
 def load_tokenizer(path: files.Path, *, length: int) -> Tokenizer:
-    """The tokenizer of a .model file; `DataError` if it is not there, is no such model or has no pad id 0."""
+    """Load a .model file. Raises `DataError` if it is missing, is no SentencePiece model or has no pad id 0."""
     if not files.exists(path):
         raise DataError(f"there is no tokenizer model {path}; give a SentencePiece .model file")
     return Tokenizer(files.read_bytes(path), length=length, name=str(path))
 
 
 def train_tokenizer(captions: Iterable[str], *, vocab_size: int, length: int) -> Tokenizer:
-    """Trains a byte-pair model; the same captions in the same order give the same bytes.
+    """Train a byte-pair model. The same captions in the same order give the same bytes.
 
-    The model has `vocab_size` pieces, or fewer where the captions do not support as many. Raises `DataError` if there
-    are no captions or if `vocab_size` cannot even hold their characters.
+    The model has `vocab_size` pieces, or fewer if the captions do not support that many. Raises `DataError` if there
+    are no captions, or if `vocab_size` is too small for their characters.
 
     >>> tokenizer = train_tokenizer(["a red ring", "a blue ring", "two red rings"] * 10, vocab_size=40, length=12)
     >>> tokens = tokenizer.encode(["A RED ring", "a red ring"])
@@ -83,8 +83,8 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int, length: int) ->
         sentencepiece.SentencePieceTrainer.train(  # pyright: ignore
             sentence_iterator=iter(sentences),
             model_writer=model,
-            # Not unigram: on captions of few different words (the embedded world: 101) it stops at 144 pieces and cuts
-            # words up, 16.4 tokens a caption where byte pairs need 9.1.
+            # Unigram stops at 144 pieces if captions have few different words (101 in the embedded world). It then
+            # splits words and needs 16.4 tokens for a caption; byte pairs need 9.1.
             model_type="bpe",
             vocab_size=vocab_size,
             hard_vocab_limit=False,
@@ -94,7 +94,7 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int, length: int) ->
             unk_id=UNKNOWN_ID,
             bos_id=-1,
             eos_id=-1,
-            num_threads=1,  # sums in a fixed order: the same bytes every time
+            num_threads=1,  # more would change the order of sums, and so the bytes
             minloglevel=2,
         )
     except RuntimeError as error:

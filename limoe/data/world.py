@@ -1,13 +1,14 @@
 """The embedded world: rendered scenes with captions, so that training needs no download.
 
-A scene holds one or two things, each a (shape, colour, texture) triple with a size, a place and a tilt, before a
-background. Everything is a pure function of (world, split, index). The triples of `HELD_OUT` occur in no training or
-retrieval scene, while every pair of attributes does: whoever classifies them has learnt to compose. The world is
-written once, as ordinary shards, and then read like any other data.
+A scene shows one or two things on a background. Each thing is a triple (shape, colour, texture) with a size, a place
+and a tilt. Everything is a pure function of world, split and index. The triples of `HELD_OUT` are in no training or
+retrieval scene, but every pair of their attributes is: a model that classifies them has learnt to combine attributes.
+The world is written once, as ordinary shards, and then read like any other data.
 """
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,8 @@ from PIL import Image
 
 from limoe.data import files
 from limoe.data.shards import Example, load_index, write_shard
-from limoe.data.world_captions import TEMPLATES, caption
+from limoe.data.source import DataFolders
+from limoe.data.world_captions import TEMPLATES, caption, pick
 from limoe.data.world_render import (
     BACKGROUNDS,
     COLOURS,
@@ -31,15 +33,16 @@ from limoe.data.world_render import (
     Thing,
     render,
     rgb_of,
+    turned,
 )
 
-# Part of every cache folder's name: raise it with any change to a scene, a picture or a caption.
+# Part of the cache folder's name. Raise it with every change of a scene, a picture or a caption.
 GENERATOR_VERSION = 1
 SPLITS: tuple[str, ...] = ("train", "heldout", "retrieval")
 
 
 class Triple(NamedTuple):
-    """What a class is: one shape in one colour with one texture."""
+    """A class: one shape in one colour with one texture."""
 
     shape: str
     colour: str
@@ -47,7 +50,7 @@ class Triple(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The triple in the word order that captions use most.
+        """The triple in the most frequent word order of captions.
 
         >>> Triple("circle", "red", "striped").name
         'red striped circle'
@@ -55,29 +58,24 @@ class Triple(NamedTuple):
         return f"{self.colour} {self.texture} {self.shape}"
 
 
-def _held_out() -> tuple[Triple, ...]:
-    # Like a Latin square: no two held-out triples share a pair of attributes, so every pair stays in training, and each
-    # colour and each shape has exactly three classes.
-    colours = tuple(COLOURS)
-    return tuple(
-        Triple(SHAPES[shape], colours[(shape + shift) % len(colours)], TEXTURES[(shape + turn) % len(TEXTURES)])
-        for turn, shift in enumerate((0, 3, 5))
-        for shape in range(len(SHAPES))
-    )
-
-
-HELD_OUT: tuple[Triple, ...] = _held_out()
+# Chosen like a Latin square: no two held-out triples share a pair of attributes, so training has every pair. Each
+# colour and each shape is in exactly three classes.
+HELD_OUT: tuple[Triple, ...] = tuple(
+    Triple(SHAPES[shape], tuple(COLOURS)[(shape + shift) % len(COLOURS)], TEXTURES[(shape + turn) % len(TEXTURES)])
+    for turn, shift in enumerate((0, 3, 5))
+    for shape in range(len(SHAPES))
+)
 TRAINING: tuple[Triple, ...] = tuple(
     triple
-    for triple in (Triple(shape, colour, texture) for shape in SHAPES for colour in COLOURS for texture in TEXTURES)
+    for triple in itertools.starmap(Triple, itertools.product(SHAPES, COLOURS, TEXTURES))
     if triple not in HELD_OUT
 )
 
-# Half sides as shares of the image's side.
+# Ranges of half sides, as shares of the image's side.
 _SIZES: dict[str, tuple[float, float]] = {"small": (0.20, 0.235), "medium": (0.27, 0.31), "large": (0.35, 0.40)}
 _HALF_SIDES_OF_TWO = (0.18, 0.215)
 _MARGIN = 0.01
-# How far each shape may tilt either way, in radians, before it could be taken for another.
+# Largest tilt of each shape in both directions, in radians. With more, it could look like another shape.
 _TILTS: dict[str, float] = {
     "circle": 0,
     "square": 0.3,
@@ -93,15 +91,15 @@ _PLACES: tuple[tuple[str, ...], ...] = (
     ("left", "middle", "right"),
     ("bottom left", "bottom", "bottom right"),
 )
-# Where the first thing lies from the second, as a direction.
+# Direction from the second thing to the first.
 _DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 
 @dataclass(frozen=True)
 class World:
-    """The facts that determine every byte of an embedded world; `image_size` in pixels, `two_things_share` in 0..1.
+    """The parameters that determine every byte of an embedded world. `image_size` is in pixels.
 
-    Raises ValueError, naming the setting, for a value that cannot be.
+    Raises ValueError, which names the parameter, for a value that is out of range.
 
     >>> World(num_pairs=2048).num_examples("train")
     2048
@@ -132,29 +130,17 @@ class World:
 
     @property
     def digest(self) -> str:
-        """Twelve hexadecimal digits that tell worlds of other parameters, or of another generator, apart."""
+        """Twelve hexadecimal digits that differ if a parameter or the generator's version differs."""
         return hashlib.sha256(self.description().encode()).hexdigest()[:12]
 
     def description(self) -> str:
-        """The parameters and the generator's version as JSON: the text of `world.json`."""
+        """Write the parameters and the generator's version as JSON, for `world.json`."""
         return json.dumps({"generator_version": GENERATOR_VERSION, **asdict(self)}, indent=1, sort_keys=True)
 
     def num_examples(self, split: str) -> int:
-        """The number of image-caption pairs of a split: "train", "heldout" or "retrieval"."""
+        """Count the pairs of a split: "train", "heldout" or "retrieval"."""
         counts = (self.num_pairs, self.images_per_class * len(HELD_OUT), self.num_retrieval_pairs)
         return counts[SPLITS.index(split)]
-
-
-class WorldFolders(NamedTuple):
-    """Where a written world lies: training shards, the zero-shot evaluation and the retrieval evaluation."""
-
-    train: str
-    heldout: str
-    retrieval: str
-
-
-def _pick(rng: np.random.Generator, values: tuple[str, ...]) -> str:
-    return values[rng.integers(len(values))]
 
 
 def _thing(
@@ -179,20 +165,16 @@ def _thing(
         light_second_tone=light,
         texture_angle=turn,
         texture_period=period,
-        # Textures lie still behind the things, as if each were cut out of one sheet: their phase does not move along.
-        texture_phase=_turned_by(x / period, y / period, turn),
+        # A texture's phase depends on the position in the image, as if things were cut out of one large sheet.
+        texture_phase=turned(x / period, y / period, turn),
     )
 
 
-def _turned_by(x: float, y: float, angle: float) -> tuple[float, float]:
-    return x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
-
-
 def _one_thing(rng: np.random.Generator, triple: Triple, background: str) -> tuple[Thing, str]:
-    size = _pick(rng, tuple(_SIZES))
+    size = pick(rng, tuple(_SIZES))
     half_side = rng.uniform(*_SIZES[size])
     column, row = (int(number) for number in rng.integers(3, size=2))
-    # A place is as far from the middle as the thing can go without leaving the image.
+    # Places are as far from the middle as possible without leaving the image.
     free = 0.5 - _MARGIN - half_side
     jitter = min(0.04, free / 3)
     x, y = (0.5 + (step - 1) * (free - jitter) + rng.uniform(-jitter, jitter) for step in (column, row))
@@ -201,7 +183,7 @@ def _one_thing(rng: np.random.Generator, triple: Triple, background: str) -> tup
 
 
 def _two_things(rng: np.random.Generator, background: str) -> tuple[tuple[Thing, Thing], str]:
-    relation = _pick(rng, tuple(_DIRECTIONS))
+    relation = pick(rng, tuple(_DIRECTIONS))
     direction = _DIRECTIONS[relation]
     first, second = rng.choice(len(TRAINING), size=2, replace=False)
     things = []
@@ -216,16 +198,16 @@ def _two_things(rng: np.random.Generator, background: str) -> tuple[tuple[Thing,
 
 
 def scene(world: World, split: str, index: int) -> Scene:
-    """The scene of one example: a pure function of its arguments, independent of every other example.
+    """Make the scene of one example. It depends only on the arguments, not on other examples.
 
-    Example `index` of the split "heldout" shows class `index % len(HELD_OUT)`. Raises IndexError beyond the end.
+    Example `index` of the split "heldout" shows class `index % len(HELD_OUT)`. Raises IndexError after the last one.
     """
     if not 0 <= index < world.num_examples(split):
         raise IndexError(
             f"the split {split!r} of this world has {world.num_examples(split)} examples, no number {index}"
         )
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([world.seed, SPLITS.index(split), index])))
-    background = _pick(rng, tuple(BACKGROUNDS))
+    background = pick(rng, tuple(BACKGROUNDS))
     place = relation = ""
     if split != "heldout" and rng.random() < world.two_things_share:
         things, relation = _two_things(rng, background)
@@ -249,7 +231,7 @@ def _examples(world: World, split: str, first: int, end: int) -> Iterator[Exampl
     for index in range(first, end):
         here = scene(world, split, index)
         image = io.BytesIO()
-        # 4:4:4, because the colour of a small dot is part of the task.
+        # No chroma subsampling, because the colour of a small dot is part of the task.
         Image.fromarray(render(here, image_size=world.image_size)).save(image, "JPEG", quality=92, subsampling=0)
         metadata: dict[str, object] = {"things": [[thing.shape, thing.colour, thing.texture] for thing in here.things]}
         if split == "heldout":
@@ -267,15 +249,14 @@ def _is_complete(path: str, num_examples: int) -> bool:
 
 def write_world(
     world: World, cache_folder: files.Path, progress: Callable[[int, int], None] | None = None
-) -> WorldFolders:
-    """Writes the world into its own folder `world-<digest>` of the cache folder, or only what of it is still missing.
+) -> DataFolders:
+    """Write the missing shards of the world into the folder `world-<digest>` of the cache folder.
 
-    Killed at any moment and called again, it ends with the same bytes. After each shard `progress` is called with the
-    number of pairs that are there and the number of all pairs. Raises `StorageError` on a full disk or a missing
-    permission.
+    If it is killed and called again, the result has the same bytes. After each shard, `progress` is called with the
+    number of pairs so far and the number of all pairs. Raises `StorageError` for a full disk or a missing permission.
     """
     root = os.path.join(os.fspath(cache_folder), f"world-{world.digest}")
-    folders = WorldFolders(*(os.path.join(root, split) for split in SPLITS))
+    folders = DataFolders(*(os.path.join(root, split) for split in SPLITS))
     num_pairs = sum(world.num_examples(split) for split in SPLITS)
     done = 0
     for folder in (root, *folders):
@@ -292,8 +273,8 @@ def write_world(
                     progress(done, num_pairs)
         classes = {"templates": TEMPLATES, "classes": [triple.name for triple in HELD_OUT]}
         for path, text in (
-            (os.path.join(folders.heldout, "classes.json"), json.dumps(classes, indent=1)),
-            # Captions there name all that a scene shows: of scenes with equal captions each shows what both say.
+            (os.path.join(folders.zero_shot, "classes.json"), json.dumps(classes, indent=1)),
+            # These captions name everything in a scene, so a caption is right for every scene with an equal caption.
             (os.path.join(folders.retrieval, "retrieval.json"), json.dumps({"equal_captions_are_right": True})),
             (os.path.join(root, "world.json"), world.description()),
         ):
@@ -301,8 +282,8 @@ def write_world(
     except OSError as error:
         megabytes = num_pairs * (4000 + world.image_size**2 / 2) / 1e6
         explanation = files.StorageError(
-            f"{error}; the embedded world needs about {megabytes:.0f} MB in its cache folder, "
-            "which the environment variable LIMOE_CACHE or the setting data.cache_dir chooses"
+            f"{error}; the embedded world needs about {megabytes:.0f} MB in its cache folder; "
+            "choose another folder with the environment variable LIMOE_CACHE or the setting data.cache_dir"
         )
         explanation.errno = error.errno
         raise explanation from error

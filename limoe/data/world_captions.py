@@ -1,10 +1,10 @@
-"""How a scene of the embedded world is put into words: synonyms, word orders, things left out, idle openings."""
+"""Captions of scenes of the embedded world, with synonyms, several word orders, omissions and openings."""
 
 import numpy as np
 
 from limoe.data.world_render import Scene, Thing
 
-# The first word of each entry is the usual one; class names are made of them.
+# The first word of each entry is the usual one. Class names use the usual words.
 _SHAPE_WORDS: dict[str, tuple[str, ...]] = {
     "circle": ("circle", "disc"),
     "square": ("square", "box"),
@@ -72,17 +72,18 @@ _VAGUE_RELATIONS: tuple[str, ...] = ("and", "next to", "beside")
 _SHAPELESS_WORDS: tuple[str, ...] = ("shape", "thing", "object")
 _OPENINGS: tuple[str, ...] = ("a photo of", "a picture of", "an image of", "there is", "i see", "this is", "here is")
 
-# The wording of most captions, for zero-shot classification.
+# Prompts for zero-shot classification, worded like most captions.
 TEMPLATES: tuple[str, ...] = ("a {}", *(f"{opening} a {{}}" for opening in _OPENINGS))
 
 
-def _pick(rng: np.random.Generator, words: tuple[str, ...]) -> str:
+def pick(rng: np.random.Generator, words: tuple[str, ...]) -> str:
+    """Pick one of the words."""
     return words[rng.integers(len(words))]
 
 
 def _usual(rng: np.random.Generator, words: tuple[str, ...]) -> str:
-    """The usual word in three cases of five, else any."""
-    return words[0] if rng.random() < 0.6 else _pick(rng, words)
+    """Pick the usual word with probability 0.6, else any word."""
+    return words[0] if rng.random() < 0.6 else pick(rng, words)
 
 
 def _with_article(rng: np.random.Generator, phrase: str) -> str:
@@ -107,10 +108,10 @@ def _describe(rng: np.random.Generator, thing: Thing, *, complete: bool, tell_si
         )
         words = orders[rng.choice(len(orders), p=(0.55, 0.2, 0.15, 0.1))]
     else:
-        orders = ([texture, shape], [colour, shape], [colour, texture, _pick(rng, _SHAPELESS_WORDS)])
+        orders = ([texture, shape], [colour, shape], [colour, texture, pick(rng, _SHAPELESS_WORDS)])
         words = orders[rng.integers(len(orders))]
     if tell_size:
-        words = [_pick(rng, _SIZE_WORDS[thing.size]), *words]
+        words = [pick(rng, _SIZE_WORDS[thing.size]), *words]
     return _with_article(rng, " ".join(words))
 
 
@@ -119,11 +120,11 @@ def _caption_of_one(rng: np.random.Generator, scene: Scene) -> str:
     tell_size, tell_place, tell_background = (
         scene.complete or bool(rng.random() < share) for share in (0.3, 0.25, 0.2)
     )
-    opening = _pick(rng, _OPENINGS) if rng.random() < 0.5 else ""
+    opening = pick(rng, _OPENINGS) if rng.random() < 0.5 else ""
     phrase = _describe(rng, thing, complete=scene.complete, tell_size=tell_size)
-    place = _pick(rng, _PLACE_PHRASES[scene.place]) if tell_place else ""
-    background = _pick(rng, _BACKGROUND_WORDS[scene.background])
-    background = _pick(rng, _BACKGROUND_PHRASES).format(background) if tell_background else ""
+    place = pick(rng, _PLACE_PHRASES[scene.place]) if tell_place else ""
+    background = pick(rng, _BACKGROUND_WORDS[scene.background])
+    background = pick(rng, _BACKGROUND_PHRASES).format(background) if tell_background else ""
     parts = (place, opening, phrase, background) if rng.random() < 0.15 else (opening, phrase, place, background)
     return " ".join(part for part in parts if part)
 
@@ -134,16 +135,16 @@ def _caption_of_two(rng: np.random.Generator, scene: Scene) -> str:
     if rng.random() < 0.5:
         first, second, relation = second, first, _OPPOSITE[relation]
     vague = not scene.complete and rng.random() < 0.2
-    between = _pick(rng, _VAGUE_RELATIONS if vague else _RELATION_PHRASES[relation])
-    opening = _pick(rng, _OPENINGS) if rng.random() < 0.3 else ""
+    between = pick(rng, _VAGUE_RELATIONS if vague else _RELATION_PHRASES[relation])
+    opening = pick(rng, _OPENINGS) if rng.random() < 0.3 else ""
     phrases = [_describe(rng, thing, complete=scene.complete, tell_size=False) for thing in (first, second)]
     return " ".join(part for part in (opening, phrases[0], between, phrases[1]) if part)
 
 
 def caption(scene: Scene) -> str:
-    """One English sentence or phrase about a scene, lower-cased, the same for the same scene.
+    """Write an English phrase or sentence about a scene, in lower case; the same for the same scene.
 
-    One description in ten leaves out the colour, the texture or the shape, unless the scene asks for complete captions.
+    One description in ten omits the colour, the texture or the shape, unless the scene asks for a complete caption.
     """
     rng = np.random.Generator(np.random.Philox(scene.wording_seed))
     return _caption_of_one(rng, scene) if len(scene.things) == 1 else _caption_of_two(rng, scene)

@@ -1,20 +1,23 @@
-"""What can stand in a scene of the embedded world, and how a scene becomes pixels.
+"""Scenes of the embedded world: their contents, and how they become pixels.
 
-Every shape is a signed distance (negative inside, in units of the object's half side), so that one rule draws them all
-without jagged edges: the share of a pixel that is covered is `1/2 - distance in pixels`, clipped to 0..1.
+Every shape is a signed distance, negative inside, in units of the object's half side. So one rule draws all shapes with
+smooth edges: a shape covers the share `1/2 - distance in pixels` of a pixel, clipped to 0..1.
 """
 
 import colorsys
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+
+_Number = TypeVar("_Number", float, np.ndarray)
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a scene; lengths are shares of the image's side, angles radians, x to the right and y downwards."""
+    """An object of a scene. Lengths are shares of the image's side, angles radians; x grows right, y downwards."""
 
     shape: str
     colour: str
@@ -33,10 +36,11 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that an image and its caption are made from; `place` and `relation` are facts for its caption.
+    """Everything that determines an image and its caption.
 
-    `relation` says where the first thing lies from the second ("left", "right", "above", "below"; "" for one thing),
-    `place` is one of nine for a single thing ("" for two), `complete` asks for a caption without omissions.
+    `place` is one of nine places of a single thing ("" for two things). `relation` is the direction from the second
+    thing to the first: "left", "right", "above" or "below" ("" for one thing). `complete` asks for a caption without
+    omissions.
     """
 
     things: tuple[Thing, ...]
@@ -62,13 +66,13 @@ def _square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    # The centroid of an upright triangle lies below the middle of its height.
+    # The centroid of an upright triangle is below the middle of its height.
     v = v - 0.22
     return np.maximum(v, np.abs(u) * math.sin(math.pi / 3) - v / 2) - 0.6
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    # Fold the plane into half a point of the star; what is left is one edge, from the tip to the inner corner.
+    # By symmetry, map every point to one half of one point of the star. It has a single edge, tip to inner corner.
     tenth = math.pi / 5
     tip, inner = 1.12, 0.5
     turn = np.arctan2(u, -v)
@@ -88,7 +92,7 @@ def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    # A square that stands on its corner and a disc on each of its two upper sides.
+    # A square on its corner, with a disc on each of its two upper sides.
     half = 0.56
     u = np.abs(u)
     v = v - 0.15
@@ -126,7 +130,7 @@ def _checks(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return np.where(across * down > 0, 1, -1) * np.minimum(np.abs(across), np.abs(down))
 
 
-# Where the second tone lies, as a signed distance in periods of the texture; solid has none.
+# Signed distance to the second tone, in periods of the texture. A solid texture has no second tone.
 _SECOND_TONES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray] | None] = {
     "solid": None,
     "striped": _stripes,
@@ -161,7 +165,7 @@ LIGHT_BACKGROUNDS: tuple[str, ...] = ("white", "cream")
 def rgb_of(
     colour: str, *, hue_shift: float = 0.0, saturation_scale: float = 1.0, value_scale: float = 1.0
 ) -> tuple[float, float, float]:
-    """The RGB of a named colour in 0..255, its hue turned by `hue_shift` degrees, its saturation and value scaled.
+    """Compute the RGB of a named colour, 0..255, with its hue shifted by degrees and saturation and value scaled.
 
     >>> [round(channel) for channel in rgb_of("red")]
     [219, 26, 26]
@@ -175,14 +179,15 @@ def rgb_of(
 
 
 def second_tone(rgb: tuple[float, float, float], *, light: bool) -> tuple[float, float, float]:
-    """The other tone of a texture: the object's colour mixed with white or with black."""
+    """Compute the second tone of a texture: the object's colour mixed with white or black."""
     red, green, blue = rgb
     if light:
         return 0.22 * red + 0.78 * 255, 0.22 * green + 0.78 * 255, 0.22 * blue + 0.78 * 255
     return 0.3 * red, 0.3 * green, 0.3 * blue
 
 
-def _turned(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
+def turned(x: _Number, y: _Number, angle: float) -> tuple[_Number, _Number]:
+    """Turn a point, or arrays of points, about the origin."""
     sine, cosine = math.sin(angle), math.cos(angle)
     return x * cosine + y * sine, y * cosine - x * sine
 
@@ -193,17 +198,17 @@ def _covered(distance_in_pixels: np.ndarray) -> np.ndarray:
 
 def _draw(image: np.ndarray, thing: Thing, x: np.ndarray, y: np.ndarray) -> None:
     side = image.shape[0]
-    # Only the pixels that the object can reach: no shape leaves a circle of 1.25 half sides.
+    # Draw only the pixels near the object: every shape fits into a circle of 1.25 half sides.
     reach = 1.25 * thing.half_side
     left, right = (int(min(max(side * edge, 0), side)) for edge in (thing.x - reach, thing.x + reach + 1 / side))
     top, bottom = (int(min(max(side * edge, 0), side)) for edge in (thing.y - reach, thing.y + reach + 1 / side))
     dx, dy = x[:, left:right] - thing.x, y[top:bottom] - thing.y
-    u, v = _turned(dx / thing.half_side, dy / thing.half_side, thing.angle)
+    u, v = turned(dx / thing.half_side, dy / thing.half_side, thing.angle)
     inside = _covered(_DISTANCES[thing.shape](u, v) * (thing.half_side * side))
     surface = np.array(thing.rgb, np.float32)
     tone = _SECOND_TONES[thing.texture]
     if tone is not None:
-        p, q = _turned(dx / thing.texture_period, dy / thing.texture_period, thing.texture_angle)
+        p, q = turned(dx / thing.texture_period, dy / thing.texture_period, thing.texture_angle)
         share = _covered(tone(p + thing.texture_phase[0], q + thing.texture_phase[1]) * (thing.texture_period * side))
         second = np.array(second_tone(thing.rgb, light=thing.light_second_tone), np.float32)
         surface = surface + share * (second - surface)
@@ -212,9 +217,9 @@ def _draw(image: np.ndarray, thing: Thing, x: np.ndarray, y: np.ndarray) -> None
 
 
 def render(scene: Scene, *, image_size: int) -> np.ndarray:
-    """Paints a scene: uint8 `[image_size, image_size, 3]`, RGB, the same bytes for the same scene.
+    """Draw a scene as RGB, uint8 `[image_size, image_size, 3]`; the same bytes for the same scene.
 
-    Raises ValueError for an image too small to show a texture (under 16 pixels).
+    Raises ValueError for an image that is too small to show a texture (under 16 pixels).
     """
     if image_size < 16:
         raise ValueError(f"image_size is {image_size}; textures need at least 16 pixels, 64 are the default")

@@ -16,7 +16,7 @@ from limoe.config.schema import Config
 from limoe.data import files
 from limoe.data.files import DataError
 from limoe.data.inputs import CLASSES_FILE, RETRIEVAL_FILE, DataFolders
-from limoe.data.source import Bad, Decoded, Source, open_source
+from limoe.data.source import Bad, Decoded, open_source
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,6 @@ class EvaluationData(NamedTuple):
     num_bad: int
     """Examples that could not be read and are left out, without those of `probe`."""
 
-    @property
-    def pairs(self) -> Pairs | None:
-        """Some images with captions, if there are any, for code that needs no more."""
-        if self.retrieval is not None:
-            return self.retrieval.pairs
-        return None if self.zero_shot is None else self.zero_shot.pairs
-
 
 def read_evaluation_data(config: Config, folders: DataFolders, probe_folder: str = "") -> EvaluationData:
     """Read the evaluation shards into memory; bad examples are left out and counted.
@@ -85,20 +78,21 @@ def read_evaluation_data(config: Config, folders: DataFolders, probe_folder: str
     Raises DataError if a folder has no usable example, if an example in a folder with classes.json has no valid class,
     or if a probe has no evaluation folder with classes.json.
     """
-    zero_shot = probe = None
+    zero_shot = probe = matched = None
+    num_bad = 0
     if folders.zero_shot:
         classes = read_classes(folders.zero_shot)
         zero_shot = _labelled(config, folders.zero_shot, classes)
-    if probe_folder:
-        if zero_shot is None:
-            raise DataError("a probe needs evaluation data with classes.json; give its folder with --data")
-        probe = _labelled(config, probe_folder, zero_shot.classes)
-    both = zero_shot is not None and folders.retrieval == folders.zero_shot
-    num_bad = 0 if zero_shot is None else zero_shot.pairs.num_bad
-    matched = None
+        probe = _labelled(config, probe_folder, classes) if probe_folder else None
+        num_bad = zero_shot.pairs.num_bad
+    elif probe_folder:
+        raise DataError("a probe needs evaluation data with classes.json; give its folder with --data")
     if folders.retrieval:
-        pairs = zero_shot.pairs if zero_shot and both else _read(config, folders.retrieval, needs_metadata=False)
-        num_bad += 0 if both else pairs.num_bad
+        if zero_shot is not None and folders.retrieval == folders.zero_shot:
+            pairs = zero_shot.pairs
+        else:
+            pairs = _read(config, folders.retrieval)
+            num_bad += pairs.num_bad
         matched = match(pairs, equal_captions_are_right=equal_captions_are_right(folders.retrieval))
     return EvaluationData(zero_shot, matched, probe, num_bad)
 
@@ -198,42 +192,40 @@ def _labelled(config: Config, folder: str, classes: Classes) -> Labelled:
     return Labelled(found, classes, folder)
 
 
-def _read(config: Config, folder: str, *, needs_metadata: bool) -> Pairs:
-    size, cache = config.model.image_size, config.data.cache_dir
-    source = open_source(folder, image_size=size, metadata=True, needs_metadata=needs_metadata, cache_dir=cache)
-    found = read_pairs(source)
-    if not found.captions:
-        raise DataError(f"none of the {found.num_bad} examples in {folder} is usable, {found.first_bad}; repair them")
-    return found
+def _read(config: Config, folder: str, *, needs_metadata: bool = False) -> Pairs:
+    """Read all good examples into memory. Bad ones are left out and counted.
 
-
-def read_pairs(source: Source) -> Pairs:
-    """Read all good examples of a source into memory; bad ones are left out and counted."""
+    With `needs_metadata`, an example without metadata is bad. Raises DataError if no example is good.
+    """
+    source = open_source(folder, image_size=config.model.image_size, metadata=True, cache_dir=config.data.cache_dir)
     good: list[Decoded] = []
     bad: list[Bad] = []
     for number in range(len(source)):
         example = source[number]
         if isinstance(example, Bad):
             bad.append(example)
+        elif needs_metadata and example.metadata is None:
+            bad.append(Bad(example.key, "the metadata is missing"))
         else:
             good.append(example)
-    images = np.stack([example.image for example in good]) if good else np.zeros((0, 1, 1, 3), np.uint8)
     first_bad = f"{bad[0].key}: {bad[0].reason}" if bad else ""
+    if not good:
+        raise DataError(f"none of the {len(bad)} examples in {folder} is usable, {first_bad}; repair them")
     metadata = [example.metadata or {} for example in good]
     return Pairs(
-        images=images,
+        images=np.stack([example.image for example in good]),
         captions=tuple(example.caption for example in good),
-        labels=np.array([-1 if _is_not(int, facts, "class") else facts["class"] for facts in metadata], np.int64),
-        image_ids=tuple(None if _is_not(int | str, facts, "image_id") else facts["image_id"] for facts in metadata),
+        labels=np.array([_value(facts, "class", int, -1) for facts in metadata], np.int64),
+        image_ids=tuple(_value(facts, "image_id", int | str, None) for facts in metadata),
         num_bad=len(bad),
         first_bad=first_bad,
     )
 
 
-def _is_not(kind: Any, metadata: dict[str, Any], name: str) -> bool:
-    """Say whether the metadata lacks a value of this type. A bool is not an integer here, although it is in Python."""
+def _value(metadata: dict[str, Any], name: str, kind: Any, otherwise: Any) -> Any:
+    """Read a value of this type. A bool is not an integer here, although it is in Python."""
     value = metadata.get(name)
-    return not isinstance(value, kind) or isinstance(value, bool)
+    return value if isinstance(value, kind) and not isinstance(value, bool) else otherwise
 
 
 def _json(path: str) -> object:
