@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import json
@@ -107,8 +106,7 @@ class UsageError(Exception):
 
 
 def main(words: Sequence[str]) -> int:
-    """Run a command line, given without the program's name. Returns the exit status: 1 for a failure, 2 for wrong
-    usage."""
+    """Run a command line without the program's name. Returns the exit status: 1 for a failure, 2 for wrong usage."""
     if missing := [name for name in TRAINER if importlib.util.find_spec(name) is None]:
         packages = "pip install 'limoe-jax[train]', or in a checkout pip install '.[train]'"
         print(f"limoe: {', '.join(missing)} not installed; the trainer needs its extra: {packages}", file=sys.stderr)
@@ -149,9 +147,8 @@ def _command(words: list[str]) -> int:
     function, taken = _COMMANDS[command]
     for flag in _FLAGS:
         if FLAGS[flag].present and flag not in taken:
-            raise UsageError(
-                f"limoe {command} does not take --{flag}; its flags are {', '.join(f'--{name}' for name in taken)}"
-            )
+            flags_taken = ", ".join(f"--{name}" for name in taken)
+            raise UsageError(f"limoe {command} does not take --{flag}; its flags are {flags_taken}")
     if command in _TAKES_WORDS:
         return function(words)
     settings = [*_SET.value, *(word for word in words if "=" in word and _SET.present)]
@@ -165,6 +162,10 @@ def _command(words: list[str]) -> int:
 
 def _config(settings: list[str]) -> Config:
     return override(preset(_PRESET.value), settings)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _help() -> int:
@@ -206,8 +207,7 @@ def _evaluate(settings: list[str]) -> int:
 
     if _WORKDIR.value is None:
         raise UsageError("eval needs --workdir=DIR, the folder of a trained run")
-    say = lambda text: print(text, file=sys.stderr)  # noqa: E731
-    result = evaluate_run(_WORKDIR.value, _DATA.value, _PROBE_DATA.value, say=say)
+    result = evaluate_run(_WORKDIR.value, _DATA.value, _PROBE_DATA.value, say=_say)
     print(json.dumps(result) if _JSON.value else evaluation_text(result))
     return 0
 
@@ -255,28 +255,23 @@ def _plan(settings: list[str]) -> int:
         raise UsageError("plan needs --topology=KIND:SHAPE, such as --topology=v5p:8x8x8")
     if _BATCH.value is not None:
         settings = [*settings, f"train.batch_size={_BATCH.value}"]
-    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     config = _config(settings)
-    with contextlib.ExitStack() as stack:
-        planned = plan
+    planned = plan
+    with tempfile.TemporaryDirectory() as folder:
         if _SCHEDULE.value:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            compiler.write_schedules(folder)
-            planned = functools.partial(plan, schedules=folder)
+            compiler.write_schedules(Path(folder))
+            planned = functools.partial(plan, schedules=Path(folder))
         if _SEARCH.value:
-            result = search(config, _TOPOLOGY.value, say=say, planned=planned)
+            result = search(config, _TOPOLOGY.value, say=_say, planned=planned)
         else:
             result = planned(config, _TOPOLOGY.value)
     print(json.dumps(result.as_json()) if _JSON.value else as_text(result))
     return 0
 
 
-_FLAGS = ("preset", "workdir", "set", "profile", "data", "probe-data", "json")
-_FLAGS += ("topology", "batch", "search", "schedule", "classes", "templates", "step", "out")
-_PROCESS_FLAGS = ("coordinator", "num-processes", "process-id")
-_FLAGS += _PROCESS_FLAGS
+# The function of each command, and the flags that it takes.
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], tuple[str, ...]]] = {
-    "train": (_train, ("preset", "workdir", "set", "profile", *_PROCESS_FLAGS)),
+    "train": (_train, ("preset", "workdir", "set", "profile", "coordinator", "num-processes", "process-id")),
     "eval": (_evaluate, ("workdir", "data", "probe-data", "json")),
     "classify": (_classify, ("workdir", "classes", "templates", "step", "json")),
     "export": (_export, ("workdir", "out", "step")),
@@ -284,7 +279,8 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], tuple[str, ...]]] = {
     "plan": (_plan, ("preset", "topology", "batch", "set", "search", "schedule", "json")),
     "settings": (_settings, ("preset",)),
 }
-# Their words are no settings.
+_FLAGS = tuple(dict.fromkeys(flag for _, taken in _COMMANDS.values() for flag in taken))
+# The words of these commands are not settings.
 _TAKES_WORDS = ("classify",)
 
 

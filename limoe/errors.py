@@ -5,8 +5,7 @@ from collections.abc import Iterable
 
 
 class LimoeError(Exception):
-    """An error that the user can fix: the command line prints only its message. Any other error is a bug and keeps its
-    traceback."""
+    """An error that the user can fix. The command line prints only its message; other errors keep their traceback."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
