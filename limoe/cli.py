@@ -239,7 +239,7 @@ def _export(settings: list[str]) -> int:
         raise UsageError("export needs --workdir=DIR, the folder of a trained run, and --out=DIR, a new folder")
     restored = restored_encoder(_WORKDIR.value, step=_STEP.value)
     for message in restored.skipped:
-        print(message, file=sys.stderr)
+        _say(message)
     write_export(restored, _WORKDIR.value, _OUT.value)
     print(f"wrote step {restored.step:,} of {_WORKDIR.value} into {_OUT.value}")
     return 0

@@ -36,7 +36,7 @@ class Lengths(NamedTuple):
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
-        """Where the tokens of each modality that is there begin and end."""
+        """Begin and end of the tokens of each modality that is present."""
         return tuple(span for span in ((0, self.image), (self.image, self.total)) if span[0] < span[1])
 
 

@@ -17,7 +17,7 @@ PREPROCESS = {
     "mean": [0.5, 0.5, 0.5],
     "std": [0.5, 0.5, 0.5],
 }
-"""What becomes of a picture, in words that others use; mean and standard deviation are of values from 0 to 1."""
+"""The preprocessing of images, in the terms of model cards. Mean and std are those of pixel values from 0 to 1."""
 
 
 class ImageError(ValueError):
