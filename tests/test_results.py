@@ -119,10 +119,10 @@ def test_parameters_are_read_alone_onto_the_devices_that_are_there(
         train_tokenizer([caption(n) for n in range(3)], vocab_size=40, length=8).save(workdir.tokenizer)
     write_shard(tmp_path / "0.tar", colour_examples(12))
     read: list[Any] = []
-    restore = ocp.Checkpointer.restore
+    of_orbax = ocp.Checkpointer.restore
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        read.append(restore(*args, **kwargs))
+        read.append(of_orbax(*args, **kwargs))
         return read[-1]
 
     monkeypatch.setattr(ocp.Checkpointer, "restore", watched)
