@@ -1,6 +1,6 @@
 """Mixture-of-experts kernels for JAX: top-k routing, capacity-aware dispatch and combine, expert matmuls, gradients."""
 
-from moe_kernels import expert_parallel
+from moe_kernels import balance, expert_parallel
 from moe_kernels.activations import ACTIVATIONS, ClampedSwiglu
 from moe_kernels.backends import BACKENDS
 from moe_kernels.backends.base import Backend, Problem, Span
@@ -63,6 +63,7 @@ __all__ = [
     "Runs",
     "Span",
     "WithShared",
+    "balance",
     "balance_bias",
     "bpr_priority",
     "combine",

@@ -32,7 +32,7 @@ LEVELS = (
     ("backends.xla.*",),
     ("backends.tpu.*", "backends.gpu.*"),
     ("backends",),
-    ("routing", "figures"),
+    ("routing", "figures", "balance"),
     ("plan",),
     ("permute",),
     ("experts",),

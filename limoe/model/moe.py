@@ -30,6 +30,7 @@ from moe_kernels import (
     router_noise,
     routing_figures,
 )
+from moe_kernels import balance as balance
 from moe_kernels import entropy_of_mean as entropy_of_mean
 from moe_kernels import expert_capacity as expert_capacity
 from moe_kernels.activations import ActivationFunction

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from limoe.config.schema import EXTRA_LOSSES, LossConfig, ModelConfig
-from limoe.model.moe import IMAGE, TEXT, LayerRouting, RoutingSums, entropy_of_mean
+from limoe.model.moe import IMAGE, TEXT, LayerRouting, RoutingSums, balance, entropy_of_mean
 
 AuxiliaryTerms = dict[str, Float[Array, ""]]
 """Every loss of `AUXILIARY_LOSSES` by name, on or off, summed over MoE layers."""
@@ -130,33 +130,20 @@ def _similarity(image: Float[Array, "N P"], text: Float[Array, "B P"]) -> Float[
     return jnp.dot(image, text.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-def squared_variation(values: Float[Array, "... E"]) -> Float[Array, "..."]:
-    """Compute the squared coefficient of variation over experts, `(std / mean)²`, with the population's std.
-
-    >>> import jax.numpy as jnp
-    >>> float(squared_variation(jnp.array([1.0, 0.0, 0.0, 0.0])))
-    3.0
-    """
-    mean = jnp.mean(values, axis=-1)
-    return jnp.var(values, axis=-1) / jnp.square(mean)
-
-
 AuxiliaryLoss = Callable[[RoutingSums, LossConfig, ModelConfig], Float[Array, "L G"]]
 """A loss of the router from its sums `[L, G, M, ...]`; with `loss.aux_scope=batch` there is one group, the batch."""
 
 
 def _importance(sums: RoutingSums, loss: LossConfig, model: ModelConfig) -> Float[Array, "L G"]:
-    return squared_variation(jnp.sum(sums.probability, axis=2))
+    return balance.importance_loss(sums)
 
 
 def _load(sums: RoutingSums, loss: LossConfig, model: ModelConfig) -> Float[Array, "L G"]:
-    if model.router_noise == 0:
-        return jnp.zeros(sums.tokens.shape[:2], jnp.float32)
-    return squared_variation(jnp.sum(sums.load, axis=2))
+    return balance.load_loss(sums)
 
 
 def _z(sums: RoutingSums, loss: LossConfig, model: ModelConfig) -> Float[Array, "L G"]:
-    return jnp.sum(sums.logsumexp_squared, axis=2) / jnp.sum(sums.tokens, axis=2)
+    return balance.z_loss(sums)
 
 
 def _local(modality: int) -> AuxiliaryLoss:
