@@ -18,6 +18,8 @@ BEGIN = "### compiling "
 EXPERTS, ROWS_PER_EXPERT = 32, 544
 # Dtypes of what is dispatched and combined.
 GATHERED = ("bfloat16", "float32")
+# Activations of gated matmuls.
+GATED = {"gated": "gelu_tanh", "gated-erf": "gelu_erf", "gated-relu": "relu_squared"}
 
 
 class Kernel(NamedTuple):
@@ -216,7 +218,7 @@ def main(chip: str, widths: list[int]) -> None:
                     functools.partial(matmul, activation=activation),
                     (rows, MatmulWeights(weights.w1, up=weights.w1), size, struct(len_rows, hidden)),
                 )
-                for name, activation in (("gated", "gelu_tanh"), ("gated-erf", "gelu_erf"))
+                for name, activation in GATED.items()
             ),
             (
                 "route",

@@ -26,7 +26,7 @@ MATMULS |= {
     "backward-erf": {"moe_rows_activate", "moe_rows_activate_backward", "moe_weight_gradient"},
 }
 # A grouped matmul with a bias and an activation, or a gate; its dX and dW are kernels like any other.
-EPILOGUES = {"pointwise": "activate", "gated": "gated", "gated-erf": "gated_erf"}
+EPILOGUES = {"pointwise": "activate", "gated": "gated", "gated-erf": "gated_erf", "gated-relu": "gated"}
 MATMULS |= {name: {f"moe_rows_{kernel}", f"moe_rows_{kernel}_alone"} for name, kernel in EPILOGUES.items()}
 GATHERS = {
     "moe_gather": (False, False),

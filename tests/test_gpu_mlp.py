@@ -47,9 +47,9 @@ def test_the_value_alone_is_that_of_the_forward_pass():
     np.testing.assert_array_equal(np.asarray(alone)[used], np.asarray(both)[used])
 
 
-@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu_erf", "silu"])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu_erf", "silu", "relu", "relu_squared"])
 def test_the_epilogue_computes_the_activation_and_its_slope(activation):
-    x = np.linspace(-12, 12, 4801)
+    x = np.linspace(-12, 12, 4801).astype(np.float32).astype(np.float64)
     value, slope = activate_and_slope(jnp.asarray(x, jnp.float32), activation)
     bound = 8 * 2.0**-23 * np.maximum(np.abs(x), 1)
     assert (np.abs(value - oracle.activate(x, activation)) < bound).all()

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from test_tpu_mlp import CASES, POISONED, TARGET, tiles_of
 
+import reference
 from moe_kernels.backends import choose
-from moe_kernels.backends.base import MatmulStatic, Problem, apply
+from moe_kernels.backends.base import KERNEL_ACTIVATIONS, MatmulStatic, Problem, apply
+from moe_kernels.backends.tpu.common.activation import activate, activate_and_slope
 from moe_kernels.backends.tpu.common.launch import Target
 from moe_kernels.backends.tpu.common.tiling import GivenTiles, Sizes, covers, pieces
 from moe_kernels.backends.tpu.matmul import backward, forward
@@ -71,6 +73,7 @@ def test_values_and_gradients_of_all(name, dtype, weight_dtype, epilogue):
     [
         *(("pointwise", activation) for activation in ("gelu_tanh", "gelu_erf", "silu")),
         ("gated", "silu"),
+        ("gated", "relu"),
         *(pytest.param("gated", activation, marks=pytest.mark.full) for activation in ("gelu_tanh", "gelu_erf")),
     ],
 )
@@ -78,6 +81,16 @@ def test_every_activation(epilogue, activation):
     rows, tiles = CASES["one piece"]
     given, size = nasty.matmul_operands(rows, epilogue=epilogue), (3, 0, 16, 1, 8, 9, 15, 2)
     check(rows, given, size, matmul(rows, tiles, TARGET, activation, given, np.array(size)), activation)
+
+
+@pytest.mark.parametrize("activation", KERNEL_ACTIVATIONS)
+def test_an_activation_and_its_slope(activation):
+    x = np.linspace(-12, 12, 4801).astype(np.float32).astype(np.float64)
+    value, slope = activate_and_slope(jnp.asarray(x, jnp.float32), activation)
+    bound = 8 * 2.0**-23 * np.maximum(np.abs(x), 1)
+    assert (np.abs(value - reference.activate(x, activation)) < bound).all()
+    assert (np.abs(slope - reference.activate_derivative(x, activation)) < bound).all()
+    np.testing.assert_array_equal(activate(jnp.asarray(x, jnp.float32), activation), value)
 
 
 def test_what_is_left_takes_two_pieces():

@@ -169,14 +169,14 @@ def by_kernel_alone(span: Span) -> Span:
     return Span(forward, backward)
 
 
-KERNEL_ACTIVATIONS = ("gelu_tanh", "gelu_erf", "silu")
+KERNEL_ACTIVATIONS = ("gelu_tanh", "gelu_erf", "silu", "relu", "relu_squared")
 
 
 def activation_misfit(problem: Problem) -> str | None:
     """Say why kernels cannot run an activation; they have hand-written slopes for these alone. None if they can.
 
-    >>> activation_misfit(Problem("expert_mlp", "tpu", "float32", (16, 8), 2, activation="relu"))
-    "activation 'relu' is none of gelu_tanh, gelu_erf, silu"
+    >>> activation_misfit(Problem("expert_mlp", "tpu", "float32", (16, 8), 2, activation="softplus"))
+    "activation 'softplus' is none of gelu_tanh, gelu_erf, silu, relu, relu_squared"
     """
     if problem.activation in ("", *KERNEL_ACTIVATIONS):
         return None

@@ -24,6 +24,9 @@ def activate(x: Float[Array, "..."], activation: MatmulActivation) -> Float[Arra
     """`x` times the share of it that passes: for the tanh form `(1 + tanh u) / 2 = sigmoid(2 u)`."""
     if activation == "gelu_erf":
         return x * normal(x, jnp.exp(-0.5 * x * x))
+    if activation in ("relu", "relu_squared"):
+        positive = jnp.maximum(x, 0.0)
+        return positive if activation == "relu" else positive * positive
     return x * _sigmoid(x, activation)
 
 
@@ -35,6 +38,11 @@ def activate_and_slope(
         bell = jnp.exp(-0.5 * x * x)
         share = normal(x, bell)
         return x * share, share + x * bell * (1 / math.sqrt(2 * math.pi))
+    if activation == "relu":
+        return jnp.maximum(x, 0.0), jnp.where(x > 0, jnp.ones_like(x), jnp.zeros_like(x))
+    if activation == "relu_squared":
+        positive = jnp.maximum(x, 0.0)
+        return positive * positive, 2.0 * positive
     s = _sigmoid(x, activation)
     inner = 1.0 if activation == "silu" else SCALE + 3 * SCALE * CUBIC * x * x
     return x * s, s + x * s * (1.0 - s) * inner

@@ -56,10 +56,25 @@ def _silu_slope(h: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Arra
     return h * s, s + h * s * (1 - s)
 
 
+def _relu(h: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.maximum(h, 0.0)
+
+
+def _relu_slope(h: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    return _relu(h), jnp.where(h > 0, 1.0, 0.0)
+
+
+def _relu_squared_slope(h: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    positive = _relu(h)
+    return positive * positive, 2 * positive
+
+
 FORMS = {
     "gelu_tanh": Form(_gelu_tanh, _gelu_tanh_slope),
     "gelu_erf": Form(_gelu_erf, _gelu_erf_slope),
     "silu": Form(lambda h: h * jax.lax.logistic(h), _silu_slope),
+    "relu": Form(_relu, _relu_slope),
+    "relu_squared": Form(lambda h: _relu(h) * _relu(h), _relu_squared_slope),
 }
 
 
