@@ -12,6 +12,9 @@ from moe_kernels.types import ROW_ALIGNMENT, CapacityFactor, Layout, round_up
 # larger capacity factor, empty places would cost more than the tile loop of a packed layout.
 BLOCK_LIMIT = 1.25
 
+# Rows and choices are counted in int32.
+INDICES = 2**31
+
 
 def as_fraction(name: str, factor: CapacityFactor) -> Fraction:
     """Convert a positive factor to its exact value. Raises ValueError, with the argument's name.
@@ -63,7 +66,8 @@ def plan_layout(
 ) -> Layout:
     """Choose the layout of the rows: an `[E, rows]` block, or runs packed one after the other.
 
-    It is a block if `rows_per_expert` is given, or if the block has few more rows than there are choices.
+    It is a block if `rows_per_expert` is given, or if the block has few more rows than there are choices. Raises
+    ValueError if `T K + 8 E`, or the number of rows, is 2^31 or more.
 
     >>> plan_layout(12, 1, 1, 2, None, None).num_rows
     32
@@ -71,13 +75,20 @@ def plan_layout(
     most = most_rows(num_tokens, num_groups, capacity)
     per_expert = round_up(most, ROW_ALIGNMENT) if rows_per_expert is None else rows_per_expert
     packed = round_up(num_tokens * num_choices, ROW_ALIGNMENT) + num_experts * (ROW_ALIGNMENT - 1)
-    block = rows_per_expert is not None or per_expert * num_experts <= BLOCK_LIMIT * max(packed, 1)
+    num_rows = per_expert * num_experts
+    block = rows_per_expert is not None or (num_rows <= BLOCK_LIMIT * max(packed, 1) and num_rows < INDICES)
+    num_rows = num_rows if block else round_up(packed, ROW_ALIGNMENT)
+    if max(num_rows, num_tokens * num_choices + ROW_ALIGNMENT * num_experts) >= INDICES:
+        raise ValueError(
+            f"{num_tokens} tokens with {num_choices} choices and {num_experts} experts need {num_rows} rows; T K + 8 E "
+            "and the rows must be below 2^31: give the layer fewer tokens at once"
+        )
     return Layout(
         num_tokens=num_tokens,
         num_choices=num_choices,
         num_groups=num_groups,
         num_experts=num_experts,
-        num_rows=per_expert * num_experts if block else round_up(packed, ROW_ALIGNMENT),
+        num_rows=num_rows,
         rows_per_expert=per_expert if block else None,
     )
 

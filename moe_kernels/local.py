@@ -183,6 +183,8 @@ def decide(
         routing, tokens = routed(span_of(choice.route), static_of(router, spec, inputs), tokens, router, inputs)
     else:
         routing = router
+        if inputs.mask is not None:  # whatever the caller's arithmetic made of the gates of padding
+            routing = routing._replace(gate=jnp.where(inputs.mask[:, None], routing.gate, jnp.float32(0)))
     priority = priority_of(spec, routing, inputs)
     plan = make_plan(
         routing,

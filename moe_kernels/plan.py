@@ -42,7 +42,8 @@ def make_plan(
 
     All first choices claim places before all second choices. Among equals, the token with the larger `priority [T]`
     claims first, then the one with the lower index (None: order of arrival). `capacity=None` keeps every choice.
-    Padding (gate 0) and tokens whose gates are not finite claim no place. The rows of an expert follow group after
+    Tokens whose gates are all 0 (padding) or not finite claim no place, nor does a choice of an expert that does not
+    exist. The rows of an expert follow group after
     group without gaps, in claim order. With `rows_per_expert` they are an `[E, rows_per_expert]` block, as an exchange
     needs; else the cheaper layout is chosen. Not differentiable. Raises ValueError for shapes that do not fit.
 
@@ -126,6 +127,7 @@ def _sort(routing: Routing, priority: Float[Array, " T"] | None, num_groups: int
     claims = jnp.any(gate != 0, axis=1, keepdims=True) & jnp.all(jnp.isfinite(gate), axis=1, keepdims=True)
     column = jnp.arange(num_choices, dtype=jnp.int32)
     nobody = jnp.int32(num_experts * num_choices)
+    claims = claims & (routing.expert >= 0) & (routing.expert < num_experts)
     key = jnp.where(claims, routing.expert * num_choices + column, nobody).reshape(num_groups, -1)
     choice = jnp.broadcast_to(jnp.arange(key.shape[1], dtype=jnp.int32), key.shape)
     # The choice is the last key, which makes the order unique; a stable sort would move more data on CPU and TPU.

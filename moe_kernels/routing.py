@@ -64,7 +64,21 @@ def routed(
 
 def _arrays(inputs: RouteInputs) -> RouteInputs:
     """Keep only the inputs that a router reads."""
-    return inputs._replace(token_priority=None, key=None, first_group=0)
+    noise = None if inputs.noise is None else _without_gradient(inputs.noise)
+    return inputs._replace(noise=noise, token_priority=None, key=None, first_group=0)
+
+
+@jax.custom_jvp
+def _without_gradient(noise: Float[Array, "T E"]) -> Float[Array, "T E"]:
+    return noise
+
+
+@_without_gradient.defjvp
+def _refuse_gradient(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    raise TypeError(
+        "RouteInputs.noise has no gradient: pass a bias of the router in RouterWeights(kernel, bias), and noise that "
+        "depends on what is differentiated through jax.lax.stop_gradient"
+    )
 
 
 @functools.lru_cache
@@ -128,9 +142,10 @@ def make_routing(
     """Make a `Routing` from your own router's experts and gates, with correct sums over the tokens.
 
     `probability` is the distribution over experts that losses use; without it, its sums are 0. `spec` and `inputs` give
-    groups and modalities; padding (`mask`) gets gate 0. JAX differentiates the gates. Raises ValueError for shapes that
-    do not fit. Also raises ValueError if a token has an expert twice or out of range; under `jit`, where values are not
-    known, such a token takes no place and is NaN.
+    groups and modalities; padding (`mask`) gets gate 0, whatever its gates were. Gates may be negative or 0; a token
+    whose gates are all 0 takes no place. JAX differentiates the gates. Raises ValueError for shapes that do not fit.
+    Also raises ValueError if a token has an expert twice or out of range; under `jit`, where values are not known, such
+    a token takes no place and is NaN.
 
     >>> import jax.numpy as jnp
     >>> routing = make_routing(jnp.array([[1], [0]]), jnp.array([[0.5], [-2.0]]), num_experts=2)

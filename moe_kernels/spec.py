@@ -18,7 +18,8 @@ class RouterSpec:
     `family` names an entry of `moe_kernels.ROUTERS`: "softmax", "sigmoid" or one that the program added. With
     `renormalise` the gates of a token's choices add up to 1. Then every gate is multiplied by `scale`. With
     `expert_groups` above 1, a token chooses only among the experts of its `groups_chosen` best groups. The score of a
-    group is the sum of its `group_best` largest scores (DeepSeek-V3, section 2.1.2).
+    group is the sum of its `group_best` largest scores (DeepSeek-V3, section 2.1.2). A softmax over the chosen logits
+    alone (Mixtral, gpt-oss) is "softmax" with `renormalise`: the sum over all experts cancels.
 
     >>> RouterSpec("sigmoid", renormalise=True, scale=2.5, expert_groups=8, groups_chosen=4).family
     'sigmoid'
@@ -104,11 +105,12 @@ class MoeSpec:
 class RouteInputs(NamedTuple):
     """Arrays of a call beside tokens and weights. Each is optional and gets no gradient.
 
-    `noise` is added to the logits for the choice and the gates. `modality` holds ids from 0 to `num_modalities - 1`.
-    `mask` is False for padding, which takes no place, has gate 0 and enters no sum. `key` is for the random priority;
-    group g of the call draws from `first_group + g`. To repeat the decision of an earlier call over the same tokens,
-    pass its `expert` and `priority`: gates and sums are then computed for the choices `expert`, and the largest
-    `token_priority` claims a place first.
+    `noise` is added to the logits for the choice and the gates; to differentiate it is an error. Jitter, which
+    multiplies what the router sees (Switch), is a routing of its own: `route(jitter * tokens, router, spec)`, given to
+    `moe_mlp`. `modality` holds ids from 0 to `num_modalities - 1`. `mask` is False for padding, which takes no place,
+    has gate 0 and enters no sum. `key` is for the random priority; group g of the call draws from `first_group + g`. To
+    repeat the decision of an earlier call over the same tokens, pass its `expert` and `priority`: gates and sums are
+    then computed for the choices `expert`, and the largest `token_priority` claims a place first.
 
     >>> RouteInputs().first_group
     0

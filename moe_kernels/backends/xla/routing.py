@@ -93,7 +93,8 @@ def _gates_and_sums(
         entropy=summed(-jnp.sum(probability * log_probability, axis=1)),
         logsumexp_squared=summed(jnp.square(log_partition)),
         load=summed(load),
-        largest_gate=summed(gate[:, 0]),
+        # With a bias for the choice, or a choice already made, the first one may not have the largest gate.
+        largest_gate=summed(jnp.max(gate, axis=1) if static.biased or static.chosen else gate[:, 0]),
     )
     if inputs.mask is not None:
         gate = jnp.where(inputs.mask[:, None], gate, jnp.float32(0))
