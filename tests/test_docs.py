@@ -127,6 +127,17 @@ def run(command: str, place: str) -> None:
     assert done.returncode == 0, f"{place}: {command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
+def test_the_block_of_each_family_takes_at_most_12_lines():
+    page = ROOT / "docs" / "families.md"
+    first = [re.match(r"def (\w+)\(.*?\n\n\n", block.text, re.DOTALL) for block in blocks(page)]
+    counted = {match[1]: len(match[0].strip().splitlines()) for match in first if match}
+    table = re.findall(r"^\| \[([^]]+)\].*\| (\d+) \|[^|]*\|$", page.read_text(), re.MULTILINE)
+    said = {re.sub(r"\W", "_", name).lower(): int(lines) for name, lines in table}
+    assert len(said) == 12 and max(said.values()) <= 12
+    said["llama4"], said["olmoe"] = said.pop("llama_4"), said["qwen3_moe"]
+    assert counted == {name: lines for name, lines in said.items() if name != "olmoe"}
+
+
 def test_the_list_of_long_commands_is_up_to_date():
     assert not LONG.keys() - set(EVERY_COMMAND), "these commands are in no page any more"
 
