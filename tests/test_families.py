@@ -163,8 +163,8 @@ def check(x, router, weights, dy, spec: MoeSpec, mesh=None):
         assert not np.asarray(found[1][1].choice_bias).any()
 
 
-EVERYDAY = {("softmax", "no bias"), ("renormalised", "bias"), ("scaled", "choice bias"), ("sigmoid", "bias")}
-EVERYDAY |= {("DeepSeek-V3", "both"), ("best of a group", "no bias")}
+# tests/test_layer_oracle.py holds more of them against the reference every day.
+EVERYDAY = {("scaled", "choice bias"), ("DeepSeek-V3", "both"), ("best of a group", "no bias")}
 
 
 @pytest.mark.parametrize(
@@ -203,8 +203,7 @@ def weights_of(experts, kind: str):
     return experts[kind], {}
 
 
-EVERYDAY_EXPERTS = {("xla", "glu"), ("xla", "shared with a gate"), ("xla", "Llama 4"), ("tpu", "gpt-oss")}
-EVERYDAY_EXPERTS |= {("xla", "clamped with biases")}
+EVERYDAY_EXPERTS = {("xla", "shared with a gate"), ("xla", "clamped with biases"), ("tpu", "gpt-oss")}
 IN_ONE_SPAN = ("glu", "a bias of down", "shared", "shared with a gate")
 KINDS = (
     "glu",
@@ -246,8 +245,8 @@ def test_every_kind_of_experts(kind, backend):
         pytest.param((2, 4), "mlp", marks=pytest.mark.full),
         pytest.param((1, 4), "shared with a gate", marks=pytest.mark.full),
         ((2, 4), "shared with a gate"),
-        ((2, 2), "gpt-oss"),
-        ((1, 2), "Llama 4"),
+        pytest.param((2, 2), "gpt-oss", marks=pytest.mark.full),
+        pytest.param((1, 2), "Llama 4", marks=pytest.mark.full),
     ],
     ids=str,
 )
