@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_families import arguments, as_users_run_it, assert_near  # noqa: F401 (a fixture, found by its name)
+from test_families import arguments, assert_near
 
 from moe_kernels import (
     GluWeights,
@@ -143,7 +143,7 @@ def test_16_choices_of_512_experts_up_to_the_last_index(capacity_factor):
         jax.eval_shape(layer, *shapes(2**27, 512))
 
 
-def test_weights_that_are_no_weights_are_refused_everywhere(as_users_run_it):  # noqa: F811
+def test_weights_that_are_no_weights_are_refused_everywhere(as_users_run_it):
     x, router, experts, _ = arguments()
     with pytest.raises(
         TypeError, match="weights are a dict; pass MlpWeights, GluWeights, JoinedGluWeights or WithShared"

@@ -55,6 +55,11 @@ def _of_choices(values: Float[Array, "T E"], expert: Int[Array, "T K"]) -> Float
     return jnp.stack(picked, axis=1)
 
 
+def _largest(gate: Float[Array, "T K"]) -> Float[Array, " T"]:
+    """The first of each token's largest gates; all of the derivative is its own."""
+    return _of_choices(gate, jnp.argmax(gate, axis=1)[:, None])[:, 0]
+
+
 def _gates_and_sums(
     logits: Float[Array, "T E"], expert: Int[Array, "T K"], static: RouteStatic, inputs: RouteInputs
 ) -> GatesAndSums:
@@ -94,7 +99,7 @@ def _gates_and_sums(
         logsumexp_squared=summed(jnp.square(log_partition)),
         load=summed(load),
         # With a bias for the choice, or a choice already made, the first one may not have the largest gate.
-        largest_gate=summed(jnp.max(gate, axis=1) if static.biased or static.chosen else gate[:, 0]),
+        largest_gate=summed(_largest(gate) if static.biased or static.chosen else gate[:, 0]),
     )
     if inputs.mask is not None:
         gate = jnp.where(inputs.mask[:, None], gate, jnp.float32(0))
