@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from moe_kernels import local
+from moe_kernels.axes import place, refuse_split
 from moe_kernels.experts import check_experts
 from moe_kernels.parallel.shard import check_exchange, moe_mlp_on_shard
 from moe_kernels.routing import router_weights
@@ -67,6 +68,7 @@ def moe_mlp(
     router = router if isinstance(router, Routing) else router_weights(router)
     if mesh is not None:
         return _on_mesh(tokens, router, weights, spec, inputs, mesh)
+    refuse_split(tokens=tokens, router=router, weights=weights)
     output = local.moe_mlp_here(tokens, router, local.routed_of(weights), spec, inputs)
     return local.with_shared(output, tokens, weights, spec)
 
@@ -109,21 +111,17 @@ def _on_mesh(
 
     by_token, whole = PartitionSpec(axes), PartitionSpec()
     routed = PartitionSpec(expert_axis)
-    sharded = jax.shard_map(
-        on_shard,
-        mesh=mesh,
-        in_specs=(
-            by_token,
-            by_token if isinstance(router, Routing) else whole,
-            WithShared._make((routed, whole, whole)) if isinstance(weights, WithShared) else routed,
-            RouteInputs._make((by_token, by_token, by_token, by_token, by_token, whole, whole)),
-        ),
-        out_specs=by_token,
-        # Interpreted kernels do not trace with the check. Without it, gradients are right if they are taken outside.
-        check_vma=False,
+    specs = (
+        by_token,
+        by_token if isinstance(router, Routing) else whole,
+        WithShared._make((routed, whole, whole)) if isinstance(weights, WithShared) else routed,
+        RouteInputs._make((by_token, by_token, by_token, by_token, by_token, whole, whole)),
     )
     first_group = jnp.asarray(inputs.first_group, jnp.int32)
-    return sharded(tokens, router, weights, inputs._replace(first_group=first_group))
+    arguments = tokens, router, weights, inputs._replace(first_group=first_group)
+    # Interpreted kernels do not trace with the check. Without it, gradients are right if they are taken outside.
+    sharded = jax.shard_map(on_shard, mesh=mesh, in_specs=specs, out_specs=by_token, check_vma=False)
+    return sharded(*place(arguments, specs, mesh))
 
 
 def _token_axes(mesh: Mesh | AbstractMesh, exchange: ExchangeSpec) -> tuple[str, ...]:

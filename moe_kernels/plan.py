@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_kernels.axes import refuse_split
 from moe_kernels.capacity import most_rows, plan_layout
 from moe_kernels.chips import SUBLANES
 from moe_kernels.packed_sort import Field, descending, sort_fields
@@ -79,6 +80,7 @@ def make_plan(
             f"{ROW_ALIGNMENT}; use None to have it chosen"
         )
     layout = plan_layout(num_tokens, num_choices, num_groups, num_experts, capacity, rows_per_expert)
+    refuse_split(routing=routing, priority=priority, modality=modality)
     routing, priority = jax.lax.stop_gradient((routing, priority))
     ranked = _sort(routing, priority, num_groups, num_experts)
     kept = jnp.minimum(ranked.wanted, most // num_groups)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path
+from moe_cases import assert_close
 from spec_cases import spec_and_inputs
 
 from moe_kernels import MlpWeights, MoeOutput, RoutingSums, moe_mlp
@@ -110,6 +112,44 @@ def unsharded(**options):
 
 def sharded(mesh: jax.sharding.Mesh, **options):
     return functools.partial(run, functools.partial(moe_mlp, mesh=mesh), **options)
+
+
+def assert_same_layer(mine: Result, twin: Result, wanted=None) -> None:
+    """Drops and counts to the last one; values within the rounding of sums taken in another order.
+
+    `wanted` names the experts that nearly all choices fall on.
+    """
+    np.testing.assert_array_equal(mine.output.kept, twin.output.kept)
+    for name in ("tokens", "wanted"):
+        np.testing.assert_array_equal(getattr(mine.output.sums, name), getattr(twin.output.sums, name))
+    # A token is dropped here if and only if it is dropped there.
+    np.testing.assert_array_equal(np.any(mine.output.tokens != 0, 1), np.any(twin.output.tokens != 0, 1))
+    close_in_rows(mine.output.tokens, twin.output.tokens, length=20, name="y")
+    tokens = len(twin.dtokens)
+    same_sums(mine.output.sums, twin.output.sums, tokens)
+    roundings = gate_roundings(wanted)
+    assert_close(np.ravel(mine.dtokens)[None], np.ravel(twin.dtokens)[None], length=20, name="dx", roundings=roundings)
+    for a, b in zip(jax.tree.leaves(mine.drouter), jax.tree.leaves(twin.drouter), strict=True):
+        assert_close(np.ravel(a)[None], np.ravel(b)[None], length=tokens, name="dr", roundings=roundings)
+    for (path, a), b in zip(tree_leaves_with_path(mine.dweights), jax.tree.leaves(twin.dweights), strict=True):
+        as_rows = (np.asarray(x).reshape(len(x), -1) for x in (a, b))
+        close_in_rows(*as_rows, length=tokens, name=f"d{keystr(path)}")
+
+
+def same_sums(mine: RoutingSums, twin: RoutingSums, tokens: int) -> None:
+    for name, a, b in zip(RoutingSums._fields, mine, twin, strict=True):
+        assert_close(np.ravel(a)[None], np.ravel(b)[None], length=tokens, name=name)
+
+
+def gate_roundings(wanted) -> int:
+    """A lifted logit of 20 is known to 20 eps, and gates and their gradients no better than that."""
+    return 8 if wanted is None else 64
+
+
+def close_in_rows(mine, twin, *, length: int, name: str) -> None:
+    """Within what rounds off the largest entry of all rows, which are alike; a row of zeros is one here too."""
+    scale = np.full(len(twin), np.abs(twin).max())
+    assert_close(mine, twin, length=length, name=name, roundings=8, scale=scale)
 
 
 class Collective(NamedTuple):

@@ -24,7 +24,7 @@ STANDARD = set(sys.stdlib_module_names)
 # A module of moe_kernels imports modules of earlier levels only. A level that ends in ".*" is a package whose modules
 # may also import each other.
 LEVELS = (
-    ("types", "packed_sort", "chips", "fitted", "precision", "activations", "routers", "sums"),
+    ("types", "axes", "packed_sort", "chips", "fitted", "precision", "activations", "routers", "sums"),
     ("spec",),
     ("capacity", "priority"),
     ("backends.base", "backends.route_parts"),

@@ -12,7 +12,7 @@ from sharding_cases import collectives
 from spec_cases import spec_and_inputs
 
 from limoe.plan import compiler
-from moe_kernels import MlpWeights, moe_mlp
+from moe_kernels import MlpWeights, moe_mlp, moe_mlp_on_shard
 
 compiler.prepare()
 
@@ -42,6 +42,26 @@ def compiled_text(*, asynchronous: bool, **options) -> str:
     text = lowered.compile(compiler_options=settings).as_text()
     assert "is_scheduled=true" in text
     return text
+
+
+def test_kernels_compile_in_a_shard_map_that_checks_what_varies():
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x2").devices
+    mesh, split, whole = Mesh(np.array(devices), ("expert",)), PartitionSpec("expert"), PartitionSpec()
+    e, d, f = 8, 256, 512
+
+    def array(shape, spec, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    def loss(tokens, router, weights):
+        return jax.lax.psum(jnp.sum(jnp.square(moe_mlp_on_shard(tokens, router, weights).tokens)), "expert")
+
+    weights = MlpWeights(array((e, d, f), split), None, array((e, f, d), split), None)
+    arguments = array((4096, d), split, jnp.bfloat16), array((d, e), whole), weights
+    inside = jax.shard_map(loss, mesh=mesh, in_specs=(split, whole, split), out_specs=whole)
+    traced = jax.jit(jax.value_and_grad(inside, argnums=(0, 1, 2))).trace(*arguments)
+    text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    for kernel in ("route_forward", "route_backward", "expert_mlp_forward", "expert_mlp_backward"):
+        assert re.search(rf"%{kernel}[\w.-]* =.* custom-call\(", text), kernel
 
 
 def experts_within_exchanges(text: str) -> list[list[str]]:

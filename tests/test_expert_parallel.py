@@ -9,10 +9,20 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from moe_cases import assert_close
-from sharding_cases import MESHES, Result, arguments, mesh_of, sharded, unsharded
+from sharding_cases import (
+    MESHES,
+    arguments,
+    assert_same_layer,
+    close_in_rows,
+    gate_roundings,
+    mesh_of,
+    same_sums,
+    sharded,
+    unsharded,
+)
 from spec_cases import spec_and_inputs
 
-from moe_kernels import MlpWeights, RoutingSums, moe_mlp
+from moe_kernels import moe_mlp
 from moe_kernels.parallel import ragged as ragged_exchange
 from moe_kernels.parallel.ragged import received_rows
 
@@ -29,41 +39,6 @@ LOADS = [None, (5,), (2, 3), (4, 5, 6, 7)]
 def compiled(mesh_shape: tuple[int, int] | None, options: tuple):
     layer = unsharded(**dict(options)) if mesh_shape is None else sharded(mesh_of(*mesh_shape), **dict(options))
     return jax.jit(layer)
-
-
-def assert_same_layer(mine: Result, twin: Result, wanted) -> None:
-    """Drops and counts to the last one; values within the rounding of sums taken in another order."""
-    np.testing.assert_array_equal(mine.output.kept, twin.output.kept)
-    for name in ("tokens", "wanted"):
-        np.testing.assert_array_equal(getattr(mine.output.sums, name), getattr(twin.output.sums, name))
-    # A token is dropped here if and only if it is dropped there.
-    np.testing.assert_array_equal(np.any(mine.output.tokens != 0, 1), np.any(twin.output.tokens != 0, 1))
-    close_in_rows(mine.output.tokens, twin.output.tokens, length=20, name="y")
-    tokens = len(twin.dtokens)
-    same_sums(mine.output.sums, twin.output.sums, tokens)
-    roundings = gate_roundings(wanted)
-    assert_close(np.ravel(mine.dtokens)[None], np.ravel(twin.dtokens)[None], length=20, name="dx", roundings=roundings)
-    assert_close(
-        np.ravel(mine.drouter)[None], np.ravel(twin.drouter)[None], length=tokens, name="dr", roundings=roundings
-    )
-    for name, a, b in zip(MlpWeights._fields, mine.dweights, twin.dweights, strict=True):
-        close_in_rows(*(np.asarray(x).reshape(len(x), -1) for x in (a, b)), length=tokens, name=f"d{name}")
-
-
-def same_sums(mine: RoutingSums, twin: RoutingSums, tokens: int = TOKENS) -> None:
-    for name, a, b in zip(RoutingSums._fields, mine, twin, strict=True):
-        assert_close(np.ravel(a)[None], np.ravel(b)[None], length=tokens, name=name)
-
-
-def gate_roundings(wanted) -> int:
-    """A lifted logit of 20 is known to 20 eps, and gates and their gradients no better than that."""
-    return 8 if wanted is None else 64
-
-
-def close_in_rows(mine, twin, *, length: int, name: str) -> None:
-    """Within what rounds off the largest entry of all rows, which are alike; a row of zeros is one here too."""
-    scale = np.full(len(twin), np.abs(twin).max())
-    assert_close(mine, twin, length=length, name=name, roundings=8, scale=scale)
 
 
 def check(mesh_shape, seed: int, wanted, **changes) -> None:
@@ -230,7 +205,7 @@ def test_what_overflows_a_buffer_is_dropped_and_counted(wanted):
     assert (kept.reshape(2, 4, 2).sum(axis=2) <= received_rows(64, 1, 4, 2, 1)).all()
     # Who is there is untouched, who is not is 0 and has no gradient through the experts; statistics are the router's.
     close_in_rows(mine.output.tokens[there], np.asarray(twin.output.tokens)[there], length=20, name="y")
-    same_sums(mine.output.sums, twin.output.sums)
+    same_sums(mine.output.sums, twin.output.sums, TOKENS)
     off = np.abs(np.asarray(mine.dtokens) - twin.dtokens).max(axis=1)
     same = off <= gate_roundings(wanted) * 2 * 2.0**-23 * np.sqrt(20) * np.abs(twin.dtokens).max()
     np.testing.assert_array_equal(same, there | ~claims)

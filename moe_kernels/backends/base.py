@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
+from moe_kernels.axes import refuse_split, vary_like
 from moe_kernels.spec import RouteInputs, RouterSpec
 from moe_kernels.types import ROW_ALIGNMENT, Epilogue, Layout, RouterWeights
 
@@ -202,22 +203,28 @@ def apply(span: Span, static: Any, differentiable: tuple[Any, ...], constants: t
 
     Reverse mode works once. Forward mode and second derivatives raise TypeError.
     """
-    return _apply(span, static, differentiable, constants)
+    refuse_split(arrays=(differentiable, constants))
+    arguments = vary_like((differentiable, constants), differentiable, constants)
+    return _apply(span, static, *arguments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _apply(span: Span, static: Any, differentiable: tuple[Any, ...], constants: tuple[Any, ...]) -> Any:
     if span.value is not None:
-        return span.value(static, *differentiable, *constants)
-    return span.forward(static, *differentiable, *constants)[0]
+        result = span.value(static, *differentiable, *constants)
+    else:
+        result, _ = span.forward(static, *differentiable, *constants)
+    return vary_like(result, differentiable)
 
 
 def _apply_forward(span: Span, static: Any, differentiable: tuple[Any, ...], constants: tuple[Any, ...]) -> Any:
-    return span.forward(static, *differentiable, *constants)
+    result, saved = span.forward(static, *differentiable, *constants)
+    return vary_like(result, differentiable), saved
 
 
 def _apply_backward(span: Span, static: Any, saved: Any, cotangent: Any) -> tuple[Any, None]:
-    return jax.tree.map(_first_order_only, span.backward(static, saved, cotangent)), None
+    gradients = vary_like(span.backward(static, saved, cotangent), cotangent)
+    return jax.tree.map(_first_order_only, gradients), None
 
 
 _apply.defvjp(_apply_forward, _apply_backward)

@@ -49,7 +49,7 @@ def moe_mlp_on_shard(
     >>> def kept(tokens, router, weights):
     ...     return moe_mlp_on_shard(tokens, router, weights, MoeSpec(capacity_factor=1.0)).kept
     >>> split, whole = PartitionSpec("expert"), PartitionSpec()
-    >>> here = jax.shard_map(kept, mesh=mesh, in_specs=(split, whole, split), out_specs=split, check_vma=False)
+    >>> here = jax.shard_map(kept, mesh=mesh, in_specs=(split, whole, split), out_specs=split)
     >>> jax.jit(here)(jnp.ones((6, 4)), jnp.eye(4, 2), weights).tolist()
     [[[3.0, 0.0]]]
     """

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from moe_kernels.axes import vary_like
+
 # What an expert does to its rows: (arrays [p, X], used [p], arrays of the expert) -> arrays [p, Y].
 ExpertFunction = Callable[[tuple[Array, ...], Bool[Array, " p"], Any], tuple[Array, ...]]
 
@@ -57,4 +59,5 @@ def looped(
         )
 
     shapes = jax.eval_shape(jax.vmap(function), rows, used, weights)
-    return jax.lax.fori_loop(0, num_experts, visit, tuple(jnp.zeros(shape.shape, shape.dtype) for shape in shapes))
+    blocks = vary_like(tuple(jnp.zeros(shape.shape, shape.dtype) for shape in shapes), used)
+    return jax.lax.fori_loop(0, num_experts, visit, blocks)

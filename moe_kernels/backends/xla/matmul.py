@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_kernels.activations import function_of
+from moe_kernels.axes import vary_like
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights
 from moe_kernels.backends.xla.activation import activate, activate_and_slope
 from moe_kernels.backends.xla.block import OverExperts
@@ -94,12 +95,13 @@ def over_tiles(runs: Runs, n: Int[Array, ""], step: Callable[[Tile, Carry], Carr
         offset = i * TILE_ROWS
         return step(Tile(first + offset, offset + jnp.arange(TILE_ROWS, dtype=jnp.int32) < size), carry)
 
-    return jax.lax.fori_loop(0, (size + TILE_ROWS - 1) // TILE_ROWS, visit, carry)
+    return jax.lax.fori_loop(0, (size + TILE_ROWS - 1) // TILE_ROWS, visit, vary_like(carry, runs))
 
 
 def over_runs(runs: Runs, step: Callable[[Int[Array, ""], Int[Array, ""], Carry], Carry], carry: Carry) -> Carry:
     """Visit the runs in order as `step(n, expert, carry)`."""
-    return jax.lax.fori_loop(0, runs.expert.shape[0], lambda n, carry: step(n, runs.expert[n], carry), carry)
+    visit = lambda n, carry: step(n, runs.expert[n], carry)  # noqa: E731
+    return jax.lax.fori_loop(0, runs.expert.shape[0], visit, vary_like(carry, runs))
 
 
 def add_at(total: Float[Array, "E ..."], expert: Int[Array, ""], part: Float[Array, "..."]) -> Float[Array, "E ..."]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_kernels.axes import vary_like
 from moe_kernels.backends.base import RouteStatic
 from moe_kernels.routers import family_of
 from moe_kernels.spec import RouteInputs, RouterSpec
@@ -103,7 +104,7 @@ def _gates_and_sums(
     )
     if inputs.mask is not None:
         gate = jnp.where(inputs.mask[:, None], gate, jnp.float32(0))
-    return GatesAndSums(gate, sums)
+    return vary_like(GatesAndSums(gate, sums), logits)
 
 
 def _choice(

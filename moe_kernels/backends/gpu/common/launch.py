@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe_kernels.axes import refuse_varying
 from moe_kernels.chips import Generation
 
 NUM_CONSUMERS = 2
@@ -58,6 +59,8 @@ def launch(
     memory, and the arrays that come back lie in that of the shapes; a field that is None stays None. `in_bounds` says
     that no copy reaches past the end of an array; a simulator then holds it to that.
     """
+    # JAX 0.10.2 traces the body with references that vary and with numbers that do not, and refuses its loops.
+    refuse_varying("GPU kernels", inputs)
     structure, result = jax.tree.structure((inputs, outputs, scratch)), jax.tree.structure(outputs)
     run = plgpu.kernel(
         lambda *refs: kernel(*jax.tree.unflatten(structure, refs)),

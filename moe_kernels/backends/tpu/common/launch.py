@@ -14,6 +14,7 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moe_kernels.axes import kernel_results, refuse_varying
 from moe_kernels.chips import MIB, Tpu, find_tpu
 
 # The chip whose block sizes are taken where kernels run interpreted on another platform.
@@ -82,6 +83,8 @@ def launch(
     Under `jax.vmap` a kernel with scalars runs one after the other: Pallas would give batched scalars a loop of its
     own, but not every batched array that a kernel copies by hand.
     """
+    if target.interpret:
+        refuse_varying("interpreted kernels", (_field(inputs, "array"), scalars))
     others: tuple[Literal["arbitrary"], ...] = ("arbitrary",) * (len(call.grid) - 1)
     shapes = _field(outputs, "array")
     moved = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves((_field(inputs, "array"), shapes)))
@@ -97,7 +100,7 @@ def launch(
                 out_specs=(_field(outputs, "spec"),),
                 scratch_shapes=(scratch,),
             ),
-            out_shape=(shapes,),
+            out_shape=(kernel_results(shapes, operands),),
             input_output_aliases={
                 num_scalars + _number(inputs, given): _number(outputs, taken) for given, taken in call.aliases
             },
