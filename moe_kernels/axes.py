@@ -90,14 +90,21 @@ def place(values: Values, specs: Any, mesh: Mesh | AbstractMesh) -> Values:
 
 
 def refuse_split(**values: Any) -> None:
-    """Refuse arrays that are split over a mesh whose axes have the type Explicit. Raises ValueError.
+    """Refuse arrays of a mesh with Explicit axes that are split over one of them, or whose mesh was not entered.
 
     >>> refuse_split(tokens=1.0)
     """
+    entered = jax.sharding.get_abstract_mesh()
     for name, value in values.items():
         for leaf in jax.tree.leaves(value):
-            if axes := [axis for axis in jax.typeof(leaf).sharding.spec if axis is not None]:
+            sharding = jax.typeof(leaf).sharding
+            if axes := [axis for axis in sharding.spec if axis is not None]:
                 raise ValueError(
-                    f"{name} are split over the Explicit mesh axes {axes}; pass the mesh, moe_mlp(..., mesh=mesh), or "
-                    "call this in jax.sharding.auto_axes or jax.shard_map"
+                    f"{name}: an array is split over the Explicit mesh axes {axes}; pass the mesh, as in "
+                    "moe_mlp(..., mesh=mesh), or call this in jax.sharding.auto_axes or jax.shard_map"
+                )
+            if AxisType.Explicit in sharding.mesh.axis_types and entered.empty:
+                raise ValueError(
+                    f"{name}: an array is on a mesh with Explicit axes; enter it with jax.set_mesh(mesh), or pass it, "
+                    "as in moe_mlp(..., mesh=mesh)"
                 )

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_leaves_with_path
-from sharding_cases import arguments, assert_same_layer, close_in_rows, run, unsharded
+from sharding_cases import arguments, assert_same_layer, close_in_rows, run, sharded, unsharded
 
 from moe_kernels import (
     GluWeights,
@@ -135,3 +135,46 @@ def test_interpreted_kernels_say_how_to_run_them_in_a_shard_map():
     mapped = jax.shard_map(layer, mesh=auto_mesh(), in_specs=SPLIT, out_specs=SPLIT)
     with pytest.raises(ValueError, match=r"interpreted kernels do not run in .* check_vma=False to jax\.shard_map"):
         jax.eval_shape(mapped, a.tokens)
+
+
+def explicit_mesh(*types):
+    return jax.make_mesh((2, 2), ("data", "expert"), axis_types=types or (AxisType.Explicit,) * 2)
+
+
+@pytest.mark.parametrize("types", [(), (AxisType.Explicit, AxisType.Auto)], ids=["explicit", "mixed"])
+@pytest.mark.parametrize("placed", [False, True], ids=["unplaced", "placed"])
+def test_explicit_meshes(placed, types):
+    a, mesh = problem("shared"), explicit_mesh(*types)
+    twin = jax.jit(unsharded(**OPTIONS))(a)
+    if placed:
+        split = NamedSharding(mesh, PartitionSpec("data"))
+        a = a._replace(
+            tokens=jax.device_put(a.tokens, split), weights=jax.device_put(a.weights, NamedSharding(mesh, WHOLE))
+        )
+    mine = jax.jit(sharded(mesh, **OPTIONS))(a)
+    assert_same_layer(jax.tree.map(np.asarray, mine), twin)
+
+
+def test_arrays_on_explicit_meshes_say_what_to_do_without_the_mesh():
+    a, mesh, spec = problem(), explicit_mesh(), MoeSpec(num_choices=2)
+    split, whole = (jax.device_put(a.tokens, NamedSharding(mesh, PartitionSpec(axis))) for axis in ("data", None))
+    routing = route(a.tokens, a.router, spec)
+    plan = make_plan(routing, num_experts=EXPERTS)
+    elsewhere = jax.device_put(routing, NamedSharding(mesh, PartitionSpec("data")))
+    for verb in (
+        lambda: moe_mlp(split, a.router, a.weights, spec),
+        lambda: jax.jit(moe_mlp)(split, a.router, a.weights),
+        lambda: route(split, a.router),
+        lambda: make_plan(elsewhere, num_experts=EXPERTS),
+        lambda: dispatch(split, plan),
+    ):
+        with pytest.raises(ValueError, match=r"split over the Explicit mesh axes \['data'\]; .*mesh=mesh.* auto_axes"):
+            verb()
+    with pytest.raises(ValueError, match=r"on a mesh with Explicit axes; enter it with jax\.set_mesh\(mesh\)"):
+        moe_mlp(whole, a.router, a.weights, spec)
+    with jax.set_mesh(mesh):
+        alone = jax.sharding.auto_axes(
+            lambda tokens: moe_mlp(tokens, a.router, a.weights, spec).tokens, out_sharding=PartitionSpec("data")
+        )
+        for found in (jax.jit(alone)(split), jax.jit(lambda x: moe_mlp(x, a.router, a.weights, spec).tokens)(whole)):
+            close_in_rows(np.asarray(found), moe_mlp(*a[:3], spec).tokens, length=20, name="y")
