@@ -15,6 +15,7 @@ from moe_kernels import local
 from moe_kernels.axes import place, refuse_split
 from moe_kernels.experts import check_experts
 from moe_kernels.parallel.shard import check_exchange, moe_mlp_on_shard
+from moe_kernels.parallel.width import check_width, split_weights
 from moe_kernels.routing import router_weights
 from moe_kernels.spec import ExchangeSpec, MoeSpec, RouteInputs
 from moe_kernels.types import ExpertWeights, MoeOutput, RouterWeights, Routing, WithShared
@@ -46,6 +47,7 @@ def moe_mlp(
     With a `mesh`, `moe_mlp` is the same function of global arrays; call it outside `shard_map`. It splits tokens and
     inputs by whole groups over `spec.exchange.token_axes`, and experts over `expert_axis`. Every device has the router
     and the shared expert. Devices that differ only in `expert_axis` exchange rows, twice forward and twice backward.
+    With a `width_axis` the hidden layers of the experts are split over it, and the parts of the output are added up.
     Without a capacity limit, rows that do not fit in a receiver's buffer (`buffer_factor`) are dropped. Each receiver
     cuts the longest runs to one length, and a run loses its last groups first. The dropped rows are the difference
     between `sums.wanted` and `kept`; only they depend on the mesh. Take gradients of this function, not of something
@@ -96,6 +98,7 @@ def _on_mesh(
     local.check_router(tokens, router, spec, inputs)
     check_experts(local.routed_of(weights), local.num_experts_of(router), tokens.shape[1])
     check_exchange(spec, local.num_experts_of(router), mesh.shape[expert_axis])
+    check_width(local.routed_of(weights), spec, mesh.shape.get(spec.exchange.width_axis, 1))
     if spec.num_groups % shards:
         raise ValueError(
             f"num_groups={spec.num_groups} cannot be split over the {shards} shards of mesh axes {axes}; "
@@ -110,7 +113,7 @@ def _on_mesh(
         return moe_mlp_on_shard(tokens, router, weights, here, inputs._replace(first_group=first))
 
     by_token, whole = PartitionSpec(axes), PartitionSpec()
-    routed = PartitionSpec(expert_axis)
+    routed = split_weights(local.routed_of(weights), spec.exchange)
     specs = (
         by_token,
         by_token if isinstance(router, Routing) else whole,
@@ -128,9 +131,12 @@ def _token_axes(mesh: Mesh | AbstractMesh, exchange: ExchangeSpec) -> tuple[str,
     names, expert_axis = tuple(mesh.axis_names), exchange.expert_axis
     if expert_axis not in names:
         raise ValueError(f"expert_axis={expert_axis!r} is not an axis of the mesh; choose one of {names}")
-    axes = names if exchange.token_axes is None else tuple(exchange.token_axes)
-    if expert_axis not in axes or not set(axes) <= set(names) or len(set(axes)) != len(axes):
+    if exchange.width_axis is not None and (exchange.width_axis not in names or exchange.width_axis == expert_axis):
+        raise ValueError(f"width_axis={exchange.width_axis!r} must be an axis of the mesh {names}, not {expert_axis!r}")
+    others = tuple(name for name in names if name != exchange.width_axis)
+    axes = others if exchange.token_axes is None else tuple(exchange.token_axes)
+    if expert_axis not in axes or not set(axes) <= set(others) or len(set(axes)) != len(axes):
         raise ValueError(
-            f"token_axes={axes} must be axes of the mesh {names}, each once, and {expert_axis!r} one of them"
+            f"token_axes={axes} must be axes of the mesh {others}, each once, and {expert_axis!r} one of them"
         )
     return axes

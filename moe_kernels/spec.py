@@ -37,11 +37,13 @@ class RouterSpec:
 class ExchangeSpec:
     """How a layer is spread over a mesh. Without a mesh it has no effect.
 
-    Experts are split over `expert_axis`, tokens over `token_axes` (None: all axes of the mesh, in its order). With a
-    capacity limit, rows are exchanged in `num_chunks` chunks of equal size; the exchange of one chunk may overlap with
-    the experts' work on another. Without a limit, a device has room for `buffer_factor` times the rows that it sends
-    (None: for all that could arrive). The first groups of two neighbouring devices are `group_stride` apart in number
-    (None: a device's number of groups); set it if a call covers only some groups of each device.
+    Experts are split over `expert_axis`, tokens over `token_axes` (None: all axes of the mesh but `width_axis`, in its
+    order). With a `width_axis`, the hidden layer of every expert is split over that axis, and devices that differ only
+    in it have the same tokens. With a capacity limit, rows are exchanged in `num_chunks` chunks of equal size; the
+    exchange of one chunk may overlap with the experts' work on another. Without a limit, a device has room for
+    `buffer_factor` times the rows that it sends (None: for all that could arrive). The first groups of two neighbouring
+    devices are `group_stride` apart in number (None: a device's number of groups); set it if a call covers only some
+    groups of each device.
 
     >>> ExchangeSpec().expert_axis
     'expert'
@@ -49,6 +51,7 @@ class ExchangeSpec:
 
     expert_axis: str = "expert"
     token_axes: tuple[str, ...] | None = None
+    width_axis: str | None = None
     num_chunks: int = 1
     buffer_factor: CapacityFactor | None = None
     group_stride: int | None = None

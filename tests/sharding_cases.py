@@ -14,7 +14,16 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from moe_cases import assert_close
 from spec_cases import spec_and_inputs
 
-from moe_kernels import MlpWeights, MoeOutput, RoutingSums, moe_mlp
+from moe_kernels import (
+    GluWeights,
+    JoinedGluWeights,
+    MlpWeights,
+    MoeOutput,
+    RoutingSums,
+    WithShared,
+    moe_mlp,
+)
+from moe_kernels.types import ExpertWeights
 
 MODALITIES = 2
 # (data, expert): every way to arrange 1, 2, 4 and 8 devices.
@@ -40,7 +49,7 @@ class Arguments(NamedTuple):
 
     tokens: jax.Array
     router: jax.Array
-    weights: MlpWeights
+    weights: ExpertWeights
     noise: jax.Array
     modality: jax.Array
     mask: jax.Array
@@ -54,7 +63,7 @@ class Result(NamedTuple):
     output: MoeOutput
     dtokens: jax.Array
     drouter: jax.Array
-    dweights: MlpWeights
+    dweights: ExpertWeights
 
 
 def arguments(
@@ -91,6 +100,20 @@ def arguments(
         dtokens=normal(tokens, width),
         dsums=RoutingSums(**{name: normal(*shape) for name, shape in shapes.items()}),
     )
+
+
+def weights_of(kind: str, w: MlpWeights) -> ExpertWeights:
+    """Experts of a kind, made of the arrays of plain ones."""
+    up, glu = w.w1[::-1], GluWeights(w.w1, w.w1[::-1], w.w2)
+    one = GluWeights(w.w1[0], up[0], w.w2[0])
+    return {
+        "mlp": w,
+        "glu": glu,
+        "biased": GluWeights(w.w1, up, w.w2, w.b1, w.b1[::-1], w.b2),
+        "interleaved": JoinedGluWeights(jnp.stack([w.w1, up], 3).reshape(len(up), up.shape[1], -1), w.w2),
+        "joined": JoinedGluWeights(jnp.concatenate([w.w1, up], 2), w.w2),
+        "shared": WithShared(glu, one, one.gate[:, 0]),
+    }[kind]
 
 
 def run(layer, a: Arguments, **options) -> Result:

@@ -38,7 +38,7 @@ LEVELS = (
     ("experts",),
     ("choice",),
     ("local",),
-    ("parallel", "parallel.exchange"),
+    ("parallel", "parallel.exchange", "parallel.width"),
     ("parallel.ragged",),
     ("parallel.shard",),
     ("layer", "explanation", "expert_parallel"),

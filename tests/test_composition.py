@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_leaves_with_path
-from sharding_cases import arguments, assert_same_layer, close_in_rows, run, sharded, unsharded
+from sharding_cases import arguments, assert_same_layer, close_in_rows, run, sharded, unsharded, weights_of
 
 from moe_kernels import (
     GluWeights,
     MoeOutput,
     MoeSpec,
     RouteInputs,
-    WithShared,
     bpr_priority,
     combine,
     dispatch,
@@ -39,9 +38,7 @@ SPLIT, WHOLE = PartitionSpec(("data", "expert")), PartitionSpec()
 
 def problem(kind: str = "mlp"):
     a = arguments(1, tokens=TOKENS, groups=GROUPS, experts=EXPERTS)
-    glu = GluWeights(a.weights.w1, a.weights.w1[::-1], a.weights.w2)
-    one = GluWeights(*(weight[0] for weight in glu))
-    return a._replace(weights={"mlp": a.weights, "glu": glu, "shared": WithShared(glu, one, one.gate[:, 0])}[kind])
+    return a._replace(weights=weights_of(kind, a.weights))
 
 
 def auto_mesh():

@@ -19,6 +19,7 @@ from sharding_cases import (
     same_sums,
     sharded,
     unsharded,
+    weights_of,
 )
 from spec_cases import spec_and_inputs
 
@@ -217,6 +218,51 @@ def test_slices_are_one_more_axis_of_tokens_and_the_order_of_axes_is_free():
     layer = sharded(mesh, token_axes=("expert", "slice", "data"), **OPTIONS)
     mine = jax.jit(layer)(a)
     assert_same_layer(mine, compiled(None, tuple(OPTIONS.items()))(a), None)
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "changes"),
+    [
+        (("expert", "width"), "mlp", {}),
+        (("data", "expert", "width"), "mlp", {"capacity_factor": None}),
+        (("data", "expert", "width"), "biased", {"num_chunks": 2, "capacity_factor": 2.0}),
+        (("width", "expert"), "interleaved", {"capacity_factor": None}),
+        (("data", "width", "expert"), "shared", {}),
+    ],
+    ids=str,
+)
+def test_experts_are_split_over_two_axes(names, kind, changes):
+    a = arguments(4, tokens=TOKENS, groups=GROUPS, experts=EXPERTS)
+    a, options = a._replace(weights=weights_of(kind, a.weights)), OPTIONS | changes
+    if kind == "interleaved":
+        options["interleaved"] = True
+    mesh = mesh_of(*(2,) * len(names), names=names)
+    mine = jax.jit(sharded(mesh, width_axis="width", **options))(a)
+    options.pop("num_chunks", None)
+    assert_same_layer(mine, jax.jit(unsharded(**options))(a))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width_axis": "model"}, r"width_axis='model' must be an axis of the mesh \('expert', 'width'\)"),
+        ({"width_axis": "expert"}, r"width_axis='expert' must be an axis of the mesh .* not 'expert'"),
+        ({"token_axes": ("expert", "width")}, r"token_axes=.* must be axes of the mesh \('expert',\)"),
+        ({}, r"experts of width F=20 cannot be split over 3 devices of mesh axis 'width'; use a divisor of 20"),
+        (
+            {"kind": "joined"},
+            r"all columns of gate first cannot be split .* pass GluWeights, or let the columns altern",
+        ),
+    ],
+    ids=str,
+)
+def test_widths_that_do_not_fit_the_mesh_are_refused(changes, message):
+    options = OPTIONS | {"width_axis": "width"} | changes
+    a = arguments(0, tokens=TOKENS, groups=GROUPS, experts=EXPERTS)
+    kind = options.pop("kind", "mlp")
+    mesh = mesh_of(2, 2 if kind == "joined" else 3, names=("expert", "width"))
+    with pytest.raises(ValueError, match=message):
+        moe_mlp(a.tokens, a.router, weights_of(kind, a.weights), *spec_and_inputs(**options), mesh=mesh)
 
 
 @pytest.mark.parametrize(

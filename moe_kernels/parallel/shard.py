@@ -18,6 +18,7 @@ from moe_kernels.capacity import as_fraction, capacity_of
 from moe_kernels.choice import LayerChoice, LayerShapes, choose_layer
 from moe_kernels.experts import check_experts
 from moe_kernels.parallel import exchange, ragged
+from moe_kernels.parallel.width import own_part, sum_parts
 from moe_kernels.routing import router_weights
 from moe_kernels.spec import MoeSpec, RouteInputs
 from moe_kernels.types import ExpertWeights, MoeOutput, PlainWeights, RouterWeights, Routing
@@ -38,8 +39,9 @@ def moe_mlp_on_shard(
 
     Pass this shard's tokens, the whole router, and the weights of this shard's E / shards experts. `spec.num_groups`
     counts this shard's groups; `inputs.first_group` is the number of the first of them in the whole batch. Tokens and
-    sums of the result are this shard's too. Rows are exchanged over `spec.exchange.expert_axis`. Raises ValueError if
-    the experts cannot be split over the axis.
+    sums of the result are this shard's too. Rows are exchanged over `spec.exchange.expert_axis`. With a `width_axis`,
+    pass the weights of this shard's part of F, and the same tokens along that axis. Raises ValueError if the experts
+    cannot be split over the axis.
 
     >>> import jax, jax.numpy as jnp
     >>> from jax.sharding import PartitionSpec
@@ -57,7 +59,8 @@ def moe_mlp_on_shard(
     shards = jax.lax.axis_size(spec.exchange.expert_axis)
     check_exchange(spec, local.num_experts_of(router), shards)
     work = local.moe_mlp_here if shards == 1 else _exchanged
-    output = work(tokens, router, local.routed_of(weights), spec, inputs)
+    output = work(tokens, router, own_part(local.routed_of(weights), spec.exchange), spec, inputs)
+    output = output._replace(tokens=sum_parts(output.tokens, spec.exchange))
     return local.with_shared(output, tokens, weights, spec)
 
 
