@@ -48,25 +48,45 @@ class Compiled(NamedTuple):
 
 def report(widths: list[int], chip: str = "H200") -> dict[tuple[int, str], Compiled]:
     """What was compiled, by width and pass."""
+    dumps = {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_PTX": "1"}
+    return parse(run("gpu_aot.py", chip, *map(str, widths), timeout=400 * len(widths), **dumps))
+
+
+def run(script: str, *arguments: str, timeout: int, **variables: str) -> str:
+    """What a script of this folder prints in a process of its own, with the compiler for GPUs."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "MOSAIC_GPU_DUMP_PTXAS": "1",
-        "MOSAIC_GPU_DUMP_PTX": "1",
         "XLA_FLAGS": "--xla_gpu_autotune_level=0",
         "PYTHONPATH": str(HERE.parent),
+        **variables,
     }
-    command = [sys.executable, str(HERE / "gpu_aot.py"), chip, *map(str, widths)]
-    run = subprocess.run(
-        command,
+    done = subprocess.run(
+        [sys.executable, str(HERE / script), *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=400 * len(widths),
+        timeout=timeout,
         check=False,
     )
-    assert run.returncode == 0, run.stdout[-3000:]
-    return parse(run.stdout)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+def chips(chip: str, count: int) -> list:
+    """Chips that are not there; once a process."""
+    import jax_plugins.xla_cuda13 as plugin
+    from jax.experimental import topologies
+    from jaxlib import xla_client
+
+    api = xla_client.load_pjrt_plugin_dynamically("cuda", str(plugin._get_library_path()))
+    target = (HERE / "h200.txtpb").read_text()
+    if chip == "B200":
+        # The same but for what the compiler must know: name and compute capability. One chip a process: Mosaic keeps
+        # what it found out about the first.
+        target = target.replace("major: 9 feature", "major: 10 feature").replace("H200", "B200")
+    topology = xla_client.make_c_api_device_topology(api, "", topology=f"1x{count}x1", target_config=target)
+    return topologies.TopologyDescription(topology._make_compile_only_devices()).devices
 
 
 def parse(text: str) -> dict[tuple[int, str], Compiled]:
@@ -105,27 +125,16 @@ def parse(text: str) -> dict[tuple[int, str], Compiled]:
 def main(chip: str, widths: list[int]) -> None:
     import jax
     import jax.numpy as jnp
-    import jax_plugins.xla_cuda13 as plugin
     import numpy as np
-    from jax.experimental import topologies
     from jax.experimental.mosaic.gpu import core as mosaic
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
-    from jaxlib import xla_client
 
     from moe_kernels import MoeSpec, RouteInputs, combine, dispatch, route
     from moe_kernels.backends import choose, problem_of
     from moe_kernels.backends.base import MatmulStatic, MatmulWeights, MlpStatic, apply, epilogue_of
     from moe_kernels.types import Layout, MlpWeights, Plan, Runs
 
-    api = xla_client.load_pjrt_plugin_dynamically("cuda", str(plugin._get_library_path()))
-    target = (HERE / "h200.txtpb").read_text()
-    if chip == "B200":
-        # The same but for what the compiler must know: name and compute capability. One chip a process: Mosaic keeps
-        # what it found out about the first.
-        target = target.replace("major: 9 feature", "major: 10 feature").replace("H200", "B200")
-    topology = xla_client.make_c_api_device_topology(api, "", topology="1x1x1", target_config=target)
-    devices = topologies.TopologyDescription(topology._make_compile_only_devices()).devices
-    mesh = Mesh(np.array(devices[:1]), ("x",))
+    mesh = Mesh(np.array(chips(chip, 1)), ("x",))
 
     measure = mosaic._smem_tree_size
     sizes: list[int] = []

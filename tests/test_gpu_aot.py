@@ -2,6 +2,7 @@
 
 import gpu_aot
 import pytest
+from sharding_cases import collectives
 
 from moe_kernels.backends.gpu.common.launch import CONSUMER_REGISTERS
 from moe_kernels.backends.gpu.permute.gather import ROWS_AT_ONCE
@@ -112,6 +113,15 @@ def check_gathers(width, itemsize, compiled):
 @pytest.mark.aot
 def test_kernels_compile_for_an_h200():
     check([768])
+
+
+@pytest.mark.aot
+def test_the_ragged_exchange_compiles_for_four_h200s():
+    text = gpu_aot.run("gpu_exchange_aot.py", timeout=400)
+    found = [one for one in collectives(text) if one.kind == "ragged-all-to-all"]
+    # Rows there and back, forward and backward, among all four and in bfloat16.
+    assert len(found) == 4 and all("bf16" in one.dtypes and one.groups == ((0, 1, 2, 3),) for one in found)
+    assert "mosaic_gpu" in text
 
 
 @pytest.mark.aot

@@ -2,8 +2,8 @@
 
 A shard sends the runs of its plan. Received runs are ordered by expert, then by sending shard, and start at tile
 boundaries. From one all-gather of `[2, E]` integers, every shard computes what each shard sends and where it arrives.
-TPUs and GPUs use `ragged_all_to_all` (compiled for TPUs, not for GPUs). Other platforms do not have it: they gather all
-rows and pick. The derivative of an exchange is the exchange in the other direction.
+TPUs and GPUs use `ragged_all_to_all`. Other platforms do not have it: they gather all rows and pick. The derivative of
+an exchange is the exchange in the other direction.
 """
 
 from __future__ import annotations
