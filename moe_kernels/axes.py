@@ -108,3 +108,17 @@ def refuse_split(**values: Any) -> None:
                     f"{name}: an array is on a mesh with Explicit axes; enter it with jax.set_mesh(mesh), or pass it, "
                     "as in moe_mlp(..., mesh=mesh)"
                 )
+
+
+def refuse_symbolic(**values: Any) -> None:
+    """Refuse arrays with sizes that `jax.export` leaves open. Raises ValueError.
+
+    >>> refuse_symbolic(tokens=1.0)
+    """
+    for name, value in values.items():
+        for leaf in jax.tree.leaves(value):
+            if open_sizes := [size for size in jax.typeof(leaf).shape if not isinstance(size, int)]:
+                raise ValueError(
+                    f"{name}: an array has the symbolic size {open_sizes[0]}; capacity and rows follow from sizes, so "
+                    "export the layer for each size, with fixed shapes"
+                )

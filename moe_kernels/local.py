@@ -10,7 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from moe_kernels.activations import function_of, gated
-from moe_kernels.backends import Choice, Traced
+from moe_kernels.axes import refuse_symbolic
+from moe_kernels.backends import Choice, Traced, reasons_of
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights, MlpStatic, RouteStatic, Span, apply
 from moe_kernels.backends.xla.activation import glu_backward, glu_forward
 from moe_kernels.backends.xla.permute import weigh_backward, weigh_forward
@@ -163,8 +164,7 @@ def static_of(router: RouterWeights | Routing, spec: MoeSpec, inputs: RouteInput
 def span_of(choice: Choice) -> Span:
     """Get the chosen span. Raises ValueError if no back end took the problem, with the reason of each."""
     if choice.span is None:
-        reasons = "; ".join(f"{backend}: {reason}" for backend, reason in choice.refused.items())
-        raise ValueError(f"no back end takes this layer: {reasons}")
+        raise ValueError(f"{reasons_of(choice)}; no back end takes this layer")
     return choice.span
 
 
@@ -207,6 +207,7 @@ def check_router(
         check_route(tokens, router, spec, inputs)
         return
     routing = router
+    refuse_symbolic(tokens=tokens, router=routing)
     wanted = (tokens.shape[0], spec.num_choices)
     if routing.expert.shape != wanted or routing.gate.shape != wanted:
         raise ValueError(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_kernels.axes import refuse_split
+from moe_kernels.axes import refuse_split, refuse_symbolic
 from moe_kernels.capacity import most_rows, plan_layout
 from moe_kernels.chips import SUBLANES
 from moe_kernels.packed_sort import Field, descending, sort_fields
@@ -57,6 +57,7 @@ def make_plan(
     >>> make_plan(routing, num_experts=2, capacity=1, priority=bpr_priority(routing)).row[:, 0].tolist()
     [16, 0, 16, 8]
     """
+    refuse_symbolic(routing=routing)
     num_tokens, num_choices = routing.expert.shape
     if num_groups < 1 or num_tokens % num_groups:
         raise ValueError(
@@ -110,7 +111,7 @@ def _places(ranked: _Sorted, kept: Int[Array, "G E"], layout: Layout) -> _Places
         aligned = round_up(size, ROW_ALIGNMENT)
         first = jnp.cumsum(aligned, dtype=jnp.int32) - aligned
     offset = jnp.cumsum(kept, axis=0, dtype=jnp.int32) - kept
-    in_order = _rows_in_claim_order(ranked, kept, first + offset, layout)
+    in_order = _rows_in_claim_order(ranked, kept, first[None] + offset, layout)
     row, source = jax.lax.platform_dependent(
         ranked,
         in_order,
@@ -130,7 +131,7 @@ def _sort(routing: Routing, priority: Float[Array, " T"] | None, num_groups: int
     column = jnp.arange(num_choices, dtype=jnp.int32)
     nobody = jnp.int32(num_experts * num_choices)
     claims = claims & (routing.expert >= 0) & (routing.expert < num_experts)
-    key = jnp.where(claims, routing.expert * num_choices + column, nobody).reshape(num_groups, -1)
+    key = jnp.where(claims, routing.expert * num_choices + column[None], nobody).reshape(num_groups, -1)
     choice = jnp.broadcast_to(jnp.arange(key.shape[1], dtype=jnp.int32), key.shape)
     # The choice is the last key, which makes the order unique; a stable sort would move more data on CPU and TPU.
     fields = [Field(key, num_experts * num_choices + 1), Field(choice, key.shape[1])]
@@ -169,15 +170,15 @@ def _sort_groups(fields: Sequence[Field]) -> tuple[Array, ...]:
 
 
 def _look_up(table: Int[Array, "G E"], index: Int[Array, "G Q"]) -> Int[Array, "G Q"]:
-    """Look up entries of each group's table; an index past its end gives 0.
+    """Look up entries of each group's table; the index past its end, E, gives 0.
 
     A TPU takes 10 cycles to gather one number, but a tenth of a cycle to compare and add up a short table."""
 
     def compare(table: Array, index: Array) -> Array:
-        hit = index[..., None] == jnp.arange(table.shape[1], dtype=jnp.int32)
+        hit = index[..., None] == jnp.arange(table.shape[1], dtype=jnp.int32)[None, None]
         return jnp.sum(jnp.where(hit, table[:, None], jnp.int32(0)), axis=-1, dtype=jnp.int32)
 
-    gather = jax.vmap(lambda table, index: table.at[index].get(mode="fill", fill_value=0))
+    gather = jax.vmap(lambda table, index: jnp.pad(table, (0, 1)).at[index].get(mode="promise_in_bounds"))
     return jax.lax.platform_dependent(table, index, tpu=compare, default=gather)
 
 
@@ -187,8 +188,8 @@ def _rows_in_claim_order(
     """Find the row of the choice at every place of the claim order; `num_rows` for a choice without a place."""
     place = jnp.arange(ranked.order.shape[1], dtype=jnp.int32)
     # The end is 0 for choices that claim no place.
-    taken = place < _look_up(ranked.start + kept, ranked.expert)
-    return jnp.where(taken, place + _look_up(base - ranked.start, ranked.expert), layout.num_rows)
+    taken = place[None] < _look_up(ranked.start + kept, ranked.expert)
+    return jnp.where(taken, place[None] + _look_up(base - ranked.start, ranked.expert), layout.num_rows)
 
 
 def _flat_choice(ranked: _Sorted) -> Int[Array, " TK"]:
@@ -202,8 +203,9 @@ def _both_ways_by_scatter(
 ) -> tuple[Int[Array, " TK"], Int[Array, " R"]]:
     """Invert the claim order into the row of every choice and the choice of every row."""
     choice, row = _flat_choice(ranked), in_order.reshape(-1)
-    source = jnp.full((layout.num_rows,), choice.size, jnp.int32)
-    return jnp.zeros_like(row).at[choice].set(row, unique_indices=True), source.at[row].set(choice, mode="drop")
+    # The last entry is for choices without a place: `jax.experimental.checkify` reports what a scatter drops.
+    source = jnp.full((layout.num_rows + 1,), choice.size, jnp.int32).at[row].set(choice)
+    return jnp.zeros_like(row).at[choice].set(row, unique_indices=True), source[:-1]
 
 
 def _both_ways_by_sort(
@@ -216,7 +218,7 @@ def _both_ways_by_sort(
     _, of_choice = sort_fields([choices(choice), rows(row)])
     if layout.rows_per_expert is None:
         # With pairs also for the rows that pad runs to whole tiles, each pair sorts to the position of its row.
-        padding = (first + size)[:, None] + jnp.arange(ROW_ALIGNMENT - 1, dtype=jnp.int32)
+        padding = (first + size)[:, None] + jnp.arange(ROW_ALIGNMENT - 1, dtype=jnp.int32)[None]
         padding = jnp.where(padding < round_up(first + size, ROW_ALIGNMENT)[:, None], padding, layout.num_rows)
         row = jnp.concatenate([row, padding.reshape(-1)])
         row, source = sort_fields([rows(row), choices(jnp.pad(choice, (0, padding.size), constant_values=nobody))])
@@ -229,7 +231,7 @@ def _both_ways_by_sort(
         begin = jnp.cumsum(size, dtype=jnp.int32) - size
     padded = jnp.pad(choice, (0, layout.rows_per_expert))
     block = jax.vmap(lambda begin: jax.lax.dynamic_slice(padded, (begin,), (layout.rows_per_expert,)))(begin)
-    used = jnp.arange(layout.rows_per_expert, dtype=jnp.int32) < size[:, None]
+    used = jnp.arange(layout.rows_per_expert, dtype=jnp.int32)[None] < size[:, None]
     return of_choice, jnp.where(used, block, nobody).reshape(-1)
 
 
@@ -244,6 +246,6 @@ def kept_by_modality(
     counts = []
     for m in range(num_modalities):
         member = found if modality is None else found & (modality.reshape(*shape[:2], 1) == m)
-        hits = member[..., None] & (expert[..., None] == ids)
+        hits = member[..., None] & (expert[..., None] == ids[None, None, None])
         counts.append(jnp.sum(hits, axis=(1, 2), dtype=jnp.int32))
     return jnp.stack(counts, axis=1).astype(jnp.float32)

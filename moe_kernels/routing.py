@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_kernels import backends
+from moe_kernels.axes import refuse_symbolic
 from moe_kernels.backends.base import RouteStatic, Span, apply
 from moe_kernels.routers import family_of
 from moe_kernels.spec import MoeSpec, RouteInputs, RouterSpec
@@ -243,6 +244,7 @@ def router_noise(
 def check_route(tokens: Array, router: RouterWeights, spec: MoeSpec, inputs: RouteInputs) -> None:
     """Refuse arguments that do not fit together. The error names the argument, its value and what to do."""
     kernel = router.kernel
+    refuse_symbolic(tokens=tokens, router=kernel)
     if tokens.ndim != 2 or kernel.ndim != 2:
         raise ValueError(
             f"tokens and router must be [T, D] and [D, E], not {tokens.shape} and {kernel.shape}; "

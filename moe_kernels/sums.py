@@ -44,5 +44,5 @@ def counts(expert: Int[Array, "T K"], counted: Bool[Array, " T"], num_experts: i
     ids = jnp.arange(num_experts, dtype=jnp.int32)
     wanted = jnp.zeros((expert.shape[0], num_experts), jnp.int32)
     for choice in range(expert.shape[1]):
-        wanted += (counted[:, None] & (expert[:, choice, None] == ids)).astype(jnp.int32)
+        wanted += (counted[:, None] & (expert[:, choice, None] == ids[None])).astype(jnp.int32)
     return wanted

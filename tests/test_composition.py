@@ -2,20 +2,27 @@
 
 import dataclasses
 import functools
+from importlib.util import find_spec
 
 import jax
+import jax.export
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
+from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_leaves_with_path
 from sharding_cases import arguments, assert_same_layer, close_in_rows, run, sharded, unsharded, weights_of
 
 from moe_kernels import (
     GluWeights,
+    MlpWeights,
     MoeOutput,
     MoeSpec,
     RouteInputs,
+    RouterSpec,
+    RouterWeights,
     bpr_priority,
     combine,
     dispatch,
@@ -34,6 +41,14 @@ pytestmark = [pytest.mark.compat, pytest.mark.devices(4)]
 TOKENS, GROUPS, EXPERTS, SHARDS = 64, 4, 8, 4
 OPTIONS = {"num_choices": 2, "num_groups": GROUPS, "capacity_factor": 1.0}
 SPLIT, WHOLE = PartitionSpec(("data", "expert")), PartitionSpec()
+
+
+@pytest.fixture
+def as_users_run_it():
+    """The suite's import hook checks every annotation first; users do not have it."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def problem(kind: str = "mlp"):
@@ -175,3 +190,160 @@ def test_arrays_on_explicit_meshes_say_what_to_do_without_the_mesh():
         )
         for found in (jax.jit(alone)(split), jax.jit(lambda x: moe_mlp(x, a.router, a.weights, spec).tokens)(whole)):
             close_in_rows(np.asarray(found), moe_mlp(*a[:3], spec).tokens, length=20, name="y")
+
+
+def loss_of(a, spec, inputs=RouteInputs()):  # noqa: B008 (a tuple)
+    """A function of tokens, router and weights of a problem with all inputs, and these three."""
+
+    def loss(tokens, router, weights):
+        output = moe_mlp(tokens, router, weights, spec, inputs)
+        return jnp.sum(jnp.sin(output.tokens)) + jnp.sum(output.sums.load)
+
+    return loss, (a.tokens, a.router, a.weights)
+
+
+def gradient_of(loss):
+    return jax.grad(loss, argnums=(0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("mlp", {"capacity_factor": 1.0}),
+        ("biased", {"router": RouterSpec("sigmoid", True, 2.5, 2, 1)}),
+        ("shared", {"priority": "random"}),
+        ("mlp", {"num_choices": 1, "backend": "tpu"}),
+        ("glu", {"capacity_factor": 1.0, "backend": "tpu"}),
+    ],
+    ids=str,
+)
+def test_ranks_and_dtypes_need_no_promotion(kind, changes):
+    a = problem(kind)
+    spec = MoeSpec(**{"num_choices": 2, "num_groups": GROUPS, "num_modalities": 2} | changes)
+    inputs = RouteInputs(noise=a.noise, modality=a.modality, mask=a.mask, key=jax.random.key(0))
+    loss, arguments = loss_of(a, spec, inputs)
+    bias = jnp.ones(EXPERTS)
+    biased = arguments[0], RouterWeights(arguments[1], bias, bias), arguments[2]
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(gradient_of(loss), *(arguments if spec.backend == "tpu" else biased))
+
+
+@pytest.mark.parametrize("factor", [None, 1.0])
+def test_ranks_need_no_promotion_on_a_mesh(factor):
+    a, spec = problem(), MoeSpec(num_choices=2, num_groups=GROUPS, capacity_factor=factor)
+
+    def loss(tokens, router, weights):
+        return jnp.sum(moe_mlp(tokens, router, weights, spec, mesh=auto_mesh()).tokens)
+
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(gradient_of(loss), a.tokens, a.router, a.weights)
+
+
+def test_numpy_float64_is_converted_as_jax_does(as_users_run_it):
+    a = problem()
+    routing = route(a.tokens, a.router)
+    plan = make_plan(routing, num_experts=EXPERTS)
+    rows = dispatch(a.tokens, plan)
+    for verb, given in (
+        (route, (a.tokens, a.router)),
+        (lambda tokens: dispatch(tokens, plan), (a.tokens,)),
+        (lambda rows, weights: expert_mlp(rows, weights, plan), (rows, a.weights)),
+        (lambda rows, weight: grouped_matmul(rows, weight, plan), (rows, a.weights.w1)),
+        (lambda rows, gate: combine(rows, gate, plan), (rows, routing.gate)),
+        (moe_mlp, (a.tokens, a.router, a.weights)),
+    ):
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), given)
+        jax.tree.map(np.testing.assert_array_equal, verb(*wide), verb(*given))
+
+
+def test_float64_is_refused_with_the_reason_first():
+    a = problem()
+    loss, arguments = loss_of(a, MoeSpec(num_choices=2, num_groups=GROUPS, capacity_factor=1.0))
+    twin = gradient_of(loss)(*arguments)
+    with jax.enable_x64(True):
+        for x, y in zip(jax.tree.leaves(gradient_of(loss)(*arguments)), jax.tree.leaves(twin), strict=True):
+            assert x.dtype == jnp.float32
+            close_in_rows(*(np.reshape(z, (len(z), -1)) for z in (x, y)), length=TOKENS, name="gradient")
+        wide = a.tokens.astype(jnp.float64)
+        for verb in (route, functools.partial(moe_mlp, weights=a.weights)):
+            with pytest.raises(
+                ValueError, match=r"^xla: dtype float64 is none of \('float32', 'bfloat16', 'float16'\)"
+            ):
+                verb(wide, router=a.router)
+
+
+def test_export_and_back_with_gradients_but_without_symbolic_sizes():
+    a = problem()
+    layer = jax.jit(lambda tokens: moe_mlp(tokens, a.router, a.weights, MoeSpec(num_choices=2)).tokens)
+    exported = jax.export.export(layer)(a.tokens)
+    np.testing.assert_array_equal(exported.call(a.tokens), layer(a.tokens))
+    _, pull = jax.vjp(layer, a.tokens)
+    np.testing.assert_array_equal(exported.vjp().call(a.tokens, a.dtokens)[0], pull(a.dtokens)[0])
+    (size,) = jax.export.symbolic_shape("t")
+    with pytest.raises(ValueError, match=r"tokens: an array has the symbolic size t; .* with fixed shapes"):
+        jax.export.export(layer)(jax.ShapeDtypeStruct((size, a.tokens.shape[1]), jnp.float32))
+
+
+@pytest.mark.parametrize("factor", [None, 0.5])
+def test_checks_of_indices_and_nans_raise_no_false_alarm(factor):
+    a = problem()
+    spec = MoeSpec(num_choices=2, num_groups=GROUPS, capacity_factor=factor)
+    loss, arguments = loss_of(a, spec, RouteInputs(mask=a.mask))
+    error, _ = jax.jit(checkify.checkify(gradient_of(loss), errors=checkify.index_checks))(*arguments)
+    error.throw()
+    with jax.debug_nans(True):
+        jax.jit(gradient_of(loss))(*arguments)
+
+
+@pytest.mark.skipif(find_spec("flax") is None, reason="flax is not installed")
+def test_layers_of_flax():
+    from flax import linen, nnx
+
+    a = problem()
+    twin = moe_mlp(a.tokens, a.router, a.weights).tokens
+
+    class Linen(linen.Module):
+        @linen.compact
+        def __call__(self, tokens):
+            parameters = [self.param(f"p{n}", lambda key, x=x: x) for n, x in enumerate((a.router, *a.weights))]
+            return moe_mlp(tokens, parameters[0], MlpWeights(*parameters[1:])).tokens
+
+    class Nnx(nnx.Module):
+        def __init__(self):
+            self.router, self.weights = nnx.Param(a.router), nnx.data([nnx.Param(x) for x in a.weights])
+
+        def __call__(self, tokens):
+            weights = MlpWeights(*(weight[...] for weight in self.weights))
+            return moe_mlp(tokens, self.router[...], weights).tokens
+
+    model = Linen()
+    parameters = model.init(jax.random.key(0), a.tokens)
+    np.testing.assert_array_equal(model.apply(parameters, a.tokens), twin)
+    found = jax.grad(lambda p: jnp.sum(model.apply(p, a.tokens)))(parameters)["params"]["p0"]
+    module = Nnx()
+    np.testing.assert_array_equal(module(a.tokens), twin)
+    other = nnx.grad(lambda module: jnp.sum(module(a.tokens)))(module)["router"]
+    np.testing.assert_array_equal(found, other[...])
+
+
+@pytest.mark.skipif(find_spec("equinox") is None, reason="equinox is not installed")
+def test_layers_of_equinox():
+    import equinox
+
+    a = problem()
+
+    class Layer(equinox.Module):
+        router: jax.Array
+        weights: MlpWeights
+
+        def __call__(self, tokens):
+            return moe_mlp(tokens, self.router, self.weights).tokens
+
+    layer = Layer(a.router, a.weights)
+    found = equinox.filter_jit(equinox.filter_grad(lambda layer: jnp.sum(layer(a.tokens))))(layer)
+    close_in_rows(
+        found.router,
+        jax.grad(lambda r: jnp.sum(moe_mlp(a.tokens, r, a.weights).tokens))(a.router),
+        length=TOKENS,
+        name="dr",
+    )

@@ -16,7 +16,18 @@ from moe_kernels.backends.xla import XLA
 BACKENDS: list[Backend] = [TPU, GPU, XLA]
 """The first back end that takes a problem gets it. A program may insert its own."""
 
-__all__ = ["BACKENDS", "Choice", "Traced", "choice_of", "choose", "explain", "find", "problem_of", "traced_for"]
+__all__ = [
+    "BACKENDS",
+    "Choice",
+    "Traced",
+    "choice_of",
+    "choose",
+    "explain",
+    "find",
+    "problem_of",
+    "reasons_of",
+    "traced_for",
+]
 
 
 class Traced(NamedTuple):
@@ -60,7 +71,14 @@ def problem_of(
     """
     platform, chip, num_cores = on or traced_for()
     return Problem(
-        span, platform, str(array.dtype), tuple(array.shape), num_experts, chip=chip, num_cores=num_cores, **facts
+        span,
+        platform,
+        str(jax.dtypes.canonicalize_dtype(array.dtype)),
+        tuple(array.shape),
+        num_experts,
+        chip=chip,
+        num_cores=num_cores,
+        **facts,
     )
 
 
@@ -129,9 +147,17 @@ def choose(problem: Problem, name: str | None = None) -> Span:
     """
     choice = choice_of(problem, name)
     if choice.span is None:
-        reasons = "; ".join(f"{backend}: {reason}" for backend, reason in choice.refused.items())
-        raise ValueError(f"no back end takes {problem}: {reasons}")
+        raise ValueError(f"{reasons_of(choice)}; no back end takes {problem}")
     return choice.span
+
+
+def reasons_of(choice: Choice) -> str:
+    """Say why no back end takes a problem, that of the last resort first.
+
+    >>> reasons_of(choice_of(Problem("dispatch", "cpu", "int8", (4, 8), 2))).split(";")[0]
+    "xla: dtype int8 is none of ('float32', 'bfloat16', 'float16')"
+    """
+    return "; ".join(f"{backend}: {reason}" for backend, reason in reversed(choice.refused.items()))
 
 
 def find(problem: Problem, name: str | None = None) -> Span | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe_kernels.axes import refuse_split, vary_like
@@ -204,7 +205,8 @@ def apply(span: Span, static: Any, differentiable: tuple[Any, ...], constants: t
     Reverse mode works once. Forward mode and second derivatives raise TypeError.
     """
     refuse_split(arrays=(differentiable, constants))
-    arguments = vary_like((differentiable, constants), differentiable, constants)
+    arguments = jax.tree.map(jnp.asarray, (differentiable, constants))
+    arguments = vary_like(arguments, arguments)
     return _apply(span, static, *arguments)
 
 

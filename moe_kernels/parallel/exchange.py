@@ -77,7 +77,7 @@ def in_chunks(plan: Plan, num_chunks: int) -> Plan:
 def _chunk_sizes(size: Int[Array, "..."], num_chunks: int) -> Int[Array, "N ..."]:
     """Compute how many of `size` rows each chunk gets if they are dealt out in turn."""
     chunk = jnp.arange(num_chunks, dtype=jnp.int32).reshape(-1, *(1,) * size.ndim)
-    return (size + (num_chunks - 1) - chunk) // num_chunks
+    return (size[None] + (num_chunks - 1) - chunk) // num_chunks
 
 
 def received_layout(layout: Layout, shards: int, num_chunks: int) -> Layout:

@@ -143,7 +143,7 @@ def _level(aligned: Int[Array, "receivers N"], num_rows: int) -> Int[Array, " re
     ascending = jnp.sort(aligned, axis=1)
     below = jnp.cumsum(ascending, axis=1, dtype=jnp.int32) - ascending
     others = jnp.arange(num_runs, 0, -1, dtype=jnp.int32)
-    shared = (num_rows - below) // others // ROW_ALIGNMENT * ROW_ALIGNMENT
+    shared = (num_rows - below) // others[None] // ROW_ALIGNMENT * ROW_ALIGNMENT
     # Find the first run that is longer than its share of what the shorter runs leave.
     too_long = ascending > shared
     first = jnp.argmax(too_long, axis=1)
@@ -220,7 +220,8 @@ def _ship(shipment: _Shipment, rows: Float[Array, "R D"], slices: Slices) -> Flo
         )
     everything = jax.lax.all_gather(rows, shipment.axis)
     row = jnp.arange(shipment.num_received, dtype=jnp.int32)[:, None]
-    inside = (row >= slices.received_first) & (row < slices.received_first + slices.received_size)
+    first, size = slices.received_first[None], slices.received_size[None]
+    inside = (row >= first) & (row < first + size)
     n = jnp.argmax(inside, axis=1).astype(jnp.int32)
     peer = n // (slices.size.shape[0] // everything.shape[0])
     picked = everything[peer, slices.received_from[n] + row[:, 0] - slices.received_first[n]]

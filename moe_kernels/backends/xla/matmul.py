@@ -110,9 +110,9 @@ def add_at(total: Float[Array, "E ..."], expert: Int[Array, ""], part: Float[Arr
     return jax.lax.dynamic_update_index_in_dim(total, old + part.astype(total.dtype), expert, axis=0)
 
 
-def plus(values: Float[Array, "... F"], bias: Float[Array, "... F"] | None) -> Float[Array, "... F"]:
+def plus(values: Float[Array, "P F"], bias: Float[Array, " F"] | None) -> Float[Array, "P F"]:
     """Add a bias where there is one."""
-    return values if bias is None else values + bias.astype(jnp.float32)
+    return values if bias is None else values + bias[None].astype(jnp.float32)
 
 
 def parts_of(x: Float[Array, "P D"], w: MatmulWeights) -> tuple[Float[Array, "P F"], ...]:

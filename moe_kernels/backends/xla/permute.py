@@ -9,16 +9,22 @@ experts get, `weigh` follows dispatch, on every platform.
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moe_kernels.types import Plan
+
+
+def _at(array: Array, index: Int[Array, "..."]) -> Array:
+    """Gather entries. An index past the end, of what has no place, is moved inside; whoever asks masks the entry."""
+    # `jax.experimental.checkify` would report what `take` clips.
+    return jnp.take(array, jnp.minimum(index, max(len(array) - 1, 0)), axis=0, mode="clip")
 
 
 def _rows_of_choice(rows: Float[Array, "R D"], plan: Plan, choice: int) -> Float[Array, "T D"]:
     """Gather the row of the given choice of every token; 0 where the choice found no room."""
     row = plan.row[:, choice]
     kept = row < plan.layout.num_rows
-    picked = jnp.take(rows, row, axis=0, mode="clip")
+    picked = _at(rows, row)
     return jnp.where(kept[:, None], picked, jnp.zeros((), rows.dtype))
 
 
@@ -26,7 +32,7 @@ def _tokens_of_row(tokens: Float[Array, "T D"], plan: Plan) -> Float[Array, "R D
     """Gather the token of every row; 0 in unused rows."""
     layout = plan.layout
     used = plan.source < layout.num_tokens * layout.num_choices
-    picked = jnp.take(tokens, plan.source // layout.num_choices, axis=0, mode="clip")
+    picked = _at(tokens, plan.source // layout.num_choices)
     return jnp.where(used[:, None], picked, jnp.zeros((), tokens.dtype))
 
 
@@ -43,13 +49,13 @@ def weigh_backward(
     """Cotangents of rows and gates: `drows = gate dy`, `dgate = <rows, dy>`."""
     rows, gate, plan = saved
     product = jnp.sum(rows.astype(jnp.float32) * dout.astype(jnp.float32), axis=1)
-    dgate = jnp.where(plan.row < plan.layout.num_rows, jnp.take(product, plan.row, mode="clip"), jnp.float32(0))
+    dgate = jnp.where(plan.row < plan.layout.num_rows, _at(product, plan.row), jnp.float32(0))
     return _weighed(dout, gate, plan), dgate
 
 
 def _weighed(rows: Float[Array, "R D"], gate: Float[Array, "T K"], plan: Plan) -> Float[Array, "R D"]:
     used = (plan.source < gate.size)[:, None]
-    weight = jnp.take(gate.reshape(-1), plan.source, mode="clip")[:, None]
+    weight = _at(gate.reshape(-1), plan.source)[:, None]
     return jnp.where(used, weight * rows.astype(jnp.float32), jnp.float32(0)).astype(rows.dtype)
 
 

@@ -50,7 +50,7 @@ def _of_choices(values: Float[Array, "T E"], expert: Int[Array, "T K"]) -> Float
     """What stands at each token's experts, by comparison and sum."""
     ids = jnp.arange(values.shape[1], dtype=jnp.int32)
     picked = [
-        jnp.sum(jnp.where(expert[:, choice, None] == ids, values, jnp.float32(0)), axis=1)
+        jnp.sum(jnp.where(expert[:, choice, None] == ids[None], values, jnp.float32(0)), axis=1)
         for choice in range(expert.shape[1])
     ]
     return jnp.stack(picked, axis=1)
@@ -115,7 +115,7 @@ def _choice(
         ranked = noisy  # Scores ascend with logits, and logits tie less often.
     else:
         score = family_of(spec.family).score(noisy)
-        ranked = score if choice_bias is None else score + choice_bias.astype(jnp.float32)
+        ranked = score if choice_bias is None else score + choice_bias[None].astype(jnp.float32)
         if spec.expert_groups > 1:
             ranked = _in_best_groups(ranked, spec)
     # top_k puts -0.0 below 0.0, which are a tie.
@@ -129,7 +129,7 @@ def _in_best_groups(score: Float[Array, "T E"], spec: RouterSpec) -> Float[Array
     best, _ = jax.lax.top_k(by_group, min(spec.group_best, by_group.shape[2]))
     _, chosen = jax.lax.top_k(jnp.sum(best, axis=2), spec.groups_chosen)
     groups = jnp.arange(spec.expert_groups, dtype=jnp.int32)
-    inside = jnp.any(chosen[:, :, None] == groups, axis=1)
+    inside = jnp.any(chosen[:, :, None] == groups[None, None], axis=1)
     return jnp.where(inside[:, :, None], by_group, -jnp.inf).reshape(score.shape)
 
 

@@ -82,12 +82,12 @@ def make_schedule(layout: Layout, runs: Runs, *, tile_rows: int, num_cores: int 
     core_start = jnp.concatenate([jnp.zeros(1, jnp.int32), core_end[:-1]])
 
     items = items_per_core(layout, tile_rows, num_cores)
-    item = core_start[:, None] + jnp.arange(items, dtype=jnp.int32)
+    item = core_start[:, None] + jnp.arange(items, dtype=jnp.int32)[None]
     real = item < core_end[:, None]
     # Compared and added up: a TPU takes longer for a gather, and for a binary search, of which each step is one.
-    expert = jnp.minimum(jnp.sum(end <= item[..., None], axis=2, dtype=jnp.int32), num_experts - 1)
-    own = expert[..., None] == experts
-    of_expert = lambda values: jnp.sum(jnp.where(own, values, 0), axis=2, dtype=jnp.int32)  # noqa: E731
+    expert = jnp.minimum(jnp.sum(end[None, None] <= item[..., None], axis=2, dtype=jnp.int32), num_experts - 1)
+    own = expert[..., None] == experts[None, None]
+    of_expert = lambda values: jnp.sum(jnp.where(own, values[None, None], 0), axis=2, dtype=jnp.int32)  # noqa: E731
     number = item - of_expert(end - needed)
     offset = jnp.where(real, number * tile_rows, 0)
     count = jnp.where(real, jnp.clip(of_expert(extent) - offset, 0, tile_rows), 0)
