@@ -87,7 +87,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory):
     """A small training run that nothing disturbed, shared by all tests of the trainer."""
     from run_cases import ran
 
-    return ran(tmp_path_factory.mktemp("finished") / "run")
+    return ran(tmp_path_factory.mktemp("finished") / "run", rendered=True)
 
 
 @pytest.fixture(scope="session")

@@ -62,14 +62,7 @@ class Team:
         self.folder = folder
         self.processes = []
         job = random.randrange(2**20)
-        cache = folder.parent / "compiled"
-        variables = {
-            **environment(),
-            "JAX_NUM_CPU_DEVICES": "2",
-            # The second start of a run need not compile again.
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        variables = {**environment(), "JAX_NUM_CPU_DEVICES": "2"}
         for number in range(2):
             flags = [f"--coordinator=localhost:{port}", "--num-processes=2", f"--process-id={number}"]
             task = {}

@@ -1,6 +1,7 @@
 """A very small run, the cache that all tests of runs share, and how runs are started and compared."""
 
 import atexit
+import contextlib
 import dataclasses
 import json
 import os
@@ -8,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +17,18 @@ from unittest import mock
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
+import limoe.evaluate.data
 import limoe.train.loop as trainer
 from limoe.config.presets import preset
 from limoe.config.schema import Config, DataConfig
 from limoe.config.settings import override
 from limoe.data.world import World, write_world
+from limoe.evaluate.data import Pairs
 from limoe.evaluate.encode import Encoder
+from limoe.report import panels
 from limoe.train.step import compile_step
 from limoe.workdir.checkpoint import Checkpoints
 from limoe.workdir.metrics import read_metrics
@@ -51,10 +56,17 @@ TIMES = {"step_seconds", "pairs_per_second", "elapsed_seconds", "memory_bytes", 
 
 
 @cache
-def cache_folder() -> str:
-    """A folder with the embedded world of these tests, written once and removed when Python ends."""
-    folder = tempfile.mkdtemp(prefix="limoe-tests-")
+def _kept_folder(name: str) -> str:
+    """A folder that is removed when Python ends."""
+    folder = tempfile.mkdtemp(prefix=f"limoe-tests-{name}-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@cache
+def cache_folder() -> str:
+    """A folder with the embedded world of these tests, written once."""
+    folder = _kept_folder("world")
     write_world(World(num_pairs=WORLD_PAIRS), folder)
     return folder
 
@@ -79,16 +91,34 @@ class Ran(NamedTuple):
     said: str
 
 
-def ran(folder: Path, *more: str, name: str = "tiny", profile_steps: int = 0) -> Ran:
-    """Train in this process. Runs of equal models share what was compiled, which is two thirds of their time."""
+def ran(folder: Path, *more: str, name: str = "tiny", profile_steps: int = 0, rendered: bool = False) -> Ran:
+    """Train in this process."""
     said: list[str] = []
-    with shared_compilation():
+    with shared(rendered=rendered):
         assert trainer.train(config(*more, name=name), folder, profile_steps=profile_steps, say=said.append) == 0
     return Ran(folder, "\n".join(said))
 
 
-def shared_compilation() -> Any:
-    return mock.patch.multiple(trainer, compile_step=_shared_step, Encoder=_SharedEncoder)
+class _Unrendered(Figure):
+    """Drawn as always; the file holds one point."""
+
+    def savefig(self, file: Any, **options: Any) -> None:
+        Image.new("L", (1, 1)).save(file, "PNG")
+
+
+@contextlib.contextmanager
+def shared(*, rendered: bool = False) -> Iterator[None]:
+    """Runs in this process share what takes most of their time.
+
+    Those of equal models share what was compiled, all the images of the world that they are evaluated on, and only
+    those that are `rendered` leave pictures to look at.
+    """
+    with (
+        mock.patch.multiple(trainer, compile_step=_shared_step, Encoder=_SharedEncoder),
+        mock.patch.object(limoe.evaluate.data, "_read", _shared_read),
+        mock.patch.object(panels, "Figure", Figure if rendered else _Unrendered),
+    ):
+        yield
 
 
 _steps: dict[Config, Callable[..., Any]] = {}
@@ -113,12 +143,33 @@ class _SharedEncoder(Encoder):
         self._programs = _encoders.setdefault(_compiled(config), self._programs)
 
 
+_pairs: dict[tuple[str, int, bool], Pairs] = {}
+_read = limoe.evaluate.data._read
+
+
+def _shared_read(config: Config, folder: str, *, needs_metadata: bool = False) -> Pairs:
+    """The world never changes; other folders may between two runs."""
+    if not folder.startswith(cache_folder()):
+        return _read(config, folder, needs_metadata=needs_metadata)
+    key = folder, config.model.image_size, needs_metadata
+    if key not in _pairs:
+        _pairs[key] = _read(config, folder, needs_metadata=needs_metadata)
+    return _pairs[key]
+
+
 def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "limoe", *words]
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    """Variables of a process that imports this checkout; what one of them has compiled, the others need not."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": _kept_folder("compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:

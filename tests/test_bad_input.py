@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from data_cases import RawExample, caption, classes_json, colour_examples, picture, write_raw
-from run_cases import metrics, ran, result, settings, shared_compilation, summary
+from run_cases import metrics, ran, result, settings, shared, summary
 
 from limoe import cli
 from limoe.data import files
@@ -114,7 +114,7 @@ def test_own_shards_with_classes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_own_shards_without_evaluation(tmp_path: Path) -> None:
     write_shard(tmp_path / "shards" / "0.tar", colour_examples(40))
-    run = ran(tmp_path / "run", *OWN, f"data.shards={tmp_path / 'shards'}")
+    run = ran(tmp_path / "run", *OWN, f"data.shards={tmp_path / 'shards'}", rendered=True)
     content = summary(run.folder)
     assert content["zero_shot_top1"] is None and content["image_to_text_r1"] is None
     assert 0 < content["success_rate_image"] <= 1
@@ -122,7 +122,7 @@ def test_own_shards_without_evaluation(tmp_path: Path) -> None:
 
 
 def run_command(tmp_path: Path, *more: str) -> int:
-    with shared_compilation():
+    with shared():
         return cli.main(["train", f"--workdir={tmp_path / 'run'}", "--set", *settings(*more)])
 
 
@@ -195,7 +195,7 @@ def test_a_full_disk_anywhere(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    undisturbed: dict[str, Any],
+    expected: dict[str, Any],
     text: str,
     message: str,
 ) -> None:
@@ -209,12 +209,7 @@ def test_a_full_disk_anywhere(
     assert re.search(message, lines[0])
     assert not (tmp_path / "run" / "summary.json").exists()
     assert run_command(tmp_path) == 0  # with space again
-    assert result(tmp_path / "run") == undisturbed
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return result(ran(tmp_path_factory.mktemp("undisturbed") / "run").folder)
+    assert result(tmp_path / "run") == expected
 
 
 def test_a_full_disk_while_the_world_is_written(

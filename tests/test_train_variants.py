@@ -142,7 +142,7 @@ def test_a_profile_says_what_it_has_traced(monkeypatch: pytest.MonkeyPatch, aske
 
 @pytest.mark.slow
 def test_a_dense_twin_has_no_routing(tmp_path: Path) -> None:
-    run = ran(tmp_path / "run", "model.moe_layers=()", "train.steps=5", name="tiny-dense")
+    run = ran(tmp_path / "run", "model.moe_layers=()", "train.steps=5", name="tiny-dense", rendered=True)
     assert {"success_rate", "wanted"}.isdisjoint(metrics(run.folder)[0])
     content = summary(run.folder)
     assert [content[f"success_rate_{name}"] for name in ("image", "text", "bound")] == [None] * 3
