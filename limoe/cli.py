@@ -284,8 +284,24 @@ _FLAGS = tuple(dict.fromkeys(flag for _, taken in _COMMANDS.values() for flag in
 _TAKES_WORDS = ("classify",)
 
 
+def _restart_with_huge_pages() -> None:
+    """Begin this process again, once, with an allocator that asks Linux for huge pages.
+
+    A train step on a CPU writes hundreds of megabytes of fresh arrays, and in pages of 4 kB their faults take a quarter
+    of the time: 20 steps of `tiny` took 24.6 s of processor time without and 19.3 s with huge pages (2 cores of an AMD
+    EPYC, 2026-11-30). glibc reads this variable only when a process starts; whatever else reads it ignores the name.
+    """
+    given = os.environ.get("GLIBC_TUNABLES", "")
+    if "glibc.malloc.hugetlb" in given:
+        return
+    os.environ["GLIBC_TUNABLES"] = f"{given}:glibc.malloc.hugetlb=1".removeprefix(":")
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def run() -> None:
     """Entry point of the `limoe` command."""
+    if sys.platform == "linux" and sys.argv[1:2] == ["train"]:
+        _restart_with_huge_pages()
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()

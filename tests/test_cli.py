@@ -131,6 +131,23 @@ def test_python_m_limoe_is_quiet_and_brief(tmp_path: Path) -> None:
     assert summary(tmp_path / "runs" / "tiny")["steps"] == 5
 
 
+@pytest.mark.parametrize(
+    ("word", "before", "after"),
+    [
+        ("train", "", "glibc.malloc.hugetlb=1"),
+        ("train", "glibc.malloc.check=0", "glibc.malloc.check=0:glibc.malloc.hugetlb=1"),
+        ("train", "glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+        ("eval", "", ""),
+    ],
+)
+def test_training_begins_again_with_huge_pages_unless_somebody_has_chosen(word: str, before: str, after: str) -> None:
+    say = "cli.main = lambda words: print(words, os.environ['GLIBC_TUNABLES']) or 0"
+    words = [sys.executable, "-c", f"import os; from limoe import cli; {say}; cli.run()", word, "--workdir=a b"]
+    chosen = {**environment(), "GLIBC_TUNABLES": before}
+    done = subprocess.run(words, env=chosen, capture_output=True, text=True, check=True)
+    assert done.stdout == f"['{word}', '--workdir=a b'] {after}\n"
+
+
 def test_a_reader_that_goes_away_early() -> None:
     line = f"{sys.executable} -c 'from limoe.cli import run; run()' --help | head -n 1"
     done = subprocess.run(line, shell=True, env=environment(), capture_output=True, text=True, check=False)
