@@ -182,6 +182,7 @@ def test_words_are_packed_into_lines():
 
 
 W, K = counts(2, 4)
+P = np.full((5, 2), 0.5)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,16 @@ W, K = counts(2, 4)
     [
         (lambda p: report.draw_expert_shares(p, W, K, moe_layers=(1,), capacity_factor=1.0), "do not name the 2"),
         (lambda p: report.draw_expert_shares(p, W[:0], K[:0], moe_layers=(), capacity_factor=1.0), "must be counts"),
+        (lambda p: report.draw_training(p, history()._replace(loss=np.ones(3))), "shapes do not fit"),
+        (lambda p: report.draw_training(p, history(4, 0)._replace(effective_experts=np.ones(4))), "shapes do not fit"),
+        (lambda p: report.draw_training(p, history(0)), "no steps"),
+        (lambda p: report.draw_gallery(p, images(), view(4)._replace(words=()), patch_size=4), "words of 0 experts"),
+        (lambda p: report.draw_gallery(p, images(), view(4)._replace(wanted=W[0] * 0), patch_size=4), "no tokens"),
         (lambda p: report.draw_gallery(p, images() / 255, view(4), patch_size=4), "uint8"),
+        (lambda p: report.draw_overview(p, images(), view(4), history(0), patch_size=4), "no steps"),
+        (lambda p: report.draw_examples(p, images() / 255, P, np.zeros(5, int), ("a", "b")), "uint8"),
+        (lambda p: report.draw_examples(p, images(), P, np.zeros(5, int), ("a",)), "5 images and 1 names"),
+        (lambda p: report.draw_examples(p, images(), P, np.full(5, 2), ("a", "b")), "label must lie in 0 to 1"),
     ],
 )
 def test_ill_input_is_refused_and_nothing_is_written(tmp_path, call, message):
@@ -247,7 +257,7 @@ def test_summary_table_of_a_dense_model_has_no_rates():
 
 @pytest.mark.parametrize("key", ["steps", "success_rate_text"])
 def test_summary_table_names_what_is_absent(key):
-    with pytest.raises(KeyError, match=key):
+    with pytest.raises(ValueError, match=f"no {key}"):
         report.summary_table({name: value for name, value in SUMMARY.items() if name != key})
-    with pytest.raises(KeyError, match="moe_layers"):
+    with pytest.raises(ValueError, match="no moe_layers"):
         report.summary_table(SUMMARY | {"expert_modality": []})

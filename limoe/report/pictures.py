@@ -17,6 +17,11 @@ from limoe.report import panels
 from limoe.report.analysis import cut_patches, expert_modality, expert_shares, text_preference
 from limoe.report.panels import COLOURS, MODALITIES, History, LayerView
 
+_SUMMARY_KEYS = (
+    *("preset", "steps", "seconds", "zero_shot_top1", "zero_shot_chance", "image_to_text_r1", "text_to_image_r1"),
+    *("success_rate_image", "success_rate_text", "success_rate_bound", "parameters_total", "parameters_per_token"),
+)
+
 
 def draw_expert_shares(
     path: str | PathLike[str],
@@ -71,7 +76,8 @@ def draw_expert_shares(
 def draw_training(path: str | PathLike[str], history: History) -> None:
     """Draw loss, success rates with their bound, effective number of experts and zero-shot accuracy over training.
 
-    Panels without data are left out, such as experts of a dense model.
+    Panels without data are left out, such as experts of a dense model. Raises ValueError for shapes that do not fit, or
+    without steps.
 
     >>> import tempfile
     >>> one = np.ones(1)
@@ -79,6 +85,7 @@ def draw_training(path: str | PathLike[str], history: History) -> None:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     draw_training(f"{folder}/training.png", history)
     """
+    _check_history(history)
     drawings = [panels.draw_loss]
     if history.effective_experts.shape[1]:
         drawings += [panels.draw_success_rate, panels.draw_effective_experts]
@@ -97,8 +104,8 @@ def draw_training(path: str | PathLike[str], history: History) -> None:
 def draw_gallery(path: str | PathLike[str], images: np.ndarray, view: LayerView, *, patch_size: int) -> None:
     """Draw the image patches with the largest gates of each expert of one MoE layer, with their surroundings.
 
-    `view.top` has numbers of the uint8 images [N, height, width, 3]. `patch_size` is in pixels. Raises ValueError if
-    the images cannot be cut into patches of that size (paper, section 6).
+    `view.top` has numbers of the uint8 images [N, height, width, 3]. `patch_size` is in pixels. Raises ValueError for
+    shapes that do not fit (paper, section 6).
 
     >>> import tempfile
     >>> from limoe.report.analysis import TopPatches
@@ -108,7 +115,7 @@ def draw_gallery(path: str | PathLike[str], images: np.ndarray, view: LayerView,
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     draw_gallery(f"{folder}/gallery.png", images, view, patch_size=2)
     """
-    num_experts, count = view.top.example.shape
+    num_experts, count = _check_view(view)
     cuts = cut_patches(images, view.top.example, view.top.patch, patch_size=patch_size)
     columns = 1 if num_experts <= 8 else 2
     rows = math.ceil(num_experts / columns)
@@ -134,13 +141,24 @@ def draw_examples(
 ) -> None:
     """Draw uint8 images [N, height, width, 3], each above the three classes of largest `probability` [N, Q].
 
-    The right class, `label` [N], is the title of an image, and is green and ticked below it.
+    The right class, `label` [N], is the title of an image, and is green and ticked below it. Raises ValueError
+    for shapes that do not fit, or without images.
 
     >>> import tempfile
     >>> images, probability = np.zeros((1, 4, 4, 3), np.uint8), np.array([[0.2, 0.8]])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     draw_examples(f"{folder}/examples.png", images, probability, np.array([1]), ["cat", "dog"])
     """
+    images, probability, label = np.asarray(images), np.asarray(probability), np.asarray(label)
+    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] != 3 or not len(images):
+        raise ValueError(f"images must be uint8 [N, height, width, 3], at least one, not {images.dtype} {images.shape}")
+    if probability.shape != (len(images), len(names)) or label.shape != (len(images),):
+        raise ValueError(
+            f"probability {probability.shape} and label {label.shape} do not fit {len(images)} images and {len(names)} "
+            "names"
+        )
+    if label.min() < 0 or label.max() >= len(names):
+        raise ValueError(f"label must lie in 0 to {len(names) - 1}, but ranges from {label.min()} to {label.max()}")
     columns = min(len(images), 6)
     rows = math.ceil(len(images) / columns)
     with panels.open_figure(path, 2.15 * max(columns, 3) + 0.15, 3.15 * rows + 0.5) as figure:
@@ -176,7 +194,8 @@ def draw_overview(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     draw_overview(f"{folder}/overview.png", images, view, history, patch_size=2)
     """
-    num_experts, most = view.top.example.shape
+    num_experts, most = _check_view(view)
+    _check_history(history)
     preference = text_preference(view.wanted[None])[0]
     experts = np.argsort(-preference, kind="stable")
     title = f"Block {view.moe_layer}: who takes what"
@@ -215,7 +234,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     """Format the result of a run for the terminal, from the content of `summary.json`. None becomes a dash.
 
     A dense model has None for the success rates, and no lines for them. Two entries are optional: `expert_modality`
-    (the names of the experts of each layer in `moe_layers`) and `figures` (their folder). Raises KeyError if another
+    (the names of the experts of each layer in `moe_layers`) and `figures` (their folder). Raises ValueError if another
     entry is missing.
 
     >>> rates = dict.fromkeys(("zero_shot_chance", "image_to_text_r1", "text_to_image_r1"), 0.25)
@@ -227,6 +246,10 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     -
       zero-shot top-1                90.0%   chance 25.0%
     """
+
+    named = ("moe_layers",) if "expert_modality" in summary else ()
+    if absent := [key for key in (*_SUMMARY_KEYS, *named) if key not in summary]:
+        raise ValueError(f"the summary has no {', '.join(absent)}; was it written by another version?")
 
     def rate(name: str) -> str:
         return "-" if summary[name] is None else f"{summary[name]:.1%}"
@@ -249,6 +272,31 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     if "figures" in summary:
         lines += ["", f"  figures: {summary['figures']}"]
     return "\n".join(lines)
+
+
+def _check_history(history: History) -> None:
+    steps = np.shape(history.step)
+    effective = np.shape(history.effective_experts)
+    fits = len(steps) == 1 and np.shape(history.loss) == np.shape(history.contrastive) == steps
+    fits = fits and np.shape(history.success_rate) == (*steps, 2)
+    fits = fits and len(effective) == 3 and (effective[0], effective[2]) == (*steps, 2)
+    if not fits or np.shape(history.zero_shot_step) != np.shape(history.zero_shot_top1):
+        shapes = {name: np.shape(value) for name, value in history._asdict().items()}
+        raise ValueError(f"the history's shapes do not fit each other: {shapes}; see the fields of History")
+    if steps == (0,):
+        raise ValueError("the history has no steps; draw it after at least one")
+
+
+def _check_view(view: LayerView) -> tuple[int, int]:
+    shape = np.shape(view.top.example)
+    if len(shape) != 2 or np.shape(view.wanted) != (2, shape[0]) or len(view.words) != shape[0]:
+        raise ValueError(
+            f"wanted {np.shape(view.wanted)}, top patches {shape} and the words of {len(view.words)} experts do not "
+            "fit; they must be [2, E], [E, count] and E"
+        )
+    if not np.sum(view.wanted) > 0:
+        raise ValueError(f"block {view.moe_layer} routed no tokens; pass sums of at least one step")
+    return shape
 
 
 def _census(names: Sequence[str]) -> str:
