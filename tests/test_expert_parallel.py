@@ -56,7 +56,15 @@ def with_every_load(test):
     return test
 
 
-@pytest.mark.parametrize("mesh_shape", MESHES, ids=str)
+# One device; tokens over eight, experts over eight, and both over two or four.
+EVERYDAY = [(1, 1), (8, 1), (1, 8), (2, 4), (4, 2)]
+
+
+@pytest.mark.parametrize(
+    "mesh_shape",
+    [shape if shape in EVERYDAY else pytest.param(shape, marks=pytest.mark.full) for shape in MESHES],
+    ids=str,
+)
 @with_every_load
 @settings(max_examples=4)
 @given(seed=st.integers(0, 10**6), wanted=st.sampled_from(LOADS))
