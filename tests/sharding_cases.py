@@ -19,6 +19,7 @@ from moe_kernels import (
     JoinedGluWeights,
     MlpWeights,
     MoeOutput,
+    RouterWeights,
     RoutingSums,
     WithShared,
     moe_mlp,
@@ -48,7 +49,7 @@ class Arguments(NamedTuple):
     """All traced arguments of a layer and the cotangents of its results."""
 
     tokens: jax.Array
-    router: jax.Array
+    router: jax.Array | RouterWeights
     weights: ExpertWeights
     noise: jax.Array
     modality: jax.Array
@@ -62,7 +63,7 @@ class Result(NamedTuple):
 
     output: MoeOutput
     dtokens: jax.Array
-    drouter: jax.Array
+    drouter: jax.Array | RouterWeights
     dweights: ExpertWeights
 
 

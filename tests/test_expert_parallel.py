@@ -23,7 +23,7 @@ from sharding_cases import (
 )
 from spec_cases import spec_and_inputs
 
-from moe_kernels import moe_mlp
+from moe_kernels import ClampedSwiglu, RouterSpec, RouterWeights, moe_mlp
 from moe_kernels.parallel import ragged as ragged_exchange
 from moe_kernels.parallel.ragged import received_rows
 
@@ -226,6 +226,36 @@ def test_slices_are_one_more_axis_of_tokens_and_the_order_of_axes_is_free():
     layer = sharded(mesh, token_axes=("expert", "slice", "data"), **OPTIONS)
     mine = jax.jit(layer)(a)
     assert_same_layer(mine, compiled(None, tuple(OPTIONS.items()))(a), None)
+
+
+DEEPSEEK = RouterSpec("sigmoid", renormalise=True, scale=2.5, expert_groups=4, groups_chosen=2)
+# Experts and options of the families of layers, and the mesh of everyday tests: together every number of devices.
+FAMILIES = {
+    "Mixtral": ("glu", {"router": RouterSpec(renormalise=True)}, (1, 1)),
+    "gpt-oss": ("biased", {"router": RouterSpec(renormalise=True), "activation": ClampedSwiglu()}, (1, 2)),
+    "Llama 4": ("shared", {"router": RouterSpec("sigmoid"), "gates_on": "input", "num_choices": 1}, (4, 1)),
+    "DeepSeek-V3": ("shared", {"router": DEEPSEEK, "capacity_factor": None}, (2, 4)),
+    "one array": ("joined", {"activation": "gelu_tanh", "priority": "modality"}, (1, 4)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh_shape"),
+    [
+        pytest.param(name, shape, marks=[] if shape == everyday else pytest.mark.full)
+        for name, (*_, everyday) in FAMILIES.items()
+        for shape in MESHES
+    ],
+    ids=str,
+)
+def test_every_family_gives_what_one_device_gives(name, mesh_shape):
+    kind, changes, _ = FAMILIES[name]
+    a = arguments(8, tokens=TOKENS, groups=GROUPS, experts=EXPERTS)
+    bias = jnp.linspace(-1, 1, EXPERTS)
+    a = a._replace(weights=weights_of(kind, a.weights), router=RouterWeights(a.router, bias, bias[::-1]))
+    options = OPTIONS | changes
+    mine = jax.jit(sharded(mesh_of(*mesh_shape), **options))(a)
+    assert_same_layer(mine, jax.jit(unsharded(**options))(a))
 
 
 @pytest.mark.parametrize(
