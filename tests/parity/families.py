@@ -1,140 +1,88 @@
-"""Each family in the words of moe_kernels: how the tensors of its public implementation, by name, make a layer."""
+"""Each family in the lines of docs/families.md, which are taken from that page."""
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import functools
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+from parity_cases import BATCH, CASES, EXPERTS, LENGTH
 
-from moe_kernels import (
-    ClampedSwiglu,
-    GluWeights,
-    JoinedGluWeights,
-    MlpWeights,
-    MoeSpec,
-    RouterSpec,
-    RouterWeights,
-    Routing,
-    WithShared,
-    make_routing,
-)
+from moe_kernels import MoeSpec, RouteInputs, RouterWeights, Routing, make_routing
 
-Tensors = Mapping[str, jax.Array]
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
+
+
+class Family(NamedTuple):
+    """A function of the page, the settings that were recorded, and what the recorded block has otherwise."""
+
+    function: str
+    settings: Mapping[str, Any]
+    otherwise: Mapping[str, Any] = {}
+
+
+FAMILIES = {
+    "mixtral": Family("mixtral", {"num_choices": 2}),
+    "qwen2_moe": Family("qwen2_moe", {"num_choices": 2}),
+    "qwen3_moe": Family("qwen3_moe", {"num_choices": 4}),
+    "olmoe": Family("qwen3_moe", {"num_choices": 3, "norm_topk_prob": False}),
+    "deepseek_v3": Family("deepseek_v3", {"num_choices": 3, "n_group": 4, "topk_group": 2, "scale": 2.5}),
+    "gpt_oss": Family("gpt_oss", {"num_choices": 2, "limit": 7.0}),
+    "llama4": Family("llama4", {"num_choices": 1}),
+    "granite_moe": Family("granite_moe", {"num_choices": 2}),
+    "phi_moe": Family("phi_moe", {"jitter": 0.25}),
+    "jamba": Family("jamba", {"num_choices": 2}),
+    "switch": Family("switch", {"sequences": BATCH, "expert_capacity": LENGTH}),
+    "switch_capacity": Family("switch", {"sequences": BATCH, "expert_capacity": 1}, {"activation": "gelu_tanh"}),
+    "v_moe": Family("v_moe", {"groups": BATCH, "capacity_factor": 1, "key": None}),
+}
 
 
 class Layer(NamedTuple):
-    """What `moe_mlp` takes beside tokens. A router of the family's own makes a `Routing` of the tokens and the spec."""
+    """What a function of the page gives `moe_mlp` beside the tokens."""
 
-    router: jax.Array | RouterWeights | Callable[[jax.Array, MoeSpec], Routing]
+    router: jax.Array | RouterWeights | Routing
     weights: Any
     spec: MoeSpec
 
-
-def transposed(matrices: jax.Array) -> jax.Array:
-    """PyTorch's `[F, D]` as our `[D, F]`."""
-    return jnp.swapaxes(matrices, -1, -2)
-
-
-def glu(p: Tensors) -> GluWeights:
-    gate, up = jnp.split(transposed(p["experts.gate_up_proj"]), 2, axis=2)
-    return GluWeights(gate, up, transposed(p["experts.down_proj"]))
+    @property
+    def tokens(self) -> Layer:
+        """Functions of the page take the tokens of what `moe_mlp` returns."""
+        return self
 
 
-def one_glu(p: Tensors, name: str) -> GluWeights:
-    return GluWeights(*(p[f"{name}.{part}_proj.weight"].T for part in ("gate", "up", "down")))
+def as_documented(name: str, tokens: Any, tensors: Mapping[str, Any], groups: int) -> Layer:
+    """Call a family's function with tensors by their public names, for a call of at least `groups` groups."""
+    family = FAMILIES[name]
+    if not CASES[name].of_hugging_face:
+        tensors = unflatten_dict(tensors, sep=".")
+    found = functions(groups)[family.function](tokens, tensors, **family.settings)
+    groups = max(groups, found.spec.num_groups)
+    return found._replace(spec=dataclasses.replace(found.spec, num_groups=groups, **family.otherwise))
 
 
-def mixtral(p: Tensors) -> Layer:
-    return Layer(p["gate.weight"].T, glu(p), MoeSpec(num_choices=2, router=RouterSpec(renormalise=True)))
+@functools.cache
+def functions(groups: int) -> dict[str, Callable[..., Any]]:
+    """Run what the page imports and defines; tests/test_docs.py runs all of it.
+
+    `moe_mlp` gives back what it is given. Routings have the call's groups, which the page's have not, and there is no
+    noise.
+    """
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        kept = [n for n in ast.parse(block).body if isinstance(n, ast.Import | ast.ImportFrom | ast.FunctionDef)]
+        exec(compile(ast.Module(kept, []), str(PAGE), "exec"), names)
+    names |= {"E": EXPERTS, "moe_mlp": _given, "router_noise": lambda *key, **sizes: None}
+    names["make_routing"] = functools.partial(make_routing, spec=MoeSpec(num_groups=groups))
+    return names
 
 
-def qwen2_moe(p: Tensors) -> Layer:
-    weights = WithShared(glu(p), one_glu(p, "shared_expert"), p["shared_expert_gate.weight"][0])
-    return Layer(p["gate.weight"].T, weights, MoeSpec(num_choices=2))
-
-
-def qwen3_moe(p: Tensors) -> Layer:
-    return Layer(p["gate.weight"].T, glu(p), MoeSpec(num_choices=4, router=RouterSpec(renormalise=True)))
-
-
-def olmoe(p: Tensors) -> Layer:
-    return Layer(p["gate.weight"].T, glu(p), MoeSpec(num_choices=3))
-
-
-def deepseek_v3(p: Tensors) -> Layer:
-    router = RouterWeights(p["gate.weight"].T, choice_bias=p["gate.e_score_correction_bias"])
-    gates = RouterSpec("sigmoid", renormalise=True, scale=2.5, expert_groups=4, groups_chosen=2)
-    return Layer(router, WithShared(glu(p), one_glu(p, "shared_experts")), MoeSpec(num_choices=3, router=gates))
-
-
-def gpt_oss(p: Tensors) -> Layer:
-    weights = JoinedGluWeights(
-        p["experts.gate_up_proj"],
-        p["experts.down_proj"],
-        p["experts.gate_up_proj_bias"],
-        p["experts.down_proj_bias"],
-    )
-    gates, clamped = RouterSpec(renormalise=True), ClampedSwiglu(alpha=1.702, limit=7.0)
-    spec = MoeSpec(num_choices=2, router=gates, activation=clamped, interleaved=True)
-    return Layer(RouterWeights(p["router.weight"].T, p["router.bias"]), weights, spec)
-
-
-def llama4(p: Tensors) -> Layer:
-    weights = JoinedGluWeights(p["experts.gate_up_proj"], p["experts.down_proj"])
-    spec = MoeSpec(num_choices=1, router=RouterSpec("sigmoid"), gates_on="input")
-    return Layer(p["router.weight"].T, WithShared(weights, one_glu(p, "shared_expert")), spec)
-
-
-def granite_moe(p: Tensors) -> Layer:
-    return Layer(p["router.weight"].T, glu(p), MoeSpec(num_choices=2, router=RouterSpec(renormalise=True)))
-
-
-def phi_moe(p: Tensors) -> Layer:
-    def router(tokens: jax.Array, spec: MoeSpec) -> Routing:
-        left = logits = tokens.astype(jnp.float32) @ p["router.weight"].T
-        expert, gate = [], []
-        for _ in range(2):  # The best expert shares its gate with those near it; then the same without it.
-            best = jnp.max(left, axis=1, keepdims=True)
-            near = (best - left) / jnp.maximum(jnp.abs(logits), best) <= 2 * 0.25
-            gate.append(jnp.max(jax.nn.softmax(jnp.where(near, left, -jnp.inf)), axis=1))
-            expert.append(jnp.argmax(left, axis=1))
-            left = jnp.where(jnp.arange(8) == expert[-1][:, None], -jnp.inf, left)
-        return make_routing(jnp.stack(expert, axis=1), jnp.stack(gate, axis=1), num_experts=8, spec=spec)
-
-    return Layer(router, glu(p), MoeSpec(num_choices=2))
-
-
-def jamba(p: Tensors) -> Layer:
-    return Layer(p["router.weight"].T, glu(p), MoeSpec(num_choices=2))
-
-
-def switch_experts(p: Tensors) -> MlpWeights:
-    first, second = (jnp.stack([p[f"experts.expert_{e}.{name}.weight"].T for e in range(8)]) for name in ("wi", "wo"))
-    return MlpWeights(first, None, second, None)
-
-
-def switch(p: Tensors) -> Layer:
-    return Layer(p["router.classifier.weight"].T, switch_experts(p), MoeSpec(activation="relu"))
-
-
-def switch_capacity(p: Tensors) -> Layer:
-    """A place in each expert for each sequence of 8 tokens; `gelu_new` of Hugging Face is `gelu_tanh`."""
-    spec = MoeSpec(num_groups=4, capacity_factor=1, priority="arrival")
-    return Layer(p["router.classifier.weight"].T, switch_experts(p), spec)
-
-
-def v_moe(p: Tensors) -> Layer:
-    """Batch Priority Routing: two places in each expert for the 16 choices of a group of 8 tokens."""
-    weights = MlpWeights(*(p[f"Mlp.Dense_{n}.{name}"] for n in (0, 1) for name in ("kernel", "bias")))
-    return Layer(p["Router.dense.kernel"], weights, MoeSpec(num_choices=2, num_groups=4, capacity_factor=1))
-
-
-FAMILIES: dict[str, Callable[[Tensors], Layer]] = {
-    family.__name__: family
-    for family in (
-        *(mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v3, gpt_oss, llama4, granite_moe, phi_moe, jamba),
-        *(switch, switch_capacity, v_moe),
-    )
-}
+def _given(tokens: Any, router: Any, weights: Any, spec: MoeSpec, inputs: RouteInputs | None = None) -> Layer:
+    assert inputs in (None, RouteInputs())
+    return Layer(router, weights, spec)

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import record_parity
-from families import FAMILIES, Layer
-from parity_cases import CASES, RECORDED, WIDTH, draw, is_of_router, kept_of_gradient, recorded
+from families import FAMILIES, Layer, as_documented
+from parity_cases import CASES, HIDDEN, RECORDED, WIDTH, draw, is_of_router, kept_of_gradient, recorded
 from sharding_cases import mesh_of
 
-from moe_kernels import GluWeights, RouterSpec, Routing, explain, moe_mlp
+from moe_kernels import GluWeights, JoinedGluWeights, RouterSpec, Routing, WithShared, explain, moe_mlp
 from moe_kernels.backends.gpu import install_simulator
 
 install_simulator(gpu_simulator.simulate)
@@ -29,35 +29,45 @@ install_simulator(gpu_simulator.simulate)
 # matmuls.
 BOUNDS = {"float32": 5e-6, "bfloat16": 2 * 2.0**-8 * np.sqrt(WIDTH)}
 
-# What kernels run of each family. XLA runs other routers than a softmax whose largest entries are the gates. No kernel
-# knows Switch's relu.
-EXPERTS_ALONE = {"dispatch", "experts", "combine"}
-ALL = EXPERTS_ALONE | {"route"}
+# The spans that kernels fill in each family. XLA runs other routers than a softmax whose largest entries are the gates.
+# gpt-oss has biases between its matmuls.
+GATED = {"dispatch", "expert_glu", "combine"}
+PLAIN = {"dispatch", "expert_mlp", "combine"}
 KERNELS = {
-    "mixtral": EXPERTS_ALONE,
-    "qwen2_moe": ALL,
-    "qwen3_moe": EXPERTS_ALONE,
-    "olmoe": ALL,
-    "deepseek_v3": EXPERTS_ALONE,
-    "gpt_oss": EXPERTS_ALONE,
-    "llama4": EXPERTS_ALONE,
-    "granite_moe": EXPERTS_ALONE,
-    "phi_moe": EXPERTS_ALONE,
-    "jamba": ALL,
-    "switch_capacity": ALL,
-    "v_moe": ALL,
+    "mixtral": GATED,
+    "qwen2_moe": GATED | {"route"},
+    "qwen3_moe": GATED,
+    "olmoe": GATED | {"route"},
+    "deepseek_v3": GATED,
+    "gpt_oss": {"dispatch", "grouped_matmul", "combine"},
+    "llama4": GATED,
+    "granite_moe": GATED,
+    "phi_moe": GATED,
+    "jamba": GATED | {"route"},
+    "switch": PLAIN | {"route"},
+    "switch_capacity": PLAIN | {"route"},
+    "v_moe": PLAIN | {"route"},
 }
 # One choice of each token, and rows in a block: one kernel of the TPU.
-TPU_KERNELS = KERNELS | {"switch_capacity": {"route", "layer"}}
+TPU_KERNELS = KERNELS | {"switch_capacity": {"route", "dispatch_mlp_combine"}}
 
 Change = Callable[[Layer], Layer]
 
 
 def layer_of(name: str, tokens: Any, tensors: Any, backend: str, shards: int) -> Layer:
     """A family's layer for a back end, with at least a group for each shard."""
-    layer = FAMILIES[name](tensors)
-    spec = dataclasses.replace(layer.spec, backend=backend, num_groups=max(layer.spec.num_groups, shards))
-    return Layer(layer.router(tokens, spec) if callable(layer.router) else layer.router, layer.weights, spec)
+    found = as_documented(name, tokens, tensors, shards)
+    weights = found.weights if backend == "xla" else fused(found.weights)
+    return found._replace(weights=weights, spec=dataclasses.replace(found.spec, backend=backend))
+
+
+def fused(weights: Any) -> Any:
+    """Gate and up apart, which kernels multiply and activate at once; but not those of gpt-oss, with biases between."""
+    if isinstance(weights, WithShared):
+        return weights._replace(routed=fused(weights.routed))
+    if isinstance(weights, JoinedGluWeights) and weights.gate_up_bias is None:
+        return GluWeights(*jnp.split(weights.gate_up, 2, axis=2), weights.down)
+    return weights
 
 
 def given_to(name: str, dtype: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -114,12 +124,12 @@ def check(name: str, dtype: str, backend: str, mesh: Any = None) -> None:
 
 
 def run_by_kernels(tokens: Any, layer: Layer, shards: int) -> set[str]:
-    """The verbs of the layer that another back end than XLA runs, or the span for the whole layer."""
+    """The spans of the layer that another back end than XLA fills."""
     spec = dataclasses.replace(layer.spec, num_groups=layer.spec.num_groups // shards)
     told = explain(tokens[: len(tokens) // shards], layer.router, layer.weights, spec, shards=shards).as_json()
-    verbs = ALL if told["layer"]["backend"] is None else {"route", "layer"}
-    verbs = verbs - {"route"} if isinstance(layer.router, Routing) else verbs
-    return {verb for verb in verbs if told[verb]["backend"] != "xla"}
+    verbs = {"dispatch", "experts", "combine"} if told["layer"]["backend"] is None else {"layer"}
+    verbs |= set() if isinstance(layer.router, Routing) else {"route"}
+    return {told[verb]["span"] for verb in verbs if told[verb]["backend"] != "xla"}
 
 
 def sample(*everyday: str) -> list:
@@ -159,7 +169,9 @@ WRONG: dict[str, tuple[str, Change]] = {
     "gates not renormalised": ("mixtral", lambda layer: with_spec(layer, router=RouterSpec())),
     "gate and up swapped": (
         "mixtral",
-        lambda layer: layer._replace(weights=GluWeights(layer.weights.up, layer.weights.gate, layer.weights.down)),
+        lambda given: given._replace(
+            weights=given.weights._replace(gate_up=jnp.roll(given.weights.gate_up, HIDDEN, 2))
+        ),
     ),
     "places by order of arrival": ("v_moe", lambda layer: with_spec(layer, priority="arrival")),
 }
