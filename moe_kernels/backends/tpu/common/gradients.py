@@ -148,5 +148,5 @@ def by_expert(sums: Float[Array, "Q F"], schedule: Schedule, layout: Layout, onc
     if once:
         return sums[: layout.num_experts]
     experts = jnp.arange(layout.num_experts, dtype=jnp.int32)
-    mine = (schedule.expert == experts[:, None]) & (schedule.part != PADDING)
-    return jnp.sum(jnp.where(mine[..., None], sums, 0.0), axis=1)
+    mine = (schedule.expert[None] == experts[:, None]) & (schedule.part[None] != PADDING)
+    return jnp.sum(jnp.where(mine[..., None], sums[None], 0.0), axis=1)
