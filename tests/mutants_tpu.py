@@ -182,8 +182,8 @@ MUTANTS = {
     ),
     "sums of items given to their neighbours": Mutant(
         MLP,
-        "mine = (schedule.expert == experts[:, None])",
-        "mine = (schedule.expert == experts[:, None] + 1)",
+        "mine = (schedule.expert[None] == experts[:, None])",
+        "mine = (schedule.expert[None] == experts[:, None] + 1)",
     ),
     "cotangents of tokens passed on added after rounding": Mutant(
         tests("test_tpu_route.py::test_the_cotangent_of_tokens_passed_on_is_added_before_rounding[exact tiles-tpu]"),
@@ -195,7 +195,7 @@ MUTANTS = {
         "(count <= number * short)",
         "(count <= number * short + 1)",
     ),
-    "an item of the last expert": Mutant(MATMUL, "end <= item[..., None]", "end < item[..., None]"),
+    "an item of the last expert": Mutant(MATMUL, "end[None, None] <= item", "end[None, None] < item"),
     "cores share items": Mutant(TWO_CORES, "return core * self.items + item", "return core + item"),
     "no piece for an expert that fills it": Mutant(
         tests("test_tpu_mlp.py::test_the_shortest_piece_that_fills_the_mxu_holds_all_rows"),

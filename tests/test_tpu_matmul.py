@@ -89,7 +89,9 @@ def test_an_activation_and_its_slope(activation):
     value, slope = activate_and_slope(jnp.asarray(x, jnp.float32), activation)
     bound = 8 * 2.0**-23 * np.maximum(np.abs(x), 1)
     assert (np.abs(value - reference.activate(x, activation)) < bound).all()
-    assert (np.abs(slope - reference.activate_derivative(x, activation)) < bound).all()
+    # The slope of GELU by tanh is 1 - tanh(u)², which is known to an eps, times x du/dx, where u grows like x³.
+    steep = 1 + 3 * 0.044715 * x**2 if activation == "gelu_tanh" else 1.0
+    assert (np.abs(slope - reference.activate_derivative(x, activation)) < bound * steep).all()
     np.testing.assert_array_equal(activate(jnp.asarray(x, jnp.float32), activation), value)
 
 
