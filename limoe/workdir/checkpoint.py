@@ -17,6 +17,7 @@ whole, so they can be read into any other sharding.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -233,6 +234,9 @@ class Checkpoints:
         try:
             self._commit(step, shapes, writing)
         except Exception as error:  # any: Orbax has many types for a full disk
+            # Once more, because the first close ended at the error: Orbax may still write what is removed below.
+            with contextlib.suppress(Exception):
+                writing.close()
             raise self._failed_write(step, shapes, error) from error
         self._newest = step
         if is_first():
