@@ -97,11 +97,16 @@ def computed_rows(implementation: Implementation, problem: Problem) -> int:
     return implementation.computed_rows(case, Counts(kept, wanted), setting) or case.tokens * case.choices
 
 
+# Matmuls with a one-hot tensor, forward and backward. Other operations have none.
+_AROUND = {"dispatch": (1, 1), "combine": (1, 2), "layer": (2, 3)}
+
+
 def _around_flops(implementation: Implementation, problem: Problem) -> float:
     """Count the FLOPs with a one-hot tensor: a matmul in each direction, and one more for the gates in combine."""
-    forward = {"dispatch": 1, "combine": 1, "layer": 2}.get(problem.op, 0)
-    backward = {"dispatch": 1, "combine": 2, "layer": 3}.get(problem.op, 0)
-    products = {"forward": forward, "backward": backward, "both": forward + backward}.get(problem.passes, 0)
+    if problem.op not in _AROUND:
+        return 0.0
+    forward, backward = _AROUND[problem.op]
+    products = {"forward": forward, "backward": backward, "both": forward + backward}[problem.passes]
     return products * implementation.around_flops(problem.case)
 
 

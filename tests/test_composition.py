@@ -2,14 +2,15 @@
 
 import dataclasses
 import functools
-from importlib.util import find_spec
 
+import equinox
 import jax
 import jax.export
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from flax import linen, nnx
 from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_leaves_with_path
@@ -309,10 +310,7 @@ def test_checks_of_indices_and_nans_raise_no_false_alarm(factor):
         jax.jit(gradient_of(loss))(*arguments)
 
 
-@pytest.mark.skipif(find_spec("flax") is None, reason="flax is not installed")
 def test_layers_of_flax():
-    from flax import linen, nnx
-
     a = problem()
     twin = moe_mlp(a.tokens, a.router, a.weights).tokens
 
@@ -340,10 +338,7 @@ def test_layers_of_flax():
     np.testing.assert_array_equal(found, other[...])
 
 
-@pytest.mark.skipif(find_spec("equinox") is None, reason="equinox is not installed")
 def test_layers_of_equinox():
-    import equinox
-
     a = problem()
 
     class Layer(equinox.Module):
