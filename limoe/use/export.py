@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,6 @@ def write_export(restored: RestoredModel, run: str | os.PathLike[str], out: str 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder} is there already and not empty; give a new folder with --out=DIR")
     files.make_folder(folder / "programs")
-    tensors = {name: np.asarray(leaf) for name, leaf in by_name(restored.encoder.parameters).items()}
-    metadata = {"format": "limoe", "version": _VERSION, "step": str(restored.step)}
-    with files.explained("write", folder / WEIGHTS):
-        save_file(tensors, folder / WEIGHTS, metadata=metadata)
     summary = json.loads(files.read_text(workdir.summary)) if workdir.finished else {}
     size = config.model.image_size
     texts = {
@@ -80,6 +77,12 @@ def write_export(restored: RestoredModel, run: str | os.PathLike[str], out: str 
     files.write_bytes(folder / "tokenizer.model", files.read_bytes(workdir.tokenizer))
     for name, program in _programs(config).items():
         files.write_bytes(folder / "programs" / f"{name}.jaxexport", program)
+    # Last, because a folder with weights is an export.
+    tensors = {name: np.asarray(leaf) for name, leaf in by_name(restored.encoder.parameters).items()}
+    metadata = {"format": "limoe", "version": _VERSION, "step": str(restored.step)}
+    with files.explained("write", folder / WEIGHTS):
+        save_file(tensors, folder / WEIGHTS, metadata=metadata)
+        shutil.copymode(folder / "config.json", folder / WEIGHTS)  # safetensors lets only the owner read
 
 
 def read_export(folder: str | os.PathLike[str], *, batch_sizes: Sequence[int]) -> RestoredModel:
