@@ -123,12 +123,15 @@ def test_threads_share_a_model(model, pictures):
         (lambda m: m.encode_image(["no/such.png"]), r"image 0 \(no/such.png\) cannot be used: .*no/such.png"),
         (lambda m: m.encode_image([np.zeros((4, 4, 3), np.float32)]), r"float32 \[4, 4, 3\] is no picture; give uint8"),
         (lambda m: m.encode_image(iter([None])), "NoneType is no picture"),
+        (lambda m: m.classify([], []), "classes is empty; give at least one"),
+        (lambda m: m.image_experts([]), "images is empty; give at least one"),
+        (lambda m: m.text_experts([]), "texts is empty; give at least one"),
         (lambda m: m.classify([], ["a"], templates="clip"), "no set of templates 'clip'; choose one of none, simple"),
         (lambda m: m.classify([], ["a"], templates=["a photo"]), "must have {} exactly once"),
     ],
 )
 def test_what_a_model_cannot_take(model, call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(limoe.InputError, match=message):
         call(model)
 
 
@@ -238,6 +241,8 @@ def test_the_commands(finished, export, tmp_path, capsys):
     assert re.fullmatch(r".*a\.png: (ring|square) \d+\.\d%, (ring|square) \d+\.\d%\n", capsys.readouterr().out)
     assert main(words[:-1]) == 2
     assert "classify needs --workdir=DIR, --classes=NAME,NAME and one or more pictures" in capsys.readouterr().err
+    assert main([*words, "--templates=clip"]) == 1
+    assert "no set of templates 'clip'" in capsys.readouterr().err
     out = tmp_path / "out"
     assert main(["export", f"--workdir={finished.folder}", f"--out={out}", "--step=8"]) == 0
     assert capsys.readouterr().out == f"wrote step 8 of {finished.folder} into {out}\n"

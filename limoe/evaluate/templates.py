@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 
+from limoe.errors import InputError
+
 _ARTICLES = ("a", "the")
 _PHOTOS = (
     *("bad", "low resolution", "cropped", "bright", "dark", "close-up", "black and white", "pixelated"),
@@ -39,21 +41,21 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 def templates_of(choice: str | Sequence[str]) -> tuple[str, ...]:
     """Return a set of templates by its name, or the templates that are given.
 
-    Raises ValueError for an unknown name, and for a template that does not have `{}` exactly once.
+    Raises InputError for an unknown name, and for a template that does not have `{}` exactly once.
 
     >>> len(templates_of("imagenet80")), templates_of(["a drawing of a {}"])
     (80, ('a drawing of a {}',))
     """
     if isinstance(choice, str):
         if choice not in TEMPLATES:
-            raise ValueError(
+            raise InputError(
                 f"there is no set of templates {choice!r}; choose one of {', '.join(TEMPLATES)}, or give a list of "
                 "templates such as ['a photo of a {}']"
             )
         return TEMPLATES[choice]
     for template in choice:
         if template.count("{}") != 1:
-            raise ValueError(f"the template {template!r} must have {{}} exactly once, where the class name goes")
+            raise InputError(f"the template {template!r} must have {{}} exactly once, where the class name goes")
     if not choice:
-        raise ValueError("the list of templates is empty; give at least one, such as '{}'")
+        raise InputError("the list of templates is empty; give at least one, such as '{}'")
     return tuple(choice)

@@ -91,19 +91,24 @@ def zero_shot(image: np.ndarray, classes: np.ndarray, label: np.ndarray) -> Zero
     return ZeroShot(hits1 / len(image), hits5 / len(image), 1 / num_classes, confusion)
 
 
-def probability(encoder: Encoder, data: Labelled, images: np.ndarray) -> np.ndarray:
-    """Compute the softmax over classes [N, Q] of scaled similarities: how sure the model is of each class."""
-    logits = encoder.scale * encoder.images(images) @ _of_classes(encoder, data.classes).T
+def probability(image: np.ndarray, classes: np.ndarray, scale: float) -> np.ndarray:
+    """Compute how sure the model is of each class [N, Q]: the softmax of scaled similarities of image embeddings [N, P]
+    and class embeddings [Q, P].
+
+    >>> probability(np.eye(2), np.eye(2), 2.0).round(2).tolist()
+    [[0.88, 0.12], [0.12, 0.88]]
+    """
+    logits = scale * image @ classes.T
     exponential = np.exp(logits - logits.max(axis=1, keepdims=True))
     return exponential / exponential.sum(axis=1, keepdims=True)
 
 
 def of_images(encoder: Encoder, data: Labelled) -> ZeroShot:
     """Classify all images of a data set."""
-    return zero_shot(encoder.images(data.pairs.images), _of_classes(encoder, data.classes), data.pairs.labels)
+    return zero_shot(encoder.images(data.pairs.images), embed_classes(encoder, data.classes), data.pairs.labels)
 
 
-def _of_classes(encoder: Encoder, classes: Classes) -> np.ndarray:
+def embed_classes(encoder: Encoder, classes: Classes) -> np.ndarray:
     """Compute one embedding for each class from all its prompts, [Q, P]."""
     return class_embeddings(encoder.texts(prompts(classes)), num_templates=len(classes.templates))
 

@@ -133,7 +133,8 @@ def draw(
     if data.zero_shot:
         chosen = np.linspace(0, len(data.zero_shot.pairs.images) - 1, EXAMPLES_SHOWN).astype(int)
         images = data.zero_shot.pairs.images[chosen]
-        probability = zero_shot.probability(encoder, data.zero_shot, images)
+        candidates = zero_shot.embed_classes(encoder, data.zero_shot.classes)
+        probability = zero_shot.probability(encoder.images(images), candidates, encoder.scale)
         names, labels = data.zero_shot.classes.names, data.zero_shot.pairs.labels[chosen]
         pictures.draw_examples(folder / "examples.png", images, probability, labels, names)
     if last.wanted is None or last.kept is None:

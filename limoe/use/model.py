@@ -16,12 +16,12 @@ from tqdm import tqdm
 from limoe.config.schema import PAD_ID
 from limoe.data import files
 from limoe.data.images import ImageError, decode, to_square
-from limoe.errors import LimoeError
+from limoe.errors import InputError
 from limoe.evaluate.data import Classes
 from limoe.evaluate.encode import Encoder
 from limoe.evaluate.restore import restored_encoder
 from limoe.evaluate.templates import templates_of
-from limoe.evaluate.zero_shot import class_embeddings, prompts
+from limoe.evaluate.zero_shot import embed_classes, probability
 from limoe.use.export import ExportError, is_export, read_export
 
 Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
@@ -32,10 +32,6 @@ Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 _BATCH_SIZES = (1, 8, 64)
 
 T = TypeVar("T")
-
-
-class InputError(LimoeError, ValueError):
-    """An input that the model cannot take; the message says which one, why, and what to give."""
 
 
 class Experts(NamedTuple):
@@ -87,23 +83,25 @@ class Model:
         """Compute how likely each class is for each picture: the softmax of scaled similarities (paper, section 7).
 
         `templates` are sentences with `{}` for the class name, or the name of a set: "none", "simple" or "imagenet80".
-        The embedding of a class is the mean over its sentences.
+        The embedding of a class is the mean over its sentences. Raises InputError without classes or for other
+        templates.
         """
-        sentences = templates_of(templates)
-        embeddings = self.encode_text(prompts(Classes(sentences, tuple(_several(classes, "classes")))))
-        candidates = class_embeddings(embeddings, num_templates=len(sentences))
-        logits = self.logit_scale * self.encode_image(images) @ candidates.T
-        exponential = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return exponential / exponential.sum(axis=1, keepdims=True)
+        names = tuple(_several(classes, "classes"))
+        _refuse_none(names, "classes")
+        candidates = embed_classes(self._encoder, Classes(templates_of(templates), names))
+        return probability(self.encode_image(images), candidates, self.logit_scale)
 
     def image_experts(self, images: Iterable[Picture]) -> Experts:
         """Find the expert of every patch, row by row of the picture. Raises ValueError for a dense model."""
         pixels = [self._pixels(*numbered) for numbered in enumerate(_several(images, "images"))]
+        _refuse_none(pixels, "images")
         return Experts(*map(np.asarray, self._encoder.assignments(self._stacked(pixels), None)))
 
     def text_experts(self, texts: Iterable[str]) -> tuple[Experts, list[list[str]]]:
         """Find the expert of every text token, and the tokens in words. Raises ValueError for a dense model."""
-        ids = self._encoder.tokenize([_text(*numbered) for numbered in enumerate(_several(texts, "texts"))])
+        given = [_text(*numbered) for numbered in enumerate(_several(texts, "texts"))]
+        _refuse_none(given, "texts")
+        ids = self._encoder.tokenize(given)
         found = Experts(*map(np.asarray, self._encoder.assignments(None, ids)))
         return found, [[self._encoder.piece(token) for token in row if token != PAD_ID] for row in ids.tolist()]
 
@@ -160,6 +158,11 @@ def _several(inputs: Iterable[T], name: str) -> Iterable[T]:
     if one or (isinstance(inputs, np.ndarray) and inputs.ndim < 4 and inputs.dtype == np.uint8):
         raise InputError(f"{name} must be a list; put the one that you have into [ ]")
     return inputs
+
+
+def _refuse_none(inputs: Sequence[Any], name: str) -> None:
+    if not inputs:
+        raise InputError(f"{name} is empty; give at least one")
 
 
 def _in_batches(
