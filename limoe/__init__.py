@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from limoe.use.model import Experts, InputError, Model, load
+    from limoe.use.model import InputError, Model, TokenExperts, load
 
 __version__ = "0.1.0"
-__all__ = ["Experts", "InputError", "Model", "load"]
+__all__ = ["InputError", "Model", "TokenExperts", "load"]
 
 
 def __getattr__(name: str) -> Any:

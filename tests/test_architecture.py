@@ -104,6 +104,21 @@ def cycles(graph: dict[str, set[str]]) -> set[str]:
     return set(left)
 
 
+# Classes that play the same part each in its own module: what a kernel gets, what a backward pass needs, an evaluator's
+# figures.
+ONE_EACH = {"Figures", "MatmulSaved", "MlpSaved", "RouteSaved", "_Inputs", "_Kernel", "_Scratch"}
+
+
+def test_no_two_classes_share_a_name():
+    homes: dict[str, list[str]] = {}
+    for module, path in FILES.items():
+        if in_package(module, "moe_kernels") or in_package(module, "limoe"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef) and node.name not in ONE_EACH:
+                    homes.setdefault(node.name, []).append(module)
+    assert not {name: modules for name, modules in homes.items() if len(modules) > 1}
+
+
 @pytest.mark.parametrize("module", [name for name in FILES if in_package(name, "moe_kernels")])
 def test_moe_kernels_imports_run_downwards(module):
     number, entry = level_of(module)

@@ -34,7 +34,7 @@ _BATCH_SIZES = (1, 8, 64)
 T = TypeVar("T")
 
 
-class Experts(NamedTuple):
+class TokenExperts(NamedTuple):
     """The first choice of every token, and its gate, by MoE layer."""
 
     expert: Int32[np.ndarray, "L N T"]
@@ -91,18 +91,18 @@ class Model:
         candidates = embed_classes(self._encoder, Classes(templates_of(templates), names))
         return probability(self.encode_image(images), candidates, self.logit_scale)
 
-    def image_experts(self, images: Iterable[Picture]) -> Experts:
+    def image_experts(self, images: Iterable[Picture]) -> TokenExperts:
         """Find the expert of every patch, row by row of the picture. Raises ValueError for a dense model."""
         pixels = [self._pixels(*numbered) for numbered in enumerate(_several(images, "images"))]
         _refuse_none(pixels, "images")
-        return Experts(*map(np.asarray, self._encoder.assignments(self._stacked(pixels), None)))
+        return TokenExperts(*map(np.asarray, self._encoder.assignments(self._stacked(pixels), None)))
 
-    def text_experts(self, texts: Iterable[str]) -> tuple[Experts, list[list[str]]]:
+    def text_experts(self, texts: Iterable[str]) -> tuple[TokenExperts, list[list[str]]]:
         """Find the expert of every text token, and the tokens in words. Raises ValueError for a dense model."""
         given = [_text(*numbered) for numbered in enumerate(_several(texts, "texts"))]
         _refuse_none(given, "texts")
         ids = self._encoder.tokenize(given)
-        found = Experts(*map(np.asarray, self._encoder.assignments(None, ids)))
+        found = TokenExperts(*map(np.asarray, self._encoder.assignments(None, ids)))
         return found, [[self._encoder.piece(token) for token in row if token != PAD_ID] for row in ids.tolist()]
 
     def _of_images(

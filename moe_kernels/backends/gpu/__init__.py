@@ -6,7 +6,7 @@ import functools
 
 from moe_kernels.backends.base import Backend, Problem, Span, SpanName, by_kernel_alone
 from moe_kernels.backends.gpu.common.kernels import Kernels
-from moe_kernels.backends.gpu.common.launch import Gpu, Simulator
+from moe_kernels.backends.gpu.common.launch import GpuTarget, Simulator
 from moe_kernels.backends.gpu.permute import PERMUTE
 from moe_kernels.backends.gpu.sm90 import SM90
 from moe_kernels.backends.mlp_parts import in_two_matmuls, problems_of
@@ -70,13 +70,15 @@ def _span(problem: Problem) -> Span:
     assert chip is not None, "refused by why_not"
     kernels = _kernels(problem, chip)
     assert kernels is not None, "refused by why_not"
-    device = Gpu(chip, SIMULATED_SMS, _simulator) if problem.platform == "cpu" else Gpu(chip, problem.num_cores)
+    device = (
+        GpuTarget(chip, SIMULATED_SMS, _simulator) if problem.platform == "cpu" else GpuTarget(chip, problem.num_cores)
+    )
     span = _on(device, kernels.spans[problem.span])
     return by_kernel_alone(span) if problem.span == "route" else span
 
 
 @functools.lru_cache
-def _on(device: Gpu, span: Span) -> Span:
+def _on(device: GpuTarget, span: Span) -> Span:
     """One span for each device, so that JAX finds what it has traced before."""
     value = None if span.value is None else functools.partial(span.value, device)
     return Span(functools.partial(span.forward, device), functools.partial(span.backward, device), value)

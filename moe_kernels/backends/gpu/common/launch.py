@@ -26,7 +26,7 @@ Simulator = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Gpu:
+class GpuTarget:
     """Where a kernel runs: the chip, its number of streaming multiprocessors, and the simulator that stands for it."""
 
     chip: Generation
@@ -46,7 +46,7 @@ class Gpu:
 def launch(
     kernel: Callable[[Any, Any, Any], None],
     name: str,
-    device: Gpu,
+    device: GpuTarget,
     inputs: Any,
     outputs: Any,
     scratch: Any,

@@ -21,7 +21,7 @@ from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, Gpu, Ring, launch, over_steps, specialise
+from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, GpuTarget, Ring, launch, over_steps, specialise
 from moe_kernels.backends.gpu.permute.tiles import ACCESS_BYTES, GATHER_ROWS, HALF_WARP, gather_blocks
 
 TILE_ROWS = NUM_CONSUMERS * GATHER_ROWS
@@ -41,7 +41,7 @@ class Gathered(NamedTuple):
 def gather_rows(
     x: Float[Array, "N D"],
     index: Int[Array, "M K"],
-    device: Gpu,
+    device: GpuTarget,
     *,
     weight: Float[Array, "M K"] | None = None,
     other: Float[Array, "M D"] | None = None,
@@ -125,7 +125,7 @@ def _copy(source: Any, to: Any, full: Any) -> None:
 class _Kernel(NamedTuple):
     """What is static, and the references."""
 
-    device: Gpu
+    device: GpuTarget
     terms: int
     inputs: _Inputs
     outputs: _Outputs

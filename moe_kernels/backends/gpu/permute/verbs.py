@@ -10,26 +10,28 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moe_kernels.backends.gpu.common.launch import Gpu
+from moe_kernels.backends.gpu.common.launch import GpuTarget
 from moe_kernels.backends.gpu.permute.gather import gather_rows
 from moe_kernels.types import Plan
 
 
 def dispatch_forward(
-    device: Gpu, static: None, tokens: Float[Array, "T D"], plan: Plan
+    device: GpuTarget, static: None, tokens: Float[Array, "T D"], plan: Plan
 ) -> tuple[Float[Array, "R D"], Plan]:
     """Copy tokens into their rows; unused rows are 0."""
     # An unused row has the source T K, so the token T, which is none.
     return gather_rows(tokens, (plan.source // plan.layout.num_choices)[:, None], device).rows, plan
 
 
-def dispatch_backward(device: Gpu, static: None, plan: Plan, drows: Float[Array, "R D"]) -> tuple[Float[Array, "T D"]]:
+def dispatch_backward(
+    device: GpuTarget, static: None, plan: Plan, drows: Float[Array, "R D"]
+) -> tuple[Float[Array, "T D"]]:
     """Add up the cotangents of a token's rows, in float32."""
     return (gather_rows(drows, plan.row, device).rows,)
 
 
 def combine_forward(
-    device: Gpu, static: None, rows: Float[Array, "R D"], gate: Float[Array, "T K"], plan: Plan
+    device: GpuTarget, static: None, rows: Float[Array, "R D"], gate: Float[Array, "T K"], plan: Plan
 ) -> tuple[Float[Array, "T D"], tuple[Float[Array, "R D"], Float[Array, "T K"], Plan]]:
     """Weigh and add a token's rows in float32; a token with a gate that is not finite becomes NaN."""
     weight = jnp.where(jnp.isfinite(gate), gate, jnp.float32(jnp.nan))
@@ -37,7 +39,7 @@ def combine_forward(
 
 
 def combine_backward(
-    device: Gpu,
+    device: GpuTarget,
     static: None,
     saved: tuple[Float[Array, "R D"], Float[Array, "T K"], Plan],
     dtokens: Float[Array, "T D"],

@@ -16,14 +16,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, Gpu, Ring, launch, over_steps, specialise
+from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, GpuTarget, Ring, launch, over_steps, specialise
 from moe_kernels.backends.gpu.common.schedule import RowTiles
 from moe_kernels.backends.gpu.sm90.tiling import CHUNK, DEPTH, SUM_STAGES, WARPGROUP_ROWS
 from moe_kernels.backends.gpu.sm90.wgmma import swizzled
 from moe_kernels.types import ROW_ALIGNMENT
 
 
-def column_sums(rows: Float[Array, "R F"], tiles: RowTiles, device: Gpu) -> Float[Array, "E F"]:
+def column_sums(rows: Float[Array, "R F"], tiles: RowTiles, device: GpuTarget) -> Float[Array, "E F"]:
     """`s_e = sum of the rows of expert e`, float32; `tiles` are 64 rows high. Exactly 0 without rows."""
     scratch = _Scratch(
         rows=swizzled((SUM_STAGES, NUM_CONSUMERS, DEPTH, CHUNK), rows.dtype),

@@ -43,7 +43,7 @@ class Stored(NamedTuple):
     values: Float[Array, "64 C"]
 
 
-class Tile(NamedTuple):
+class TileProducts(NamedTuple):
     """What a consumer has of a tile: the products of 64 rows, what is read beside them, where results go."""
 
     products: Float[Array, "64 F"]
@@ -91,7 +91,7 @@ class Epilogue(abc.ABC):
         """Columns of the results where z has so many."""
 
     @abc.abstractmethod
-    def results(self, tile: Tile) -> Iterator[Stored]:
+    def results(self, tile: TileProducts) -> Iterator[Stored]:
         """What is stored, chunk by chunk."""
 
 
@@ -108,7 +108,7 @@ class Store(Epilogue):
         """One result."""
         return Results(None, columns)
 
-    def results(self, tile: Tile) -> Iterator[Stored]:
+    def results(self, tile: TileProducts) -> Iterator[Stored]:
         """Nothing but z."""
         for chunk, column in tile.chunks():
             yield Stored(tile.outputs.out, column, tile.rounded(chunk))
@@ -140,7 +140,7 @@ class Activate(_Forward):
         """Two results of one size."""
         return Results(columns if self.keep else None, columns)
 
-    def results(self, tile: Tile) -> Iterator[Stored]:
+    def results(self, tile: TileProducts) -> Iterator[Stored]:
         """First what is kept."""
         for chunk, column in tile.chunks():
             rounded = tile.rounded(chunk)
@@ -166,7 +166,7 @@ class Gated(_Forward):
         """The result is half as wide."""
         return Results(columns if self.keep else None, columns // 2)
 
-    def results(self, tile: Tile) -> Iterator[Stored]:
+    def results(self, tile: TileProducts) -> Iterator[Stored]:
         """A gate, what it lets pass, and their product."""
         # A gate and what it lets pass lie in one tile, and a bias would have to take turns with another.
         assert tile.bias is None and tile.products.shape[1] % (2 * CHUNK) == 0
@@ -198,7 +198,7 @@ class ActivateBackward(Epilogue):
         """Two results of one size."""
         return Results(columns, columns)
 
-    def results(self, tile: Tile) -> Iterator[Stored]:
+    def results(self, tile: TileProducts) -> Iterator[Stored]:
         """First the gradient."""
         # There are registers for two chunks, and a buffer for each.
         assert tile.hidden is not None and tile.products.shape[1] == 2 * CHUNK

@@ -15,7 +15,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights
 from moe_kernels.backends.gpu.common.activation import activate_and_slope
-from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, Gpu
+from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, GpuTarget
 from moe_kernels.backends.gpu.common.schedule import RowTiles, row_tiles
 from moe_kernels.backends.gpu.sm90.column_sums import column_sums
 from moe_kernels.backends.gpu.sm90.epilogues import Activate, Epilogue, Gated, Results, Store
@@ -51,14 +51,14 @@ def float32_of(bias: Float[Array, "E F"] | None) -> Float[Array, "E F"] | None:
 
 
 def grouped_matmul_value(
-    device: Gpu, static: MatmulStatic, rows: Float[Array, "R D"], weights: MatmulWeights, runs: Runs
+    device: GpuTarget, static: MatmulStatic, rows: Float[Array, "R D"], weights: MatmulWeights, runs: Runs
 ) -> Float[Array, "R F"]:
     """`y = x W_e` and what follows it, in one kernel; unused rows hold anything, NaN included."""
     return _results(device, static, rows, weights, runs, keep=False).out
 
 
 def grouped_matmul_forward(
-    device: Gpu, static: MatmulStatic, rows: Float[Array, "R D"], weights: MatmulWeights, runs: Runs
+    device: GpuTarget, static: MatmulStatic, rows: Float[Array, "R D"], weights: MatmulWeights, runs: Runs
 ) -> tuple[Float[Array, "R F"], MatmulSaved]:
     """The same, with what the activation was of kept for the backward pass."""
     hidden, out = _results(device, static, rows, weights, runs, keep=True)
@@ -66,7 +66,13 @@ def grouped_matmul_forward(
 
 
 def _results(
-    device: Gpu, static: MatmulStatic, rows: Float[Array, "R D"], weights: MatmulWeights, runs: Runs, *, keep: bool
+    device: GpuTarget,
+    static: MatmulStatic,
+    rows: Float[Array, "R D"],
+    weights: MatmulWeights,
+    runs: Runs,
+    *,
+    keep: bool,
 ) -> Results:
     """The result, and what the activation was of where there is one that is kept."""
     matrix, tiles = _matrix(weights).astype(rows.dtype), tall_tiles(runs, static.layout)
@@ -77,7 +83,7 @@ def _results(
 
 
 def grouped_matmul_backward(
-    device: Gpu, static: MatmulStatic, saved: MatmulSaved, dout: Float[Array, "R F"]
+    device: GpuTarget, static: MatmulStatic, saved: MatmulSaved, dout: Float[Array, "R F"]
 ) -> tuple[jax.Array, MatmulWeights]:
     """`dX_e = dH_e W_eᵀ`, `dW_e = X_eᵀ dH_e` and `db_e = Σ dH_e`, where `dH` is `dY` taken back by XLA."""
     rows, hidden, weights, runs = saved
@@ -95,7 +101,7 @@ def linear_backward(
     rows: Float[Array, "R D"],
     dout: Float[Array, "R F"],
     tiles: tuple[RowTiles, RowTiles],
-    device: Gpu,
+    device: GpuTarget,
 ) -> tuple[Float[Array, "R D"], MatmulWeights]:
     """`dX_e = dY_e W_eᵀ` and the gradients of the weights, for a matmul with nothing behind it; tall and flat tiles."""
     tall, flat = tiles
@@ -104,7 +110,7 @@ def linear_backward(
 
 
 def weight_gradients(
-    weights: MatmulWeights, rows: Float[Array, "R D"], dout: Float[Array, "R F"], tiles: RowTiles, device: Gpu
+    weights: MatmulWeights, rows: Float[Array, "R D"], dout: Float[Array, "R F"], tiles: RowTiles, device: GpuTarget
 ) -> MatmulWeights:
     """`dW_e = X_eᵀ dY_e` and `db_e = Σ dY_e`, each in the dtype of what it is of, written so where the kernel can."""
     weight, bias, _ = weights

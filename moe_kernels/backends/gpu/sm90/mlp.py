@@ -15,7 +15,7 @@ from typing import NamedTuple
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MatmulWeights, MlpStatic
-from moe_kernels.backends.gpu.common.launch import Gpu
+from moe_kernels.backends.gpu.common.launch import GpuTarget
 from moe_kernels.backends.gpu.sm90.epilogues import Activate, ActivateBackward, Results
 from moe_kernels.backends.gpu.sm90.matmul import flat_tiles, float32_of, linear_backward, tall_tiles, weight_gradients
 from moe_kernels.backends.gpu.sm90.row_matmul import row_matmul
@@ -33,14 +33,14 @@ class MlpSaved(NamedTuple):
 
 
 def expert_mlp_value(
-    device: Gpu, static: MlpStatic, rows: Float[Array, "R D"], weights: MlpWeights, runs: Runs
+    device: GpuTarget, static: MlpStatic, rows: Float[Array, "R D"], weights: MlpWeights, runs: Runs
 ) -> Float[Array, "R D"]:
     """`y = act(x w1_e + b1_e) w2_e + b2_e`; unused rows hold anything, NaN included."""
     return _results(device, static, rows, weights, runs, keep=False).out
 
 
 def expert_mlp_forward(
-    device: Gpu, static: MlpStatic, rows: Float[Array, "R D"], weights: MlpWeights, runs: Runs
+    device: GpuTarget, static: MlpStatic, rows: Float[Array, "R D"], weights: MlpWeights, runs: Runs
 ) -> tuple[Float[Array, "R D"], MlpSaved]:
     """The same, with the hidden layer before the activation kept for the backward pass."""
     hidden, out = _results(device, static, rows, weights, runs, keep=True)
@@ -48,7 +48,7 @@ def expert_mlp_forward(
 
 
 def _results(
-    device: Gpu, static: MlpStatic, rows: Float[Array, "R D"], weights: MlpWeights, runs: Runs, *, keep: bool
+    device: GpuTarget, static: MlpStatic, rows: Float[Array, "R D"], weights: MlpWeights, runs: Runs, *, keep: bool
 ) -> Results:
     """The result, and the hidden layer before the activation if that is kept."""
     tiles, w1, w2 = tall_tiles(runs, static.layout), weights.w1.astype(rows.dtype), weights.w2.astype(rows.dtype)
@@ -58,7 +58,7 @@ def _results(
 
 
 def expert_mlp_backward(
-    device: Gpu, static: MlpStatic, saved: MlpSaved, dout: Float[Array, "R D"]
+    device: GpuTarget, static: MlpStatic, saved: MlpSaved, dout: Float[Array, "R D"]
 ) -> tuple[Float[Array, "R D"], MlpWeights]:
     """All gradients; an expert without rows gets exactly 0."""
     rows, hidden, weights, runs = saved

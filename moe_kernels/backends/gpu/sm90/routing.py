@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_kernels.backends.base import RouteInputs, RouteStatic
 from moe_kernels.backends.gpu.common.activation import normal
-from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, Gpu, Ring, launch, over_steps, specialise
+from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, GpuTarget, Ring, launch, over_steps, specialise
 from moe_kernels.backends.gpu.sm90.tiling import DEPTH, WARPGROUP_ROWS, route_blocks
 from moe_kernels.backends.gpu.sm90.wgmma import add_products, swizzled
 from moe_kernels.backends.route_parts import FAR, NEVER, Experts, split
@@ -46,7 +46,11 @@ class _Decided(NamedTuple):
 
 
 def route_forward(
-    device: Gpu, static: RouteStatic, tokens: Float[Array, "T D"], router: Float[Array, "D E"], inputs: RouteInputs
+    device: GpuTarget,
+    static: RouteStatic,
+    tokens: Float[Array, "T D"],
+    router: Float[Array, "D E"],
+    inputs: RouteInputs,
 ) -> tuple[Routing, RouteSaved]:
     """Decide experts (ties to the lower index), gates and sums."""
     num_tokens, num_experts = tokens.shape[0], router.shape[1]
@@ -120,7 +124,7 @@ class _Scratch(NamedTuple):
     ring: Ring
 
 
-def _route(inputs: _Inputs, device: Gpu, static: RouteStatic, num_experts: int) -> _Decided:
+def _route(inputs: _Inputs, device: GpuTarget, static: RouteStatic, num_experts: int) -> _Decided:
     """Run the kernel on tokens `[T, D]`, pieces `[P, D]`, members `[N, W, 64]` and noise `[N, W, 64, E]` or None."""
     columns, tiles = inputs.pieces.shape[0], inputs.member.shape[0]
     padded, blocks = columns // PIECES, route_blocks(columns, device.chip)
@@ -160,7 +164,7 @@ class _Chosen(NamedTuple):
 class _Kernel(NamedTuple):
     """What is static, and the references."""
 
-    device: Gpu
+    device: GpuTarget
     static: RouteStatic
     num_experts: int
     inputs: _Inputs

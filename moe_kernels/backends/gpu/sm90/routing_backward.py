@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import RouteStatic
-from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, Gpu
+from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, GpuTarget
 from moe_kernels.backends.gpu.sm90.matmul import flat_tiles, tall_tiles
 from moe_kernels.backends.gpu.sm90.routing import PIECES
 from moe_kernels.backends.gpu.sm90.row_matmul import row_matmul
@@ -27,7 +27,7 @@ from moe_kernels.types import ROW_ALIGNMENT, Layout, Routing, Runs, round_up
 
 
 def route_backward(
-    device: Gpu,
+    device: GpuTarget,
     static: RouteStatic,
     saved: RouteSaved,
     cotangent: Routing,
@@ -44,7 +44,7 @@ def route_backward(
     return dtokens.astype(tokens.dtype), drouter
 
 
-def _dtokens(dlogits: Float[Array, "T E"], router: Float[Array, "D E"], device: Gpu) -> Float[Array, "T D"]:
+def _dtokens(dlogits: Float[Array, "T E"], router: Float[Array, "D E"], device: GpuTarget) -> Float[Array, "T D"]:
     """`dA Wᵀ`: high high + high low + low high."""
     num_tokens, num_experts = dlogits.shape
     (high, low), (w_high, w_low) = split(dlogits, 2), split(router.astype(jnp.float32).T, 2)
@@ -58,7 +58,7 @@ def _dtokens(dlogits: Float[Array, "T E"], router: Float[Array, "D E"], device: 
     return row_matmul(rows, weight[None], tall_tiles(one, layout), device).out[:num_tokens]
 
 
-def _drouter(tokens: Float[Array, "T D"], dlogits: Float[Array, "T E"], device: Gpu) -> Float[Array, "D E"]:
+def _drouter(tokens: Float[Array, "T D"], dlogits: Float[Array, "T E"], device: GpuTarget) -> Float[Array, "D E"]:
     """`xᵀ dA` over parts of the tokens, piece by piece of dA, small ones first."""
     (num_tokens, width), num_experts = tokens.shape, dlogits.shape[1]
     columns = round_up(PIECES * num_experts, WIDTH_ALIGNMENT)

@@ -20,9 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, Gpu, Ring, launch, over_steps, specialise
+from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, GpuTarget, Ring, launch, over_steps, specialise
 from moe_kernels.backends.gpu.common.schedule import RowTiles
-from moe_kernels.backends.gpu.sm90.epilogues import Epilogue, Fetched, Results, Store, Tile
+from moe_kernels.backends.gpu.sm90.epilogues import Epilogue, Fetched, Results, Store, TileProducts
 from moe_kernels.backends.gpu.sm90.tiling import CHUNK, DEPTH, WARPGROUP_ROWS, Blocks, choose_blocks
 from moe_kernels.backends.gpu.sm90.wgmma import add_products, store_rows, swizzled
 from moe_kernels.types import ROW_ALIGNMENT
@@ -32,7 +32,7 @@ def row_matmul(
     rows: Float[Array, "R D"],
     weight: Float[Array, "E D F"] | Float[Array, "E F D"],
     tiles: RowTiles,
-    device: Gpu,
+    device: GpuTarget,
     epilogue: Epilogue = Store(),  # noqa: B008 (frozen)
     *,
     transposed: bool = False,
@@ -172,7 +172,7 @@ class _Kernel(NamedTuple):
         products = add_products(self.blocks.columns, scratch.ring, filled, self.slices, multiply)
         if scratch.bias is not None:
             plgpu.barrier_wait(scratch.bias.full.at[wg])
-        tile = Tile(products, scratch.bias, scratch.hidden, self.outputs, wg, column)
+        tile = TileProducts(products, scratch.bias, scratch.hidden, self.outputs, wg, column)
         for n, (output, across, values) in enumerate(self.epilogue.results(tile)):
             # All copies of the last tile have read their buffers; in a tile, the copy before the last one.
             plgpu.wait_smem_to_gmem(1 if n else 0, wait_read_only=True)

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, DTypeLike, Float
 
-from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, Gpu, Ring, launch, over_steps, specialise
+from moe_kernels.backends.gpu.common.launch import NUM_CONSUMERS, GpuTarget, Ring, launch, over_steps, specialise
 from moe_kernels.backends.gpu.common.schedule import RowTiles
 from moe_kernels.backends.gpu.sm90.tiling import DEPTH, SWIZZLE_BYTES, WARPGROUP_ROWS, Blocks, choose_blocks
 from moe_kernels.backends.gpu.sm90.wgmma import add_products, swizzled
@@ -29,7 +29,7 @@ def weight_gradient(
     rows: Float[Array, "R D"],
     drows: Float[Array, "R F"],
     tiles: RowTiles,
-    device: Gpu,
+    device: GpuTarget,
     *,
     dtype: DTypeLike,
 ) -> Float[Array, "E D F"]:

@@ -22,7 +22,7 @@ from moe_kernels.backends.tpu.common.step import Step
 from moe_kernels.types import Layout
 
 
-class Gradient(NamedTuple):
+class WeightGradient(NamedTuple):
     """One weight: its gradient `[E, D, F]` (`columns`) or `[E, F, D]` in HBM, chunks in VMEM, and their float32 sum."""
 
     hbm: Any
@@ -43,7 +43,7 @@ class Gradients(NamedTuple):
     scalars: Scalars
     chunk: int
     once: bool
-    weights: tuple[Gradient, ...]
+    weights: tuple[WeightGradient, ...]
     written: Any
     fetched: Any
 

@@ -39,16 +39,16 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class Operand:
     """An operand, or shape and dtype of a result, and how the kernel gets it: in blocks, or by its own copies."""
 
     array: Any
     spec: pl.BlockSpec = dataclasses.field(default_factory=lambda: pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM))
 
 
-def result(shape: tuple[int, ...], dtype: Any, *spec: pl.BlockSpec) -> Block:
+def result(shape: tuple[int, ...], dtype: Any, *spec: pl.BlockSpec) -> Operand:
     """A result of a kernel."""
-    return Block(jax.ShapeDtypeStruct(shape, dtype), *spec)
+    return Operand(jax.ShapeDtypeStruct(shape, dtype), *spec)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moe_kernels.backends.tpu.common.launch import Block
+from moe_kernels.backends.tpu.common.launch import Operand
 from moe_kernels.backends.tpu.common.rows import Scalar
 
 
-def room_for_casts(weights: Sequence[Block], dtype: Any) -> tuple[Any, ...] | None:
+def room_for_casts(weights: Sequence[Operand], dtype: Any) -> tuple[Any, ...] | None:
     """Scratch memory for a chunk of each weight in the dtype of the rows; None where all have that."""
     if all(weight.array.dtype == dtype for weight in weights):
         return None

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from moe_kernels.backends.base import MatmulWeights, MlpStatic
 from moe_kernels.backends.mlp_parts import Matmuls, gradients_like
 from moe_kernels.backends.tpu.common.grid import grid_of
-from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
+from moe_kernels.backends.tpu.common.launch import Call, Operand, Target, launch, result
 from moe_kernels.backends.tpu.common.products import Products
 from moe_kernels.backends.tpu.common.rows import Scalar, over_pieces, pieces_of
 from moe_kernels.backends.tpu.common.tiling import PIECE, straight, straight_pieces
@@ -60,12 +60,12 @@ def run_fused_backward(
     some = pl.BlockSpec((tiles.load, width), steps.loaded)
     first, b1, second, _ = weight_blocks(weights, steps, mlp)
     inputs = _FusedBackwardInputs(
-        tokens=Block(tokens, some),
-        dout=Block(dout, some),
-        ungated=Block(ungated, some),
+        tokens=Operand(tokens, some),
+        dout=Operand(dout, some),
+        ungated=Operand(ungated, some),
         weights=(*first, second),
         b1=b1,
-        factor=Block(factor, pl.BlockSpec(factor.shape, steps.all)),
+        factor=Operand(factor, pl.BlockSpec(factor.shape, steps.all)),
     )
     found = launch(
         lambda *refs: _FusedBackward(tiles, static, steps.grid, depth, *refs).run(),

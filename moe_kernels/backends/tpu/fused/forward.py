@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.tpu.common.grid import grid_of
-from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
+from moe_kernels.backends.tpu.common.launch import Call, Operand, Target, launch, result
 from moe_kernels.backends.tpu.common.products import parts_of, result_of
 from moe_kernels.backends.tpu.common.rows import Scalar
 from moe_kernels.backends.tpu.common.tiling import PIECE
@@ -63,9 +63,9 @@ def run_fused(
     factor = jnp.where(plan.row < layout.num_rows, gate, jnp.float32(0))
     factor = in_lanes(jnp.where(jnp.isfinite(gate), factor, jnp.float32(jnp.nan)), tiles)
     inputs = _FusedForwardInputs(
-        Block(tokens, pl.BlockSpec((tiles.load, width), steps.loaded)),
+        Operand(tokens, pl.BlockSpec((tiles.load, width), steps.loaded)),
         *weight_blocks(weights, steps, mlp),
-        Block(factor, pl.BlockSpec(factor.shape, steps.all)),
+        Operand(factor, pl.BlockSpec(factor.shape, steps.all)),
     )
     out = result(tokens.shape, tokens.dtype, pl.BlockSpec((tiles.load, width), steps.left))
     # Worked on where they leave from. What an expert without rows has there is anything.

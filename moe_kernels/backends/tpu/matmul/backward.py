@@ -18,9 +18,15 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights, epilogue_of
-from moe_kernels.backends.tpu.common.gradients import Gradient, Gradients, by_expert, gradient_dtype, gradient_slots
+from moe_kernels.backends.tpu.common.gradients import (
+    Gradients,
+    WeightGradient,
+    by_expert,
+    gradient_dtype,
+    gradient_slots,
+)
 from moe_kernels.backends.tpu.common.grid import Grid, grid_of, scalars_of, sizes_of
-from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
+from moe_kernels.backends.tpu.common.launch import Call, Operand, Target, launch, result
 from moe_kernels.backends.tpu.common.products import parts_of, rounded, taken_back, times_transposed
 from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, over_pieces, pieces_of, used_rows
 from moe_kernels.backends.tpu.common.step import ChunkCopies, Step, this_step
@@ -64,7 +70,7 @@ def run_backward(
     grid, once = grid_of(static.layout, tiles, target), one_item(static.layout, tiles.rows)
     dtype, expert_width = gradient_dtype(weights.weight.dtype, once), weights.weight.shape[2]
     dout = jnp.pad(dout, ((0, 0), (0, tiles.padded - expert_width)))
-    inputs = _MatmulBackwardInputs(Block(rows), Block(dout), *weight_blocks(weights, grid, tiles))
+    inputs = _MatmulBackwardInputs(Operand(rows), Operand(dout), *weight_blocks(weights, grid, tiles))
     sums = (grid.cores * grid.items, 1, tiles.padded), jnp.float32, pl.BlockSpec((1, 1, tiles.chunk), grid.item_columns)
     outputs = _MatmulBackwardOutputs(
         drows=result(rows.shape, rows.dtype),
@@ -162,7 +168,7 @@ class _MatmulBackward(NamedTuple):
             self.scalars,
             self.tiles.chunk,
             self.once,
-            tuple(Gradient(*arrays, columns=True) for arrays in weights),
+            tuple(WeightGradient(*arrays, columns=True) for arrays in weights),
             scratch.dw_written,
             scratch.dw_fetched,
         )

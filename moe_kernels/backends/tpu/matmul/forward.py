@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MatmulStatic, MatmulWeights, epilogue_of
 from moe_kernels.backends.tpu.common.grid import Grid, grid_of, scalars_of, sizes_of
-from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
+from moe_kernels.backends.tpu.common.launch import Call, Operand, Target, launch, result
 from moe_kernels.backends.tpu.common.products import parts_of, result_of
 from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, over_pieces, pieces_of
 from moe_kernels.backends.tpu.common.step import ChunkCopies, this_step
@@ -61,7 +61,7 @@ def run_forward(
     """The forward pass with given block sizes."""
     width, chunk, held = rows.shape[1], tiles.chunk, tiles.rows.rows
     grid = grid_of(static.layout, tiles, target)
-    inputs = _MatmulForwardInputs(Block(rows), *weight_blocks(weights, grid, tiles))
+    inputs = _MatmulForwardInputs(Operand(rows), *weight_blocks(weights, grid, tiles))
     flops = 2 * len(inputs.weights) * rows.size * tiles.padded
     outputs = launch(
         functools.partial(_forward, tiles, static, grid),
@@ -81,20 +81,20 @@ def run_forward(
     return outputs.out[:, : weights.weight.shape[2]]
 
 
-def weight_blocks(weights: MatmulWeights, grid: Grid, tiles: Tiles) -> tuple[tuple[Block, ...], Block | None]:
+def weight_blocks(weights: MatmulWeights, grid: Grid, tiles: Tiles) -> tuple[tuple[Operand, ...], Operand | None]:
     """Chunks of each matrix, with F rounded up, and of the bias `[E, 1, F]` in float32."""
     _, width, expert_width = weights.weight.shape
     more = tiles.padded - expert_width
     columns = pl.BlockSpec((1, width, tiles.chunk), grid.columns)
     matrices = tuple(
-        Block(jnp.pad(w, ((0, 0), (0, 0), (0, more))) if more else w, columns)
+        Operand(jnp.pad(w, ((0, 0), (0, 0), (0, more))) if more else w, columns)
         for w in (weights.weight, weights.up)
         if w is not None
     )
     if weights.bias is None:
         return matrices, None
     bias = jnp.pad(weights.bias.astype(jnp.float32), ((0, 0), (0, more)))[:, None]
-    return matrices, Block(bias, pl.BlockSpec((1, 1, tiles.chunk), grid.columns))
+    return matrices, Operand(bias, pl.BlockSpec((1, 1, tiles.chunk), grid.columns))
 
 
 class _MatmulForwardInputs(NamedTuple):

@@ -20,9 +20,15 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.base import MatmulWeights, MlpStatic
 from moe_kernels.backends.mlp_parts import Matmuls, gradients_like, matmuls_of
-from moe_kernels.backends.tpu.common.gradients import Gradient, Gradients, by_expert, gradient_dtype, gradient_slots
+from moe_kernels.backends.tpu.common.gradients import (
+    Gradients,
+    WeightGradient,
+    by_expert,
+    gradient_dtype,
+    gradient_slots,
+)
 from moe_kernels.backends.tpu.common.grid import Grid, grid_of, scalars_of
-from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
+from moe_kernels.backends.tpu.common.launch import Call, Operand, Target, launch, result
 from moe_kernels.backends.tpu.common.products import Products
 from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, over_pieces, pieces_of, used_rows
 from moe_kernels.backends.tpu.common.schedule import STARTS
@@ -60,8 +66,8 @@ def run_backward(
     layout, grid, once = static.layout, grid_of(static.layout, tiles, target), one_item(static.layout, tiles.rows)
     kept = None if hidden is None else _padded_columns(hidden, tiles.padded)
     first, b1, second, _ = weight_blocks(weights, grid, tiles)
-    kept_block = None if kept is None else Block(kept)
-    inputs = _MlpBackwardInputs(Block(rows), Block(dout), (*first, second), b1, kept_block)
+    kept_block = None if kept is None else Operand(kept)
+    inputs = _MlpBackwardInputs(Operand(rows), Operand(dout), (*first, second), b1, kept_block)
     # Of each first matrix its product again, dx and dW; the hidden layer's gradient, and dW of the second matrix.
     matmuls = 3 * len(first) + 2 - (kept is not None)
     scalars = scalars_of(layout, runs, tiles, target)
@@ -224,7 +230,7 @@ class _MlpBackward(NamedTuple):
     def _gradients(self) -> Gradients:
         outputs, scratch = self.outputs, self.scratch
         *first, second = zip(outputs.dweights, scratch.dw, scratch.dw_sums, strict=True)
-        weights = (*(Gradient(*arrays, columns=True) for arrays in first), Gradient(*second, columns=False))
+        weights = (*(WeightGradient(*arrays, columns=True) for arrays in first), WeightGradient(*second, columns=False))
         return Gradients(
             self.grid, self.scalars, self.tiles.chunk, self.once, weights, scratch.dw_written, scratch.dw_fetched
         )

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from moe_kernels.backends.base import MlpStatic
 from moe_kernels.backends.mlp_parts import matmuls_of
 from moe_kernels.backends.tpu.common.grid import Grid, WeightMaps, grid_of, scalars_of, sizes_of
-from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
+from moe_kernels.backends.tpu.common.launch import Call, Operand, Target, launch, result
 from moe_kernels.backends.tpu.common.products import parts_of, result_of
 from moe_kernels.backends.tpu.common.rows import RowCopies, Scalar, Scalars, over_pieces_or_shorter
 from moe_kernels.backends.tpu.common.step import ChunkCopies, this_step
@@ -93,7 +93,7 @@ def run_forward(
     """The forward pass with given block sizes; also the hidden layer if it is to be kept."""
     width, held, two = rows.shape[1], tiles.rows.rows, pltpu.SemaphoreType.DMA((2,))
     grid = grid_of(static.layout, tiles, target)
-    inputs = _MlpForwardInputs(Block(rows), *weight_blocks(weights, grid, tiles))
+    inputs = _MlpForwardInputs(Operand(rows), *weight_blocks(weights, grid, tiles))
     matrices = (*inputs.first, inputs.second)
     outputs = launch(
         functools.partial(_forward, tiles, static, grid, target.facts.depth),
@@ -139,10 +139,10 @@ def weight_blocks(weights: MlpWeights | GluWeights, grid: WeightMaps, tiles: Til
     chunk, padded = tiles.chunk, padded_weights(weights, tiles.padded)
     width = padded.second.shape[2]
     return PaddedWeights(
-        first=tuple(Block(array, pl.BlockSpec((1, width, chunk), grid.columns)) for array in padded.first),
-        b1=Block(padded.b1, pl.BlockSpec((1, 1, chunk), grid.columns)),
-        second=Block(padded.second, pl.BlockSpec((1, chunk, width), grid.chunk_rows)),
-        b2=Block(padded.b2, pl.BlockSpec((1, 1, width), grid.whole)),
+        first=tuple(Operand(array, pl.BlockSpec((1, width, chunk), grid.columns)) for array in padded.first),
+        b1=Operand(padded.b1, pl.BlockSpec((1, 1, chunk), grid.columns)),
+        second=Operand(padded.second, pl.BlockSpec((1, chunk, width), grid.chunk_rows)),
+        b2=Operand(padded.b2, pl.BlockSpec((1, 1, width), grid.whole)),
     )
 
 

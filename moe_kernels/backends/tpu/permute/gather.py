@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
+from moe_kernels.backends.tpu.common.launch import Call, Operand, Target, launch, result
 from moe_kernels.backends.tpu.permute.tiles import GatherTiles, gather_tiles
 from moe_kernels.backends.tpu.permute.words import columns, move_row, pack, unpack
 from moe_kernels.chips import LANES, SUBLANES
@@ -74,8 +74,8 @@ def gather_rows(
         target,
         scalars=scalars,
         inputs=_GatherInputs(
-            x=Block(x, pl.BlockSpec((tiles.load, width), steps.loaded)),
-            against=None if against is None else Block(against, by_tile),
+            x=Operand(x, pl.BlockSpec((tiles.load, width), steps.loaded)),
+            against=None if against is None else Operand(against, by_tile),
         ),
         outputs=_GatherOutputs(out),
         scratch=_GatherScratch(

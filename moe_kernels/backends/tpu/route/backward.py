@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_kernels.backends.base import RouteStatic
 from moe_kernels.backends.route_parts import NEVER, Experts, split
-from moe_kernels.backends.tpu.common.launch import Block, Call, Target, launch, result
+from moe_kernels.backends.tpu.common.launch import Call, Operand, Target, launch, result
 from moe_kernels.backends.tpu.route.forward import RouteSaved
 from moe_kernels.backends.tpu.route.parts import (
     add_pieces,
@@ -122,14 +122,14 @@ def _operands(
     sums = _by_lane(dsums, padded, noise is not None)
     of_group = pl.BlockSpec((1, *sums.shape[1:]), lambda part, tile: (tiles.at(part, tile)[0], 0, 0, 0))
 
-    def lanes(values: Array, rows: int = static.num_choices) -> Block:
+    def lanes(values: Array, rows: int = static.num_choices) -> Operand:
         return tiles.of_lanes(by_lane(values, groups, tiles, rows))
 
     return _RouteBackwardInputs(
         tokens=tiles.of_rows(by_group(tokens, groups, tiles)),
         factor=tiles.whole(logit_factor(router, tokens.dtype, padded)),
         back=tiles.whole(_token_factor(router, tokens.dtype, padded)),
-        sums=Block(sums, of_group),
+        sums=Operand(sums, of_group),
         expert=lanes(saved.expert),
         dgate=lanes(dgate.astype(jnp.float32)),
         noise=None if noise is None else lanes(noise.astype(jnp.float32), padded),

@@ -11,7 +11,7 @@ from typing import Any
 from jax.experimental import pallas as pl
 
 from moe_kernels.backends.base import Problem, RouteStatic
-from moe_kernels.backends.tpu.common.launch import Block
+from moe_kernels.backends.tpu.common.launch import Operand
 from moe_kernels.backends.tpu.common.vmem import fits, needed_vmem
 from moe_kernels.chips import LANES, MIB, Tpu
 from moe_kernels.fitted import FITTED
@@ -42,22 +42,22 @@ class RouteTiles:
             return part, tile
         return part // self.parts, part % self.parts * self.steps + tile
 
-    def of_rows(self, array: Any) -> Block:
+    def of_rows(self, array: Any) -> Operand:
         """A tile of a `[G, S, D]` array."""
-        return Block(array, pl.BlockSpec((1, self.tokens, array.shape[2]), lambda *step: (*self.at(*step), 0)))
+        return Operand(array, pl.BlockSpec((1, self.tokens, array.shape[2]), lambda *step: (*self.at(*step), 0)))
 
-    def of_lanes(self, array: Any) -> Block:
+    def of_lanes(self, array: Any) -> Operand:
         """A tile of a `[G, rows, S]` array."""
 
         def place(part: Any, tile: Any) -> tuple[Any, int, Any]:
             group, block = self.at(part, tile)
             return group, 0, block
 
-        return Block(array, pl.BlockSpec((1, array.shape[1], self.tokens), place))
+        return Operand(array, pl.BlockSpec((1, array.shape[1], self.tokens), place))
 
-    def whole(self, array: Any) -> Block:
+    def whole(self, array: Any) -> Operand:
         """All of an array `[N, D]`."""
-        return Block(array, pl.BlockSpec(array.shape, lambda part, tile: (0, 0)))
+        return Operand(array, pl.BlockSpec(array.shape, lambda part, tile: (0, 0)))
 
 
 def _tiles(
