@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from limoe.use.model import InputError, Model, TokenExperts, load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["InputError", "Model", "TokenExperts", "load"]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
+from limoe import __version__
 from limoe.config.presets import PRESETS, preset
 from limoe.config.schema import Config
 from limoe.config.settings import override, settings_help
@@ -81,6 +82,8 @@ USAGE = """limoe: train and evaluate a language-image mixture of experts.
       All settings that --set takes, with value, type and unit.
   limoe --help
       All of this, the flags and the settings.
+  limoe --version
+      The version.
 """
 
 # Import names of the packages that the extra `train` installs.
@@ -107,6 +110,9 @@ class UsageError(Exception):
 
 def main(words: Sequence[str]) -> int:
     """Run a command line without the program's name. Returns the exit status: 1 for a failure, 2 for wrong usage."""
+    if list(words) == ["--version"]:
+        print(f"limoe {__version__}")
+        return 0
     if missing := [name for name in TRAINER if importlib.util.find_spec(name) is None]:
         packages = "pip install 'limoe-jax[train]', or in a checkout pip install '.[train]'"
         print(f"limoe: {', '.join(missing)} not installed; the trainer needs its extra: {packages}", file=sys.stderr)

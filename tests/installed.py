@@ -1,5 +1,6 @@
 """What somebody does who installed the wheel without extras; .ci/run starts it in an environment of its own."""
 
+import importlib.metadata
 import importlib.util
 import re
 import subprocess
@@ -23,6 +24,8 @@ def main() -> None:
     for command in ([Path(sys.executable).with_name("limoe")], [sys.executable, "-m", "limoe"]):
         done = subprocess.run([*command, "train"], capture_output=True, text=True)
         assert done.returncode == 2 and done.stdout == "", done
+        version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+        assert version.stdout == f"limoe {importlib.metadata.version('limoe-jax')}\n", version.stdout
         assert done.stderr.count("\n") == 1 and "pip install '.[train]'" in done.stderr, done.stderr
     print(f"the README's layer ran with {moe_kernels.__file__}; limoe train says: {done.stderr.strip()}")
 

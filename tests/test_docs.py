@@ -19,7 +19,9 @@ import moe_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 SHELLS = ("bash", "console")
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted(
+    [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")), *(ROOT / "docs").glob("*.md")]
+)
 
 TWO_STEPS = "train.steps=2 train.batch_size=16 optimizer.warmup_steps=1 optimizer.cooldown_steps=1"
 SMALL_WORLD = "data.world_pairs=256 data.cache_dir=cache"
