@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.core
 import numpy as np
+from jax._src import callback as jax_callback
 from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic.interpret import utils as interpret_utils
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
@@ -40,10 +41,18 @@ def simulate(*, in_bounds: bool) -> Any:
 @functools.cache
 def _complete() -> None:
     thread_map._run_jaxpr = _run_jaxpr
+    # Callbacks run on the host. JAX's own arrays, made one by one of what they get and give, took most of the time.
+    jax_callback.io_callback_impl = _call_back
+    gpu_callbacks.jnp = np
     # "to_access" is new with the transposed operands of JAX 0.12.
     wgmma = gpu_callbacks.wgmma if hasattr(interpret_utils, "to_access") else _wgmma
     # A GPU makes infinities and NaN without a word, NumPy warns.
     gpu_callbacks.wgmma = np.errstate(all="ignore")(wgmma)
+
+
+def _call_back(*args: Any, callback: Any, **_: Any) -> Any:
+    """Call with NumPy's arrays as they come from XLA."""
+    return jax.tree.map(np.asarray, callback(*args))
 
 
 def _wgmma(
@@ -84,7 +93,8 @@ def _wgmma(
     acc, _, _ = memory.get_buffer_content(key, (), worker)
     assert acc is not None
     a, b = read(a_allocation_key_as_array, a_transforms), read(b_allocation_key_as_array, b_transforms)
-    memory.store_buffer_content(key, (), acc + np.matmul(a, b, dtype=acc_dtype), worker)
+    # Converted first: NumPy has quick products of two float32 matrices, and no others.
+    memory.store_buffer_content(key, (), acc + a.astype(acc_dtype) @ b.astype(acc_dtype), worker)
     return token
 
 
