@@ -30,6 +30,7 @@ from absl import app, flags
 from PIL import Image
 
 from limoe.data.batches import Batches
+from limoe.data.images import Preprocess
 from limoe.data.shards import Example, write_shard
 from limoe.data.source import ShardSource
 from limoe.data.tokenizer import train_tokenizer
@@ -112,7 +113,7 @@ def main(argv: list[str]) -> None:
         write_shard(os.path.join(folder, "00000.tar"), examples[:half])
         write_shard(os.path.join(folder, "00001.tar"), examples[half:])
         tokenizer = train_tokenizer((example.caption for example in examples), vocab_size=64, length=16)
-        source = ShardSource(folder, image_size=IMAGE_SIZE)
+        source = ShardSource(folder, preprocess=Preprocess(IMAGE_SIZE))
         batches = Batches(source, tokenizer.encode, batch_size=BATCH_SIZE, seed=0, threads=THREADS.value)
         variants = {
             "bare": bare_loop(examples, draft=False),

@@ -10,6 +10,7 @@ from PIL import Image
 
 from limoe.data.batches import Batches
 from limoe.data.files import DataError
+from limoe.data.images import Preprocess
 from limoe.data.shards import Example, write_shard
 from limoe.data.source import Bad, CachedSource, Decoded, ShardSource, Source
 
@@ -66,6 +67,54 @@ def test_a_batch_holds_what_its_keys_say():
 def test_each_epoch_holds_every_example_once(num_examples):
     order = numbers(batches_of(NumberedSource(num_examples), batch_size=min(8, num_examples)), -(-num_examples // 8))
     assert sorted(order[:num_examples]) == list(range(num_examples))
+
+
+@pytest.mark.parametrize("num_examples", [8, 29, 2**14 + 5])
+def test_no_batch_lies_across_the_end_of_an_epoch(num_examples):
+    per_epoch = num_examples // 8
+    batches = batches_of(NumberedSource(num_examples))
+    for epoch in range(2):
+        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        seen = [int(key) for step in steps for key in batches.at(step).keys]
+        assert len(set(seen)) == 8 * per_epoch, "what is left over waits for another epoch, and nothing comes twice"
+    assert batches.at(0).keys != batches.at(per_epoch).keys
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(DataError, match=r"has 7 examples, fewer than train\.batch_size=8.*set train\.batch_size to at"):
+        batches_of(NumberedSource(7))
+
+
+class SeveralCaptions(NumberedSource):
+    def __getitem__(self, number):
+        return super().__getitem__(number)._replace(more_captions=(f"{number}0", f"{number}00"))
+
+
+def test_one_of_several_captions_is_drawn_by_seed_and_step():
+    batches = batches_of(SeveralCaptions(64), batch_size=16)
+    drawn = [tuple(batches.at(step).tokens[:, 1] - [len(key) for key in batches.at(step).keys]) for step in range(8)]
+    counts = np.bincount(np.concatenate(drawn), minlength=3)
+    assert counts.sum() == 128 and counts.min() > 25 and len(set(drawn)) == 8
+    assert_same(batches.at(3), next(batches_of(SeveralCaptions(64), batch_size=16, threads=2).from_step(3)))
+    some = batches_of(SeveralCaptions(64), batch_size=16, rows=[3, 9]).at(5)
+    np.testing.assert_array_equal(some.tokens, batches.at(5).tokens[[3, 9]])
+    assert (batches_of(SeveralCaptions(64), batch_size=16, seed=1).at(0).tokens != batches.at(0).tokens).any()
+
+
+def test_an_augmented_picture_is_a_function_of_seed_step_and_row():
+    class Ramp(NumberedSource):
+        def __getitem__(self, number):
+            ramp = np.arange(48, dtype=np.uint8).reshape(4, 4, 3) + np.uint8(number)
+            return super().__getitem__(number)._replace(image=ramp)
+
+    augment = Preprocess(3)
+    batches = batches_of(Ramp(16), augment=augment)
+    first, later = batches.at(0), batches.at(2)
+    assert first.images.shape == (8, 3, 3, 3) and (first.images != later.images).any()
+    assert_same(first, batches_of(Ramp(16), augment=augment).at(0))
+    for number, key in enumerate(first.keys):
+        again = np.flatnonzero(np.array(later.keys) == key)
+        assert all((first.images[number] != later.images[row]).any() for row in again), "a new draw each time"
 
 
 def test_epochs_and_seeds_have_their_own_order():
@@ -131,7 +180,7 @@ def test_only_the_first_few_bad_examples_are_kept():
     assert len(batch.bad.first) == 5
 
 
-@pytest.mark.parametrize("num_examples", [1, 3, 8, 1000])
+@pytest.mark.parametrize("num_examples", [8, 1000])
 def test_all_bad_stops_and_says_so(num_examples):
     batches = batches_of(NumberedSource(num_examples, lambda number: True), max_bad_share=1.0)
     with pytest.raises(DataError, match=r"no usable example .* First: \d+ \(it is bad\)"):
@@ -216,7 +265,7 @@ def test_from_shards_with_every_kind_of_damage_the_run_goes_on(tmp_path):
     write_shard(tmp_path / "b.tar", examples[40:])
     content = (tmp_path / "b.tar").read_bytes()
     (tmp_path / "b.tar").write_bytes(content[: content.index(b"055.txt") + 512])
-    source = ShardSource(tmp_path, image_size=8)
+    source = ShardSource(tmp_path, preprocess=Preprocess(8))
     batches = batches_of(source, batch_size=7, max_bad_share=0.5)
     read = list(itertools.islice(batches.from_step(0), 9))
     reasons = {example.key: example.reason for batch in read for example in batch.bad.first}

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from limoe.data.files import DataError
+from limoe.data.images import Preprocess
 from limoe.data.shards import Example, write_shard
 from limoe.data.source import Bad, CachedSource, Decoded, ShardSource, Source
 
@@ -41,7 +42,7 @@ def test_examples_come_shard_after_shard(tmp_path):
             Example(f"{shard}{n}", png((shard, n, 0)), f"caption {shard} {n}", {"n": n}, "png") for n in range(3)
         ]
         write_shard(tmp_path / f"{shard}.tar", examples)
-    source = ShardSource(tmp_path, image_size=8, metadata=True)
+    source = ShardSource(tmp_path, preprocess=Preprocess(8), metadata=True)
     assert len(source) == 6
     for number in range(6):
         example = source[number]
@@ -72,7 +73,7 @@ BAD = {
 @pytest.mark.parametrize(("members", "reason"), BAD.values(), ids=BAD.keys())
 def test_a_bad_example_gives_its_key_and_the_reason(tmp_path, members, reason):
     write_members(tmp_path / "a.tar", members)
-    bad = ShardSource(tmp_path, image_size=8, metadata=True)[0]
+    bad = ShardSource(tmp_path, preprocess=Preprocess(8), metadata=True)[0]
     assert isinstance(bad, Bad)
     assert bad.key == "k"
     assert bad.reason.startswith(reason)
@@ -82,7 +83,7 @@ def test_metadata_is_not_read_unless_asked_for_and_there(tmp_path):
     write_members(tmp_path / "a.tar", {"k.png": png("red"), "k.txt": b"a", "k.json": b"{"})
     write_members(tmp_path / "b.tar", {"k.png": png("red"), "k.txt": b"a"})
     for shard, asked_for in (("a.tar", False), ("b.tar", True)):
-        example = ShardSource(tmp_path / shard, image_size=8, metadata=asked_for)[0]
+        example = ShardSource(tmp_path / shard, preprocess=Preprocess(8), metadata=asked_for)[0]
         assert isinstance(example, Decoded) and example.metadata is None
 
 
@@ -91,7 +92,7 @@ def test_a_cut_tar_gives_what_is_whole_and_names_the_cut_member(tmp_path):
     write_shard(path, [Example(f"{n}", png("red"), "caption", None, "png") for n in range(3)])
     content = path.read_bytes()
     path.write_bytes(content[: content.index(b"2.png") + 512 + 20])
-    source = ShardSource(path, image_size=8)
+    source = ShardSource(path, preprocess=Preprocess(8))
     assert [isinstance(source[n], Decoded) for n in range(3)] == [True, True, False]
     assert source[2] == Bad("2", "the caption is missing (the tar is cut short inside 2.png)")
     assert source.damages == [f"{path}: the tar is cut short inside 2.png"]
@@ -100,7 +101,7 @@ def test_a_cut_tar_gives_what_is_whole_and_names_the_cut_member(tmp_path):
 def test_a_tar_cut_after_it_was_indexed_gives_bad_examples(tmp_path):
     path = tmp_path / "a.tar"
     write_shard(path, [Example("k", png("red"), "caption", None, "png")])
-    source = ShardSource(path, image_size=8)
+    source = ShardSource(path, preprocess=Preprocess(8))
     with open(path, "r+b") as file:
         file.truncate(600)
     assert source[0] == Bad("k", "the caption is incomplete: the tar became shorter since it was indexed")
@@ -109,13 +110,13 @@ def test_a_tar_cut_after_it_was_indexed_gives_bad_examples(tmp_path):
 def test_shards_without_examples_are_refused(tmp_path):
     write_shard(tmp_path / "a.tar", [])
     with pytest.raises(DataError, match="hold no examples"):
-        ShardSource(tmp_path, image_size=8)
+        ShardSource(tmp_path, preprocess=Preprocess(8))
 
 
 def test_captions_are_in_order_evenly_spread_and_without_the_bad_ones(tmp_path):
     members = {f"{n:02}.txt": f"caption {n}".encode() for n in range(10)} | {"04.txt": b"\xff"}
     write_members(tmp_path / "a.tar", members)
-    source = ShardSource(tmp_path, image_size=8)
+    source = ShardSource(tmp_path, preprocess=Preprocess(8))
     assert list(source.captions(limit=100)) == [f"caption {n}" for n in range(10) if n != 4]
     assert list(source.captions(limit=5)) == [f"caption {n}" for n in (0, 2, 6, 8)]
 

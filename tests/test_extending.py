@@ -26,10 +26,10 @@ from limoe.train.gradient import gradient
 class CsvSource(Source):
     """Pairs listed in a file with the columns image and caption."""
 
-    def __init__(self, path, *, image_size, metadata, cache_dir):
+    def __init__(self, path, *, preprocess, metadata, cache_dir):
         with open(path, newline="") as file:
             self.rows = list(csv.DictReader(file))
-        self.folder, self.image_size = path.rpartition("/")[0], image_size
+        self.folder, self.size = path.rpartition("/")[0], preprocess.size
 
     def __len__(self):
         return len(self.rows)
@@ -38,7 +38,7 @@ class CsvSource(Source):
         row = self.rows[number]
         if not row["caption"]:
             return Bad(row["image"], "the caption is empty")
-        image = Image.open(f"{self.folder}/{row['image']}").convert("RGB").resize((self.image_size, self.image_size))
+        image = Image.open(f"{self.folder}/{row['image']}").convert("RGB").resize((self.size, self.size))
         return Decoded(np.asarray(image), row["caption"], row["image"], None)
 
 

@@ -67,16 +67,19 @@ def as_in_0_1_0(config: Config) -> str:
     """The config.json that version wrote."""
     tree = json.loads(to_json(config))
     del tree["format"], tree["train"]["routing_every"], tree["loss"]["extra"]
+    for name in ("preprocess", "interpolation", "background"):
+        del tree["data"][name]
     return json.dumps(tree, indent=2)
 
 
 def test_a_folder_of_the_first_version_is_read_and_not_continued(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(as_in_0_1_0(TINY))
-    assert Workdir.existing(tmp_path).config == TINY
+    then = override(TINY, ["data.background=black"])
+    assert Workdir.existing(tmp_path).config == then
     with pytest.raises(WorkdirError, match=r"made by limoe 0\.1\.0, .* limoe eval.*or start a new run with --workdir"):
-        Workdir.open(tmp_path, TINY)
+        Workdir.open(tmp_path, then)
     write_json(tmp_path / "summary.json", {})
     before = (tmp_path / "config.json").read_bytes()
-    with Workdir.open(tmp_path, override(TINY, ["data.threads=5"])) as workdir:
+    with Workdir.open(tmp_path, override(then, ["data.threads=5"])) as workdir:
         assert workdir.finished and workdir.changes == ()
     assert (tmp_path / "config.json").read_bytes() == before

@@ -251,6 +251,13 @@ class DataConfig(Section):
     seed: int = setting("seed of the order of the data and of the embedded world", 0)
     threads: int = setting("threads that decode images", 2)
     max_bad_share: float = setting("share of bad examples above which the run stops", 0.05)
+    preprocess: Literal["squash", "crop", "augment"] = setting(
+        "squash = the whole picture as a square; crop = its central square; augment = in training a random part, "
+        "mirrored or not, else as crop",
+        "squash",
+    )
+    interpolation: Literal["bilinear", "bicubic"] = setting("filter for resizing, with antialiasing", "bilinear")
+    background: Literal["white", "grey", "black"] = setting("what shows through transparent pixels", "white")
     world_pairs: int = setting("training pairs of the embedded world", 20_480)
     cache_dir: str = setting("folder for generated data; empty = the user's cache folder", "")
 

@@ -15,8 +15,12 @@ FORMAT = 2
 
 SECTIONS: dict[str, type] = {name: kind for name, kind in get_type_hints(Config).items() if name != "preset"}
 
-# Settings that 0.1.0 did not have, by section.
-_SINCE_FORMAT_1 = {"loss": ("extra",), "train": ("routing_every",)}
+# Settings that 0.1.0 did not have, by section; the value that it worked with, None for today's default.
+_SINCE_FORMAT_1: dict[str, dict[str, Any]] = {
+    "loss": {"extra": None},
+    "train": {"routing_every": None},
+    "data": {"preprocess": None, "interpolation": None, "background": "black"},
+}
 
 # A message lists at most so many settings that differ. Two presets can differ in twenty.
 _VALUES_SHOWN = 5
@@ -145,9 +149,11 @@ def from_json(text: str) -> Config:
         raise ConfigError(f"preset={tree['preset']!r} in the config must be a text")
     sections = {}
     for section, kind in SECTIONS.items():
-        types, later = setting_types(kind), _SINCE_FORMAT_1.get(section, ()) if written == 1 else ()
+        types, later = setting_types(kind), _SINCE_FORMAT_1.get(section, {}) if written == 1 else {}
         _check_keys(tree[section], [name for name in types if name not in later], f"{section}.")
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in tree[section].items()}
+        former = {name: value for name, value in later.items() if value is not None}
+        given = former | tree[section]
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         sections[section] = kind(**{name: checked(f"{section}.{name}", values[name], types[name]) for name in values})
     return Config(preset=tree["preset"], **sections)
 

@@ -1,9 +1,9 @@
 """The global batch of each step: a pure function of data, batch size, seed and step.
 
-Row r of step s has position p = s * B + r. Of n examples it shows number `shuffle_epoch(p mod n)` in epoch `p div n`,
-so each epoch shows every example once. A bad example is replaced by the next good one of the same row, at p + B,
-p + 2B, ... So no other row changes, a process that reads only some rows sees the same batch, and no replacement puts a
-pair into a batch twice.
+Of n examples an epoch shows floor(n / B) batches, in an order of its own: no example twice, and none in two epochs of
+one batch, where it would be its own negative. A bad example is replaced by that of the same row one step later, or two,
+... So no other row changes, a process that reads only some rows sees the same batch, and no replacement puts a pair
+into a batch twice unless it comes from the next epoch.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from grain.experimental import index_shuffle
 from jaxtyping import Int32, UInt8
 
 from limoe.data.files import DataError
+from limoe.data.images import Preprocess, augmented
 from limoe.data.source import Bad, Decoded, Source
 
 # Rows that one thread decodes at a time. More would leave threads idle, fewer would pay Grain's cost per item often.
@@ -63,9 +64,10 @@ class _Chunk(NamedTuple):
 class Batches:
     """The global batches over `source`, or the `rows` of them that one process needs.
 
-    `encode` turns captions into int32 token ids [B, N]. With `threads=0` nothing is read ahead. Iteration stops if the
-    share of bad examples, since it began, is above `max_bad_share`. Raises `ValueError` for a setting that is out of
-    range, and `DataError` for more examples than Grain's index shuffle can order (2^32).
+    `encode` turns captions into int32 token ids [B, N]. Of several captions one is drawn for each row, and with
+    `augment` a part of each picture. With `threads=0` nothing is read ahead. Iteration stops if the share of bad
+    examples, since it began, is above `max_bad_share`. Raises `ValueError` for a setting that is out of range, and
+    `DataError` for fewer examples than a batch has, or more than Grain's index shuffle can order (2^32).
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Batches:
         rows: Sequence[int] | None = None,
         threads: int = 2,
         max_bad_share: float = 0.05,
+        augment: Preprocess | None = None,
     ) -> None:
         rows = range(batch_size) if rows is None else rows
         if batch_size < 1:
@@ -90,7 +93,12 @@ class Batches:
             )
         if len(source) >= 2**32:
             raise DataError(f"{len(source)} examples are more than 2^32 - 1, which one order can hold; split the data")
-        self._source, self._encode = source, encode
+        if len(source) < batch_size:
+            raise DataError(
+                f"the data has {len(source)} examples, fewer than train.batch_size={batch_size}: a pair would be its "
+                f"own negative; set train.batch_size to at most {len(source)}, or give more data"
+            )
+        self._source, self._encode, self._augment = source, encode, augment
         self._batch_size, self._rows, self._seed = batch_size, rows, seed
         self._threads, self._max_bad_share = threads, max_bad_share
 
@@ -123,24 +131,35 @@ class Batches:
                 yield batch
 
     def _read_rows(self, step: int, rows: Sequence[int]) -> _Chunk:
-        read = [self._read_row(step * self._batch_size + row) for row in rows]
+        read = [self._read_row(step, row) for row in rows]
         return _Chunk(read, self._encode([row.example.caption for row in read]))
 
-    def _read_row(self, position: int) -> _Row:
+    def _read_row(self, step: int, row: int) -> _Row:
         bad: list[Bad] = []
         for tried in range(_MAX_TRIES):
-            example = self._source[self._example_at(position + tried * self._batch_size)]
+            example = self._source[self._example_at(step + tried, row)]
             if isinstance(example, Decoded):
-                return _Row(example, tuple(bad))
+                return _Row(self._drawn(example, step, row), tuple(bad))
             bad.append(example)
         raise DataError(
             f"no usable example among {_MAX_TRIES} examined (the data has {len(self._source)}). First: {_shown(bad)}. "
             "Check that the shards hold key.jpg and key.txt members that are whole"
         )
 
-    def _example_at(self, position: int) -> int:
+    def _drawn(self, example: Decoded, step: int, row: int) -> Decoded:
+        """Draw one of several captions and a part of the picture, as a function of seed, step and row."""
+        captions = (example.caption, *example.more_captions)
+        if len(captions) == 1 and self._augment is None:
+            return example
+        bits = np.random.Philox(np.random.SeedSequence([self._seed, step, row])).random_raw(6)
+        draws = bits / 2.0**64
+        image = example.image if self._augment is None else augmented(example.image, draws[1:], self._augment)
+        return example._replace(image=image, caption=captions[int(draws[0] * len(captions)) % len(captions)])
+
+    def _example_at(self, step: int, row: int) -> int:
         num_examples = len(self._source)
-        epoch, place = divmod(position, num_examples)
+        epoch, batch = divmod(step, num_examples // self._batch_size)
+        place = batch * self._batch_size + row
         if num_examples < _SMALL:
             return int(_small_order(num_examples, self._seed, epoch)[place])
         return index_shuffle(place, max_index=num_examples - 1, seed=_epoch_seed(self._seed, epoch), rounds=4)

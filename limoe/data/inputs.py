@@ -8,6 +8,7 @@ from pathlib import Path
 from limoe.config.schema import Config, ConfigError
 from limoe.data import files
 from limoe.data.batches import Batches
+from limoe.data.images import preprocess_of
 from limoe.data.source import CachedSource, DataFolders, Source, open_source
 from limoe.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from limoe.data.world import World, write_world
@@ -84,14 +85,16 @@ def tokenizer_for(config: Config, path: Path, source: Source) -> Tokenizer:
 
 
 def training_source(config: Config, folders: DataFolders) -> Source:
-    """Open the training examples at the configured image size."""
-    return open_source(folders.train, image_size=config.model.image_size, cache_dir=config.data.cache_dir)
+    """Open the training examples, with their pictures as the configuration wants them."""
+    chosen = preprocess_of(config, training=True)
+    return open_source(folders.train, preprocess=chosen, cache_dir=config.data.cache_dir)
 
 
 def training_batches(
     config: Config, source: Source, tokenizer: Tokenizer, rows: Sequence[int] | None = None
 ) -> Batches:
     """Make the global batches of a run, or some of their rows. Decoded images stay in memory up to `CACHE_BYTES`."""
+    chosen = preprocess_of(config, training=True)
     return Batches(
         CachedSource(source, max_bytes=CACHE_BYTES),
         tokenizer.encode,
@@ -100,4 +103,5 @@ def training_batches(
         rows=rows,
         threads=config.data.threads,
         max_bad_share=config.data.max_bad_share,
+        augment=chosen if chosen.resize == "whole" else None,
     )

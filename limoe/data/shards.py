@@ -1,7 +1,7 @@
 """Image-text tar shards in the layout of img2dataset, and an index that gives random access to them.
 
-An example consists of the members `key.jpg` (or .jpeg, .png, .webp), `key.txt` and optionally `key.json`, in any order
-in one tar. Member names are compared, never used as file paths.
+An example consists of the members `key.jpg` (or .jpeg, .png, .webp, .bmp, .gif), `key.txt` and optionally `key.json`,
+in any order in one tar. Member names are compared, never used as file paths.
 """
 
 import glob
@@ -19,7 +19,7 @@ import numpy as np
 from limoe.data import files
 from limoe.data.files import DataError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
 INDEX_SUFFIX = ".index"
 _INDEX_VERSION = 1
 _DIGEST_SIZE = hashlib.sha256().digest_size

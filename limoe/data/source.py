@@ -20,12 +20,16 @@ MAX_TEXT_BYTES = 2**20
 
 
 class Decoded(NamedTuple):
-    """A decoded example: `image` uint8 [H, W, 3]; `metadata` from its .json, None without one or if it is not read."""
+    """A decoded example: `image` uint8 [H, W, 3]; `metadata` from its .json, None without one or if it is not read.
+
+    A picture may have `more_captions`, each as good as the first.
+    """
 
     image: UInt8[np.ndarray, "H W 3"]
     caption: str
     key: str
     metadata: dict[str, Any] | None
+    more_captions: tuple[str, ...] = ()
 
 
 class Bad(NamedTuple):
@@ -48,7 +52,7 @@ class Source(Protocol):
     """Examples by number. A number always gives the same example, from any thread.
 
     To add a source, inherit from this class and register the class, as in `SOURCES["csv"] = Csv`. Then `csv:PATH` is
-    allowed instead of a folder with shards; `Csv(PATH, image_size=..., metadata=..., cache_dir=...)` reads it.
+    allowed instead of a folder with shards; `Csv(PATH, preprocess=..., metadata=..., cache_dir=...)` reads it.
     """
 
     def __len__(self) -> int: ...
@@ -93,16 +97,14 @@ class ShardSource(Source):
         self,
         spec: files.Path,
         *,
-        image_size: int,
+        preprocess: images.Preprocess,
         metadata: bool = False,
         cache_dir: files.Path = "",
     ) -> None:
-        if image_size < 1:
-            raise ValueError(f"image_size {image_size} must be at least 1 pixel")
         self._paths = shards.find_shards(spec)
         self._indexes = [shards.load_index(path, cache_dir=cache_dir) for path in self._paths]
         self._ends = list(itertools.accumulate(len(index.keys) for index in self._indexes))
-        self._image_size, self._metadata = image_size, metadata
+        self._preprocess, self._metadata = preprocess, metadata
         if not self._ends[-1]:
             raise DataError(
                 f"the {len(self._paths)} shards of {spec} hold no examples; they need key.jpg and key.txt members"
@@ -117,7 +119,7 @@ class ShardSource(Source):
         try:
             caption = _caption(path, index, row)
             content = _member(path, index, index.image[row], "image", MAX_IMAGE_BYTES)
-            image = images.decode(content, size=self._image_size)
+            image = images.decode(content, self._preprocess)
             read = self._metadata and index.metadata[row][0] >= 0
             return Decoded(image, caption, key, _metadata(path, index, row) if read else None)
         except (_BadExample, images.ImageError) as error:
@@ -178,7 +180,7 @@ SOURCES: dict[str, Callable[..., Source]] = {"shards": ShardSource}
 def open_source(
     place: files.Path,
     *,
-    image_size: int,
+    preprocess: images.Preprocess,
     metadata: bool = False,
     cache_dir: files.Path = "",
 ) -> Source:
@@ -186,7 +188,7 @@ def open_source(
 
     `metadata` asks for the metadata of each example too. Raises DataError for an unknown name, and the source's errors.
 
-    >>> open_source("parquet:pairs", image_size=8)
+    >>> open_source("parquet:pairs", preprocess=images.Preprocess(8))
     Traceback (most recent call last):
     limoe.data.files.DataError: there is no data source 'parquet' for parquet:pairs; there are: shards. Write
     ./parquet:pairs if that is the name of a folder
@@ -199,7 +201,7 @@ def open_source(
             f"there is no data source {name!r} for {place}; there are: {', '.join(SOURCES)}. "
             f"Write ./{place} if that is the name of a folder"
         )
-    return SOURCES[name](path, image_size=image_size, metadata=metadata, cache_dir=cache_dir)
+    return SOURCES[name](path, preprocess=preprocess, metadata=metadata, cache_dir=cache_dir)
 
 
 def _caption(path: str, index: shards.ShardIndex, row: int) -> str:

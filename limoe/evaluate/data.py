@@ -15,6 +15,7 @@ import numpy as np
 from limoe.config.schema import Config
 from limoe.data import files
 from limoe.data.files import DataError
+from limoe.data.images import preprocess_of
 from limoe.data.inputs import CLASSES_FILE, RETRIEVAL_FILE, DataFolders
 from limoe.data.source import Bad, Decoded, open_source
 
@@ -197,7 +198,7 @@ def _read(config: Config, folder: str, *, needs_metadata: bool = False) -> Pairs
 
     With `needs_metadata`, an example without metadata is bad. Raises DataError if no example is good.
     """
-    source = open_source(folder, image_size=config.model.image_size, metadata=True, cache_dir=config.data.cache_dir)
+    source = open_source(folder, preprocess=preprocess_of(config), metadata=True, cache_dir=config.data.cache_dir)
     good: list[Decoded] = []
     bad: list[Bad] = []
     for number in range(len(source)):

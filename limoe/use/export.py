@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 from limoe.config.schema import Config
 from limoe.config.settings import from_json, to_json
 from limoe.data import files
-from limoe.data.images import PREPROCESS
+from limoe.data.images import preprocess_of
 from limoe.data.tokenizer import load_tokenizer
 from limoe.errors import LimoeError
 from limoe.evaluate.encode import PROGRAMS, Encoder
@@ -66,10 +66,9 @@ def write_export(restored: RestoredModel, run: str | os.PathLike[str], out: str 
         raise ExportError(f"{folder} is there already and not empty; give a new folder with --out=DIR")
     files.make_folder(folder / "programs")
     summary = json.loads(files.read_text(workdir.summary)) if workdir.finished else {}
-    size = config.model.image_size
     texts = {
         "config.json": to_json(config),
-        "preprocess.json": json.dumps({"size": [size, size], **PREPROCESS}, indent=2) + "\n",
+        "preprocess.json": json.dumps(preprocess_of(config).described(), indent=2) + "\n",
         "README.md": model_card(config, restored.step, summary),
     }
     for name, text in texts.items():

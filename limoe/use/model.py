@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from limoe.config.schema import PAD_ID
 from limoe.data import files
-from limoe.data.images import ImageError, decode, to_square
+from limoe.data.images import ImageError, Preprocess, decode, prepare, preprocess_of
 from limoe.errors import InputError
 from limoe.evaluate.data import Classes
 from limoe.evaluate.encode import Encoder
@@ -25,7 +25,7 @@ from limoe.evaluate.zero_shot import embed_classes, probability
 from limoe.use.export import ExportError, is_export, read_export
 
 Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
-"""A path, the bytes of a JPEG, PNG or WebP file, a PIL image, or uint8 pixels [H, W], [H, W, 1], [H, W, 3] or
+"""A path, the bytes of a JPEG, PNG, WebP, BMP or GIF file, a PIL image, or uint8 pixels [H, W], [H, W, 1], [H, W, 3] or
 [H, W, 4]."""
 
 # Sizes of batches; each is compiled when it is first needed.
@@ -49,16 +49,16 @@ class Model:
     on the other inputs of a call.
     """
 
-    def __init__(self, encoder: Encoder, image_size: int, *, preset: str, step: int) -> None:
+    def __init__(self, encoder: Encoder, preprocess: Preprocess, *, preset: str, step: int) -> None:
         self.preset = preset
         self.step = step
         """The training step of the parameters."""
         self.logit_scale = encoder.scale
         """The factor that turns similarities into logits."""
-        self._encoder, self._image_size = encoder, image_size
+        self._encoder, self._preprocess = encoder, preprocess
 
     def encode_image(self, images: Iterable[Picture], *, progress: bool = False) -> Float32[np.ndarray, "N P"]:
-        """Embed pictures. Each is converted to RGB and resized to a square, as in training.
+        """Embed pictures. Each becomes a square as in training (`data.preprocess`), without random crops.
 
         The pictures may come from a generator: only one batch of them is in memory. Raises InputError for one that
         cannot be read.
@@ -113,25 +113,26 @@ class Model:
 
     def _pixels(self, number: int, image: Any) -> UInt8[np.ndarray, "H W 3"]:
         try:
-            return read_picture(image, size=self._image_size)
+            return read_picture(image, self._preprocess)
         except (ImageError, files.DataError, OSError) as error:
             named = f" ({os.fspath(image)})" if isinstance(image, str | os.PathLike) else ""
             raise InputError(f"image {number}{named} cannot be used: {error}") from error
 
     def _stacked(self, pixels: Sequence[np.ndarray]) -> UInt8[np.ndarray, "N H W 3"]:
-        return np.array(pixels, np.uint8).reshape(-1, self._image_size, self._image_size, 3)
+        size = self._preprocess.size
+        return np.array(pixels, np.uint8).reshape(-1, size, size, 3)
 
 
-def read_picture(image: Any, *, size: int) -> UInt8[np.ndarray, "size size 3"]:
+def read_picture(image: Any, preprocess: Preprocess) -> UInt8[np.ndarray, "H W 3"]:
     """Prepare a `Picture` for the model. Raises ImageError if it is none, and OSError if a file cannot be read.
 
-    >>> read_picture(np.full((4, 6), 9, np.uint8), size=2)[0, 0].tolist()
+    >>> read_picture(np.full((4, 6), 9, np.uint8), Preprocess(2))[0, 0].tolist()
     [9, 9, 9]
     """
     if isinstance(image, str | os.PathLike):
         image = files.read_bytes(os.fspath(image))
     if isinstance(image, bytes):
-        return decode(image, size=size)
+        return decode(image, preprocess)
     if isinstance(image, np.ndarray):
         pixels = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
         channels = pixels.shape[2:] if pixels.ndim == 3 else ()
@@ -143,7 +144,7 @@ def read_picture(image: Any, *, size: int) -> UInt8[np.ndarray, "size size 3"]:
         image = Image.fromarray(pixels)
     if not isinstance(image, Image.Image):
         raise ImageError(f"{type(image).__name__} is no picture; give a path, bytes, a PIL image or a uint8 array")
-    return to_square(image, size=size)
+    return prepare(image, preprocess)
 
 
 def _text(number: int, text: Any) -> str:
@@ -194,4 +195,5 @@ def load(path: str | os.PathLike[str], *, step: int | None = None) -> Model:
         restored = read_export(path, batch_sizes=_BATCH_SIZES)
     else:
         restored = restored_encoder(path, step=step, batch_sizes=_BATCH_SIZES)
-    return Model(restored.encoder, restored.config.model.image_size, preset=restored.config.preset, step=restored.step)
+    config = restored.config
+    return Model(restored.encoder, preprocess_of(config), preset=config.preset, step=restored.step)
