@@ -90,18 +90,6 @@ def test_long_names_of_every_tar_format_are_read(tmp_path, tar_format):
     assert index.damage == ""
 
 
-def test_links_and_folders_are_no_members(tmp_path):
-    path = tmp_path / "a.tar"
-    with tarfile.open(path, "w") as opened:
-        for name, kind in (("a.jpg", tarfile.SYMTYPE), ("b.jpg", tarfile.LNKTYPE), ("c.jpg", tarfile.DIRTYPE)):
-            info = tarfile.TarInfo(name)
-            info.type = kind
-            info.linkname = "/etc/passwd"
-            opened.addfile(info)
-    index = build_index(path)
-    assert (index.keys, index.damage) == ([], "")
-
-
 def test_every_cut_keeps_what_is_whole_and_counts_the_rest(tar, tmp_path):
     whole = files.read_bytes(tar)
     full = build_index(tar)

@@ -1,6 +1,8 @@
 """The source: an example or the reason why not, for every kind of bad input; captions; the cache."""
 
+import errno
 import io
+import os
 import struct
 import tarfile
 import zlib
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from limoe.data import files, shards
 from limoe.data.files import DataError
 from limoe.data.images import Preprocess
 from limoe.data.shards import Example, write_shard
@@ -77,6 +80,148 @@ def test_a_bad_example_gives_its_key_and_the_reason(tmp_path, members, reason):
     assert isinstance(bad, Bad)
     assert bad.key == "k"
     assert bad.reason.startswith(reason)
+
+
+def tar_of(*members):
+    """The bytes of a tar; a member is a name and content, or a TarInfo."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for member in members:
+            info, content = (
+                (member, b"") if isinstance(member, tarfile.TarInfo) else (tarfile.TarInfo(member[0]), member[1])
+            )
+            info.size = info.size or len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def odd(name, kind):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, "a.png"
+    return info
+
+
+def pair(key):
+    return [(f"{key}.png", png("red")), (f"{key}.txt", key.encode())]
+
+
+AVIF = b"\0\0\0\x20ftypavif" + bytes(20)
+# What is in the tar; keys of good examples; reasons of bad ones; what is said to be ignored.
+STRANGE = {
+    "a repeated member": (
+        tar_of(*pair("a"), *pair("b"), ("a.png", png("blue"))),
+        ["b"],
+        {"a": "a.png is there more than once"},
+        [],
+    ),
+    "thirty pairs under ten keys": (
+        tar_of(*(member for _ in range(3) for key in "abcdefghij" for member in pair(key))),
+        [],
+        {key: f"{key}.txt is there more than once" for key in "abcdefghij"},
+        [],
+    ),
+    "two pictures": (
+        tar_of(*pair("a"), ("a.jpg", png("blue")), *pair("b")),
+        ["b"],
+        {"a": "there are two members for its image: a.png and a.jpg"},
+        [],
+    ),
+    "a dot in the key": (
+        tar_of(*pair("a"), *pair("b.c"), *pair("d.e")),
+        ["a"],
+        {},
+        ["ignored 1 members *.c.png, the first is b.c.png", "ignored 1 members *.e.txt, the first is d.e.txt"],
+    ),
+    "other extensions": (
+        tar_of(*pair("a"), ("a.npy", b"?"), ("b.npy", b"?"), ("README", b"?"), ("c.tiff", b"?"), ("c.txt", b"c")),
+        ["a"],
+        {"c": "the image is missing: c.tiff is none of jpg, jpeg, png, webp, bmp, gif"},
+        ["ignored 2 members *.npy, the first is a.npy", "ignored 1 members without an extension, the first is README"],
+    ),
+    "two tars put together": (tar_of(*pair("a")) + tar_of(*pair("b")), ["a", "b"], {}, []),
+    "the same key in both": (tar_of(*pair("a")) * 2, [], {"a": "a.txt is there more than once"}, []),
+    "bytes after the end": (
+        tar_of(*pair("a")) + b"garbage" * 100,
+        ["a"],
+        {},
+        ["ignored 1 parts after the end of the tar, the first is 700 bytes"],
+    ),
+    "links and folders": (
+        tar_of(*pair("a"), odd("h.png", tarfile.LNKTYPE), odd("s.png", tarfile.SYMTYPE), odd("d", tarfile.DIRTYPE)),
+        ["a"],
+        {},
+        ["ignored 1 hard links, the first is h.png", "ignored 1 symbolic links, the first is s.png"],
+    ),
+    "other formats under a known name": (
+        tar_of(("a.jpg", AVIF), ("a.txt", b"a"), *pair("b")),
+        ["b"],
+        {"a": "the image does not decode: it is AVIF, and only JPEG, PNG, WEBP, BMP, GIF are read"},
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "good", "bad", "notes"), STRANGE.values(), ids=STRANGE.keys())
+def test_nothing_in_a_strange_tar_disappears_quietly(tmp_path, content, good, bad, notes):
+    (tmp_path / "a.tar").write_bytes(content)
+    for _ in range(2):  # built, then stored
+        source = ShardSource(tmp_path, preprocess=Preprocess(8))
+        found = [source[number] for number in range(len(source))]
+        assert [example.key for example in found if isinstance(example, Decoded)] == good
+        assert {example.key: example.reason for example in found if isinstance(example, Bad)} == bad
+        assert source.damages == [] and set(notes) <= set(source.notes) and (notes == []) == (source.notes == [])
+        whatever_is_in_it = {key for key, reason in bad.items() if "decode" not in reason}
+        assert not set(source.captions(limit=99)) & whatever_is_in_it
+
+
+def test_a_compressed_tar_is_refused_by_name(tmp_path):
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"a\.tar\.gz is compressed.*gunzip"):
+        ShardSource(tmp_path / "a.tar.gz", preprocess=Preprocess(8))
+
+
+@pytest.fixture
+def two_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PAUSES", (0.0, 0.0))
+    for name in "ab":
+        (tmp_path / f"{name}.tar").write_bytes(tar_of(*pair(name)))
+    return tmp_path
+
+
+def test_a_read_error_is_tried_again_and_then_counted(two_shards, monkeypatch):
+    source = ShardSource(two_shards, preprocess=Preprocess(8))
+    opened, failures = files.open_binary, []
+
+    def fail(path):
+        if path.endswith("a.tar") and len(failures) < limit:
+            failures.append(path)
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path)
+
+    monkeypatch.setattr(files, "open_binary", fail)
+    limit = 2
+    assert isinstance(source[0], Decoded) and len(failures) == 2
+    limit = 100
+    lost = source[0]
+    assert isinstance(lost, Bad) and "the shard cannot be read" in lost.reason and isinstance(source[1], Decoded)
+    os.remove(two_shards / "a.tar")
+    monkeypatch.undo()
+    assert isinstance(source[0], Bad) and isinstance(source[1], Decoded)
+
+
+def test_a_shard_that_is_lost_at_the_start_is_one_bad_example(two_shards, monkeypatch):
+    loaded = shards.load_index
+
+    def fail(path, **options):
+        if path.endswith("a.tar"):
+            raise OSError(errno.EIO, "Input/output error")
+        return loaded(path, **options)
+
+    monkeypatch.setattr(shards, "load_index", fail)
+    source = ShardSource(two_shards, preprocess=Preprocess(8))
+    assert len(source) == 2 and isinstance(source[1], Decoded)
+    assert source[0] == Bad("all of a.tar", "the shard cannot be read: [Errno 5] Input/output error")
+    assert source.damages == [f"{two_shards / 'a.tar'}: the shard cannot be read: [Errno 5] Input/output error"]
 
 
 def test_metadata_is_not_read_unless_asked_for_and_there(tmp_path):

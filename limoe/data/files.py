@@ -11,14 +11,19 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from limoe.errors import LimoeError
 
 Path = str | os.PathLike[str]
 
+T = TypeVar("T")
+
 _STARTED = time.time()
+# Seconds before a read is tried again, and the errors after which it is.
+_PAUSES = (0.1, 1.0)
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.ECONNRESET)
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder",
@@ -90,11 +95,30 @@ def read_text(path: Path) -> str:
 
 
 def read_range(path: Path, offset: int, size: int) -> bytes:
-    """Read `size` bytes from `offset`, fewer if the file ends before. Raises the errors of `open_binary`."""
-    # Opened for each read, so that threads share no handle.
-    with open_binary(path) as file:
-        file.seek(offset)
-        return file.read(size)
+    """Read `size` bytes from `offset`, fewer if the file ends before. Raises the errors of `open_binary`.
+
+    What a network file system may get over (input/output error, stale handle, time out) is tried three times.
+    """
+
+    def read() -> bytes:
+        # Opened for each read, so that threads share no handle.
+        with open_binary(path) as file:
+            file.seek(offset)
+            return file.read(size)
+
+    return retried(read)
+
+
+def retried(read: Callable[[], T]) -> T:
+    """Call a function that reads, again after an error of the kind that passes."""
+    for pause in _PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+            time.sleep(pause)
+    return read()
 
 
 def exists(path: Path) -> bool:

@@ -1,7 +1,8 @@
 """Image-text tar shards in the layout of img2dataset, and an index that gives random access to them.
 
-An example consists of the members `key.jpg` (or .jpeg, .png, .webp, .bmp, .gif), `key.txt` and optionally `key.json`,
-in any order in one tar. Member names are compared, never used as file paths.
+An example consists of the members `key.jpg` (or .jpeg, .png, .webp, .bmp, .gif), `key.txt` and optionally `key.json`
+or `key.cls`, in any order in one tar. Member names are compared, never used as file paths. What is no member of an
+example is counted.
 """
 
 import glob
@@ -11,21 +12,21 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from limoe.data import files
+from limoe.data import files, tars
 from limoe.data.files import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
 INDEX_SUFFIX = ".index"
-_INDEX_VERSION = 1
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_INDEX_VERSION = 2
 _DIGEST_SIZE = hashlib.sha256().digest_size
-_BLOCK = 512
-# A larger long name or pax header is taken for damage.
-_MAX_EXTENDED_HEADER = 1 << 20
+# Kinds of ignored members that an index tells apart.
+_MAX_IGNORED = 16
 
 
 class Example(NamedTuple):
@@ -97,6 +98,10 @@ def find_shards(spec: files.Path) -> list[str]:
         else:
             looked_for = pattern
             matches = [pattern] if files.exists(pattern) else files.list_files(pattern)
+        if packed := [path for path in matches if path.endswith(COMPRESSED)]:
+            raise DataError(
+                f"{packed[0]} is compressed, and random access needs a plain tar; unpack it: gunzip {packed[0]}"
+            )
         if not matches:
             named = "" if pattern == text else f" (one of {text})"
             absent = looked_for == pattern and not glob.has_magic(os.path.basename(pattern))
@@ -131,10 +136,11 @@ def expand_braces(text: str) -> list[str]:
 class ShardIndex(NamedTuple):
     """Positions of the members of each of N examples in one tar, in the order in which their keys first appear.
 
-    `image`, `caption` and `metadata` are int64 [N, 2]: offset and size in bytes, with offset -1 for a missing member.
-    If a span ends beyond the end of the tar, the tar was cut inside this member. `damage` describes a damage of the
-    whole tar, "" without one. If the name of a lost member is unknown, there is one more key, "after <the last key>",
-    without members, so that the loss is counted.
+    `image`, `caption`, `metadata` and `label` are int64 [N, 2]: offset and size in bytes, with offset -1 for a missing
+    member. If a span ends beyond the end of the tar, the tar was cut inside this member. `damage` describes a damage of
+    the whole tar, "" without one. If the name of a lost member is unknown, there is one more key, "after <the last
+    key>", without members, so that the loss is counted. `bad` gives the reason by key why an example cannot be used
+    whatever is in its members; `ignored` the number, and the first name, of members of each kind that are not read.
     """
 
     stamp: files.Stamp
@@ -142,7 +148,10 @@ class ShardIndex(NamedTuple):
     image: np.ndarray
     caption: np.ndarray
     metadata: np.ndarray
+    label: np.ndarray
     damage: str
+    bad: dict[str, str]
+    ignored: dict[str, tuple[int, str]]
 
 
 def load_index(path: files.Path, *, cache_dir: files.Path = "") -> ShardIndex:
@@ -183,35 +192,69 @@ def build_index(path: files.Path) -> ShardIndex:
     """Index a tar from its headers, up to a damage if there is one. Raises the errors of `files.open_binary`."""
     stamp = files.stamp(path)
     spans: dict[str, dict[str, tuple[int, int]]] = {}
+    names: dict[tuple[str, str], str] = {}
+    bad: dict[str, str] = {}
+    unread: dict[str, str] = {}
+    ignored: dict[str, tuple[int, str]] = {}
     last_key = "the beginning"
     damage = ""
     with files.open_binary(path) as file:
         try:
-            for name, offset, size in _members(file, stamp.size):
-                key, kind = _key_and_kind(name)
+            for name, offset, size, odd in tars.members(file, stamp.size):
+                key, kind = ("", "") if odd else _key_and_kind(name)
                 if kind:
+                    if (first := names.setdefault((key, kind), name)) != name or kind in spans.get(key, {}):
+                        what = f"{name} is there more than once"
+                        bad[key] = (
+                            what if first == name else f"there are two members for its {kind}: {first} and {name}"
+                        )
                     spans.setdefault(key, {})[kind] = (offset, size)
                     last_key = key
-                if offset + size > stamp.size:
+                else:
+                    unread.setdefault(key, name)
+                    _count_ignored(ignored, odd or _extension(name), name)
+                if offset + size > stamp.size and odd != tars.AFTER_THE_END:
                     damage = f"the tar is cut short inside {name}"
                     if not kind:
                         spans[f"after {last_key}"] = {}
                     break
-        except _BrokenTar as error:
+        except tars.BrokenTar as error:
             damage = f"the tar {error}" + (f" after {last_key}" if spans else "")
             spans[f"after {last_key}"] = {}
+    for key in spans.keys() & unread.keys():
+        if "image" not in spans[key]:
+            bad.setdefault(key, f"the image is missing: {unread[key]} is none of {', '.join(IMAGE_EXTENSIONS)}")
     arrays = {
         kind: np.array([members.get(kind, (-1, 0)) for members in spans.values()], np.int64).reshape(-1, 2)
         for kind in _KINDS
     }
-    return ShardIndex(stamp=stamp, keys=list(spans), damage=damage, **arrays)
+    return ShardIndex(stamp=stamp, keys=list(spans), damage=damage, bad=bad, ignored=ignored, **arrays)
 
 
-_KINDS = ("image", "caption", "metadata")
+def lost_index(path: files.Path, error: OSError) -> ShardIndex:
+    """Make the index of a shard that cannot be read: one bad example, so that the loss is counted."""
+    key, none = f"all of {os.path.basename(path)}", np.array([[-1, 0]], np.int64)
+    reason = f"the shard cannot be read: {error}"
+    return ShardIndex(files.Stamp(0, 0), [key], none, none, none, none, reason, {key: reason}, {})
+
+
+def _extension(name: str) -> str:
+    extension = os.path.basename(name).partition(".")[2].lower()
+    return f"members *.{extension[:20]}" if extension else "members without an extension"
+
+
+def _count_ignored(ignored: dict[str, tuple[int, str]], what: str, name: str) -> None:
+    if what not in ignored and len(ignored) >= _MAX_IGNORED:
+        what = "other members"
+    count, first = ignored.get(what, (0, name))
+    ignored[what] = (count + 1, first)
+
+
+_KINDS = ("image", "caption", "metadata", "label")
 
 
 def _key_and_kind(name: str) -> tuple[str, str]:
-    """Split the name of a member into its key and kind: "image", "caption", "metadata" or "".
+    """Split the name of a member into its key and kind: "image", "caption", "metadata", "label" or "".
 
     The key ends at the first dot of the last part of the name.
 
@@ -220,64 +263,14 @@ def _key_and_kind(name: str) -> tuple[str, str]:
     """
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
-    kinds = dict.fromkeys(IMAGE_EXTENSIONS, "image") | {"txt": "caption", "json": "metadata"}
+    kinds = dict.fromkeys(IMAGE_EXTENSIONS, "image") | {"txt": "caption", "json": "metadata", "cls": "label"}
     return folder + slash + stem, kinds.get(extension.lower(), "") if stem else ""
-
-
-class _BrokenTar(Exception):
-    """No header can be read after this point. The message completes the sentence "the tar ..."."""
-
-
-def _members(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
-    """Read name, offset and size of each regular file from the headers.
-
-    `tarfile` has such a loop, but it ends at a damaged header without an error, as if the tar ended there.
-    """
-    position = 0
-    extended: dict[str, str] = {}
-    while True:
-        file.seek(position)
-        block = file.read(_BLOCK)
-        if len(block) < _BLOCK:
-            raise _BrokenTar("is cut short" if position else "is empty or cut short")
-        if not any(block):
-            return
-        try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
-        except tarfile.HeaderError as error:
-            raise _BrokenTar(
-                f"has a damaged header at byte {position}" if position else "is not a tar (compressed?)"
-            ) from error
-        size = int(extended.get("size", header.size)) if extended.get("size", "0").isdecimal() else -1
-        if not 0 <= size < 1 << 62:
-            raise _BrokenTar(f"has a damaged header at byte {position}")
-        offset = position + _BLOCK
-        position = offset + -(-size // _BLOCK) * _BLOCK
-        if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
-            if size > _MAX_EXTENDED_HEADER or offset + size > end:
-                raise _BrokenTar("is cut short or damaged inside a header")
-            extended |= _extended_header(header.type, file.read(size))
-        elif header.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
-            if header.isreg() and not header.issparse():
-                yield extended.get("path", header.name), offset, size
-            extended = {}
-
-
-def _extended_header(kind: bytes, content: bytes) -> dict[str, str]:
-    """Read the path and size that a GNU long name or a pax header gives to the next member."""
-    if kind == tarfile.GNUTYPE_LONGNAME:
-        return {"path": content.rstrip(b"\0").decode("utf-8", "backslashreplace")}
-    records = {}
-    while match := re.match(rb"(\d{1,7}) ", content):
-        record, content = content[match.end() : int(match.group(1)) - 1], content[max(int(match.group(1)), 1) :]
-        name, _, value = record.partition(b"=")
-        records[name.decode("utf-8", "replace")] = value.decode("utf-8", "backslashreplace")
-    return {name: value for name, value in records.items() if name in ("path", "size")}
 
 
 def _store_index(place: str, index: ShardIndex) -> None:
     payload = io.BytesIO()
     facts = {"version": _INDEX_VERSION, "stamp": index.stamp, "keys": index.keys, "damage": index.damage}
+    facts |= {"bad": index.bad, "ignored": index.ignored}
     arrays = {kind: getattr(index, kind) for kind in _KINDS}
     np.savez(payload, facts=np.frombuffer(json.dumps(facts).encode("ascii"), np.uint8), **arrays)
     files.write_bytes(place, hashlib.sha256(payload.getbuffer()).digest() + payload.getbuffer())
@@ -297,4 +290,7 @@ def _stored_index(place: str, stamp: files.Stamp) -> ShardIndex | None:
         if (facts["version"], files.Stamp(*facts["stamp"])) != (_INDEX_VERSION, stamp):
             return None
         arrays = {kind: stored[kind] for kind in _KINDS}
-        return ShardIndex(stamp=stamp, keys=facts["keys"], damage=facts["damage"], **arrays)
+        ignored = {what: (count, first) for what, (count, first) in facts["ignored"].items()}
+        return ShardIndex(
+            stamp=stamp, keys=facts["keys"], damage=facts["damage"], bad=facts["bad"], ignored=ignored, **arrays
+        )

@@ -64,6 +64,11 @@ class Source(Protocol):
         """Damages of the data as a whole, as "<path>: <damage>". They are printed at the start of a run."""
         return []
 
+    @property
+    def notes(self) -> list[str]:
+        """What of the data is not used, in sentences without a full stop. They are printed at the start of a run."""
+        return []
+
     def captions(self, *, limit: int) -> Iterator[str]:
         """Yield the usable captions, in order, of at most `limit` examples that are evenly spread over the data."""
         for number in spread_evenly(len(self), limit):
@@ -102,12 +107,13 @@ class ShardSource(Source):
         cache_dir: files.Path = "",
     ) -> None:
         self._paths = shards.find_shards(spec)
-        self._indexes = [shards.load_index(path, cache_dir=cache_dir) for path in self._paths]
+        self._indexes = [_index_of(path, cache_dir) for path in self._paths]
         self._ends = list(itertools.accumulate(len(index.keys) for index in self._indexes))
         self._preprocess, self._metadata = preprocess, metadata
         if not self._ends[-1]:
             raise DataError(
                 f"the {len(self._paths)} shards of {spec} hold no examples; they need key.jpg and key.txt members"
+                + "".join(f"; {note}" for note in self.notes)
             )
 
     def __len__(self) -> int:
@@ -117,6 +123,8 @@ class ShardSource(Source):
         path, index, row = self._locate(number)
         key = index.keys[row]
         try:
+            if key in index.bad:
+                raise _BadExample(index.bad[key])
             caption = _caption(path, index, row)
             content = _member(path, index, index.image[row], "image", MAX_IMAGE_BYTES)
             image = images.decode(content, self._preprocess)
@@ -132,11 +140,24 @@ class ShardSource(Source):
             f"{path}: {index.damage}" for path, index in zip(self._paths, self._indexes, strict=True) if index.damage
         ]
 
+    @property
+    def notes(self) -> list[str]:
+        """The members that are not read, added up over all shards."""
+        total: dict[str, tuple[int, str]] = {}
+        for index in self._indexes:
+            for what, (count, first) in index.ignored.items():
+                before, example = total.get(what, (0, first))
+                total[what] = (before + count, example)
+        return [f"ignored {count} {what}, the first is {first}" for what, (count, first) in total.items()]
+
     def captions(self, *, limit: int) -> Iterator[str]:
         """Yield captions as `Source` does, without reading images."""
         for number in spread_evenly(len(self), limit):
+            path, index, row = self._locate(number)
+            if index.keys[row] in index.bad:
+                continue
             try:
-                yield _caption(*self._locate(number))
+                yield _caption(path, index, row)
             except _BadExample:
                 continue
 
@@ -204,6 +225,16 @@ def open_source(
     return SOURCES[name](path, preprocess=preprocess, metadata=metadata, cache_dir=cache_dir)
 
 
+def _index_of(path: str, cache_dir: files.Path) -> shards.ShardIndex:
+    """Load an index. A shard that is gone or unreadable is one bad example; a missing permission ends the run."""
+    try:
+        return files.retried(lambda: shards.load_index(path, cache_dir=cache_dir))
+    except files.StorageError:
+        raise
+    except OSError as error:
+        return shards.lost_index(path, error)
+
+
 def _caption(path: str, index: shards.ShardIndex, row: int) -> str:
     content = _member(path, index, index.caption[row], "caption", MAX_TEXT_BYTES)
     try:
@@ -234,7 +265,10 @@ def _member(path: str, index: shards.ShardIndex, span: np.ndarray, what: str, li
         raise _BadExample(f"the {what} is incomplete ({index.damage})")
     if size > limit:
         raise _BadExample(f"the {what} is too large: {size} bytes, the limit is {limit}")
-    content = files.read_range(path, offset, size)
+    try:
+        content = files.read_range(path, offset, size)
+    except OSError as error:
+        raise _BadExample(f"the shard cannot be read: {error}") from None
     if len(content) < size:
         raise _BadExample(f"the {what} is incomplete: the tar became shorter since it was indexed")
     return content

@@ -119,6 +119,8 @@ def _train(
         source = inputs.training_source(config, folders)
         for damage in source.damages:
             say(f"damaged shard: {damage}")
+        for note in source.notes:
+            say(note)
         tokenizer = inputs.tokenizer_for(config, workdir.tokenizer, source)
     placement = place(config.mesh)
     rows = own_rows(config.train.batch_size, placement)
