@@ -13,7 +13,7 @@ import moe_kernels
 def main() -> None:
     # Its own folder comes first when Python starts a file; what is imported must be what is installed.
     assert Path(sys.prefix) in Path(moe_kernels.__file__).parents, f"moe_kernels comes from {moe_kernels.__file__}"
-    for name in ("reference", "benchmarks", "flax", "matplotlib"):
+    for name in ("reference", "benchmarks", "examples", "flax", "matplotlib"):
         assert importlib.util.find_spec(name) is None, f"{name} was installed with the layer"
 
     page = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = ("moe_kernels", "limoe", "reference", "benchmarks", "tests")
+OURS = ("moe_kernels", "limoe", "reference", "benchmarks", "examples", "tests")
 
 
 class Function(NamedTuple):

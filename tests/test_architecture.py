@@ -189,10 +189,10 @@ def test_every_tpu_kernel_says_what_it_costs():
         assert "cost_estimate" in named, f"{module}, line {call.lineno}: the kernel has no cost estimate"
 
 
-def test_nothing_imports_tests_or_benchmarks():
+def test_nothing_imports_tests_benchmarks_or_examples():
     for module in FILES:
         own = module.split(".")[0]
-        forbidden = {"tests"} if own in ("tests", "benchmarks") else {"tests", "benchmarks"}
+        forbidden = {"tests"} if own in ("tests", "benchmarks") else {"tests", "benchmarks", "examples"}
         names = {name.split(".")[0] for name in imports_of(module)} - {own}
         assert not names & forbidden, f"{module} imports {sorted(names & forbidden)}"
 
@@ -213,7 +213,8 @@ def test_cycles_are_found():
 def test_third_party_imports_are_declared():
     layer, trainer = declared(PYPROJECT["project"]["dependencies"]), declared(EXTRAS["train"])
     providers = importlib.metadata.packages_distributions()
-    for package, allowed in {"moe_kernels": layer, "reference": layer, "limoe": layer | trainer}.items():
+    allowed_for = {"moe_kernels": layer, "reference": layer, "limoe": layer | trainer, "examples": layer | trainer}
+    for package, allowed in allowed_for.items():
         used = {name.split(".")[0] for module in FILES if in_package(module, package) for name in imports_of(module)}
         for name in sorted(used - STANDARD - set(OURS)):
             distributions = {normal(distribution) for distribution in providers.get(name, [name])}
@@ -254,7 +255,7 @@ def test_files_are_short(path):
 MEASURED = [
     (f"{name}.{function.name}", function)
     for name, path in FILES.items()
-    if name.split(".")[0] in ("moe_kernels", "limoe", "benchmarks")
+    if name.split(".")[0] in ("moe_kernels", "limoe", "benchmarks", "examples")
     for function in measure.functions(path.read_text(encoding="utf-8"))
 ]
 

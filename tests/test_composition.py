@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import equinox
 import jax
@@ -162,6 +163,26 @@ def test_interpreted_kernels_say_how_to_run_them_in_a_shard_map():
     mapped = jax.shard_map(layer, mesh=auto_mesh(), in_specs=SPLIT, out_specs=SPLIT)
     with pytest.raises(ValueError, match=r"interpreted kernels do not run in .* check_vma=False to jax\.shard_map"):
         jax.eval_shape(mapped, a.tokens)
+
+
+def test_kernels_of_gpus_say_how_to_run_them_in_a_shard_map():
+    h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "expert"), axis_types=(AxisType.Auto,) * 2, abstract_device=h200)
+    a = arguments(1, tokens=TOKENS, groups=GROUPS, experts=EXPERTS, width=128, hidden=128)
+    tokens = a.tokens.astype("bfloat16")
+
+    def traced(spec, **options):
+        def layer(tokens):
+            return moe_mlp(tokens, a.router, a.weights, spec).tokens
+
+        mapped = jax.shard_map(layer, mesh=mesh, in_specs=SPLIT, out_specs=SPLIT, **options)
+        return set(re.findall(r"\bname=(moe_\w+)", str(jax.make_jaxpr(mapped)(tokens))))
+
+    with pytest.raises(ValueError, match=r"GPU kernels do not run in .* check_vma=False .* or use backend='xla'"):
+        traced(MoeSpec())
+    kernels = {"moe_gather", "moe_rows_activate_alone", "moe_rows_store", "moe_gather_weighed"}
+    assert kernels <= traced(MoeSpec(), check_vma=False)
+    assert not kernels & traced(MoeSpec(backend="xla"))
 
 
 def explicit_mesh(*types):

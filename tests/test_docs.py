@@ -39,6 +39,7 @@ LONG = {
     ),
     ".venv/bin/limoe train --workdir=runs/squares --set data.shards=shards data.eval_shards=shards": SHORT,
     ".venv/bin/python benchmarks/dispatch.py": QUICK,
+    ".venv/bin/python examples/language_model.py --family=deepseek_v3": "--steps=2",
 }
 
 
