@@ -39,6 +39,9 @@ _JSON = flags.DEFINE_bool("json", False, "print one JSON object")
 _PROFILE = flags.DEFINE_integer(
     "profile", 0, "steps to trace with jax.profiler into WORKDIR/profile, after the first five; 0 = none", lower_bound=0
 )
+_ACCEPT = flags.DEFINE_bool(
+    "accept-new-data", False, "train: go on with other data or another tokenizer than the run began with"
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "train: address HOST:PORT of process 0, for several processes")
 _NUM_PROCESSES = flags.DEFINE_integer(
     "num-processes", None, "train: number of processes that train together", lower_bound=1
@@ -197,7 +200,7 @@ def _train(settings: list[str]) -> int:
     config = _config(settings)
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     folder = _WORKDIR.value or str(Path("runs") / config.preset)
-    return train(config, folder, profile_steps=_PROFILE.value)
+    return train(config, folder, profile_steps=_PROFILE.value, accept_new_data=_ACCEPT.value)
 
 
 def _describe(settings: list[str]) -> int:
@@ -277,7 +280,10 @@ def _plan(settings: list[str]) -> int:
 
 # The function of each command, and the flags that it takes.
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], tuple[str, ...]]] = {
-    "train": (_train, ("preset", "workdir", "set", "profile", "coordinator", "num-processes", "process-id")),
+    "train": (
+        _train,
+        ("preset", "workdir", "set", "profile", "accept-new-data", "coordinator", "num-processes", "process-id"),
+    ),
     "eval": (_evaluate, ("workdir", "data", "probe-data", "json")),
     "classify": (_classify, ("workdir", "classes", "templates", "step", "json")),
     "export": (_export, ("workdir", "out", "step")),

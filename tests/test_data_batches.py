@@ -81,7 +81,9 @@ def test_no_batch_lies_across_the_end_of_an_epoch(num_examples):
 
 
 def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(DataError, match=r"has 7 examples, fewer than train\.batch_size=8.*set train\.batch_size to at"):
+    with pytest.raises(
+        DataError, match=r"has 7 examples, fewer than the 8 of a batch .train\.batch_size=8.*set a smaller"
+    ):
         batches_of(NumberedSource(7))
 
 

@@ -1,7 +1,6 @@
 """Evaluation against loops that compare one score with another, and the rules for ties and equal captions."""
 
 import io
-import json
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from PIL import Image
 
 from limoe.config.presets import preset
 from limoe.config.settings import override
+from limoe.data.classes import Classes
 from limoe.data.files import DataError
 from limoe.data.inputs import DataFolders
 from limoe.data.shards import Example, write_shard
@@ -20,18 +20,16 @@ from limoe.evaluate import Evaluator, evaluate, evaluator, register
 from limoe.evaluate import embeddings as tables
 from limoe.evaluate.command import evaluation_text
 from limoe.evaluate.data import (
-    Classes,
     EvaluationData,
     Pairs,
     equal_captions_are_right,
     match,
-    read_classes,
     read_evaluation_data,
 )
 from limoe.evaluate.encode import Encoder
 from limoe.evaluate.probe import ridge_probe
 from limoe.evaluate.retrieval import retrieval
-from limoe.evaluate.zero_shot import class_embeddings, prompts, zero_shot
+from limoe.evaluate.zero_shot import class_embeddings, first_of_name, prompts, zero_shot
 
 
 def embeddings(seed, rows, width=3, levels=3):
@@ -170,41 +168,6 @@ def test_ridge_probe_takes_shots_of_every_class_by_the_seed():
 def test_prompts_are_lower_case_and_braces_in_names_are_text():
     classes = Classes(("a {}", "The {} here"), ("Red {0}", "été"))
     assert prompts(classes) == ("a red {0}", "the red {0} here", "a été", "the été here")
-
-
-def test_read_classes(tmp_path):
-    content = {"templates": ["a photo of a {}"], "classes": ["red square", "blé"], "source": "any other key"}
-    (tmp_path / "classes.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    assert read_classes(tmp_path) == Classes(("a photo of a {}",), ("red square", "blé"))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"{", "is not JSON"),
-        (b"[" * 200_000, "is not JSON"),
-        (b"\xff\xfe", "UTF-8"),
-        (b"[]", "must hold an object"),
-        (b'{"classes": ["a"]}', 'no "templates"'),
-        (b'{"templates": "a {}", "classes": ["a"]}', "must be a list"),
-        (b'{"templates": ["a {}"], "classes": []}', "an empty list"),
-        (b'{"templates": ["a {}"], "classes": ["a", 3]}', "entry 1"),
-        (b'{"templates": ["a {}"], "classes": ["a", "  "]}', "entry 1"),
-        (b'{"templates": ["a photo"], "classes": ["a"]}', "exactly once"),
-        (b'{"templates": ["{} {}"], "classes": ["a"]}', "exactly once"),
-        (b'{"templates": ["a {}"], "classes": ["a", "b", "A"]}', "classes 0 and 2"),
-    ],
-)
-def test_bad_classes_files_say_what_is_wrong(tmp_path, content, message):
-    (tmp_path / "classes.json").write_bytes(content)
-    with pytest.raises(DataError, match=message) as error:
-        read_classes(tmp_path)
-    assert "classes.json" in str(error.value)
-
-
-def test_a_missing_classes_file_says_what_it_must_hold(tmp_path):
-    with pytest.raises(DataError, match=r'does not exist.*"templates"'):
-        read_classes(tmp_path)
 
 
 EYE, IDS = np.eye(3), np.arange(3)
@@ -387,3 +350,16 @@ def test_an_evaluator_from_outside(registry):
 def with_colours(matched):
     colours = np.array([colour_of(n) for n in range(len(matched.image_id))], np.uint8).reshape(-1, 1, 1, 3)
     return matched.pairs._replace(images=colours)
+
+
+def test_of_two_classes_with_one_name_the_first_is_predicted():
+    """As in ImageNet's list: an image of the first is right, one of the second is not, and nobody else is moved."""
+    classes = np.eye(3)[[0, 1, 0, 2]]
+    image, label = np.eye(3)[[0, 0, 1, 2]], np.array([0, 2, 1, 3])
+    first = first_of_name(["Missile", "cat", "missile", "dog"])
+    found = zero_shot(image, classes, label, first)
+    assert (found.top1, found.mean_per_class, found.num_doubled, found.top5) == (0.75, 0.75, 2, 1)
+    assert found.confusion[2, 0] == 1 and found.confusion[0, 0] == 1
+    assert zero_shot(image, classes, label).top1 == 0.5, "without names both tie"
+    uneven = zero_shot(np.eye(2)[[0, 0, 0, 0]], np.eye(2), np.array([0, 0, 0, 1]))
+    assert (uneven.top1, uneven.mean_per_class) == (0.75, 0.5)

@@ -23,7 +23,7 @@ from limoe.train import losses
 from limoe.train.gradient import gradient
 
 
-class CsvSource(Source):
+class LinesSource(Source):
     """Pairs listed in a file with the columns image and caption."""
 
     def __init__(self, path, *, preprocess, metadata, cache_dir):
@@ -47,13 +47,13 @@ def test_a_data_source(tmp_path, monkeypatch):
         Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / f"{number}.png")
     lines = [f"{number}.png,{'' if number == 4 else f'picture {number}'}" for number in range(6)]
     (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *lines]))
-    place = f"csv:{tmp_path / 'pairs.csv'}"
+    place = f"lines:{tmp_path / 'pairs.csv'}"
     config = override(small_config(), [f"data.shards={place}", f"data.eval_shards={place}"])
     folders = inputs.data_folders(config)
-    with pytest.raises(DataError, match=r"there is no data source 'csv' for csv:.*; there are: shards"):
+    with pytest.raises(DataError, match=r"there is no data source 'lines' for lines:.*; there are: shards"):
         inputs.training_source(config, folders)
 
-    monkeypatch.setitem(source.SOURCES, "csv", CsvSource)
+    monkeypatch.setitem(source.SOURCES, "lines", LinesSource)
     found = inputs.training_source(config, folders)
     assert found.damages == [] and list(found.captions(limit=3)) == ["picture 0", "picture 2"]
 

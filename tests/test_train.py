@@ -70,7 +70,8 @@ def test_the_log_has_each_step_once_with_every_figure(finished: Ran) -> None:
 @pytest.mark.compat
 def test_the_folder_of_a_finished_run(finished: Ran) -> None:
     names = {path.name for path in finished.folder.iterdir()} - {".lock"}
-    assert names == {"config.json", "metrics.jsonl", "checkpoints", "figures", "summary.json", "tokenizer.model"}
+    files = {"config.json", "metrics.jsonl", "summary.json", "tokenizer.model", "data.json"}
+    assert names == files | {"checkpoints", "figures"}
     kept = [f"step_{step:08d}" for step in (STEPS - CHECKPOINT_EVERY, STEPS)]
     assert sorted(path.name for path in (finished.folder / "checkpoints").iterdir()) == kept
     figures = {"training", "examples", "expert_shares", "gallery_block1", "overview"}

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 import limoe
 from limoe.cli import main
+from limoe.data.templates import TEMPLATES
 from limoe.data.tokenizer import load_tokenizer
 from limoe.evaluate.restore import restored_encoder
-from limoe.evaluate.templates import TEMPLATES
 from limoe.use.export import ExportError, write_export
 from limoe.workdir.checkpoint import CheckpointError
 from limoe.workdir.folder import WorkdirError

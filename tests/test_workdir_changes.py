@@ -1,16 +1,23 @@
 """What may change while a run goes on, what may not, and folders of an earlier version."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from data_cases import caption, colour_examples
 
 from limoe.config.presets import preset
 from limoe.config.schema import Config
 from limoe.config.settings import from_json, override, to_json
+from limoe.data import inputs
+from limoe.data.shards import write_shard
+from limoe.data.tokenizer import train_tokenizer
+from limoe.parallel import processes
 from limoe.train.optim import make_schedule
+from limoe.workdir.data import check_data, check_tokenizer
 from limoe.workdir.folder import Workdir, WorkdirError
 from limoe.workdir.metrics import write_json
 
@@ -28,10 +35,7 @@ def test_what_does_not_change_the_result_may_change_on_the_way(tmp_path: Path) -
         assert "nothing checks" not in said
     assert from_json((tmp_path / "config.json").read_text()) == goes_on == Workdir.existing(tmp_path).config
     with Workdir.open(tmp_path, override(goes_on, ["data.shards=moved"])) as workdir:
-        assert workdir.changes == (
-            "changed settings: data.shards ('here' before, 'moved' now); nothing checks that data.shards hold the same "
-            "examples",
-        )
+        assert workdir.changes == ("changed settings: data.shards ('here' before, 'moved' now)",)
     with Workdir.open(tmp_path, workdir.config) as again:
         assert again.changes == ()
     for other in ("data.shards=", "data.seed=1", "train.batch_size=64", "data.tokenizer=mine"):
@@ -61,6 +65,52 @@ def test_steps_may_grow_until_the_cooldown_has_begun(tmp_path: Path, cooldown: i
     write_json(workdir.summary, {})
     with pytest.raises(WorkdirError, match="may grow only"):
         Workdir.open(tmp_path, override(longer, ["train.steps=700"]))
+
+
+def test_data_that_changed_are_refused_and_a_moved_folder_is_not(tmp_path: Path) -> None:
+    """A shard that was added, one that was replaced, and another tokenizer: each is named. A place is none."""
+    folder, moved = tmp_path / "a", tmp_path / "b"
+    folder.mkdir()
+    write_shard(folder / "0.tar", colour_examples(3))
+    tokenizer = train_tokenizer([caption(n) for n in range(9)], vocab_size=40, length=8)
+
+    def facts(place: Path, *more: str) -> dict[str, str]:
+        config = override(TINY, [f"data.shards={place}", *more])
+        return inputs.data_facts(config, inputs.training_source(config, inputs.data_folders(config)), tokenizer)
+
+    with Workdir.open(tmp_path / "run", TINY) as workdir:
+        assert check_data(workdir, facts(folder), accept=False) == ()
+        folder.rename(moved)
+        os.utime(moved / "0.tar", (0, 0))
+        assert check_data(workdir, facts(moved), accept=False) == ()
+        for setting in ("data.background=black", "data.preprocess=augment", "data.interpolation=bicubic"):
+            with pytest.raises(WorkdirError, match=r"began with other data: preprocessing \(squash, bilinear, white"):
+                check_data(workdir, facts(moved, setting), accept=False)
+        write_shard(moved / "1.tar", colour_examples(2))
+        with pytest.raises(WorkdirError, match=r"data 1\.tar \(missing before, \d+ bytes, .*--accept-new-data"):
+            check_data(workdir, facts(moved), accept=False)
+        [said] = check_data(workdir, facts(moved), accept=True)
+        assert "accepted new data: data 1.tar" in said and check_data(workdir, facts(moved), accept=False) == ()
+        write_shard(moved / "1.tar", colour_examples(2, first=7))
+        with pytest.raises(WorkdirError, match=r"data 1\.tar \(\d+ bytes, index \w+ before"):
+            check_data(workdir, facts(moved), accept=False)
+        flipped = bytearray(tokenizer.model)
+        flipped[-1] ^= 1
+        workdir.tokenizer.write_bytes(tokenizer.model)
+        check_tokenizer(workdir)
+        workdir.tokenizer.write_bytes(flipped)
+        with pytest.raises(WorkdirError, match="not the tokenizer of this run"):
+            check_tokenizer(workdir)
+        assert workdir.discard_unstarted() and not workdir.data.exists()
+
+
+def test_every_process_must_have_the_same_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = {"data 0.tar": "9 bytes"}
+    monkeypatch.setattr(processes, "texts_of_all", lambda text: [text, json.dumps(others) if "{" in text else "else"])
+    with Workdir.open(tmp_path, TINY) as workdir:
+        with pytest.raises(WorkdirError, match=r"process 1 has other data than process 0: data 1\.tar \(7 bytes in"):
+            check_data(workdir, {**others, "data 1.tar": "7 bytes"}, accept=True)
+        assert not workdir.data.exists()
 
 
 def as_in_0_1_0(config: Config) -> str:

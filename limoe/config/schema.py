@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
+from limoe.config.data import DataConfig
 from limoe.config.section import ConfigError, Section, setting
 
 ACTIVATIONS = ["gelu_tanh", "gelu_erf", "silu", "relu", "relu_squared"]
@@ -236,38 +237,6 @@ class OptimizerConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(Section):
-    """Sources of image-text pairs, and how they are read."""
-
-    section = "data"
-
-    shards: str = setting(
-        "folder with training shards (*.tar as img2dataset writes them), or NAME:PATH for another registered source; "
-        "empty = the embedded world",
-        "",
-    )
-    eval_shards: str = setting("folder with evaluation shards; empty = the embedded world's held-out pairs", "")
-    tokenizer: str = setting("SentencePiece .model file; empty = train one from the captions", "")
-    seed: int = setting("seed of the order of the data and of the embedded world", 0)
-    threads: int = setting("threads that decode images", 2)
-    max_bad_share: float = setting("share of bad examples above which the run stops", 0.05)
-    preprocess: Literal["squash", "crop", "augment"] = setting(
-        "squash = the whole picture as a square; crop = its central square; augment = in training a random part, "
-        "mirrored or not, else as crop",
-        "squash",
-    )
-    interpolation: Literal["bilinear", "bicubic"] = setting("filter for resizing, with antialiasing", "bilinear")
-    background: Literal["white", "grey", "black"] = setting("what shows through transparent pixels", "white")
-    world_pairs: int = setting("training pairs of the embedded world", 20_480)
-    cache_dir: str = setting("folder for generated data; empty = the user's cache folder", "")
-
-    def _check(self) -> None:
-        self._require_not_negative("seed")
-        self._require_positive("threads", "world_pairs")
-        self._require_below_one("max_bad_share")
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainConfig(Section):
     """Length, batches, checkpoints and evaluations of a run."""
 
@@ -349,7 +318,7 @@ class Config:
     model: ModelConfig
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    data: DataConfig = DataConfig()
+    data: DataConfig = DataConfig()  # noqa: RUF009 (frozen, like the others)
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
 

@@ -6,8 +6,11 @@ one batch, where it would be its own negative. A bad example is replaced by that
 into a batch twice unless it comes from the next epoch.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -93,11 +96,21 @@ class Batches:
             )
         if len(source) >= 2**32:
             raise DataError(f"{len(source)} examples are more than 2^32 - 1, which one order can hold; split the data")
-        if len(source) < batch_size:
-            raise DataError(
-                f"the data has {len(source)} examples, fewer than train.batch_size={batch_size}: a pair would be its "
-                f"own negative; set train.batch_size to at most {len(source)}, or give more data"
-            )
+        mixture = source.mixture
+        self._sizes = mixture.sizes if mixture else (len(source),)
+        part_of_row = mixture.rows(batch_size) if mixture else [0] * batch_size
+        self._shares = [part_of_row.count(part) for part in range(len(self._sizes))]
+        ranks = [itertools.count() for _ in self._sizes]
+        self._place_of_row = [(part, next(ranks[part])) for part in part_of_row]
+        for size, share, number in zip(self._sizes, self._shares, range(len(self._sizes)), strict=True):
+            which = f"source {number} of data.sources" if mixture else "the data"
+            if size < share:
+                raise DataError(
+                    f"{which} has {size} examples, fewer than the {share} of a batch (train.batch_size={batch_size}): "
+                    "a pair would be its own negative; set a smaller train.batch_size, or give more data"
+                )
+            if not share:
+                raise DataError(f"{which} has so small a weight that a batch of {batch_size} has none of it; raise it")
         self._source, self._encode, self._augment = source, encode, augment
         self._batch_size, self._rows, self._seed = batch_size, rows, seed
         self._threads, self._max_bad_share = threads, max_bad_share
@@ -157,12 +170,14 @@ class Batches:
         return example._replace(image=image, caption=captions[int(draws[0] * len(captions)) % len(captions)])
 
     def _example_at(self, step: int, row: int) -> int:
-        num_examples = len(self._source)
-        epoch, batch = divmod(step, num_examples // self._batch_size)
-        place = batch * self._batch_size + row
-        if num_examples < _SMALL:
-            return int(_small_order(num_examples, self._seed, epoch)[place])
-        return index_shuffle(place, max_index=num_examples - 1, seed=_epoch_seed(self._seed, epoch), rounds=4)
+        part, rank = self._place_of_row[row]
+        size, share = self._sizes[part], self._shares[part]
+        epoch, batch = divmod(step, size // share)
+        place, first = batch * share + rank, sum(self._sizes[:part])
+        if size < _SMALL:
+            return first + int(_small_order(size, self._seed, epoch, part)[place])
+        seed = _epoch_seed(self._seed, epoch, part)
+        return first + index_shuffle(place, max_index=size - 1, seed=seed, rounds=4)
 
     def _check_share(self, total: BadExamples) -> None:
         if total.num_examined < min(len(self._source), _MIN_EXAMINED):
@@ -177,15 +192,19 @@ class Batches:
 
 
 @functools.lru_cache(maxsize=64)
-def _epoch_seed(seed: int, epoch: int) -> int:
+def _epoch_seed(seed: int, epoch: int, part: int) -> int:
     # A hash, not a sum: with seed + epoch, epoch 1 of seed 0 would have the order of epoch 0 of seed 1.
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    return int(_order_of(seed, epoch, part).generate_state(1)[0])
+
+
+def _order_of(seed: int, epoch: int, part: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence([seed, epoch, part] if part else [seed, epoch])
 
 
 @functools.lru_cache(maxsize=64)
-def _small_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+def _small_order(num_examples: int, seed: int, epoch: int, part: int) -> np.ndarray:
     # Raw bits of a bit generator never change with NumPy's version; results of Generator's methods may.
-    return np.argsort(np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_examples), kind="stable")
+    return np.argsort(np.random.Philox(_order_of(seed, epoch, part)).random_raw(num_examples), kind="stable")
 
 
 def _assemble(chunks: list[_Chunk]) -> Batch:

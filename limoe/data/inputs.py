@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import PIL
 
 from limoe.config.schema import Config, ConfigError
 from limoe.data import files
 from limoe.data.batches import Batches
 from limoe.data.images import preprocess_of
-from limoe.data.source import CachedSource, DataFolders, Source, open_source
+from limoe.data.places import open_mixture, open_source, place_has_classes
+from limoe.data.source import CachedSource, DataFolders, Source
 from limoe.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from limoe.data.world import World, write_world
 
@@ -17,8 +21,8 @@ from limoe.data.world import World, write_world
 TOKENIZER_CAPTIONS = 200_000
 # Memory for decoded images. The whole embedded world fits; of large data sets only a small part does.
 CACHE_BYTES = 2 * 2**30
-# Files beside evaluation shards: classes for zero-shot classification, and which captions are right in retrieval.
-CLASSES_FILE, RETRIEVAL_FILE = "classes.json", "retrieval.json"
+# A file beside evaluation shards: which captions are right in retrieval.
+RETRIEVAL_FILE = "retrieval.json"
 
 Progress = Callable[[int, int], None]
 
@@ -26,10 +30,10 @@ Progress = Callable[[int, int], None]
 def data_folders(config: Config, progress: Progress | None = None) -> DataFolders:
     """Find the folders of the configured shards. If the embedded world is used, write its missing shards first.
 
-    If `data.shards` is set, both evaluations use `data.eval_shards` (zero-shot needs a classes.json there). Without it
-    there is no evaluation.
+    If `data.shards` or `data.sources` is set, both evaluations use `data.eval_shards` (zero-shot needs a list of
+    classes there). Without it there is no evaluation.
     """
-    if config.data.shards:
+    if config.data.shards or config.data.sources:
         return DataFolders(config.data.shards, *_evaluation(config.data.eval_shards))
     world = World(seed=config.data.seed, num_pairs=config.data.world_pairs)
     folders = write_world(world, files.cache_folder(config.data.cache_dir), progress)
@@ -39,8 +43,7 @@ def data_folders(config: Config, progress: Progress | None = None) -> DataFolder
 
 
 def _evaluation(folder: str) -> tuple[str, str]:
-    has_classes = bool(folder) and files.is_folder(folder) and files.exists(Path(folder) / CLASSES_FILE)
-    return folder if has_classes else "", folder
+    return folder if folder and place_has_classes(folder) else "", folder
 
 
 def evaluation_folders(config: Config, data: str) -> DataFolders:
@@ -87,7 +90,20 @@ def tokenizer_for(config: Config, path: Path, source: Source) -> Tokenizer:
 def training_source(config: Config, folders: DataFolders) -> Source:
     """Open the training examples, with their pictures as the configuration wants them."""
     chosen = preprocess_of(config, training=True)
+    if config.data.sources:
+        return open_mixture(config.data.sources, preprocess=chosen, cache_dir=config.data.cache_dir)
     return open_source(folders.train, preprocess=chosen, cache_dir=config.data.cache_dir)
+
+
+def data_facts(config: Config, source: Source, tokenizer: Tokenizer) -> dict[str, str]:
+    """Describe all that decides which bits a step gets: the data, the tokenizer, and how pictures are decoded."""
+    chosen = preprocess_of(config, training=True)
+    return {
+        **{f"data {name}": what for name, what in source.contents.items()},
+        "tokenizer": hashlib.sha256(tokenizer.model).hexdigest()[:16],
+        "preprocessing": f"{chosen.resize}, {chosen.interpolation}, {chosen.background}, {chosen.size} pixels",
+        "decoder": f"Pillow {PIL.__version__}",
+    }
 
 
 def training_batches(

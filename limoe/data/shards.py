@@ -25,6 +25,7 @@ INDEX_SUFFIX = ".index"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _INDEX_VERSION = 2
 _DIGEST_SIZE = hashlib.sha256().digest_size
+NO_TAR = "the tar is not a tar"
 # Kinds of ignored members that an index tells apart.
 _MAX_IGNORED = 16
 
@@ -179,6 +180,8 @@ def load_index(path: files.Path, *, cache_dir: files.Path = "") -> ShardIndex:
         if index is not None:
             return index
     index = build_index(path)
+    if index.damage.startswith(NO_TAR):
+        return index  # nothing is left beside a file of another kind
     for place in (beside, cached):
         try:
             _store_index(place, index)
@@ -229,6 +232,14 @@ def build_index(path: files.Path) -> ShardIndex:
         for kind in _KINDS
     }
     return ShardIndex(stamp=stamp, keys=list(spans), damage=damage, bad=bad, ignored=ignored, **arrays)
+
+
+def digest_of(index: ShardIndex) -> str:
+    """Compute a digest of what an index says of a tar, whenever that was written."""
+    digest = hashlib.sha256(json.dumps([index.keys, index.damage, index.bad]).encode())
+    for kind in _KINDS:
+        digest.update(getattr(index, kind).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def lost_index(path: files.Path, error: OSError) -> ShardIndex:

@@ -3,16 +3,18 @@
 import bisect
 import itertools
 import json
-import re
+import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
 
 from limoe.data import files, images, shards
+from limoe.data.classes import Classes, has_classes, read_classes
 from limoe.data.files import DataError
+from limoe.data.templates import templates_of
 
 # Larger members are refused unread. They are no captions and no images of the web, and could fill the memory.
 MAX_IMAGE_BYTES = 256 * 2**20
@@ -47,12 +49,32 @@ class DataFolders(NamedTuple):
     retrieval: str
 
 
+class Mixture(NamedTuple):
+    """Several sources, numbered one after another: their sizes, and how often each is drawn."""
+
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    def rows(self, batch_size: int) -> list[int]:
+        """Say of which source each row of a batch is: shares by weight, to the nearest row, spread over the batch.
+
+        >>> Mixture((90, 10), (3.0, 1.0)).rows(8)
+        [0, 0, 1, 0, 0, 0, 1, 0]
+        """
+        exact = [batch_size * weight / sum(self.weights) for weight in self.weights]
+        counts = [int(share) for share in exact]
+        for number in sorted(range(len(exact)), key=lambda one: counts[one] - exact[one])[: batch_size - sum(counts)]:
+            counts[number] += 1
+        places = [((rank + 0.5) / count, number) for number, count in enumerate(counts) for rank in range(count)]
+        return [number for _, number in sorted(places)]
+
+
 @runtime_checkable
 class Source(Protocol):
     """Examples by number. A number always gives the same example, from any thread.
 
-    To add a source, inherit from this class and register the class, as in `SOURCES["csv"] = Csv`. Then `csv:PATH` is
-    allowed instead of a folder with shards; `Csv(PATH, preprocess=..., metadata=..., cache_dir=...)` reads it.
+    To add a source, inherit from this class and register the class, as in `SOURCES["lines"] = Lines`. Then `lines:PATH`
+    is allowed instead of a folder with shards; `Lines(PATH, preprocess=..., metadata=..., cache_dir=...)` reads it.
     """
 
     def __len__(self) -> int: ...
@@ -69,12 +91,27 @@ class Source(Protocol):
         """What of the data is not used, in sentences without a full stop. They are printed at the start of a run."""
         return []
 
+    @property
+    def classes(self) -> Classes | None:
+        """The classes that the labels of the examples count in; None without labels."""
+        return None
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """The sources that this one is made of, if there are several."""
+        return None
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """What the data are made of, by name, in words that change with the content but not with the folder's place."""
+        return {"examples": str(len(self))}
+
     def captions(self, *, limit: int) -> Iterator[str]:
         """Yield the usable captions, in order, of at most `limit` examples that are evenly spread over the data."""
         for number in spread_evenly(len(self), limit):
             example = self[number]
             if isinstance(example, Decoded):
-                yield example.caption
+                yield from (example.caption, *example.more_captions)
 
 
 def spread_evenly(count: int, limit: int) -> range:
@@ -93,8 +130,10 @@ class _BadExample(Exception):
 class ShardSource(Source):
     """The examples of all shards that `find_shards(spec)` names, shard after shard, bad examples included.
 
-    `metadata` asks for the content of key.json too; then an example with a damaged .json is bad. `load_index` says
-    where indexes are stored. Raises `DataError` if no shards or no examples are found, and the errors of
+    `metadata` asks for the content of key.json and key.cls too; then an example with a damaged one is bad, and one with
+    a class needs no caption. Captions are key.txt, with `lines` one a line; or the text or list of that name in
+    key.json, with `caption`; or sentences with the class, by the name of a set of `templates`. `load_index` says
+    where indexes are stored. Raises `DataError` if there are no shards or no examples, and the errors of
     `files.open_binary`.
     """
 
@@ -105,16 +144,45 @@ class ShardSource(Source):
         preprocess: images.Preprocess,
         metadata: bool = False,
         cache_dir: files.Path = "",
+        classes: Classes | None = None,
+        templates: str = "",
+        lines: bool = False,
+        caption: str = "",
     ) -> None:
         self._paths = shards.find_shards(spec)
         self._indexes = [_index_of(path, cache_dir) for path in self._paths]
         self._ends = list(itertools.accumulate(len(index.keys) for index in self._indexes))
-        self._preprocess, self._metadata = preprocess, metadata
+        self._preprocess, self._metadata, self._lines, self._caption_name = preprocess, metadata, lines, caption
+        self._classes = read_classes(spec) if classes is None and has_classes(spec) else classes
+        self._sentences = templates_of(templates) if templates else ()
+        if templates and self._classes is None:
+            raise DataError(
+                f"{spec} has no classes.json or classnames.txt, so templates={templates} has no names to take"
+            )
+        if all(index.damage.startswith(shards.NO_TAR) for index in self._indexes):
+            raise DataError(
+                f"the shards of {spec} hold no examples that can be read ({self._paths[0]}: "
+                f"{self._indexes[0].damage}); give a tar, or one of the layouts {', '.join(SOURCES)} as LAYOUT:PATH"
+            )
         if not self._ends[-1]:
             raise DataError(
                 f"the {len(self._paths)} shards of {spec} hold no examples; they need key.jpg and key.txt members"
                 + "".join(f"; {note}" for note in self.notes)
             )
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """Size and digest of the index of each shard, by its name from the folder that all shards have in common."""
+        common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in self._paths])
+        return {
+            os.path.relpath(os.path.abspath(path), common): f"{index.stamp.size} bytes, index {shards.digest_of(index)}"
+            for path, index in zip(self._paths, self._indexes, strict=True)
+        }
+
+    @property
+    def classes(self) -> Classes | None:
+        """The classes of the `classes.json` or `classnames.txt` beside the shards."""
+        return self._classes
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -123,15 +191,38 @@ class ShardSource(Source):
         path, index, row = self._locate(number)
         key = index.keys[row]
         try:
-            if key in index.bad:
-                raise _BadExample(index.bad[key])
-            caption = _caption(path, index, row)
+            captions, facts = self._described(path, index, row)
             content = _member(path, index, index.image[row], "image", MAX_IMAGE_BYTES)
             image = images.decode(content, self._preprocess)
-            read = self._metadata and index.metadata[row][0] >= 0
-            return Decoded(image, caption, key, _metadata(path, index, row) if read else None)
+            return Decoded(image, captions[0], key, facts if self._metadata else None, captions[1:])
         except (_BadExample, images.ImageError) as error:
             return Bad(key, str(error))
+
+    def _described(
+        self, path: str, index: shards.ShardIndex, row: int
+    ) -> tuple[tuple[str, ...], dict[str, Any] | None]:
+        """Read the captions of an example, at least one, and its metadata if that is asked for."""
+        if (key := index.keys[row]) in index.bad:
+            raise _BadExample(index.bad[key])
+        needed = self._metadata or self._sentences or self._caption_name
+        facts = _facts(path, index, row) if needed else None
+        if self._sentences:
+            assert self._classes is not None
+            label, count = (facts or {}).get("class"), len(self._classes.names)
+            if type(label) is not int or not 0 <= label < count:
+                raise _BadExample(f"the class must be a number below {count}, not {label!r:.20}")
+            return described_by(label, self._classes, self._sentences), facts
+        if self._caption_name:
+            given = (facts or {}).get(self._caption_name)
+            found: tuple[Any, ...] = tuple(given) if isinstance(given, list) else (given,)
+            if not found or not all(isinstance(text, str) and text.strip() for text in found):
+                raise _BadExample(f"the metadata has no caption {self._caption_name!r}: {given!r:.40}")
+            return found, facts
+        if index.caption[row][0] < 0 and self._metadata and "class" in (facts or {}):
+            return ("",), facts
+        text = _caption(path, index, row)
+        lines = tuple(line for line in text.splitlines() if line.strip()) if self._lines else (text,)
+        return lines, facts
 
     @property
     def damages(self) -> list[str]:
@@ -153,11 +244,8 @@ class ShardSource(Source):
     def captions(self, *, limit: int) -> Iterator[str]:
         """Yield captions as `Source` does, without reading images."""
         for number in spread_evenly(len(self), limit):
-            path, index, row = self._locate(number)
-            if index.keys[row] in index.bad:
-                continue
             try:
-                yield _caption(path, index, row)
+                yield from self._described(*self._locate(number))[0]
             except _BadExample:
                 continue
 
@@ -181,6 +269,11 @@ class CachedSource(Source):
     def __len__(self) -> int:
         return len(self._source)
 
+    @property
+    def mixture(self) -> Mixture | None:
+        """Those of the other source."""
+        return self._source.mixture
+
     def __getitem__(self, number: int) -> Decoded | Bad:
         if number in self._kept:
             return self._kept[number]
@@ -194,35 +287,60 @@ class CachedSource(Source):
         return example
 
 
+class MixedSource(Source):
+    """The examples of several sources, one source after another, and how often each is drawn."""
+
+    def __init__(self, names: Sequence[str], parts: Sequence[Source], weights: Sequence[float]) -> None:
+        self.names, self.parts, self.weights = tuple(names), tuple(parts), tuple(weights)
+        self._ends = list(itertools.accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def mixture(self) -> Mixture:
+        """The sizes and weights of the sources."""
+        return Mixture(tuple(map(len, self.parts)), self.weights)
+
+    def __getitem__(self, number: int) -> Decoded | Bad:
+        part = bisect.bisect_right(self._ends, number)
+        return self.parts[part][number - self._ends[part] + len(self.parts[part])]
+
+    @property
+    def damages(self) -> list[str]:
+        """The damages of all sources."""
+        return [damage for part in self.parts for damage in part.damages]
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """The contents of all sources, each after the number of its source, and the weights."""
+        found = {f"weight {number}": str(weight) for number, weight in enumerate(self.weights)}
+        for number, part in enumerate(self.parts):
+            found |= {f"{number}: {name}": what for name, what in part.contents.items()}
+        return found
+
+    @property
+    def notes(self) -> list[str]:
+        """The notes of all sources."""
+        return [f"{name}: {note}" for name, part in zip(self.names, self.parts, strict=True) for note in part.notes]
+
+    def captions(self, *, limit: int) -> Iterator[str]:
+        """Yield captions as `Source` does, from each source as many as its weight says."""
+        for part, weight in zip(self.parts, self.weights, strict=True):
+            yield from part.captions(limit=max(1, int(limit * weight / sum(self.weights))))
+
+
 SOURCES: dict[str, Callable[..., Source]] = {"shards": ShardSource}
 """The source that reads `NAME:PATH`, by name. A path without a name means shards."""
 
 
-def open_source(
-    place: files.Path,
-    *,
-    preprocess: images.Preprocess,
-    metadata: bool = False,
-    cache_dir: files.Path = "",
-) -> Source:
-    """Open the examples at a place: a folder with shards, or `NAME:PATH` for a source of that name in `SOURCES`.
+def described_by(label: int, classes: Classes, templates: Sequence[str]) -> tuple[str, ...]:
+    """Make the captions of a labelled picture: each template with the name of its class (the paper's JFT pairs).
 
-    `metadata` asks for the metadata of each example too. Raises DataError for an unknown name, and the source's errors.
-
-    >>> open_source("parquet:pairs", preprocess=images.Preprocess(8))
-    Traceback (most recent call last):
-    limoe.data.files.DataError: there is no data source 'parquet' for parquet:pairs; there are: shards. Write
-    ./parquet:pairs if that is the name of a folder
+    >>> described_by(1, Classes((), ("cat", "dog")), ("a {}", "one {}"))
+    ('a dog', 'one dog')
     """
-    name, colon, path = str(place).partition(":")
-    if not colon or path.startswith("//") or not re.fullmatch("[a-z][a-z0-9_]+", name):
-        name, path = "shards", place
-    if name not in SOURCES:
-        raise DataError(
-            f"there is no data source {name!r} for {place}; there are: {', '.join(SOURCES)}. "
-            f"Write ./{place} if that is the name of a folder"
-        )
-    return SOURCES[name](path, preprocess=preprocess, metadata=metadata, cache_dir=cache_dir)
+    return tuple(template.replace("{}", classes.names[label]) for template in templates)
 
 
 def _index_of(path: str, cache_dir: files.Path) -> shards.ShardIndex:
@@ -246,15 +364,23 @@ def _caption(path: str, index: shards.ShardIndex, row: int) -> str:
     return caption
 
 
-def _metadata(path: str, index: shards.ShardIndex, row: int) -> dict[str, Any]:
-    content = _member(path, index, index.metadata[row], "metadata", MAX_TEXT_BYTES)
-    try:
-        metadata = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise _BadExample(f"the metadata is not JSON: {error}") from None
-    if not isinstance(metadata, dict):
-        raise _BadExample("the metadata is not a JSON object")
-    return metadata
+def _facts(path: str, index: shards.ShardIndex, row: int) -> dict[str, Any] | None:
+    """Read key.json and key.cls of an example; None if it has neither."""
+    facts = None
+    if index.metadata[row][0] >= 0:
+        content = _member(path, index, index.metadata[row], "metadata", MAX_TEXT_BYTES)
+        try:
+            facts = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise _BadExample(f"the metadata is not JSON: {error}") from None
+        if not isinstance(facts, dict):
+            raise _BadExample("the metadata is not a JSON object")
+    if index.label[row][0] >= 0:
+        content = _member(path, index, index.label[row], "class", MAX_TEXT_BYTES)
+        if not content.strip().isdigit():
+            raise _BadExample(f"the class is no number: {content[:20]!r}")
+        facts = {**(facts or {}), "class": int(content)}
+    return facts
 
 
 def _member(path: str, index: shards.ShardIndex, span: np.ndarray, what: str, limit: int) -> bytes:

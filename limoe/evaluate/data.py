@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Hashable
-from dataclasses import dataclass
 from os import PathLike
 from os.path import join
 from typing import Any, NamedTuple
@@ -14,18 +12,12 @@ import numpy as np
 
 from limoe.config.schema import Config
 from limoe.data import files
+from limoe.data.classes import Classes, json_of, kind_of
 from limoe.data.files import DataError
 from limoe.data.images import preprocess_of
-from limoe.data.inputs import CLASSES_FILE, RETRIEVAL_FILE, DataFolders
-from limoe.data.source import Bad, Decoded, open_source
-
-
-@dataclass(frozen=True)
-class Classes:
-    """Names of the candidate classes, and templates that turn a name into a sentence."""
-
-    templates: tuple[str, ...]
-    names: tuple[str, ...]
+from limoe.data.inputs import RETRIEVAL_FILE, DataFolders
+from limoe.data.places import open_source
+from limoe.data.source import Bad, Decoded
 
 
 class Pairs(NamedTuple):
@@ -39,6 +31,8 @@ class Pairs(NamedTuple):
     num_bad: int
     first_bad: str
     """Key and reason of the first bad example, "" if there is none."""
+    classes: Classes | None = None
+    """The classes that the labels count in."""
 
 
 class Labelled(NamedTuple):
@@ -82,9 +76,8 @@ def read_evaluation_data(config: Config, folders: DataFolders, probe_folder: str
     zero_shot = probe = matched = None
     num_bad = 0
     if folders.zero_shot:
-        classes = read_classes(folders.zero_shot)
-        zero_shot = _labelled(config, folders.zero_shot, classes)
-        probe = _labelled(config, probe_folder, classes) if probe_folder else None
+        zero_shot = _labelled(config, folders.zero_shot)
+        probe = _labelled(config, probe_folder, zero_shot.classes) if probe_folder else None
         num_bad = zero_shot.pairs.num_bad
     elif probe_folder:
         raise DataError("a probe needs evaluation data with classes.json; give its folder with --data")
@@ -94,7 +87,8 @@ def read_evaluation_data(config: Config, folders: DataFolders, probe_folder: str
         else:
             pairs = _read(config, folders.retrieval)
             num_bad += pairs.num_bad
-        matched = match(pairs, equal_captions_are_right=equal_captions_are_right(folders.retrieval))
+        if any(pairs.captions):
+            matched = match(pairs, equal_captions_are_right=equal_captions_are_right(folders.retrieval))
     return EvaluationData(zero_shot, matched, probe, num_bad)
 
 
@@ -139,64 +133,33 @@ def equal_captions_are_right(folder: str | PathLike[str]) -> bool:
     path = join(folder, RETRIEVAL_FILE)
     if not files.is_folder(folder) or not files.exists(path):
         return False
-    content = _json(path)
+    content = json_of(path)
     if not isinstance(content, dict) or type(content.get("equal_captions_are_right")) is not bool:
-        raise DataError(f'{path} must hold {{"equal_captions_are_right": true}} or false, not {_kind(content)}')
+        raise DataError(f'{path} must hold {{"equal_captions_are_right": true}} or false, not {kind_of(content)}')
     return content["equal_captions_are_right"]
 
 
-def read_classes(folder: str | PathLike[str]) -> Classes:
-    """Reads `classes.json` of an evaluation folder: `{"templates": ["a photo of a {}"], "classes": ["red square"]}`.
-
-    Raises DataError, which names the file and what to change, if the file is missing or is not JSON, a list is missing
-    or empty, a template does not have exactly one `{}`, or two names are equal in lower case. Other keys are ignored.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     files.write_bytes(join(folder, "classes.json"), b'{"templates": ["a {}"], "classes": ["cat", "dog"]}')
-    ...     read_classes(folder)
-    Classes(templates=('a {}',), names=('cat', 'dog'))
-    """
-    path = join(folder, CLASSES_FILE)
-    if not files.exists(path):
-        raise DataError(
-            f"{path} does not exist; zero-shot evaluation needs it: "
-            '{"templates": ["a photo of a {}"], "classes": ["cat", "dog"]}'
-        )
-    content = _json(path)
-    if not isinstance(content, dict):
-        raise DataError(f'{path} must hold an object with the lists "templates" and "classes", not {_kind(content)}')
-    templates = _strings(content, "templates", path)
-    names = _strings(content, "classes", path)
-    for template in templates:
-        if template.count("{}") != 1:
-            raise DataError(f"template {template!r} in {path} must hold {{}} exactly once, where the class name goes")
-    seen: dict[str, int] = {}
-    for index, name in enumerate(names):
-        first = seen.setdefault(name.lower(), index)
-        if first != index:
-            raise DataError(
-                f"classes {first} and {index} in {path} have the same name {name!r}; make every name unique"
-            )
-    return Classes(templates, names)
-
-
-def _labelled(config: Config, folder: str, classes: Classes) -> Labelled:
+def _labelled(config: Config, folder: str, classes: Classes | None = None) -> Labelled:
+    """Read labelled images; without `classes`, those of the folder are meant."""
     found = _read(config, folder, needs_metadata=True)
+    classes = classes or found.classes
+    if classes is None:
+        raise DataError(f"{folder} has no list of classes; put a classes.json or a classnames.txt beside its images")
     num_classes = len(classes.names)
     wrong = np.flatnonzero((found.labels < 0) | (found.labels >= num_classes))
     if len(wrong):
         raise DataError(
             f"{len(wrong)} examples in {folder} have no class between 0 and {num_classes - 1}; "
-            'give each a .json with {"class": index}, or evaluate without classes.json'
+            'give each a .json with {"class": index} or a .cls with the index, or evaluate without a list of classes'
         )
     return Labelled(found, classes, folder)
 
 
 def _read(config: Config, folder: str, *, needs_metadata: bool = False) -> Pairs:
-    """Read all good examples into memory. Bad ones are left out and counted.
+    """Read all good examples into memory, one pair for each caption. Bad ones are left out and counted.
 
-    With `needs_metadata`, an example without metadata is bad. Raises DataError if no example is good.
+    With `needs_metadata`, an example without metadata is bad, and each image is there once. Raises DataError if no
+    example is good.
     """
     source = open_source(folder, preprocess=preprocess_of(config), metadata=True, cache_dir=config.data.cache_dir)
     good: list[Decoded] = []
@@ -207,8 +170,11 @@ def _read(config: Config, folder: str, *, needs_metadata: bool = False) -> Pairs
             bad.append(example)
         elif needs_metadata and example.metadata is None:
             bad.append(Bad(example.key, "the metadata is missing"))
-        else:
+        elif needs_metadata:
             good.append(example)
+        else:
+            captions = (example.caption, *example.more_captions)
+            good += [example._replace(caption=caption) for caption in captions]
     first_bad = f"{bad[0].key}: {bad[0].reason}" if bad else ""
     if not good:
         raise DataError(f"none of the {len(bad)} examples in {folder} is usable, {first_bad}; repair them")
@@ -220,6 +186,7 @@ def _read(config: Config, folder: str, *, needs_metadata: bool = False) -> Pairs
         image_ids=tuple(_value(facts, "image_id", int | str, None) for facts in metadata),
         num_bad=len(bad),
         first_bad=first_bad,
+        classes=source.classes,
     )
 
 
@@ -227,26 +194,3 @@ def _value(metadata: dict[str, Any], name: str, kind: Any, otherwise: Any) -> An
     """Read a value of this type. A bool is not an integer here, although it is in Python."""
     value = metadata.get(name)
     return value if isinstance(value, kind) and not isinstance(value, bool) else otherwise
-
-
-def _json(path: str) -> object:
-    try:
-        return json.loads(files.read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}); write it again") from error
-
-
-def _strings(content: dict[str, object], key: str, path: str) -> tuple[str, ...]:
-    if key not in content:
-        raise DataError(f'{path} has no "{key}"; add a list of strings of that name')
-    value = content[key]
-    if not isinstance(value, list) or not value:
-        raise DataError(f'"{key}" in {path} must be a list of at least one string, not {_kind(value)}')
-    for index, item in enumerate(value):
-        if not isinstance(item, str) or not item.strip():
-            raise DataError(f'entry {index} of "{key}" in {path} must be a string that is not empty, not {item!r:.60}')
-    return tuple(value)
-
-
-def _kind(value: object) -> str:
-    return "an empty list" if value == [] else f"{type(value).__name__} {value!r:.60}"

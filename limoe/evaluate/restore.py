@@ -18,6 +18,7 @@ from limoe.model.build import Parameters, placed_model
 from limoe.model.describe import describe
 from limoe.parallel.mesh import Placement, place
 from limoe.workdir.checkpoint import CheckpointError, Checkpoints
+from limoe.workdir.data import check_tokenizer
 from limoe.workdir.folder import Workdir
 
 
@@ -47,6 +48,7 @@ def restored_encoder(
     if restored is None:
         raise CheckpointError(f"{workdir.checkpoints} holds no checkpoint yet; train first")
     parameters = finite(restored.state["parameters"], f"{workdir.checkpoints}, step {restored.step}")
+    check_tokenizer(workdir)
     tokenizer = load_tokenizer(workdir.tokenizer, length=config.model.text_length)
     encoder = Encoder(graph, parameters, config, tokenizer, placement=placement, batch_sizes=batch_sizes)
     return RestoredModel(config, restored.step, encoder, restored.skipped)

@@ -42,6 +42,7 @@ from limoe.train.progress import beside_bars, progress_bar
 from limoe.train.step import Counts, StepReport, TrainState, compile_step, new_state, prepare
 from limoe.train.stopping import StopSignals
 from limoe.workdir.checkpoint import Checkpoints
+from limoe.workdir.data import check_data
 from limoe.workdir.folder import Workdir, WorkdirError
 from limoe.workdir.metrics import MetricsLog, read_metrics, write_json
 
@@ -54,14 +55,21 @@ class TrainingError(LimoeError, RuntimeError):
 _BAD_ASKED_FOR = 100
 
 
-def train(config: Config, folder: str | Path, *, profile_steps: int = 0, say: Callable[[str], None] = print) -> int:
+def train(
+    config: Config,
+    folder: str | Path,
+    *,
+    profile_steps: int = 0,
+    accept_new_data: bool = False,
+    say: Callable[[str], None] = print,
+) -> int:
     """Train until `train.steps`, evaluate, and write figures and summary into the work folder. Returns the exit status.
 
-    An unfinished run in the folder continues from its last good checkpoint, bit for bit as if it had never stopped. For
-    a finished run only its result is shown. SIGTERM or Ctrl-C ends the command: at once, or in the loop over steps
-    after the current step is done and saved. Raises TrainingError if a loss, a gradient or the parameters are not
-    finite; and WorkdirError, CheckpointError, DataError, StorageError and ConfigError as their modules say. There is no
-    example, because the shortest run takes ten seconds.
+    An unfinished run in the folder continues from its last good checkpoint, bit for bit as if it had never stopped,
+    with other data only if `accept_new_data`. For a finished run only its result is shown. SIGTERM or Ctrl-C ends the
+    command: at once, or in the loop over steps after the current step is done and saved. Raises TrainingError if a
+    loss, a gradient or the parameters are not finite; and WorkdirError, CheckpointError, DataError, StorageError and
+    ConfigError as their modules say. There is no example, because the shortest run takes ten seconds.
     """
     first = processes.is_first()
     if not first:
@@ -76,7 +84,7 @@ def train(config: Config, folder: str | Path, *, profile_steps: int = 0, say: Ca
         for change in workdir.changes:
             say(change)
         try:
-            _train(config, workdir, signals, profile_steps, say)
+            _train(config, workdir, signals, profile_steps, accept_new_data, say)
         except KeyboardInterrupt:
             if first and workdir.discard_unstarted():
                 say(f"Stopped by {signals.received} before the first step; the work folder is free for any settings.")
@@ -110,7 +118,12 @@ def _refuse_other_settings(config: Config) -> None:
 
 
 def _train(
-    config: Config, workdir: Workdir, signals: StopSignals, profile_steps: int, say: Callable[[str], None]
+    config: Config,
+    workdir: Workdir,
+    signals: StopSignals,
+    profile_steps: int,
+    accept_new_data: bool,
+    say: Callable[[str], None],
 ) -> None:
     began = time.monotonic()
     with processes.first_before_others("data and tokenizer are there"):
@@ -122,6 +135,8 @@ def _train(
         for note in source.notes:
             say(note)
         tokenizer = inputs.tokenizer_for(config, workdir.tokenizer, source)
+    for change in check_data(workdir, inputs.data_facts(config, source, tokenizer), accept=accept_new_data):
+        say(change)
     placement = place(config.mesh)
     rows = own_rows(config.train.batch_size, placement)
     batches = inputs.training_batches(config, source, tokenizer, rows)

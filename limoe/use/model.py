@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from limoe.config.schema import PAD_ID
 from limoe.data import files
+from limoe.data.classes import Classes
 from limoe.data.images import ImageError, Preprocess, decode, prepare, preprocess_of
+from limoe.data.templates import templates_of
 from limoe.errors import InputError
-from limoe.evaluate.data import Classes
 from limoe.evaluate.encode import Encoder
 from limoe.evaluate.restore import restored_encoder
-from limoe.evaluate.templates import templates_of
 from limoe.evaluate.zero_shot import embed_classes, probability
 from limoe.use.export import ExportError, is_export, read_export
 

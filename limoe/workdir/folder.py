@@ -4,6 +4,7 @@
     metrics.jsonl    one JSON object for each step
     checkpoints/     see `limoe.workdir.checkpoint`
     tokenizer.model  the tokenizer of the run
+    data.json        what the run learns from, see `limoe.workdir.data`
     figures/         pictures
     summary.json     written last: the run is finished when it is there
     .lock            held by the run that uses the folder, freed by the system however that run ends
@@ -28,6 +29,7 @@ _CONFIG = "config.json"
 _METRICS = "metrics.jsonl"
 _SUMMARY = "summary.json"
 _TOKENIZER = "tokenizer.model"
+_DATA = "data.json"
 _LOCK = ".lock"
 # Patterns of settings that affect neither the result nor a checkpoint's content: they may change during a run.
 _MAY_CHANGE = (
@@ -37,7 +39,7 @@ _MAY_CHANGE = (
 # Data may have been moved to another folder.
 _FOLDERS = ("data.shards", "data.eval_shards")
 # Files that a killed `files.atomic_writer` leaves.
-_LEFTOVERS = tuple(f".{name}.*.tmp" for name in (_CONFIG, _METRICS, _SUMMARY, _TOKENIZER))
+_LEFTOVERS = tuple(f".{name}.*.tmp" for name in (_CONFIG, _METRICS, _SUMMARY, _TOKENIZER, _DATA))
 
 
 class WorkdirError(LimoeError, RuntimeError):
@@ -59,6 +61,7 @@ class Workdir:
         self.changes: tuple[str, ...] = ()  # settings that changed since the run began, in words
         self.checkpoints, self.figures = path / "checkpoints", path / "figures"
         self.tokenizer, self.metrics, self.summary = path / _TOKENIZER, path / _METRICS, path / _SUMMARY
+        self.data = path / _DATA
 
     @classmethod
     def open(cls, path: str | Path, config: Config) -> "Workdir":
@@ -117,7 +120,7 @@ class Workdir:
         started = files.exists(self.metrics) and self.metrics.stat().st_size
         if started or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
             return False
-        for path in (self.path / _CONFIG, self.tokenizer, self.metrics):
+        for path in (self.path / _CONFIG, self.tokenizer, self.metrics, self.data):
             path.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.figures):
             if folder.is_dir() and not any(folder.iterdir()):
@@ -140,7 +143,7 @@ class Workdir:
             )
         if self.finished or not names:
             return ()
-        unchecked = f"; nothing checks that {' and '.join(moved)} hold the same examples" * bool(moved)
+        unchecked = "; nothing checks that data.eval_shards hold the same examples" * ("data.eval_shards" in moved)
         return (f"changed settings: {both_values(names, there, here, 'before', 'now')}{unchecked}",)
 
     def _may_grow(self, there: Config) -> bool:

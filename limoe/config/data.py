@@ -1,0 +1,44 @@
+"""Settings of the data: where pairs come from, and how they are read."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from limoe.config.section import Section, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """Sources of image-text pairs, and how they are read."""
+
+    section = "data"
+
+    shards: str = setting(
+        "training data: a folder of shards (*.tar as img2dataset writes them), or LAYOUT:PATH?option=value of another "
+        "layout; empty = the embedded world",
+        "",
+    )
+    sources: str = setting(
+        "several sources with weights in place of data.shards, a JSON list of objects with path, layout, weight and "
+        "options",
+        "",
+    )
+    eval_shards: str = setting("evaluation data, as data.shards; empty = the embedded world's held-out pairs", "")
+    tokenizer: str = setting("SentencePiece .model file; empty = train one from the captions", "")
+    seed: int = setting("seed of the order of the data and of the embedded world", 0)
+    threads: int = setting("threads that decode images", 2)
+    max_bad_share: float = setting("share of bad examples above which the run stops", 0.05)
+    preprocess: Literal["squash", "crop", "augment"] = setting(
+        "squash = the whole picture as a square; crop = its central square; augment = in training a random part, "
+        "mirrored or not, else as crop",
+        "squash",
+    )
+    interpolation: Literal["bilinear", "bicubic"] = setting("filter for resizing, with antialiasing", "bilinear")
+    background: Literal["white", "grey", "black"] = setting("what shows through transparent pixels", "white")
+    world_pairs: int = setting("training pairs of the embedded world", 20_480)
+    cache_dir: str = setting("folder for generated data; empty = the user's cache folder", "")
+
+    def _check(self) -> None:
+        self._require_not_negative("seed")
+        self._require_positive("threads", "world_pairs")
+        self._require(not (self.shards and self.sources), "sources", "give either this or data.shards")
+        self._require_below_one("max_bad_share")
