@@ -39,6 +39,8 @@ LONG = {
     ),
     ".venv/bin/limoe train --workdir=runs/squares --set data.shards=shards data.eval_shards=shards": SHORT,
     ".venv/bin/python benchmarks/dispatch.py": QUICK,
+    '.venv/bin/limoe train --workdir=runs/toys --set data.sources=\'[{"path": "toys/captions.json", "weight": 2}, '
+    '{"path": "toys/by_class", "templates": "simple"}]\' data.eval_shards=toys/by_class data.preprocess=augment': SHORT,
     ".venv/bin/python examples/language_model.py --family=deepseek_v3": "--steps=2",
 }
 

@@ -117,7 +117,7 @@ def as_in_0_1_0(config: Config) -> str:
     """The config.json that version wrote."""
     tree = json.loads(to_json(config))
     del tree["format"], tree["train"]["routing_every"], tree["loss"]["extra"]
-    for name in ("preprocess", "interpolation", "background"):
+    for name in ("sources", "preprocess", "interpolation", "background"):
         del tree["data"][name]
     return json.dumps(tree, indent=2)
 
