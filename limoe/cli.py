@@ -65,7 +65,7 @@ _OUT = flags.DEFINE_string("out", None, "export: the folder to write, which must
 
 USAGE = """limoe: train and evaluate a language-image mixture of experts.
 
-  limoe train [--preset=tiny] [--workdir=runs/PRESET] [--set key=value ...] [--profile=STEPS]
+  limoe train [--preset=tiny] [--workdir=runs/PRESET] [--set key=value ...] [--profile=STEPS] [--accept-new-data]
       Train, evaluate, and write figures and summary.json into the work folder. Without arguments: the tiny model on the
       embedded world, a few minutes on two CPU cores. The same command continues an interrupted run.
       On several hosts: the same command on each; TPU pods, Slurm and GKE are recognised, elsewhere add

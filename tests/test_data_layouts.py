@@ -196,6 +196,7 @@ def test_several_sources_by_weight(tmp_path):
     listed += [{"path": labelled, "layout": "folders", "templates": "simple", "weight": 3}]
     config = override(SMALL, [f"data.sources={json.dumps(listed)}", "data.max_bad_share=0.9"])
     source = inputs.training_source(config, DataFolders("", "", ""))
+    assert source.notes[1] == f"folders:{labelled}?templates=simple: 4 examples, 75.0% of each batch"
     assert len(source) == 7 and any("caption 0 of 0" in text for text in source.captions(limit=20))
     encode = lambda captions: np.array([[len(text), "caption" in text] for text in captions], np.int32)  # noqa: E731
     batches = Batches(source, encode, batch_size=4, seed=0)

@@ -321,8 +321,13 @@ class MixedSource(Source):
 
     @property
     def notes(self) -> list[str]:
-        """The notes of all sources."""
-        return [f"{name}: {note}" for name, part in zip(self.names, self.parts, strict=True) for note in part.notes]
+        """What each source has of a batch, and the notes of all sources."""
+        shares = [
+            f"{name}: {len(part):,} examples, {weight / sum(self.weights):.1%} of each batch"
+            for name, part, weight in zip(self.names, self.parts, self.weights, strict=True)
+        ]
+        notes = [f"{name}: {note}" for name, part in zip(self.names, self.parts, strict=True) for note in part.notes]
+        return [*shares, *notes]
 
     def captions(self, *, limit: int) -> Iterator[str]:
         """Yield captions as `Source` does, from each source as many as its weight says."""
