@@ -34,6 +34,8 @@ MATMUL_RACES = tests("test_tpu_races.py::test_a_grouped_matmul_has_no_races[bloc
 PACKED_RACES = tests("test_tpu_races.py::test_a_grouped_matmul_has_no_races[packed, one chunk-1-on_wait-4-none]")
 TWO_CORES = tests("test_tpu_races.py::test_a_grouped_matmul_has_no_races[packed-2-on_wait-3-none]")
 MEMORIES = "test_with_simulated_memories_results_are_the_same_and_no_core_disturbs_the_other"
+COLUMNS_BEHIND = tests(f"test_tpu_permute.py::{MEMORIES}[2-on_wait-640-3]")
+COLUMNS = tests(f"test_tpu_permute.py::{MEMORIES}[2-eager-512-2]")
 
 MUTANTS = {
     # Masks.
@@ -204,8 +206,20 @@ MUTANTS = {
         beside="if straight(self.static.layout, rows)",
     ),
     "the second core gathers the tiles of the first": Mutant(
-        tests(f"test_tpu_permute.py::{MEMORIES}[2-on_wait]"),
+        COLUMNS_BEHIND,
         "first = core * self.share",
         "first = 0 * core",
+    ),
+    "the second core gathers the columns of the first": Mutant(
+        COLUMNS, "core * self.blocks + block", "0 * core + block"
+    ),
+    "products of one block of columns": Mutant(
+        COLUMNS, "jnp.sum(found.out[:, :, :count], axis=0)", "found.out[0, :, :count]"
+    ),
+    "products of columns that do not exist": Mutant(
+        COLUMNS_BEHIND, "jnp.where(own.start < exist, product, jnp.float32(0))", "product"
+    ),
+    "places of the first tile for all": Mutant(
+        COLUMNS, "return self.tile_of(core, step), 0, 0", "return 0 * step, 0, 0"
     ),
 }

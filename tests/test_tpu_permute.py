@@ -1,5 +1,6 @@
 """Dispatch and combine as TPU kernels, interpreted, against the gathers of XLA: values, gradients, nasty operands."""
 
+import dataclasses
 import functools
 
 import jax
@@ -95,16 +96,27 @@ def spans(target, plan, tokens, rows, gate, dy, drows):
     return out, dtokens, y, *backward.combine_backward(target, None, saved, dy)
 
 
-def small_tiles(length, count, width, itemsize, terms, chip):
-    """Three tiles of 34 tokens, so that one of two cores has one less than the other."""
-    return GatherTiles(16, -(-length // 16), 16, -(-count // 16), width * itemsize // 512, 16, vmem=0)
+def small_tiles(blocks, length, count, width, itemsize, terms, chip):
+    """Three tiles of 34 tokens, so that one of two cores that share them has one less than the other."""
+    planes = -(-width * itemsize // 512 // blocks)
+    return GatherTiles(16, -(-length // 16), 16, -(-count // 16), planes, blocks, 16, vmem=0)
 
 
-@pytest.mark.parametrize(("num_cores", "mode"), [pytest.param(1, "eager", marks=pytest.mark.full), (2, "on_wait")])
-def test_with_simulated_memories_results_are_the_same_and_no_core_disturbs_the_other(monkeypatch, num_cores, mode):
-    given = operands(CASES["two choices"], "bfloat16")
+@pytest.mark.parametrize(
+    ("num_cores", "mode", "width", "blocks"),
+    [
+        pytest.param(1, "eager", 512, 1, marks=pytest.mark.full),
+        # Cores share columns; three blocks of them they cannot, and the last one is half padding.
+        (2, "eager", 512, 2),
+        (2, "on_wait", 640, 3),
+    ],
+)
+def test_with_simulated_memories_results_are_the_same_and_no_core_disturbs_the_other(
+    monkeypatch, num_cores, mode, width, blocks
+):
+    given = operands(dataclasses.replace(CASES["two choices"], width=width), "bfloat16")
     expected = both("tpu", *given)
-    monkeypatch.setattr(gather, "gather_tiles", small_tiles)
+    monkeypatch.setattr(gather, "gather_tiles", functools.partial(small_tiles, blocks))
 
     def run(target, given, size):
         return spans(target, *given)
@@ -124,9 +136,8 @@ def problem(width=768, dtype="bfloat16", tokens=16384, **facts):
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        ({"width": 640 - 8}, "no multiple of 512"),
-        ({"chip": "TPU v4"}, "do not fit 16 MiB of VMEM"),
-        ({"tokens": 131072}, "of scalar memory"),
+        ({"width": 640 - 8}, "no multiple of 128"),
+        ({"chip": "TPU v4", "tokens": 32768}, "do not fit 16 MiB of VMEM"),
         ({"layout": None}, "layout of the rows is not known"),
         ({"dtype": "float16"}, "dtype float16"),
     ],
@@ -134,6 +145,20 @@ def problem(width=768, dtype="bfloat16", tokens=16384, **facts):
 def test_what_is_refused_goes_to_xla_and_says_why(facts, reason):
     lines = explain(problem(**facts)).splitlines()
     assert reason in lines[0] and lines[-1] == "xla: chosen"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "choices", "width", "chip", "how"),
+    [
+        (8192, 2, 4096, "TPU v6 lite", "2 for 16896 rows"),
+        (8192, 2, 4096, "TPU v5", "2 for 8192 rows, 4 for 16896 rows"),
+        (8192, 8, 2048, "TPU v6 lite", "3 for 67584 rows"),
+        (54272, 1, 768, "TPU v5", "2 for 54272 rows, 2 for 55968 rows"),
+    ],
+)
+def test_wide_or_many_rows_are_gathered_in_blocks_of_columns(tokens, choices, width, chip, how):
+    layout = Layout(tokens, choices, 1, 32, tokens * choices * 33 // 32, None)
+    assert how in explain(problem(width=width, tokens=tokens, chip=chip, layout=layout)).splitlines()[0]
 
 
 def test_a_named_back_end_leaves_odd_widths_to_others():

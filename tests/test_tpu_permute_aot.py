@@ -18,6 +18,11 @@ pytestmark = pytest.mark.aot
 
 BLOCK = Layout(16384, 1, 1, 32, 32 * 544, 544)
 LAYOUTS = {"one choice": BLOCK, "two choices": dataclasses.replace(BLOCK, num_tokens=8192, num_choices=2)}
+# Rows of Mixtral 8x7B and Qwen3-30B-A3B, in blocks of columns.
+WIDE = {
+    "Mixtral": Layout(8192, 2, 1, 8, 8192 * 2 + 8 * 8, None),
+    "Qwen3": Layout(8192, 8, 1, 128, 8192 * 8 + 128 * 8, None),
+}
 
 
 def check(chip, width, layout, dtype):
@@ -53,13 +58,13 @@ def check(chip, width, layout, dtype):
     [
         ("v5e", 768, "two choices"),
         # Two TensorCores.
-        ("v5p", 1280, "one choice"),
-        ("v6e", 1280, "one choice"),
+        ("v5p", 2048, "Qwen3"),
+        ("v6e", 4096, "Mixtral"),
         ("7x", 1024, "one choice"),
     ],
 )
 def test_a_sample_compiles(chip, width, layout):
-    check(chip, width, LAYOUTS[layout], jnp.bfloat16)
+    check(chip, width, (LAYOUTS | WIDE)[layout], jnp.bfloat16)
 
 
 # 64 MiB of VMEM hold the rows of 16,384 tokens of up to 3 KB.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from moe_kernels.backends.base import Backend, Problem, Span, SpanName, activation_misfit, by_kernel_alone, rows_misfit
@@ -34,18 +34,18 @@ from moe_kernels.backends.tpu.mlp.tiles import (
 )
 from moe_kernels.backends.tpu.permute.backward import combine_backward, dispatch_backward
 from moe_kernels.backends.tpu.permute.forward import combine_forward, dispatch_forward
-from moe_kernels.backends.tpu.permute.tiles import gather_tiles
+from moe_kernels.backends.tpu.permute.tiles import PLANE_BYTES, GatherTiles, gather_tiles
 from moe_kernels.backends.tpu.route.backward import route_backward
 from moe_kernels.backends.tpu.route.forward import route_forward
 from moe_kernels.backends.tpu.route.tiles import route_misfit
-from moe_kernels.chips import MIB, TPUS, find_tpu
+from moe_kernels.chips import LANES, MIB, TPUS, find_tpu
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2}
 # Weights whose dtype a problem does not say may be float32, whatever the rows are.
 LARGEST_WEIGHT = 4
 GATHERS = ("dispatch", "combine")
-# Bytes of a row that is one sublane of whole planes, and of scalar memory that places and gates may take.
-ROW_BYTES, SMEM = 512, 512 * 1024
+# Bytes of scalar memory that places and gates of a layer in one kernel may take.
+SMEM = 512 * 1024
 TILES = {
     "expert_mlp": (mlp_forward_tiles, mlp_backward_tiles),
     "expert_glu": (mlp_forward_tiles, mlp_backward_tiles),
@@ -164,23 +164,45 @@ def _fused_misfit(problem: Problem) -> str | None:
         return f"an expert has {layout.runs_per_expert} runs from other shards; tokens of this one become rows"
     if layout.rows_per_expert > MOST_ROWS:
         return f"an expert has up to {layout.rows_per_expert} rows; at most {MOST_ROWS} are held at once"
+    if (needed := 4 * (2 * layout.num_rows + layout.num_tokens)) > SMEM:
+        return f"{layout.num_tokens} tokens need {needed} bytes of scalar memory; at most {SMEM} are used"
+    if (odd := problem.shape[-1] * ITEMSIZES[problem.dtype]) % PLANE_BYTES:
+        return f"rows of {odd} bytes are no multiple of {PLANE_BYTES}"
     return _gather_misfit(problem)
 
 
 def _gather_misfit(problem: Problem) -> str | None:
-    layout, width, itemsize = problem.layout, problem.shape[-1], ITEMSIZES[problem.dtype]
+    layout, width = problem.layout, problem.shape[-1]
     if layout is None:
         return "the layout of the rows is not known"
-    if width == 0 or width * itemsize % ROW_BYTES:
-        return f"rows of {width * itemsize} bytes are no multiple of {ROW_BYTES}"
-    choices = layout.num_tokens * layout.num_choices
-    if (needed := 4 * (2 * layout.num_rows + choices)) > SMEM:
-        return f"{choices} choices need {needed} bytes of scalar memory; at most {SMEM} are used"
-    tokens, rows, chip = layout.num_tokens, layout.num_rows, _target(problem).facts
-    for length, count, terms in ((tokens, rows, 1), (rows, tokens, layout.num_choices)):
-        if min(length, count) and gather_tiles(length, count, width, itemsize, terms, chip) is None:
-            return f"{length} rows of width {width} do not fit {chip.vmem // MIB} MiB of VMEM"
+    if width == 0 or width % LANES:
+        return f"width {width} is no multiple of {LANES}"
+    for length, tiles in _gathers(problem):
+        if tiles is None:
+            return f"{PLANE_BYTES} bytes of each of {length} rows do not fit {_vmem(problem)}"
     return None
+
+
+def _gathers(problem: Problem) -> Iterator[tuple[int, GatherTiles | None]]:
+    """From how many rows dispatch and combine gather, and in which blocks."""
+    layout, target = problem.layout, _target(problem)
+    assert layout is not None
+    tokens, rows, itemsize = layout.num_tokens, layout.num_rows, ITEMSIZES[problem.dtype]
+    for length, count, terms in ((tokens, rows, 1), (rows, tokens, layout.num_choices)):
+        if min(length, count):
+            yield length, gather_tiles(length, count, problem.shape[-1], itemsize, terms, target.facts)
+
+
+def _gather_note(problem: Problem) -> str | None:
+    """Into how many blocks columns are cut, and why."""
+    cut = [f"{tiles.blocks} for {length} rows" for length, tiles in _gathers(problem) if tiles and tiles.blocks > 1]
+    if not cut:
+        return None
+    return f"blocks of columns, which pick rows again: {', '.join(cut)}, to fit {_vmem(problem)}"
+
+
+def _vmem(problem: Problem) -> str:
+    return f"{_target(problem).facts.vmem // MIB} MiB of VMEM"
 
 
 def _target(problem: Problem) -> Target:
@@ -203,7 +225,7 @@ def _span(forward: Any, backward: Any, target: Target, value: Any = None, tiles:
 
 
 def note(problem: Problem) -> str | None:
-    """Which kernels a layer's passes are; what becomes of the experts' hidden layer, with both times.
+    """Which kernels a layer's passes are; what becomes of the hidden layer, with both times; blocks of columns.
 
     Weights of unknown dtype have that of the rows. A layer in one kernel always computes the hidden layer again.
 
@@ -212,6 +234,8 @@ def note(problem: Problem) -> str | None:
     >>> note(Problem("expert_mlp", "tpu", "bfloat16", (17408, 768), 32, 3072, layout, "TPU v6 lite"))
     'hidden layer computed again: 0.664 ms; kept: 0.764 ms and 107 MB (forward and backward by the roofline, modelled)'
     """
+    if problem.span in GATHERS and problem.layout is not None:
+        return _gather_note(problem)
     if problem.span not in ("expert_mlp", "expert_glu", "dispatch_mlp_combine") or problem.layout is None:
         return None
     if problem.span == "expert_glu":

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from moe_kernels.backends.tpu.common.launch import Target
 from moe_kernels.backends.tpu.permute.forward import CombineSaved
-from moe_kernels.backends.tpu.permute.gather import gather_rows
+from moe_kernels.backends.tpu.permute.gather import MOST_SCALARS, gather_rows
 from moe_kernels.types import Plan
 
 
@@ -24,7 +24,10 @@ def combine_backward(
     choices = plan.layout.num_choices
     # The entry behind the last choice is the weight of unused rows.
     weight = jnp.append(gate.reshape(-1), jnp.float32(0))
-    drows = gather_rows(target, dtokens, plan.source // choices, 1, weight, plan.source)
+    index = plan.source
+    if weight.size * weight.dtype.itemsize > MOST_SCALARS:
+        weight, index = weight[index], None
+    drows = gather_rows(target, dtokens, plan.source // choices, 1, weight, index)
     dgate = gather_rows(target, rows, plan.row.reshape(-1), choices, against=dtokens)
     # A dropped choice's gate has no influence on the output, also where dy is not finite (0 * NaN above).
     return drows, jnp.where(plan.row < plan.layout.num_rows, dgate.T, jnp.float32(0))
