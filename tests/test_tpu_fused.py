@@ -290,7 +290,7 @@ def problem(chip="TPU v6 lite", width=768, **facts):
         (problem(num_rows=32 * 576, rows_per_expert=576, runs_per_expert=8), "8 runs from other shards"),
         (problem(num_rows=32 * 2312, rows_per_expert=2312), "at most 2304 are held at once"),
         (problem(width=640 - 8), "no multiple of 512"),
-        (problem("TPU v4"), "do not fit 16 MiB of VMEM"),
+        (problem("TPU v4"), "does not fit the 16 MiB of VMEM"),
         (problem("TPU7x", 1280), "does not fit the 64 MiB"),
         (dataclasses.replace(problem(), num_cores=2), "one TensorCore, the device has 2"),
     ],
