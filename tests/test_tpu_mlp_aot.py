@@ -72,7 +72,11 @@ def test_a_sample_compiles_within_its_vmem(chip, width, layout, weight_dtype):
 
 @pytest.mark.parametrize(
     ("chip", "width", "layout", "weight_dtype"),
-    [("v5p", 768, "dropless", jnp.bfloat16), ("v6e", 1024, "block", jnp.float32)],
+    [
+        ("v5p", 768, "dropless", jnp.bfloat16),
+        ("v6e", 1024, "block", jnp.float32),
+        ("7x", 512, "8 experts", jnp.bfloat16),
+    ],
 )
 def test_gated_experts_compile_within_their_vmem(chip, width, layout, weight_dtype):
     check(chip, width, layout, weight_dtype, gated=True)
