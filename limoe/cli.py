@@ -1,7 +1,9 @@
-"""The command line: `limoe train`, `limoe eval`, `limoe classify`, `limoe export`, `limoe describe`, `limoe plan`."""
+"""The command line: `limoe train`, `limoe eval`, `limoe classify`, `limoe export`, `limoe report`,
+`limoe describe`, `limoe plan`."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -24,7 +26,7 @@ from limoe.errors import LimoeError, nearest
 FLAGS = flags.FLAGS
 _PRESET = flags.DEFINE_string("preset", "tiny", f"named configuration: {', '.join(PRESETS)}")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "train: the run's folder (default: runs/PRESET); eval, classify, export: the run to read"
+    "workdir", None, "train: the run's folder (default: runs/PRESET); all others: the run to read"
 )
 _SET = flags.DEFINE_multi_string("set", [], "one or more settings, key=value")
 _DATA = flags.DEFINE_string(
@@ -41,6 +43,9 @@ _PROFILE = flags.DEFINE_integer(
 )
 _ACCEPT = flags.DEFINE_bool(
     "accept-new-data", False, "train: go on with other data or another tokenizer than the run began with"
+)
+_TENSORBOARD = flags.DEFINE_bool(
+    "tensorboard", False, "train: also log to TensorBoard, into WORKDIR/tensorboard (the extra tensorboard)"
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "train: address HOST:PORT of process 0, for several processes")
 _NUM_PROCESSES = flags.DEFINE_integer(
@@ -61,11 +66,16 @@ _TEMPLATES = flags.DEFINE_string(
 _STEP = flags.DEFINE_integer(
     "step", None, "classify, export: the checkpoint's step (default: the newest)", lower_bound=0
 )
-_OUT = flags.DEFINE_string("out", None, "export: the folder to write, which must be new or empty")
+_OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "export: the folder to write, which must be new or empty; report: the file (default: WORKDIR/report.html)",
+)
 
 USAGE = """limoe: train and evaluate a language-image mixture of experts.
 
   limoe train [--preset=tiny] [--workdir=runs/PRESET] [--set key=value ...] [--profile=STEPS] [--accept-new-data]
+              [--tensorboard]
       Train, evaluate, and write figures and summary.json into the work folder. Without arguments: the tiny model on the
       embedded world, a few minutes on two CPU cores. The same command continues an interrupted run.
       On several hosts: the same command on each; TPU pods, Slurm and GKE are recognised, elsewhere add
@@ -76,6 +86,8 @@ USAGE = """limoe: train and evaluate a language-image mixture of experts.
       How likely each class is for each picture. DIR is a run or an export.
   limoe export --workdir=DIR --out=DIR [--step=STEP]
       Write a model as safetensors with its settings, tokenizer, model card and encoders as jax.export programs.
+  limoe report --workdir=DIR [--out=FILE.html]
+      One page of a run, whole or going on, that needs no network: curves, experts over training, examples, settings.
   limoe describe [--preset=tiny] [--set key=value ...] [--json]
       Parameters and FLOPs of a configuration; nothing is allocated.
   limoe plan --preset=h14 --topology=v5p:8x8x8 [--batch=PAIRS] [--set key=value ...] [--search] [--schedule]
@@ -195,12 +207,20 @@ def _settings(settings: list[str]) -> int:
 
 def _train(settings: list[str]) -> int:
     from limoe.parallel import processes
+    from limoe.train import loggers
     from limoe.train.loop import train
 
     config = _config(settings)
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     folder = _WORKDIR.value or str(Path("runs") / config.preset)
-    return train(config, folder, profile_steps=_PROFILE.value, accept_new_data=_ACCEPT.value)
+    with contextlib.ExitStack() as stack:
+        if _TENSORBOARD.value:
+            if importlib.util.find_spec("tensorboardX") is None:
+                raise UsageError("--tensorboard needs its extra: pip install 'limoe-jax[tensorboard]'")
+            from limoe.train.tensorboard import TensorBoard
+
+            stack.enter_context(loggers.registered("tensorboard", TensorBoard))
+        return train(config, folder, profile_steps=_PROFILE.value, accept_new_data=_ACCEPT.value)
 
 
 def _describe(settings: list[str]) -> int:
@@ -254,6 +274,15 @@ def _export(settings: list[str]) -> int:
     return 0
 
 
+def _report(settings: list[str]) -> int:
+    from limoe.report.page import write_report
+
+    if _WORKDIR.value is None:
+        raise UsageError("report needs --workdir=DIR, the folder of a run")
+    print(f"wrote {write_report(_WORKDIR.value, _OUT.value, say=_say)}")
+    return 0
+
+
 def _plan(settings: list[str]) -> int:
     from limoe.plan import compiler
     from limoe.plan.planner import plan
@@ -282,11 +311,15 @@ def _plan(settings: list[str]) -> int:
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], tuple[str, ...]]] = {
     "train": (
         _train,
-        ("preset", "workdir", "set", "profile", "accept-new-data", "coordinator", "num-processes", "process-id"),
+        (
+            *("preset", "workdir", "set", "profile", "accept-new-data", "tensorboard"),
+            *("coordinator", "num-processes", "process-id"),
+        ),
     ),
     "eval": (_evaluate, ("workdir", "data", "probe-data", "json")),
     "classify": (_classify, ("workdir", "classes", "templates", "step", "json")),
     "export": (_export, ("workdir", "out", "step")),
+    "report": (_report, ("workdir", "out")),
     "describe": (_describe, ("preset", "set", "json")),
     "plan": (_plan, ("preset", "topology", "batch", "set", "search", "schedule", "json")),
     "settings": (_settings, ("preset",)),

@@ -211,7 +211,8 @@ def test_cycles_are_found():
 
 
 def test_third_party_imports_are_declared():
-    layer, trainer = declared(PYPROJECT["project"]["dependencies"]), declared(EXTRAS["train"])
+    layer = declared(PYPROJECT["project"]["dependencies"])
+    trainer = declared([*EXTRAS["train"], *EXTRAS["tensorboard"]])
     providers = importlib.metadata.packages_distributions()
     allowed_for = {"moe_kernels": layer, "reference": layer, "limoe": layer | trainer, "examples": layer | trainer}
     for package, allowed in allowed_for.items():

@@ -112,6 +112,7 @@ EVERYTHING = [
         "test",
         "development tools",
         "package",
+        "site",
         "format",
         "lint",
         "types",
@@ -132,12 +133,14 @@ def staged(tmp_path, bare):
     (folder / "README.md").write_text(f"python3 -m venv .venv && {copies} && .venv/bin/python -m pytest\n")
     (folder / "stage").write_text(STAGE)
     (folder / "stage").chmod(0o755)
-    for tool in ("mkdir", "cp", "rm", "mktemp", "cat", "touch", "grep", "wc", "sh"):
+    for tool in ("mkdir", "cp", "rm", "mktemp", "cat", "touch", "grep", "wc", "sh", "id"):
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
     (tmp_path / "bin" / "python3").write_text(NEWER.replace("-c*) exit 0", "-c*) exit 1"))
     (tmp_path / "bin" / "python3").chmod(0o755)
 
-    def run(failing="nothing", *, newer=True):
+    def run(failing="nothing", *, newer=True, browser=True):
+        if browser:
+            fake_python(tmp_path / "bin" / "chromium", 0)
         if newer:
             (tmp_path / "bin" / "python3.13").write_text(NEWER)
             (tmp_path / "bin" / "python3.13").chmod(0o755)
@@ -163,6 +166,7 @@ def test_every_stage_runs_and_the_last_line_says_how_long(staged):
         ("python -m pytest", "test"),
         ("python -m build", "package"),
         ("python tests/installed.py", "package"),
+        ("python -m mkdocs", "site"),
         ("ruff check", "lint"),
         ("pytest -m mutants", "mutants"),
         ("pytest -m aot", "accelerators' compilers"),
@@ -187,3 +191,9 @@ def test_without_a_newer_python_the_last_line_says_what_was_not_tested(staged):
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1].endswith("compatibility NOT tested: no Python 3.12 or newer works here")
     assert "=== compatibility" not in done.stdout
+
+
+def test_without_a_browser_the_last_line_says_what_was_not_opened(staged):
+    done = staged(browser=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].endswith("; the report NOT opened in a browser: no Chromium here")

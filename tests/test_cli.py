@@ -36,6 +36,7 @@ def main(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         (["eval", "--workdir=x", "--set", "train.steps=3"], 2, "limoe eval does not take --set"),
         (["describe", "--workdir=x"], 2, "limoe describe does not take --workdir"),
         (["eval"], 2, "eval needs --workdir=DIR"),
+        (["report"], 2, "report needs --workdir=DIR"),
         (["eval", "--workdir=nowhere"], 1, "it has no config.json; give the folder of a training run"),
         (["train", "--preset=tinny"], 1, "there is no preset 'tinny'; did you mean 'tiny'?"),
         (["describe", "--preset=h-14"], 1, "did you mean 'h14'?"),

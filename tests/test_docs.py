@@ -189,3 +189,10 @@ LINKS = [(page.relative_to(ROOT), link) for page in [*PAGES, ROOT / "CHANGELOG.m
 @pytest.mark.parametrize(("page", "target"), LINKS, ids=str)
 def test_links_lead_somewhere(page, target):
     assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}, which is not there"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_pages_of_the_site_link_to_its_pages_alone(page):
+    """The site holds `docs` alone; .ci/run builds it and finds all else that leads nowhere."""
+    outside = {target for target in links(page) if (ROOT / "docs") not in (page.parent / target).resolve().parents}
+    assert not outside, f"{page.name} links to {outside}; name the file without a link"

@@ -1,6 +1,8 @@
 """What a release says of itself: its version and date everywhere, CI's workflow, and the promises of SECURITY.md."""
 
 import ast
+import importlib
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 from measure import in_package, python_files
 
 import limoe
+import moe_kernels
 from limoe import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,3 +102,26 @@ def test_only_one_place_starts_a_process_and_reads_no_data_for_it():
         if isinstance(node, ast.Import) and "subprocess" in {alias.name for alias in node.names}
     }
     assert starts == {"limoe.parallel.processes"}
+
+
+def documented(page):
+    return set(re.findall(r"^::: (\S+)$", (ROOT / "docs" / page).read_text(), re.M))
+
+
+def test_the_reference_has_every_public_name():
+    """The build of the site fails for names that do not exist, and shows what is public in a module that it names."""
+    assert documented("api-moe-kernels.md") == {f"moe_kernels.{name}" for name in moe_kernels.__all__}
+    modules = {name for name in OURS if in_package(name, "limoe.use") and name != "limoe.use"}
+    missing = ({f"limoe.{name}" for name in limoe.__all__} | modules) - documented("api-limoe.md")
+    assert modules and not missing
+
+
+def test_what_the_reference_shows_says_what_it_is():
+    for page in ("api-moe-kernels.md", "api-limoe.md"):
+        for name in documented(page):
+            module, _, own = name.rpartition(".")
+            value = importlib.import_module(name) if name in OURS else getattr(importlib.import_module(module), own)
+            shown = vars(value).items() if inspect.ismodule(value) else [(own, value)]
+            for member, found in shown:
+                if not member.startswith("_") and getattr(found, "__module__", "") in OURS and callable(found):
+                    assert inspect.getdoc(found), f"{name}: {member} has no docstring"

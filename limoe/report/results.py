@@ -144,7 +144,7 @@ def draw(
         last.wanted,
         last.kept,
         moe_layers=model.moe_layers,
-        capacity_factor=_factor_of_present_tokens(model, batch_size, last.wanted),
+        capacity_factor=factor_of_present_tokens(model, batch_size, last.wanted),
     )
     if data.retrieval is None:
         return
@@ -157,7 +157,7 @@ def draw(
     pictures.draw_overview(folder / "overview.png", pairs.images, views[-1], history, patch_size=model.patch_size)
 
 
-def _factor_of_present_tokens(model: ModelConfig, batch_size: int, wanted: np.ndarray) -> float:
+def factor_of_present_tokens(model: ModelConfig, batch_size: int, wanted: np.ndarray) -> float:
     """Compute the capacity factor relative to routed tokens: padding counts for capacity, but may not be routed."""
     present = wanted.sum() / (len(model.moe_layers) * model.num_choices)
     return model.capacity_factor * batch_size * model.tokens_per_example / float(present)

@@ -62,6 +62,16 @@ def unregister(name: str) -> None:
     del _REGISTERED[name]
 
 
+@contextlib.contextmanager
+def registered(name: str, make: Callable[[Path, Config], Logger]) -> Iterator[None]:
+    """Have a logger in a `with` block alone. Raises ValueError if another one has that name."""
+    register(name, make)
+    try:
+        yield
+    finally:
+        unregister(name)
+
+
 class Loggers:
     """The open loggers of a run. An error in one of them ends the run as a LoggerError."""
 
