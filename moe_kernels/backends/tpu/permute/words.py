@@ -50,5 +50,7 @@ def move_row(planes: int, source: Any, at: Any, source_stride: int, target: Any,
     """Copy the row at a sublane of the first plane of `source` to one of the first plane of `target`."""
     for plane in range(0, planes, SUBLANES):
         number = min(SUBLANES, planes - plane)
-        row = source[pl.ds(plane * source_stride + at, number, stride=source_stride), :]
-        target[pl.ds(plane * target_stride + to, number, stride=target_stride), :] = row
+        # One sublane has no stride: 7x has no code for one of 2^16 rows.
+        source_step, target_step = (stride if number > 1 else None for stride in (source_stride, target_stride))
+        row = source[pl.ds(plane * source_stride + at, number, stride=source_step), :]
+        target[pl.ds(plane * target_stride + to, number, stride=target_step), :] = row
