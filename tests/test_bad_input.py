@@ -138,9 +138,10 @@ def test_no_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 def test_a_file_that_is_no_tar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "0.tar").write_bytes(b"not a tar at all" * 100)
     assert run_command(tmp_path, f"data.shards={tmp_path / '0.tar'}") == 1
-    printed = capsys.readouterr()
-    assert "damaged shard: " in printed.out and "0.tar: the tar is not a tar (compressed?)" in printed.out
-    assert "no captions" in printed.err
+    error = capsys.readouterr().err
+    assert "hold no examples that can be read" in error and "0.tar: the tar is not a tar (compressed?)" in error
+    assert "one of the layouts shards, folders, coco, csv, clip_benchmark as LAYOUT:PATH" in error
+    assert [path.name for path in tmp_path.glob("0.tar*")] == ["0.tar"]
 
 
 @pytest.mark.parametrize("place", ["file", "below a file"])

@@ -207,7 +207,7 @@ def test_several_sources_by_weight(tmp_path):
     with pytest.raises(DataError, match=r"source 0 of data\.sources has 3 examples, fewer than the 4 of a batch"):
         Batches(source, encode, batch_size=16, seed=0)
     with pytest.raises(DataError, match="so small a weight"):
-        Batches(MixedSource("ab", source.parts, (1, 99)), encode, batch_size=2, seed=0)
+        Batches(MixedSource("ab", source.parts, (1.0, 99.0)), encode, batch_size=2, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,12 @@ def list_files(pattern: Path) -> list[str]:
     return sorted(path for path in glob.glob(_local(pattern), recursive=True) if os.path.isfile(path))
 
 
+def names_in(folder: Path) -> list[str]:
+    """List the names of all that is in a folder, sorted. Raises `StorageError` without permission."""
+    with explained("read", folder):
+        return sorted(os.listdir(_local(folder)))
+
+
 def make_folder(path: Path) -> None:
     """Create a folder and its parents unless they exist. Raises `StorageError` if that is impossible."""
     action = "make the folder"

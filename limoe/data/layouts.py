@@ -106,7 +106,7 @@ def open_folders(
     entries = [
         Entry(os.path.join(path, folder, name), (), {"class": number})
         for number, folder in enumerate(folders)
-        for name in sorted(os.listdir(os.path.join(path, folder)))
+        for name in files.names_in(os.path.join(path, folder))
         if _is_picture(name)
     ]
     return ListedSource(entries, preprocess=preprocess, metadata=metadata, classes=classes, templates=templates)
@@ -116,8 +116,8 @@ def class_folders(path: str) -> list[str]:
     """List the folders in a folder that hold a picture."""
     if not files.is_folder(path):
         return []
-    inside = sorted(name for name in os.listdir(path) if files.is_folder(os.path.join(path, name)))
-    return [name for name in inside if any(map(_is_picture, os.listdir(os.path.join(path, name))))]
+    inside = [name for name in files.names_in(path) if files.is_folder(os.path.join(path, name))]
+    return [name for name in inside if any(map(_is_picture, files.names_in(os.path.join(path, name))))]
 
 
 def open_captions(
@@ -230,7 +230,7 @@ def layout_of(path: str) -> str:
     ending = path.rpartition(".")[2].lower()
     if ending in ("csv", "tsv", "json"):
         return {"json": "coco"}.get(ending, "csv")
-    if not files.is_folder(path) or any(name.endswith(".tar") for name in os.listdir(path)):
+    if not files.is_folder(path) or any(name.endswith(".tar") for name in files.names_in(path)):
         return "shards"
     if any(
         files.exists(os.path.join(path, name)) for name in ("dataset_type.txt", "zeroshot_classification_templates.txt")

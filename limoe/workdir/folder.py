@@ -37,7 +37,7 @@ _MAY_CHANGE = (
     *("train.checkpoints_kept", "train.log_every", "train.routing_every", "train.evaluate_every"),
 )
 # Data may have been moved to another folder.
-_FOLDERS = ("data.shards", "data.eval_shards")
+_FOLDERS = ("data.shards", "data.sources", "data.eval_shards")
 # Files that a killed `files.atomic_writer` leaves.
 _LEFTOVERS = tuple(f".{name}.*.tmp" for name in (_CONFIG, _METRICS, _SUMMARY, _TOKENIZER, _DATA))
 
