@@ -1,5 +1,5 @@
 """The command line: `limoe train`, `limoe eval`, `limoe classify`, `limoe export`, `limoe report`,
-`limoe describe`, `limoe plan`."""
+`limoe study`, `limoe describe`, `limoe plan`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from limoe.errors import LimoeError, nearest
 FLAGS = flags.FLAGS
 _PRESET = flags.DEFINE_string("preset", "tiny", f"named configuration: {', '.join(PRESETS)}")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "train: the run's folder (default: runs/PRESET); all others: the run to read"
+    "workdir", None, "train: the run's folder (default: runs/PRESET); study: what it keeps; all others: the run to read"
 )
 _SET = flags.DEFINE_multi_string("set", [], "one or more settings, key=value")
 _DATA = flags.DEFINE_string(
@@ -66,6 +66,9 @@ _TEMPLATES = flags.DEFINE_string(
 _STEP = flags.DEFINE_integer(
     "step", None, "classify, export: the checkpoint's step (default: the newest)", lower_bound=0
 )
+_SEEDS = flags.DEFINE_integer("seeds", 3, "study: trainings of each kind, which differ in their seed", lower_bound=1)
+_SCALE = flags.DEFINE_string("scale", "small", "study: how large its trainings are: smoke, small or full")
+_LIST = flags.DEFINE_bool("list", False, "study: list all studies with their cost, and run none")
 _OUT = flags.DEFINE_string(
     "out",
     None,
@@ -88,6 +91,10 @@ USAGE = """limoe: train and evaluate a language-image mixture of experts.
       Write a model as safetensors with its settings, tokenizer, model card and encoders as jax.export programs.
   limoe report --workdir=DIR [--out=FILE.html]
       One page of a run, whole or going on, that needs no network: curves, experts over training, examples, settings.
+  limoe study NAME [--seeds=3] [--workdir=runs/study] [--scale=smoke|small|full] [--set key=value ...]
+  limoe study --list
+      Train a grid of settings that answers one question of the paper, and write a table and a picture with intervals.
+      The same command continues a stopped study; finished trainings are kept as JSON.
   limoe describe [--preset=tiny] [--set key=value ...] [--json]
       Parameters and FLOPs of a configuration; nothing is allocated.
   limoe plan --preset=h14 --topology=v5p:8x8x8 [--batch=PAIRS] [--set key=value ...] [--search] [--schedule]
@@ -283,6 +290,21 @@ def _report(settings: list[str]) -> int:
     return 0
 
 
+def _study(words: list[str]) -> int:
+    from limoe.study.command import list_text, run_study
+
+    if _LIST.value:
+        print(list_text(_SEEDS.value))
+        return 0
+    settings = [*_SET.value, *(word for word in words if "=" in word)]
+    names = [word for word in words if "=" not in word]
+    if len(names) != 1:
+        raise UsageError("study needs the name of one study; limoe study --list shows them")
+    folder = Path(_WORKDIR.value or "runs/study")
+    run_study(names[0], folder, scale=_SCALE.value, num_seeds=_SEEDS.value, settings=settings)
+    return 0
+
+
 def _plan(settings: list[str]) -> int:
     from limoe.plan import compiler
     from limoe.plan.planner import plan
@@ -320,13 +342,14 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], tuple[str, ...]]] = {
     "classify": (_classify, ("workdir", "classes", "templates", "step", "json")),
     "export": (_export, ("workdir", "out", "step")),
     "report": (_report, ("workdir", "out")),
+    "study": (_study, ("seeds", "workdir", "scale", "set", "list")),
     "describe": (_describe, ("preset", "set", "json")),
     "plan": (_plan, ("preset", "topology", "batch", "set", "search", "schedule", "json")),
     "settings": (_settings, ("preset",)),
 }
 _FLAGS = tuple(dict.fromkeys(flag for _, taken in _COMMANDS.values() for flag in taken))
-# The words of these commands are not settings.
-_TAKES_WORDS = ("classify",)
+# The words of these commands are not all settings.
+_TAKES_WORDS = ("classify", "study")
 
 
 def _restart_with_huge_pages() -> None:

@@ -59,6 +59,7 @@ ROOMS = (
     "train",
     "plan",
     "use",
+    "study",
     "cli",
 )
 

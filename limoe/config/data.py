@@ -34,6 +34,10 @@ class DataConfig(Section):
     )
     interpolation: Literal["bilinear", "bicubic"] = setting("filter for resizing, with antialiasing", "bilinear")
     background: Literal["white", "grey", "black"] = setting("what shows through transparent pixels", "white")
+    world: Literal["shapes", "scenes"] = setting(
+        "the embedded world: shapes = one or two things; scenes = several, with relations and counts, much harder",
+        "shapes",
+    )
     world_pairs: int = setting("training pairs of the embedded world", 20_480)
     cache_dir: str = setting("folder for generated data; empty = the user's cache folder", "")
 

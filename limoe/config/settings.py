@@ -19,7 +19,7 @@ SECTIONS: dict[str, type] = {name: kind for name, kind in get_type_hints(Config)
 _SINCE_FORMAT_1: dict[str, dict[str, Any]] = {
     "loss": {"extra": None},
     "train": {"routing_every": None},
-    "data": {"sources": None, "preprocess": None, "interpolation": None, "background": "black"},
+    "data": {"sources": None, "preprocess": None, "interpolation": None, "background": "black", "world": None},
 }
 
 # A message lists at most so many settings that differ. Two presets can differ in twenty.

@@ -16,6 +16,7 @@ from limoe.data.places import open_mixture, open_source, place_has_classes
 from limoe.data.source import CachedSource, DataFolders, Source
 from limoe.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from limoe.data.world import World, write_world
+from limoe.data.world_scenes import Scenes
 
 # Captions to train a tokenizer from, spread evenly over the data.
 TOKENIZER_CAPTIONS = 200_000
@@ -23,6 +24,8 @@ TOKENIZER_CAPTIONS = 200_000
 CACHE_BYTES = 2 * 2**30
 # A file beside evaluation shards: which captions are right in retrieval.
 RETRIEVAL_FILE = "retrieval.json"
+
+_WORLDS: dict[str, type[World]] = {"shapes": World, "scenes": Scenes}
 
 Progress = Callable[[int, int], None]
 
@@ -35,7 +38,7 @@ def data_folders(config: Config, progress: Progress | None = None) -> DataFolder
     """
     if config.data.shards or config.data.sources:
         return DataFolders(config.data.shards, *_evaluation(config.data.eval_shards))
-    world = World(seed=config.data.seed, num_pairs=config.data.world_pairs)
+    world = _WORLDS[config.data.world](seed=config.data.seed, num_pairs=config.data.world_pairs)
     folders = write_world(world, files.cache_folder(config.data.cache_dir), progress)
     if config.data.eval_shards:
         return DataFolders(folders.train, *_evaluation(config.data.eval_shards))

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -65,6 +65,7 @@ HELD_OUT: tuple[Triple, ...] = tuple(
     for turn, shift in enumerate((0, 3, 5))
     for shape in range(len(SHAPES))
 )
+_CLASS_NAMES = tuple(triple.name for triple in HELD_OUT)
 TRAINING: tuple[Triple, ...] = tuple(
     triple
     for triple in itertools.starmap(Triple, itertools.product(SHAPES, COLOURS, TEXTURES))
@@ -95,6 +96,14 @@ _PLACES: tuple[tuple[str, ...], ...] = (
 _DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 
+class Pictured(NamedTuple):
+    """An example before it is drawn: its scene, caption and metadata."""
+
+    scene: Scene
+    caption: str
+    metadata: dict[str, object]
+
+
 @dataclass(frozen=True)
 class World:
     """The parameters that determine every byte of an embedded world. `image_size` is in pixels.
@@ -105,6 +114,7 @@ class World:
     2048
     """
 
+    name: ClassVar[str] = "world"
     seed: int = 0
     num_pairs: int = 20480
     image_size: int = 64
@@ -129,23 +139,46 @@ class World:
                 raise ValueError(f"{name} of the embedded world is {value}; it must lie between {least} and {most}")
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes of the split "heldout", in their order."""
+        return _CLASS_NAMES
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Sentences around a class name."""
+        return TEMPLATES
+
+    def pictured(self, split: str, index: int) -> Pictured:
+        """Make one example. It depends only on the world, split and index. Raises IndexError after the last one."""
+        here = scene(self, split, index)
+        metadata: dict[str, object] = {"things": [[thing.shape, thing.colour, thing.texture] for thing in here.things]}
+        if split == "heldout":
+            metadata["class"] = index % len(HELD_OUT)
+        return Pictured(here, caption(here), metadata)
+
+    @property
     def digest(self) -> str:
         """Twelve hexadecimal digits that differ if a parameter or the generator's version differs."""
         return hashlib.sha256(self.description().encode()).hexdigest()[:12]
 
+    def generator_version(self) -> int:
+        """The version of what makes scenes, pictures and captions."""
+        return GENERATOR_VERSION
+
     def description(self) -> str:
         """Write the parameters and the generator's version as JSON, for `world.json`."""
-        return json.dumps({"generator_version": GENERATOR_VERSION, **asdict(self)}, indent=1, sort_keys=True)
+        return json.dumps({"generator_version": self.generator_version(), **asdict(self)}, indent=1, sort_keys=True)
 
     def num_examples(self, split: str) -> int:
         """Count the pairs of a split: "train", "heldout" or "retrieval"."""
-        counts = (self.num_pairs, self.images_per_class * len(HELD_OUT), self.num_retrieval_pairs)
+        counts = (self.num_pairs, self.images_per_class * len(self.class_names), self.num_retrieval_pairs)
         return counts[SPLITS.index(split)]
 
 
-def _thing(
+def make_thing(
     rng: np.random.Generator, triple: Triple, background: str, *, size: str, half_side: float, x: float, y: float
 ) -> Thing:
+    """Draw the tilt, the exact colour and the texture's position of a thing of this class at this place."""
     tilt = _TILTS[triple.shape]
     light = background not in LIGHT_BACKGROUNDS
     turn, period = rng.integers(2) * math.pi / 2 + rng.uniform(-0.05, 0.05), rng.uniform(0.162, 0.172)
@@ -178,7 +211,7 @@ def _one_thing(rng: np.random.Generator, triple: Triple, background: str) -> tup
     free = 0.5 - _MARGIN - half_side
     jitter = min(0.04, free / 3)
     x, y = (0.5 + (step - 1) * (free - jitter) + rng.uniform(-jitter, jitter) for step in (column, row))
-    thing = _thing(rng, triple, background, size=size, half_side=half_side, x=x, y=y)
+    thing = make_thing(rng, triple, background, size=size, half_side=half_side, x=x, y=y)
     return thing, _PLACES[row][column]
 
 
@@ -193,8 +226,17 @@ def _two_things(rng: np.random.Generator, background: str) -> tuple[tuple[Thing,
             for step in direction
         )
         half_side = rng.uniform(*_HALF_SIDES_OF_TWO)
-        things.append(_thing(rng, TRAINING[index], background, size="small", half_side=half_side, x=x, y=y))
+        things.append(make_thing(rng, TRAINING[index], background, size="small", half_side=half_side, x=x, y=y))
     return (things[0], things[1]), relation
+
+
+def generator_of(world: World, split: str, index: int) -> np.random.Generator:
+    """Make the generator from which all of one example is drawn. Raises IndexError after the last example."""
+    if not 0 <= index < world.num_examples(split):
+        raise IndexError(
+            f"the split {split!r} of this world has {world.num_examples(split)} examples, no number {index}"
+        )
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([world.seed, SPLITS.index(split), index])))
 
 
 def scene(world: World, split: str, index: int) -> Scene:
@@ -202,11 +244,7 @@ def scene(world: World, split: str, index: int) -> Scene:
 
     Example `index` of the split "heldout" shows class `index % len(HELD_OUT)`. Raises IndexError after the last one.
     """
-    if not 0 <= index < world.num_examples(split):
-        raise IndexError(
-            f"the split {split!r} of this world has {world.num_examples(split)} examples, no number {index}"
-        )
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([world.seed, SPLITS.index(split), index])))
+    rng = generator_of(world, split, index)
     background = pick(rng, tuple(BACKGROUNDS))
     place = relation = ""
     if split != "heldout" and rng.random() < world.two_things_share:
@@ -229,15 +267,12 @@ def scene(world: World, split: str, index: int) -> Scene:
 
 def _examples(world: World, split: str, first: int, end: int) -> Iterator[Example]:
     for index in range(first, end):
-        here = scene(world, split, index)
+        here = world.pictured(split, index)
         image = io.BytesIO()
         # No chroma subsampling, because the colour of a small dot is part of the task.
-        Image.fromarray(render(here, image_size=world.image_size)).save(image, "JPEG", quality=92, subsampling=0)
-        metadata: dict[str, object] = {"things": [[thing.shape, thing.colour, thing.texture] for thing in here.things]}
-        if split == "heldout":
-            metadata["class"] = index % len(HELD_OUT)
+        Image.fromarray(render(here.scene, image_size=world.image_size)).save(image, "JPEG", quality=92, subsampling=0)
         key = f"{first // world.pairs_per_shard:05d}{index - first:04d}"
-        yield Example(key, image.getvalue(), caption(here), metadata)
+        yield Example(key, image.getvalue(), here.caption, here.metadata)
 
 
 def _is_complete(path: str, num_examples: int) -> bool:
@@ -250,12 +285,12 @@ def _is_complete(path: str, num_examples: int) -> bool:
 def write_world(
     world: World, cache_folder: files.Path, progress: Callable[[int, int], None] | None = None
 ) -> DataFolders:
-    """Write the missing shards of the world into the folder `world-<digest>` of the cache folder.
+    """Write the missing shards of the world into the folder `NAME-<digest>` of the cache folder.
 
     If it is killed and called again, the result has the same bytes. After each shard, `progress` is called with the
     number of pairs so far and the number of all pairs. Raises `StorageError` for a full disk or a missing permission.
     """
-    root = os.path.join(os.fspath(cache_folder), f"world-{world.digest}")
+    root = os.path.join(os.fspath(cache_folder), f"{world.name}-{world.digest}")
     folders = DataFolders(*(os.path.join(root, split) for split in SPLITS))
     num_pairs = sum(world.num_examples(split) for split in SPLITS)
     done = 0
@@ -271,7 +306,7 @@ def write_world(
                 done += end - first
                 if progress is not None:
                     progress(done, num_pairs)
-        classes = {"templates": TEMPLATES, "classes": [triple.name for triple in HELD_OUT]}
+        classes = {"templates": world.templates, "classes": world.class_names}
         for path, text in (
             (os.path.join(folders.zero_shot, "classes.json"), json.dumps(classes, indent=1)),
             # These captions name everything in a scene, so a caption is right for every scene with an equal caption.
