@@ -17,14 +17,14 @@ from limoe.config.settings import override
 from limoe.data.inputs import data_folders
 from limoe.data.world import SPLITS, World
 from limoe.data.world_render import render
-from limoe.data.world_scenes import CLASSES, KINDS, RELATIONS, Scenes
+from limoe.data.world_scenes import CLASSES, LOOKS, RELATIONS, Scenes
 from limoe.data.world_wording import (
     COLOUR_WORDS,
     COUNT_WORDS,
     RELATION_PHRASES,
     SHAPE_WORDS,
     Composition,
-    Kind,
+    Look,
     describe_plainly,
 )
 from limoe.evaluate.data import read_evaluation_data
@@ -68,11 +68,11 @@ def test_no_training_scene_has_a_held_out_composition_and_every_part_of_one_is_t
     counted = {(one.first, one.number) for one in CLASSES if not one.relation}
     for index in range(1000):
         scene = world.pictured("train", index).scene
-        things = [Kind(thing.colour, thing.shape) for thing in scene.things]
+        things = [Look(thing.colour, thing.shape) for thing in scene.things]
         seen.update({*things, *([scene.relation] if scene.relation else [])})
         assert frozenset(things) not in related
         assert not {(kind, number) for kind, number in Counter(things).items() if len(set(things)) == 1} & counted
-    assert set(seen) == {*KINDS, *RELATIONS}
+    assert set(seen) == {*LOOKS, *RELATIONS}
 
 
 def test_classes_come_in_fours_of_the_same_words():
@@ -137,7 +137,7 @@ def test_evaluation_captions_are_equal_exactly_if_the_scenes_show_the_same():
         one = Scenes().pictured("retrieval", index)
         key = (CLASSES[index % len(CLASSES)], one.scene.background)
         assert seen.setdefault(one.caption, key) == key
-    what = Composition(Kind("orange", "star"), 3, "", None)
+    what = Composition(Look("orange", "star"), 3, "", None)
     assert describe_plainly(what, "cream") == "three orange stars on a cream background"
 
 

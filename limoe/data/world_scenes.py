@@ -16,11 +16,11 @@ import numpy as np
 from limoe.data.world import Pictured, Triple, World, generator_of, make_thing
 from limoe.data.world_captions import pick
 from limoe.data.world_render import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, Scene, Thing
-from limoe.data.world_wording import TEMPLATES, Composition, Kind, describe, describe_plainly
+from limoe.data.world_wording import TEMPLATES, Composition, Look, describe, describe_plainly
 
 RELATIONS = ("left", "above", "inside")
 _COUNTS = (2, 3, 4)
-KINDS: tuple[Kind, ...] = tuple(itertools.starmap(Kind, itertools.product(COLOURS, SHAPES)))
+LOOKS: tuple[Look, ...] = tuple(itertools.starmap(Look, itertools.product(COLOURS, SHAPES)))
 
 
 def _four(number: int) -> tuple[Composition, ...]:
@@ -30,7 +30,7 @@ def _four(number: int) -> tuple[Composition, ...]:
     red, blue = colours[number % 8], colours[(number + 2 * step) % 8]
     disc, star = shapes[(3 * number + step) % 8], shapes[(3 * number + step + 3) % 8]
     relation = RELATIONS[number % 3]
-    bindings = ((Kind(red, disc), Kind(blue, star)), (Kind(blue, disc), Kind(red, star)))
+    bindings = ((Look(red, disc), Look(blue, star)), (Look(blue, disc), Look(red, star)))
     return tuple(
         Composition(first, 1, relation, second) for pair in bindings for first, second in (pair, reversed(pair))
     )
@@ -39,7 +39,7 @@ def _four(number: int) -> tuple[Composition, ...]:
 _RELATED = tuple(composition for number in range(12) for composition in _four(number))
 # As in a Latin square: no two of them share two of count, colour and shape.
 _COUNTED = tuple(
-    Composition(Kind(tuple(COLOURS)[(shape + 3 * turn) % 8], SHAPES[shape]), count, "", None)
+    Composition(Look(tuple(COLOURS)[(shape + 3 * turn) % 8], SHAPES[shape]), count, "", None)
     for turn, count in enumerate(_COUNTS)
     for shape in range(8)
 )
@@ -123,7 +123,7 @@ class Scenes(World):
     def _training(self, rng: np.random.Generator) -> Composition:
         """Draw a composition that is not held out."""
         while True:
-            first, second = (KINDS[number] for number in rng.choice(len(KINDS), size=2, replace=False))
+            first, second = (LOOKS[number] for number in rng.choice(len(LOOKS), size=2, replace=False))
             if rng.random() < self.two_things_share:
                 what = Composition(first, 1, pick(rng, RELATIONS), second)
                 if what.relation == "inside" and first.colour == second.colour:
@@ -138,7 +138,7 @@ class Scenes(World):
 def _things(rng: np.random.Generator, what: Composition, texture: str, background: str) -> tuple[Thing, ...]:
     """Place the things of a composition; the first one comes first, but an outer one before its inner one."""
 
-    def thing(kind: Kind, pattern: str, sizes: tuple[float, float], x: float, y: float) -> Thing:
+    def thing(kind: Look, pattern: str, sizes: tuple[float, float], x: float, y: float) -> Thing:
         triple = Triple(kind.shape, kind.colour, pattern)
         x, y = x + rng.uniform(-0.03, 0.03), y + rng.uniform(-0.03, 0.03)
         return make_thing(rng, triple, background, size="small", half_side=rng.uniform(*sizes), x=x, y=y)

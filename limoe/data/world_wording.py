@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Kind(NamedTuple):
+class Look(NamedTuple):
     """What a thing is, as far as classes tell."""
 
     colour: str
@@ -25,16 +25,16 @@ class Composition(NamedTuple):
     `number` equal things, beside which one other thing may lie: `second`.
     """
 
-    first: Kind
+    first: Look
     number: int
     relation: str
-    second: Kind | None
+    second: Look | None
 
     @property
     def name(self) -> str:
         """The composition in the most frequent words.
 
-        >>> Composition(Kind("red", "circle"), 1, "left", Kind("blue", "star")).name
+        >>> Composition(Look("red", "circle"), 1, "left", Look("blue", "star")).name
         'a red circle left of a blue star'
         """
         return _phrase(None, self, texture="", complete=True)
@@ -171,7 +171,7 @@ def _plural(word: str) -> str:
     return word + ("es" if word.endswith(("s", "x")) else "s")
 
 
-def _thing(rng: np.random.Generator | None, kind: Kind, texture: str, *, count: int = 1, complete: bool = False) -> str:
+def _thing(rng: np.random.Generator | None, kind: Look, texture: str, *, count: int = 1, complete: bool = False) -> str:
     """Describe `count` equal things. One description in ten leaves out the colour, unless it must be complete."""
     words = [zipf(rng, COLOUR_WORDS[kind.colour])]
     shape = zipf(rng, SHAPE_WORDS[kind.shape])
