@@ -36,7 +36,7 @@ _FIRST_STEPS = 5
 _PLACES = ("data.cache_dir", "data.threads")
 
 
-class Cell(NamedTuple):
+class StudyCell(NamedTuple):
     """One training of a study: an arm, a model size and a seed."""
 
     arm: Arm
@@ -79,10 +79,10 @@ def merged(*lists: Sequence[str]) -> list[str]:
     return [f"{name}={value}" for name, value in values.items()]
 
 
-def cells(study: Study, scale: str, num_seeds: int) -> list[Cell]:
+def cells(study: Study, scale: str, num_seeds: int) -> list[StudyCell]:
     """List the trainings of a study, all arms of one seed before the next seed."""
     sizes = [*SCALES[scale].sizes][: None if study.all_sizes else 1]
-    return [Cell(arm, size, seed) for size in sizes for seed in range(num_seeds) for arm in study.arms]
+    return [StudyCell(arm, size, seed) for size in sizes for seed in range(num_seeds) for arm in study.arms]
 
 
 def run_cells(
@@ -122,7 +122,7 @@ def run_cells(
         yield found
 
 
-def _steps_of_time(cell: Cell, done: dict[tuple[str, str, int], Finished]) -> list[str]:
+def _steps_of_time(cell: StudyCell, done: dict[tuple[str, str, int], Finished]) -> list[str]:
     """Choose the steps of an arm that gets as much time as another one took."""
     if not cell.arm.as_long_as:
         return []
@@ -167,7 +167,7 @@ def _words(settings: Sequence[str]) -> list[str]:
     return ["train", f"--preset={PRESET}", "--set", *settings]
 
 
-def _measured(cell: Cell, settings: list[str], run: Path) -> Finished:
+def _measured(cell: StudyCell, settings: list[str], run: Path) -> Finished:
     workdir = Workdir.existing(run)
     if not workdir.finished:
         raise StudyError(f"the training in {run} was stopped before its end; the same command continues it")
