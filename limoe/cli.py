@@ -1,4 +1,4 @@
-"""The command line: `limoe train`, `limoe eval`, `limoe classify`, `limoe export`, `limoe describe`, `limoe plan`."""
+"""The command line: the command `limoe` and its words, such as `limoe train`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from limoe.errors import LimoeError, nearest
 FLAGS = flags.FLAGS
 _PRESET = flags.DEFINE_string("preset", "tiny", f"named configuration: {', '.join(PRESETS)}")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "train: the run's folder (default: runs/PRESET); eval, classify, export: the run to read"
+    "workdir", None, "train: the run's folder (default: runs/PRESET); eval, classify, embed, export: the run to read"
 )
 _SET = flags.DEFINE_multi_string("set", [], "one or more settings, key=value")
 _DATA = flags.DEFINE_string(
@@ -41,6 +41,14 @@ _PROFILE = flags.DEFINE_integer(
 )
 _ACCEPT = flags.DEFINE_bool(
     "accept-new-data", False, "train: go on with other data or another tokenizer than the run began with"
+)
+_INIT = flags.DEFINE_string("init", "", "train: run or export whose parameters to begin with (init.source)")
+_UPCYCLE = flags.DEFINE_bool("upcycle", False, "train: make experts of the MLPs of a dense --init (init.upcycle)")
+_REWIND = flags.DEFINE_integer(
+    "rewind",
+    None,
+    "train: go back to the checkpoint of this step first, and take the data in another order from there; give it once",
+    lower_bound=1,
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "train: address HOST:PORT of process 0, for several processes")
 _NUM_PROCESSES = flags.DEFINE_integer(
@@ -59,13 +67,18 @@ _TEMPLATES = flags.DEFINE_string(
     "templates", "none", "classify: sentences around a class name: none, simple or imagenet80 (CLIP's)"
 )
 _STEP = flags.DEFINE_integer(
-    "step", None, "classify, export: the checkpoint's step (default: the newest)", lower_bound=0
+    "step", None, "classify, embed, export: the checkpoint's step (default: the newest)", lower_bound=0
 )
-_OUT = flags.DEFINE_string("out", None, "export: the folder to write, which must be new or empty")
+_OUT = flags.DEFINE_string(
+    "out", None, "export: the folder to write, which must be new or empty; embed: the .npz file to write"
+)
+_IMAGES = flags.DEFINE_string("images", "", "embed: a folder of pictures, or shards")
+_TEXTS = flags.DEFINE_string("texts", "", "embed: a UTF-8 file with a text a line")
 
 USAGE = """limoe: train and evaluate a language-image mixture of experts.
 
   limoe train [--preset=tiny] [--workdir=runs/PRESET] [--set key=value ...] [--profile=STEPS] [--accept-new-data]
+              [--init=RUN_OR_EXPORT [--upcycle]] [--rewind=STEP]
       Train, evaluate, and write figures and summary.json into the work folder. Without arguments: the tiny model on the
       embedded world, a few minutes on two CPU cores. The same command continues an interrupted run.
       On several hosts: the same command on each; TPU pods, Slurm and GKE are recognised, elsewhere add
@@ -74,6 +87,8 @@ USAGE = """limoe: train and evaluate a language-image mixture of experts.
       Evaluate the newest checkpoint: zero-shot classification, retrieval, and, given labelled shards, a linear probe.
   limoe classify --workdir=DIR --classes="red circle,blue square" [--templates=imagenet80] [--json] IMAGE...
       How likely each class is for each picture. DIR is a run or an export.
+  limoe embed --workdir=DIR --images=FOLDER_OR_SHARDS | --texts=FILE --out=FILE.npz [--step=STEP]
+      Embeddings of any number of pictures or texts. The same command goes on where it was stopped.
   limoe export --workdir=DIR --out=DIR [--step=STEP]
       Write a model as safetensors with its settings, tokenizer, model card and encoders as jax.export programs.
   limoe describe [--preset=tiny] [--set key=value ...] [--json]
@@ -197,10 +212,15 @@ def _train(settings: list[str]) -> int:
     from limoe.parallel import processes
     from limoe.train.loop import train
 
+    if _INIT.value:
+        settings = [*settings, f"init.source={_INIT.value}"]
+    if _UPCYCLE.value:
+        settings = [*settings, "init.upcycle=true"]
     config = _config(settings)
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     folder = _WORKDIR.value or str(Path("runs") / config.preset)
-    return train(config, folder, profile_steps=_PROFILE.value, accept_new_data=_ACCEPT.value)
+    rewind, profile_steps, accept = _REWIND.value, _PROFILE.value, _ACCEPT.value
+    return train(config, folder, rewind=rewind, profile_steps=profile_steps, accept_new_data=accept)
 
 
 def _describe(settings: list[str]) -> int:
@@ -237,6 +257,22 @@ def _classify(images: list[str]) -> int:
     for image, row in found.items():
         best = sorted(row.items(), key=lambda item: -item[1])[:5]
         print(f"{image}: {', '.join(f'{name} {score:.1%}' for name, score in best)}")
+    return 0
+
+
+def _embed(settings: list[str]) -> int:
+    from limoe.use.embed import embed
+    from limoe.use.model import load
+
+    if _WORKDIR.value is None or _OUT.value is None or bool(_IMAGES.value) == bool(_TEXTS.value):
+        raise UsageError(
+            "embed needs --workdir=DIR, --out=FILE.npz and either --images=FOLDER_OR_SHARDS or --texts=FILE"
+        )
+    model = load(_WORKDIR.value, step=_STEP.value)
+    found = embed(model, _OUT.value, images=_IMAGES.value, texts=_TEXTS.value, progress=True)
+    for bad in found.first_bad:
+        _say(f"left out {bad}")
+    print(f"wrote {found.num_rows:,} embeddings into {_OUT.value}; {found.num_bad:,} inputs left out")
     return 0
 
 
@@ -278,14 +314,16 @@ def _plan(settings: list[str]) -> int:
     return 0
 
 
+_TRAIN_FLAGS = (
+    *("preset", "workdir", "set", "init", "upcycle", "rewind", "profile", "accept-new-data"),
+    *("coordinator", "num-processes", "process-id"),
+)
 # The function of each command, and the flags that it takes.
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], tuple[str, ...]]] = {
-    "train": (
-        _train,
-        ("preset", "workdir", "set", "profile", "accept-new-data", "coordinator", "num-processes", "process-id"),
-    ),
+    "train": (_train, _TRAIN_FLAGS),
     "eval": (_evaluate, ("workdir", "data", "probe-data", "json")),
     "classify": (_classify, ("workdir", "classes", "templates", "step", "json")),
+    "embed": (_embed, ("workdir", "images", "texts", "out", "step")),
     "export": (_export, ("workdir", "out", "step")),
     "describe": (_describe, ("preset", "set", "json")),
     "plan": (_plan, ("preset", "topology", "batch", "set", "search", "schedule", "json")),
