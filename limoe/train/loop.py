@@ -157,8 +157,7 @@ def _train(
     if log is not None and log.last is not None:
         began -= float(log.last["elapsed_seconds"])  # the time of earlier commands
     with Checkpoints(workdir.checkpoints, config.train.checkpoints_kept) as checkpoints:
-        restored = _restore(checkpoints, training.abstract, log, say)
-        state = restored or first_state(workdir, training, placement, say)
+        state = _restore(checkpoints, training.abstract, log, say) or first_state(workdir, training, placement, say)
         encoder = Encoder(training.graph, state.parameters, config, tokenizer, placement=placement)
         step_function = compile_step(training, config, placement)
         run = _Run(config.train, checkpoints, encoder, evaluation)
