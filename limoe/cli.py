@@ -1,5 +1,4 @@
-"""The command line: `limoe train`, `limoe eval`, `limoe classify`, `limoe export`, `limoe report`,
-`limoe study`, `limoe describe`, `limoe plan`."""
+"""The command line: the command `limoe` and its words, such as `limoe train`."""
 
 from __future__ import annotations
 
@@ -22,6 +21,7 @@ from limoe.config.presets import PRESETS, preset
 from limoe.config.schema import Config
 from limoe.config.settings import override, settings_help
 from limoe.errors import LimoeError, nearest
+from limoe.usage import USAGE
 
 FLAGS = flags.FLAGS
 _PRESET = flags.DEFINE_string("preset", "tiny", f"named configuration: {', '.join(PRESETS)}")
@@ -47,6 +47,14 @@ _ACCEPT = flags.DEFINE_bool(
 _TENSORBOARD = flags.DEFINE_bool(
     "tensorboard", False, "train: also log to TensorBoard, into WORKDIR/tensorboard (the extra tensorboard)"
 )
+_INIT = flags.DEFINE_string("init", "", "train: run or export whose parameters to begin with (init.source)")
+_UPCYCLE = flags.DEFINE_bool("upcycle", False, "train: make experts of the MLPs of a dense --init (init.upcycle)")
+_REWIND = flags.DEFINE_integer(
+    "rewind",
+    None,
+    "train: go back to the checkpoint of this step first, and take the data in another order from there; give it once",
+    lower_bound=1,
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "train: address HOST:PORT of process 0, for several processes")
 _NUM_PROCESSES = flags.DEFINE_integer(
     "num-processes", None, "train: number of processes that train together", lower_bound=1
@@ -64,7 +72,7 @@ _TEMPLATES = flags.DEFINE_string(
     "templates", "none", "classify: sentences around a class name: none, simple or imagenet80 (CLIP's)"
 )
 _STEP = flags.DEFINE_integer(
-    "step", None, "classify, export: the checkpoint's step (default: the newest)", lower_bound=0
+    "step", None, "classify, embed, export: the checkpoint's step (default: the newest)", lower_bound=0
 )
 _SEEDS = flags.DEFINE_integer("seeds", 3, "study: trainings of each kind, which differ in their seed", lower_bound=1)
 _SCALE = flags.DEFINE_string("scale", "small", "study: how large its trainings are: smoke, small or full")
@@ -72,41 +80,11 @@ _LIST = flags.DEFINE_bool("list", False, "study: list all studies with their cos
 _OUT = flags.DEFINE_string(
     "out",
     None,
-    "export: the folder to write, which must be new or empty; report: the file (default: WORKDIR/report.html)",
+    "export: the folder to write, which must be new or empty; embed: the .npz file to write; "
+    "report: the file (default: WORKDIR/report.html)",
 )
-
-USAGE = """limoe: train and evaluate a language-image mixture of experts.
-
-  limoe train [--preset=tiny] [--workdir=runs/PRESET] [--set key=value ...] [--profile=STEPS] [--accept-new-data]
-              [--tensorboard]
-      Train, evaluate, and write figures and summary.json into the work folder. Without arguments: the tiny model on the
-      embedded world, a few minutes on two CPU cores. The same command continues an interrupted run.
-      On several hosts: the same command on each; TPU pods, Slurm and GKE are recognised, elsewhere add
-      --coordinator=HOST:PORT --num-processes=P --process-id=0..P-1.
-  limoe eval --workdir=DIR [--data=SHARDS] [--probe-data=SHARDS] [--json]
-      Evaluate the newest checkpoint: zero-shot classification, retrieval, and, given labelled shards, a linear probe.
-  limoe classify --workdir=DIR --classes="red circle,blue square" [--templates=imagenet80] [--json] IMAGE...
-      How likely each class is for each picture. DIR is a run or an export.
-  limoe export --workdir=DIR --out=DIR [--step=STEP]
-      Write a model as safetensors with its settings, tokenizer, model card and encoders as jax.export programs.
-  limoe report --workdir=DIR [--out=FILE.html]
-      One page of a run, whole or going on, that needs no network: curves, experts over training, examples, settings.
-  limoe study NAME [--seeds=3] [--workdir=runs/study] [--scale=smoke|small|full] [--set key=value ...]
-  limoe study --list
-      Train a grid of settings that answers one question of the paper, and write a table and a picture with intervals.
-      The same command continues a stopped study; finished trainings are kept as JSON.
-  limoe describe [--preset=tiny] [--set key=value ...] [--json]
-      Parameters and FLOPs of a configuration; nothing is allocated.
-  limoe plan --preset=h14 --topology=v5p:8x8x8 [--batch=PAIRS] [--set key=value ...] [--search] [--schedule]
-             [--json]
-      Compile the train step for a TPU pod without having one: does it fit, and how fast can it be (modelled)?
-  limoe settings [--preset=tiny]
-      All settings that --set takes, with value, type and unit.
-  limoe --help
-      All of this, the flags and the settings.
-  limoe --version
-      The version.
-"""
+_IMAGES = flags.DEFINE_string("images", "", "embed: a folder of pictures, or shards")
+_TEXTS = flags.DEFINE_string("texts", "", "embed: a UTF-8 file with a text a line")
 
 # Import names of the packages that the extra `train` installs.
 TRAINER = (
@@ -217,9 +195,14 @@ def _train(settings: list[str]) -> int:
     from limoe.train import loggers
     from limoe.train.loop import train
 
+    if _INIT.value:
+        settings = [*settings, f"init.source={_INIT.value}"]
+    if _UPCYCLE.value:
+        settings = [*settings, "init.upcycle=true"]
     config = _config(settings)
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     folder = _WORKDIR.value or str(Path("runs") / config.preset)
+    rewind, profile_steps, accept = _REWIND.value, _PROFILE.value, _ACCEPT.value
     with contextlib.ExitStack() as stack:
         if _TENSORBOARD.value:
             if importlib.util.find_spec("tensorboardX") is None:
@@ -227,7 +210,7 @@ def _train(settings: list[str]) -> int:
             from limoe.train.tensorboard import TensorBoard
 
             stack.enter_context(loggers.registered("tensorboard", TensorBoard))
-        return train(config, folder, profile_steps=_PROFILE.value, accept_new_data=_ACCEPT.value)
+        return train(config, folder, rewind=rewind, profile_steps=profile_steps, accept_new_data=accept)
 
 
 def _describe(settings: list[str]) -> int:
@@ -264,6 +247,22 @@ def _classify(images: list[str]) -> int:
     for image, row in found.items():
         best = sorted(row.items(), key=lambda item: -item[1])[:5]
         print(f"{image}: {', '.join(f'{name} {score:.1%}' for name, score in best)}")
+    return 0
+
+
+def _embed(settings: list[str]) -> int:
+    from limoe.use.embed import embed
+    from limoe.use.model import load
+
+    if _WORKDIR.value is None or _OUT.value is None or bool(_IMAGES.value) == bool(_TEXTS.value):
+        raise UsageError(
+            "embed needs --workdir=DIR, --out=FILE.npz and either --images=FOLDER_OR_SHARDS or --texts=FILE"
+        )
+    model = load(_WORKDIR.value, step=_STEP.value)
+    found = embed(model, _OUT.value, images=_IMAGES.value, texts=_TEXTS.value, progress=True)
+    for bad in found.first_bad:
+        _say(f"left out {bad}")
+    print(f"wrote {found.num_rows:,} embeddings into {_OUT.value}; {found.num_bad:,} inputs left out")
     return 0
 
 
@@ -329,17 +328,17 @@ def _plan(settings: list[str]) -> int:
     return 0
 
 
+_TRAIN_FLAGS = (
+    *("preset", "workdir", "set", "init", "upcycle", "rewind", "profile", "accept-new-data"),
+    "tensorboard",
+    *("coordinator", "num-processes", "process-id"),
+)
 # The function of each command, and the flags that it takes.
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], tuple[str, ...]]] = {
-    "train": (
-        _train,
-        (
-            *("preset", "workdir", "set", "profile", "accept-new-data", "tensorboard"),
-            *("coordinator", "num-processes", "process-id"),
-        ),
-    ),
+    "train": (_train, _TRAIN_FLAGS),
     "eval": (_evaluate, ("workdir", "data", "probe-data", "json")),
     "classify": (_classify, ("workdir", "classes", "templates", "step", "json")),
+    "embed": (_embed, ("workdir", "images", "texts", "out", "step")),
     "export": (_export, ("workdir", "out", "step")),
     "report": (_report, ("workdir", "out")),
     "study": (_study, ("seeds", "workdir", "scale", "set", "list")),

@@ -22,8 +22,10 @@ from PIL import Image
 
 import limoe.evaluate.data
 import limoe.train.loop as trainer
+from limoe.config.data import DataConfig
+from limoe.config.init import InitConfig
 from limoe.config.presets import preset
-from limoe.config.schema import Config, DataConfig
+from limoe.config.schema import Config
 from limoe.config.settings import override
 from limoe.data.world import World, write_world
 from limoe.evaluate.data import Pairs
@@ -91,11 +93,11 @@ class Ran(NamedTuple):
     said: str
 
 
-def ran(folder: Path, *more: str, name: str = "tiny", profile_steps: int = 0, rendered: bool = False) -> Ran:
-    """Train in this process."""
+def ran(folder: Path, *more: str, name: str = "tiny", rendered: bool = False, **options: Any) -> Ran:
+    """Train in this process; `options` are those of `limoe.train.loop.train`."""
     said: list[str] = []
     with shared(rendered=rendered):
-        assert trainer.train(config(*more, name=name), folder, profile_steps=profile_steps, say=said.append) == 0
+        assert trainer.train(config(*more, name=name), folder, say=said.append, **options) == 0
     return Ran(folder, "\n".join(said))
 
 
@@ -130,7 +132,7 @@ def _compiled(config: Config) -> Config:
     train = dataclasses.replace(
         config.train, checkpoint_every=1, evaluate_every=0, log_every=1, checkpoints_kept=2, routing_every=1
     )
-    return dataclasses.replace(config, preset="any", data=DataConfig(), train=train)
+    return dataclasses.replace(config, preset="any", data=DataConfig(), init=InitConfig(), train=train)
 
 
 def _shared_step(training: Any, config: Config, placement: Any) -> Callable[..., Any]:

@@ -60,6 +60,7 @@ ROOMS = (
     "plan",
     "use",
     "study",
+    "usage",
     "cli",
 )
 

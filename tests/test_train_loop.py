@@ -57,7 +57,7 @@ def report(counts: Any) -> StepReport:
 class Device:
     """A device that takes `seconds` for a step, one after another, whatever the host does."""
 
-    def __init__(self, seconds: float, not_finite: int = 0) -> None:
+    def __init__(self, seconds: float, *not_finite: int) -> None:
         self.seconds, self.not_finite = seconds, not_finite
         self.given, self.ends = [], []
 
@@ -67,7 +67,7 @@ class Device:
         end = max(now, self.ends[-1] if self.ends else now) + self.seconds
         self.ends.append(end)
         done = report(counts)
-        if len(self.given) == self.not_finite:
+        if len(self.given) in self.not_finite:
             done = done._replace(gradient_norm=np.float32(np.nan))
         return state._replace(step=state.step + 1), done._replace(scale=_Later(end))
 
@@ -185,6 +185,17 @@ def test_what_is_not_finite_is_neither_logged_nor_saved_although_it_is_seen_a_st
         assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == list(range(1, not_finite))
         # The step after it was under way, unless the loop had waited for this one to save it.
         assert len(device.given) == not_finite + (not_finite % 4 != 0)
+
+
+def test_steps_that_are_not_finite_are_skipped_until_there_are_too_many_in_a_row(tmp_path: Path) -> None:
+    settings = config(14, "train.non_finite=skip", "train.max_skipped=3", "train.checkpoint_every=4")
+    with pytest.raises(TrainingError, match=r"step 12: gradient_norm=nan; the last good checkpoint is step 8"):
+        run_steps(tmp_path, settings, Device(0.0, 3, 4, 6, 10, 11, 12), batches(2))
+    lines = list(read_metrics(tmp_path / "metrics.jsonl"))
+    assert [line["skipped_in_row"] for line in lines] == [0, 0, 1, 2, 0, 1, 0, 0, 0, 1, 2]
+    assert [line["gradient_norm"] is None for line in lines] == [line["skipped_in_row"] > 0 for line in lines]
+    run, last = run_steps(tmp_path, settings, Device(0.0), batches(2))
+    assert (run.skipped_in_row, last) == (0, 14)
 
 
 def test_bad_examples_are_counted_in_the_line_of_their_step(tmp_path: Path) -> None:
@@ -316,7 +327,9 @@ def write_log(path: Path, num_steps: int) -> None:
     settings = override(H14, [f"train.steps={max(num_steps, 20_000)}"])
     log = MetricsLog(path.with_suffix(".template"))
     journal = Journal(log, path.parent, settings, 0.0, lambda text: None)
-    done = SimpleNamespace(report=report([[0, 0, 0]]), bad=BadExamples(168, 0, ()), seconds=0.15213123400928453)
+    done = SimpleNamespace(
+        report=report([[0, 0, 0]]), bad=BadExamples(168, 0, ()), skipped_in_row=0, seconds=0.15213123400928453
+    )
     lines = []
     for step in (200, 201):
         figures = journal._figures(SimpleNamespace(step=step, **vars(done)), None)  # pyright: ignore

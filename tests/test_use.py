@@ -18,9 +18,10 @@ from limoe.cli import main
 from limoe.data.templates import TEMPLATES
 from limoe.data.tokenizer import load_tokenizer
 from limoe.evaluate.restore import restored_encoder
-from limoe.use.export import ExportError, write_export
+from limoe.use.export import write_export
 from limoe.workdir.checkpoint import CheckpointError
 from limoe.workdir.folder import WorkdirError
+from limoe.workdir.weights import ExportError
 
 SENTENCES = ["a red ring", "Two blue squares", "nothing"]
 

@@ -28,6 +28,7 @@ def test_what_does_not_change_the_result_may_change_on_the_way(tmp_path: Path) -
     began = override(TINY, ["data.shards=here", "data.eval_shards=there", "data.cache_dir=one"])
     Workdir.open(tmp_path, began).close()
     free = ["data.threads=5", "data.cache_dir=two", "train.log_every=3", "train.checkpoint_every=7", "routing_every=9"]
+    free += ["train.non_finite=skip", "train.max_skipped=3"]
     goes_on = override(began, [*free, "mesh.keep_exchanged=false", "train.checkpoints_kept=4", "max_bad_share=0.1"])
     with Workdir.open(tmp_path, goes_on) as workdir:
         (said,) = workdir.changes
@@ -115,11 +116,35 @@ def test_every_process_must_have_the_same_data(tmp_path: Path, monkeypatch: pyte
 
 def as_in_0_1_0(config: Config) -> str:
     """The config.json that version wrote."""
-    tree = json.loads(to_json(config))
+    tree = json.loads(as_in_format_2(config))
     del tree["format"], tree["train"]["routing_every"], tree["loss"]["extra"]
-    for name in ("sources", "preprocess", "interpolation", "background"):
+    return json.dumps(tree, indent=2)
+
+
+def as_in_format_2(config: Config) -> str:
+    tree = json.loads(to_json(config)) | {"format": 2}
+    del tree["init"], tree["loss"]["max_logit_scale"], tree["train"]["non_finite"], tree["train"]["max_skipped"]
+    for name in ("rewound_at", "sources", "preprocess", "interpolation", "background"):
         del tree["data"][name]
     return json.dumps(tree, indent=2)
+
+
+def test_the_second_format_is_read() -> None:
+    assert from_json(as_in_format_2(TINY)) == override(TINY, ["data.background=black"])
+
+
+def test_what_the_run_itself_wrote_stays_when_a_command_leaves_it_out(tmp_path: Path) -> None:
+    begun = override(TINY, ["init.source=there", "init.upcycle=true"])
+    with Workdir.open(tmp_path, begun) as workdir:
+        workdir.record(override(begun, ["init.digest=ab", "data.rewound_at=7,3"]))
+    with Workdir.open(tmp_path, begun) as workdir:
+        assert workdir.config == override(begun, ["init.digest=ab", "data.rewound_at=7,3"]) and workdir.changes == ()
+    for settings, words in (
+        (["init.source=there", "init.upcycle=true", "init.digest=cd"], r"init\.digest \('ab' there, 'cd' now\)"),
+        ([], r"init\.source \('there' there, '' now\)"),
+    ):
+        with pytest.raises(WorkdirError, match=words):
+            Workdir.open(tmp_path, override(TINY, settings))
 
 
 def test_a_folder_of_the_first_version_is_read_and_not_continued(tmp_path: Path) -> None:

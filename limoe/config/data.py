@@ -25,6 +25,10 @@ class DataConfig(Section):
     eval_shards: str = setting("evaluation data, as data.shards; empty = the embedded world's held-out pairs", "")
     tokenizer: str = setting("SentencePiece .model file; empty = train one from the captions", "")
     seed: int = setting("seed of the order of the data and of the embedded world", 0)
+    rewound_at: tuple[int, ...] = setting(
+        "steps of the run's rewinds, in order, written by --rewind; each gives the data after its step another order",
+        (),
+    )
     threads: int = setting("threads that decode images", 2)
     max_bad_share: float = setting("share of bad examples above which the run stops", 0.05)
     preprocess: Literal["squash", "crop", "augment"] = setting(
@@ -43,6 +47,7 @@ class DataConfig(Section):
 
     def _check(self) -> None:
         self._require_not_negative("seed")
+        self._require(all(step > 0 for step in self.rewound_at), "rewound_at", "must be steps, from 1")
         self._require_positive("threads", "world_pairs")
         self._require(not (self.shards and self.sources), "sources", "give either this or data.shards")
         self._require_below_one("max_bad_share")

@@ -5,10 +5,11 @@ The paper does not state the values of fields marked [open]; their defaults are 
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple
 
 from limoe.config.data import DataConfig
+from limoe.config.init import InitConfig
 from limoe.config.section import ConfigError, Section, setting
 
 ACTIVATIONS = ["gelu_tanh", "gelu_erf", "silu", "relu", "relu_squared"]
@@ -152,6 +153,7 @@ class LossConfig(Section):
 
     contrastive: Literal["softmax", "sigmoid"] = setting("form of the contrastive loss", "softmax")
     initial_scale: float = setting("initial factor of the similarities (its logarithm is learned)", 10.0)
+    max_logit_scale: float = setting("largest factor of the similarities, kept after each step; 0 = no limit", 0.0)
     initial_bias: float = setting("initial bias of the logits; sigmoid only", -10.0)
     aux_weight: float = setting("factor of the mean of the active auxiliary losses", 0.04)
     aux_scope: Literal["batch", "group"] = setting(
@@ -177,10 +179,14 @@ class LossConfig(Section):
 
     def _check(self) -> None:
         self._require_positive("initial_scale")
-        self._require_not_negative("aux_weight", *(f.name for f in fields(self) if f.name.endswith("_weight")))
+        self._require_not_negative(
+            "aux_weight", "max_logit_scale", *(f.name for f in fields(self) if f.name.endswith("_weight"))
+        )
         for name in ("threshold_experts_text", "threshold_experts_image"):
             experts = getattr(self, name)
             self._require(experts == 0 or experts >= 1, name, "must be 0 (the default share of E) or at least 1 expert")
+        limit = self.max_logit_scale or self.initial_scale
+        self._require(self.initial_scale <= limit, "initial_scale", f"must be at most loss.max_logit_scale={limit}")
         items = self.extra.split(",") if self.extra else []
         self._require(len(self.extra_weights) == len(items), "extra", "each loss once, like mine=1,other=0.5")
         for name, weight in self.extra_weights.items():
@@ -246,6 +252,10 @@ class TrainConfig(Section):
     batch_size: int = setting("B, image-text pairs of a step; each pair is compared with all others", required=True)
     accumulation: int = setting("chunks of a batch, computed one after another to save memory; same result", 1)
     seed: int = setting("seed of the parameters and of the router noise", 0)
+    non_finite: Literal["stop", "skip"] = setting(
+        "a step whose loss or gradient is not finite: stop the run, or skip its update and count it", "stop"
+    )
+    max_skipped: int = setting("steps skipped in a row after which the run stops; for non_finite=skip", 10)
     checkpoint_every: int = setting("steps between two checkpoints", 1_000)
     checkpoints_kept: int = setting("newest checkpoints kept", 2)
     evaluate_every: int = setting("steps between two zero-shot evaluations; 0 = only at the end", 0)
@@ -261,7 +271,9 @@ class TrainConfig(Section):
         return self.batch_size // self.accumulation
 
     def _check(self) -> None:
-        self._require_positive("steps", "accumulation", "checkpoint_every", "log_every", "routing_every")
+        self._require_positive(
+            *("steps", "accumulation", "max_skipped", "checkpoint_every", "log_every", "routing_every")
+        )
         self._require_not_negative("seed")
         self._require(self.batch_size >= 2, "batch_size", "a contrastive loss needs at least 2 pairs")
         self._require(
@@ -318,7 +330,8 @@ class Config:
     model: ModelConfig
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    data: DataConfig = DataConfig()  # noqa: RUF009 (frozen, like the others)
+    init: InitConfig = field(default_factory=InitConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
 

@@ -10,16 +10,22 @@ from limoe.config.schema import Config, ConfigError
 from limoe.config.section import checked, fits, names_of, setting_types, type_name
 from limoe.errors import nearest
 
-FORMAT = 2
-"""Number of the format that `to_json` writes. limoe 0.1.0 wrote the first format, without a number."""
+FORMAT = 3
+"""Number of the format that `to_json` writes. limoe 0.1.0 wrote the first format, without a number; no release
+wrote the second."""
 
 SECTIONS: dict[str, type] = {name: kind for name, kind in get_type_hints(Config).items() if name != "preset"}
 
-# Settings that 0.1.0 did not have, by section; the value that it worked with, None for today's default.
-_SINCE_FORMAT_1: dict[str, dict[str, Any]] = {
-    "loss": {"extra": None},
-    "train": {"routing_every": None},
-    "data": {"sources": None, "preprocess": None, "interpolation": None, "background": "black", "world": None},
+# The format with which settings came that the first one did not have, and what every format before it worked with: None
+# for today's default.
+_NEW_IN: dict[int, dict[str, Any]] = {
+    2: {"loss.extra": None, "train.routing_every": None},
+    3: {
+        **dict.fromkeys(("loss.max_logit_scale", "train.non_finite", "train.max_skipped", "data.rewound_at")),
+        **dict.fromkeys(("init.source", "init.digest", "init.upcycle", "init.noise")),
+        **dict.fromkeys(("data.sources", "data.preprocess", "data.interpolation", "data.world")),
+        "data.background": "black",
+    },
 }
 
 # A message lists at most so many settings that differ. Two presets can differ in twenty.
@@ -132,30 +138,37 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """Read a config that `to_json` of this version or of limoe 0.1.0 wrote.
+    """Read a config that `to_json` wrote, in this format or an earlier one.
 
     Raises ConfigError if the text is not JSON, a setting is unknown or missing, or a value is not allowed. Only
-    settings that 0.1.0 did not have get defaults.
+    settings that its format did not have get defaults.
     """
     try:
         tree = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"the config is not JSON: {error}") from error
     written = tree.pop("format", 1) if isinstance(tree, dict) else FORMAT
-    if written not in (1, FORMAT):
+    if written not in range(1, FORMAT + 1):
         raise ConfigError(f"the config has format {written!r}, which this version cannot read; use a newer version")
-    _check_keys(tree, ["preset", *SECTIONS], "")
+    later = {name: value for number, names in _NEW_IN.items() if number > written for name, value in names.items()}
+    new_sections = [section for section, kind in SECTIONS.items() if later.keys() >= set(_names(section, kind))]
+    _check_keys(tree, [name for name in ("preset", *SECTIONS) if name not in new_sections], "")
     if not isinstance(tree["preset"], str):
         raise ConfigError(f"preset={tree['preset']!r} in the config must be a text")
     sections = {}
     for section, kind in SECTIONS.items():
-        types, later = setting_types(kind), _SINCE_FORMAT_1.get(section, {}) if written == 1 else {}
-        _check_keys(tree[section], [name for name in types if name not in later], f"{section}.")
-        former = {name: value for name, value in later.items() if value is not None}
-        given = former | tree[section]
+        types = setting_types(kind)
+        former = {name: later[f"{section}.{name}"] for name in types if later.get(f"{section}.{name}") is not None}
+        given = tree.get(section, {})
+        _check_keys(given, [name for name in types if f"{section}.{name}" not in later], f"{section}.")
+        given = former | given
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         sections[section] = kind(**{name: checked(f"{section}.{name}", values[name], types[name]) for name in values})
     return Config(preset=tree["preset"], **sections)
+
+
+def _names(section: str, kind: type) -> list[str]:
+    return [f"{section}.{name}" for name in setting_types(kind)]
 
 
 def is_of_first_format(text: str) -> bool:

@@ -3,7 +3,8 @@
 Of n examples an epoch shows floor(n / B) batches, in an order of its own: no example twice, and none in two epochs of
 one batch, where it would be its own negative. A bad example is replaced by that of the same row one step later, or two,
 ... So no other row changes, a process that reads only some rows sees the same batch, and no replacement puts a pair
-into a batch twice unless it comes from the next epoch.
+into a batch twice unless it comes from the next epoch. A run that was rewound to a step orders the data anew from there
+on, so an example may come twice in that epoch, or not at all.
 """
 
 from __future__ import annotations
@@ -64,13 +65,30 @@ class _Chunk(NamedTuple):
     tokens: Int32[np.ndarray, "B N"]
 
 
+class Order(NamedTuple):
+    """By which seed the data are ordered, and the steps of a run's rewinds, in the order in which they were made."""
+
+    seed: int
+    rewound_at: Sequence[int] = ()
+
+    def at(self, step: int) -> tuple[int, ...]:
+        """Give the seed of the order after `step` finished steps; from the n-th rewind on it has n too.
+
+        >>> [Order(7, (100, 50)).at(step) for step in (49, 50, 100)]
+        [(7,), (7, 2), (7, 2)]
+        """
+        numbers = [number for number, at in enumerate(self.rewound_at, 1) if at <= step]
+        return self.seed, *numbers[-1:]
+
+
 class Batches:
     """The global batches over `source`, or the `rows` of them that one process needs.
 
     `encode` turns captions into int32 token ids [B, N]. Of several captions one is drawn for each row, and with
-    `augment` a part of each picture. With `threads=0` nothing is read ahead. Iteration stops if the share of bad
-    examples, since it began, is above `max_bad_share`. Raises `ValueError` for a setting that is out of range, and
-    `DataError` for fewer examples than a batch has, or more than Grain's index shuffle can order (2^32).
+    `augment` a part of each picture. The seed of a run that was rewound is an `Order`. With `threads=0` nothing is read
+    ahead. Iteration stops if the share of bad examples, since it began, is above `max_bad_share`. Raises `ValueError`
+    for a setting that is out of range, and `DataError` for fewer examples than a batch has, or more than Grain's index
+    shuffle can order (2^32).
     """
 
     def __init__(
@@ -79,20 +97,21 @@ class Batches:
         encode: Callable[[Sequence[str]], Int32[np.ndarray, "B N"]],
         *,
         batch_size: int,
-        seed: int,
+        seed: int | Order,
         rows: Sequence[int] | None = None,
         threads: int = 2,
         max_bad_share: float = 0.05,
         augment: Preprocess | None = None,
     ) -> None:
+        order = seed if isinstance(seed, Order) else Order(seed)
         rows = range(batch_size) if rows is None else rows
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be at least 1")
         if not len(rows) or list(rows) != sorted(set(rows)) or rows[0] < 0 or rows[-1] >= batch_size:
             raise ValueError(f"rows {rows} must be at least one row of range(0, {batch_size}), each once and in order")
-        if seed < 0 or threads < 0 or not 0 <= max_bad_share <= 1:
+        if order.seed < 0 or threads < 0 or not 0 <= max_bad_share <= 1:
             raise ValueError(
-                f"seed {seed} and threads {threads} must not be negative, max_bad_share {max_bad_share} in 0..1"
+                f"seed {order.seed} and threads {threads} must not be negative, max_bad_share {max_bad_share} in 0..1"
             )
         if len(source) >= 2**32:
             raise DataError(f"{len(source)} examples are more than 2^32 - 1, which one order can hold; split the data")
@@ -112,7 +131,7 @@ class Batches:
             if not share:
                 raise DataError(f"{which} has so small a weight that a batch of {batch_size} has none of it; raise it")
         self._source, self._encode, self._augment = source, encode, augment
-        self._batch_size, self._rows, self._seed = batch_size, rows, seed
+        self._batch_size, self._rows, self._order = batch_size, rows, order
         self._threads, self._max_bad_share = threads, max_bad_share
 
     def at(self, step: int) -> Batch:
@@ -149,8 +168,9 @@ class Batches:
 
     def _read_row(self, step: int, row: int) -> _Row:
         bad: list[Bad] = []
+        seed = self._order.at(step)
         for tried in range(_MAX_TRIES):
-            example = self._source[self._example_at(step + tried, row)]
+            example = self._source[self._example_at(step + tried, row, seed)]
             if isinstance(example, Decoded):
                 return _Row(self._drawn(example, step, row), tuple(bad))
             bad.append(example)
@@ -164,20 +184,19 @@ class Batches:
         captions = (example.caption, *example.more_captions)
         if len(captions) == 1 and self._augment is None:
             return example
-        bits = np.random.Philox(np.random.SeedSequence([self._seed, step, row])).random_raw(6)
+        bits = np.random.Philox(np.random.SeedSequence([self._order.seed, step, row])).random_raw(6)
         draws = bits / 2.0**64
         image = example.image if self._augment is None else augmented(example.image, draws[1:], self._augment)
         return example._replace(image=image, caption=captions[int(draws[0] * len(captions)) % len(captions)])
 
-    def _example_at(self, step: int, row: int) -> int:
+    def _example_at(self, step: int, row: int, seed: tuple[int, ...]) -> int:
         part, rank = self._place_of_row[row]
         size, share = self._sizes[part], self._shares[part]
         epoch, batch = divmod(step, size // share)
         place, first = batch * share + rank, sum(self._sizes[:part])
         if size < _SMALL:
-            return first + int(_small_order(size, self._seed, epoch, part)[place])
-        seed = _epoch_seed(self._seed, epoch, part)
-        return first + index_shuffle(place, max_index=size - 1, seed=seed, rounds=4)
+            return first + int(_small_order(size, seed, epoch, part)[place])
+        return first + index_shuffle(place, max_index=size - 1, seed=_epoch_seed(seed, epoch, part), rounds=4)
 
     def _check_share(self, total: BadExamples) -> None:
         if total.num_examined < min(len(self._source), _MIN_EXAMINED):
@@ -192,17 +211,19 @@ class Batches:
 
 
 @functools.lru_cache(maxsize=64)
-def _epoch_seed(seed: int, epoch: int, part: int) -> int:
+def _epoch_seed(seed: tuple[int, ...], epoch: int, part: int) -> int:
     # A hash, not a sum: with seed + epoch, epoch 1 of seed 0 would have the order of epoch 0 of seed 1.
     return int(_order_of(seed, epoch, part).generate_state(1)[0])
 
 
-def _order_of(seed: int, epoch: int, part: int) -> np.random.SeedSequence:
-    return np.random.SeedSequence([seed, epoch, part] if part else [seed, epoch])
+def _order_of(seed: tuple[int, ...], epoch: int, part: int) -> np.random.SeedSequence:
+    # The number of a rewind comes after that of the part, so that no two orders have equal seeds.
+    first, *rewinds = seed
+    return np.random.SeedSequence([first, epoch, part, *rewinds] if part or rewinds else [first, epoch])
 
 
 @functools.lru_cache(maxsize=64)
-def _small_order(num_examples: int, seed: int, epoch: int, part: int) -> np.ndarray:
+def _small_order(num_examples: int, seed: tuple[int, ...], epoch: int, part: int) -> np.ndarray:
     # Raw bits of a bit generator never change with NumPy's version; results of Generator's methods may.
     return np.argsort(np.random.Philox(_order_of(seed, epoch, part)).random_raw(num_examples), kind="stable")
 

@@ -10,7 +10,7 @@ import PIL
 
 from limoe.config.schema import Config, ConfigError
 from limoe.data import files
-from limoe.data.batches import Batches
+from limoe.data.batches import Batches, Order
 from limoe.data.images import preprocess_of
 from limoe.data.places import open_mixture, open_source, place_has_classes
 from limoe.data.source import CachedSource, DataFolders, Source
@@ -118,7 +118,7 @@ def training_batches(
         CachedSource(source, max_bytes=CACHE_BYTES),
         tokenizer.encode,
         batch_size=config.train.batch_size,
-        seed=config.data.seed,
+        seed=Order(config.data.seed, config.data.rewound_at),
         rows=rows,
         threads=config.data.threads,
         max_bad_share=config.data.max_bad_share,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -34,6 +35,7 @@ class Log(NamedTuple):
     history: History
     last: LastSteps
     train_seconds: float
+    num_skipped: int
     num_bad: int
     first_bad: tuple[str, ...]
 
@@ -60,12 +62,12 @@ def read_log(model: ModelConfig, lines: Iterable[dict[str, Any]]) -> Log:
     names = ("step", "loss", "contrastive", "success_rate", "effective_experts", "zero_shot_step", "zero_shot_top1")
     column = {name: array("d") for name in names}
     tail: deque[dict[str, Any]] = deque(maxlen=LAST_STEPS)
-    seconds, num_bad, first_bad = 0.0, 0, []
+    seconds, num_skipped, num_bad, first_bad = 0.0, 0, 0, []
     for line in lines:
         for name, figure in (("step", "step"), ("loss", "total"), ("contrastive", "contrastive")):
-            column[name].append(line[figure])
+            # Null, in a step that was skipped or for a modality without tokens, becomes NaN.
+            column[name].append(math.nan if line[figure] is None else line[figure])
         if model.moe_layers:
-            # Null, for a modality without tokens, becomes NaN.
             column["success_rate"].frombytes(np.array(line["success_rate"], float).mean(axis=0).tobytes())
             column["effective_experts"].frombytes(np.array(line["effective_experts"], float).tobytes())
         if line["zero_shot_top1"] is not None:
@@ -73,13 +75,14 @@ def read_log(model: ModelConfig, lines: Iterable[dict[str, Any]]) -> Log:
             column["zero_shot_top1"].append(line["zero_shot_top1"])
         tail.append(line)
         seconds += line["step_seconds"]
+        num_skipped += line.get("skipped_in_row", 0) > 0  # lines of earlier versions have none
         num_bad += line["bad_examples"]
         first_bad += line["bad_first"][: max(0, BAD_SHOWN - len(first_bad))]
     found: dict[str, Any] = {name: np.frombuffer(values) for name, values in column.items()}
     steps, layers = len(found["step"]), len(model.moe_layers)
     found["success_rate"] = found["success_rate"].reshape(-1, 2) if layers else np.full((steps, 2), np.nan)
     found["effective_experts"] = found["effective_experts"].reshape(steps, layers, 2)
-    return Log(History(**found), last_steps(model, tail), seconds, num_bad, tuple(first_bad))
+    return Log(History(**found), last_steps(model, tail), seconds, num_skipped, num_bad, tuple(first_bad))
 
 
 def last_steps(model: ModelConfig, tail: Iterable[dict[str, Any]]) -> LastSteps:
@@ -197,7 +200,8 @@ def summary(config: Config, figures: Mapping[str, Any], log: Log, seconds: float
 
     `seconds` are the wall time of all commands of the run: each from its start to the last step that it logged, the
     last one to its end. `train_seconds` are the time of the steps, with waiting for data and compilation; a step that
-    was repeated counts once. `training_bad_examples` is the number of replaced examples.
+    was repeated counts once. `training_skipped_steps` is the number of steps whose update was left out because loss or
+    gradient was not finite, `training_bad_examples` that of replaced examples.
     """
     described = describe(config)
     content: dict[str, Any] = {
@@ -209,6 +213,7 @@ def summary(config: Config, figures: Mapping[str, Any], log: Log, seconds: float
         "success_rate_image": log.last.success_rate_image,
         "success_rate_text": log.last.success_rate_text,
         "success_rate_bound": bound(config.model, config.train.batch_size),
+        "training_skipped_steps": log.num_skipped,
         "training_bad_examples": log.num_bad,
         "parameters_total": described.parameters_total,
         "parameters_per_token": described.parameters_per_token,

@@ -24,11 +24,13 @@ from limoe.workdir.metrics import MetricsLog
 
 
 class FinishedStep(NamedTuple):
-    """A step whose report was read and has no fault."""
+    """A step whose report was read."""
 
     step: int
     report: StepReport
     bad: BadExamples
+    skipped_in_row: int
+    """Steps in a row, this one the last, whose update was left out because loss or gradient was not finite."""
     seconds: float
     """Time since the report before it, or since the device got work again. For steps in a row it is their length."""
 
@@ -78,6 +80,7 @@ class Journal:
             "pairs_per_second": np.float32(self._settings.batch_size / done.seconds),
             "elapsed_seconds": round(time.monotonic() - self._began, 3),
             "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "skipped_in_row": done.skipped_in_row,
             "bad_examples": done.bad.num_bad,
             "bad_first": [_text(example) for example in done.bad.first],
             "zero_shot_top1": top1,
@@ -95,6 +98,8 @@ class Journal:
         for example in done.bad.first[: max(0, BAD_SHOWN - self._num_bad)]:
             self._say(f"step {done.step}: bad example replaced by the next good one: {_text(example)}")
         self._num_bad += done.bad.num_bad
+        if done.skipped_in_row:
+            self._say(f"step {done.step}: loss or gradient is not finite; its update is left out")
         if top1 is not None:
             self._say(f"step {done.step}: zero-shot top-1 {top1:.1%}")
         if done.step % self._settings.log_every == 0 or done.step == self._settings.steps:

@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from tqdm import tqdm
 
 from limoe.config.presets import preset
 from limoe.config.schema import Config, ConfigError, TrainConfig
 from limoe.config.settings import both_values, differences, from_json, to_json
-from limoe.data import inputs
+from limoe.data import files, inputs
 from limoe.data.batches import BadExamples, Batch
 from limoe.data.source import Bad
 from limoe.data.tokenizer import Tokenizer
@@ -35,16 +34,18 @@ from limoe.parallel.mesh import joined, own_rows, place
 from limoe.parallel.parameters import parameter_path
 from limoe.report import pictures, results
 from limoe.report.results import BAD_SHOWN
+from limoe.train.init_from import first_state, take_tokenizer
 from limoe.train.journal import FinishedStep, Journal
 from limoe.train.losses import by_name
 from limoe.train.profiling import Profile
-from limoe.train.progress import beside_bars, progress_bar
-from limoe.train.step import Counts, StepReport, TrainState, compile_step, new_state, prepare
+from limoe.train.progress import beside_bars, progress_callback
+from limoe.train.step import Counts, StepReport, TrainState, compile_step, prepare
 from limoe.train.stopping import StopSignals
 from limoe.workdir.checkpoint import Checkpoints
 from limoe.workdir.data import check_data
 from limoe.workdir.folder import Workdir, WorkdirError
 from limoe.workdir.metrics import MetricsLog, read_metrics, write_json
+from limoe.workdir.rewind import rewind as rewound
 
 
 class TrainingError(LimoeError, RuntimeError):
@@ -59,6 +60,7 @@ def train(
     config: Config,
     folder: str | Path,
     *,
+    rewind: int | None = None,
     profile_steps: int = 0,
     accept_new_data: bool = False,
     say: Callable[[str], None] = print,
@@ -66,15 +68,16 @@ def train(
     """Train until `train.steps`, evaluate, and write figures and summary into the work folder. Returns the exit status.
 
     An unfinished run in the folder continues from its last good checkpoint, bit for bit as if it had never stopped,
-    with other data only if `accept_new_data`. For a finished run only its result is shown. SIGTERM or Ctrl-C ends the
-    command: at once, or in the loop over steps after the current step is done and saved. Raises TrainingError if a
-    loss, a gradient or the parameters are not finite; and WorkdirError, CheckpointError, DataError, StorageError and
-    ConfigError as their modules say. There is no example, because the shortest run takes ten seconds.
+    with other data only if `accept_new_data`. For a finished run only its result is shown. `rewind` first takes the run
+    back to the checkpoint of that step. SIGTERM or Ctrl-C ends the command: at once, or in the loop over steps after
+    the current step is done and saved. Raises TrainingError if a loss, a gradient or the parameters are not finite; and
+    InitError, WorkdirError, CheckpointError, DataError, StorageError and ConfigError as their modules say. There is no
+    example, because the shortest run takes ten seconds.
     """
     first = processes.is_first()
     if not first:
         say = lambda text: None  # noqa: E731
-    with processes.Watch() as watch, _open(folder, config) as workdir, StopSignals() as signals:
+    with processes.Watch() as watch, _open(folder, config, rewind, say) as workdir, StopSignals() as signals:
         if processes.from_first(workdir.finished):
             say(f"The run in {folder} is finished; its result is in {workdir.summary}.")
             again = " and the same --set" if config != preset(config.preset) else ""
@@ -84,7 +87,7 @@ def train(
         for change in workdir.changes:
             say(change)
         try:
-            _train(config, workdir, signals, profile_steps, accept_new_data, say)
+            _train(workdir, signals, profile_steps, accept_new_data, say)
         except KeyboardInterrupt:
             if first and workdir.discard_unstarted():
                 say(f"Stopped by {signals.received} before the first step; the work folder is free for any settings.")
@@ -98,11 +101,20 @@ def train(
     return 0
 
 
-def _open(folder: str | Path, config: Config) -> Workdir:
-    """Open the work folder; the first process makes and locks it for all."""
+def _open(folder: str | Path, config: Config, rewind: int | None, say: Callable[[str], None]) -> Workdir:
+    """Open the work folder; the first process makes, locks and rewinds it for all."""
     _refuse_other_settings(config)
     with processes.first_before_others("the work folder is there"):
-        return Workdir.open(folder, config) if processes.is_first() else Workdir.existing(folder)
+        if not processes.is_first():
+            return Workdir.existing(folder)
+        workdir = Workdir.open(folder, config)
+        try:
+            if rewind is not None:
+                say(rewound(workdir, rewind))
+        except BaseException:
+            workdir.close()
+            raise
+        return workdir
 
 
 def _refuse_other_settings(config: Config) -> None:
@@ -118,17 +130,13 @@ def _refuse_other_settings(config: Config) -> None:
 
 
 def _train(
-    config: Config,
-    workdir: Workdir,
-    signals: StopSignals,
-    profile_steps: int,
-    accept_new_data: bool,
-    say: Callable[[str], None],
+    workdir: Workdir, signals: StopSignals, profile_steps: int, accept_new_data: bool, say: Callable[[str], None]
 ) -> None:
-    began = time.monotonic()
+    began, config = time.monotonic(), workdir.config
     with processes.first_before_others("data and tokenizer are there"):
+        take_tokenizer(config, workdir)
         inputs.ready_tokenizer(config, workdir.tokenizer)  # refuses before minutes of writing and indexing
-        folders = inputs.data_folders(config, _bar("writing the embedded world", "pair"))
+        folders = inputs.data_folders(config, progress_callback("writing the embedded world", "pair"))
         source = inputs.training_source(config, folders)
         for damage in source.damages:
             say(f"damaged shard: {damage}")
@@ -149,10 +157,11 @@ def _train(
     if log is not None and log.last is not None:
         began -= float(log.last["elapsed_seconds"])  # the time of earlier commands
     with Checkpoints(workdir.checkpoints, config.train.checkpoints_kept) as checkpoints:
-        state = _restore(checkpoints, training.abstract, log, say) or new_state(config, training, placement)
+        state = _restore(checkpoints, training.abstract, log, say) or first_state(workdir, training, placement, say)
         encoder = Encoder(training.graph, state.parameters, config, tokenizer, placement=placement)
         step_function = compile_step(training, config, placement)
         run = _Run(config.train, checkpoints, encoder, evaluation)
+        run.skipped_in_row = processes.from_first(log.last.get("skipped_in_row", 0) if log and log.last else 0)
         with signals.patiently(), contextlib.ExitStack() as stack:
             if log is not None:
                 run.journal = stack.enter_context(Journal(log, workdir.path, config, began, beside_bars(say)))
@@ -163,7 +172,7 @@ def _train(
             say(f"Stopped after step {int(state.step)}, which is saved; the same command continues from there.")
             return
     encoder.use(state.parameters)
-    _finish(config, workdir, encoder, evaluation, tokenizer, began, say)
+    _finish(workdir, encoder, evaluation, tokenizer, began, say)
 
 
 class _Ahead(NamedTuple):
@@ -189,7 +198,8 @@ class _Run:
     checks and logs the report of step n - 1. It therefore learns what a report says one step late:
 
     - A loss or gradient that is not finite ends the run before anything of its step is logged or saved. The step after
-      it was computed in vain.
+      it was computed in vain. With `train.non_finite=skip` the step itself left its update out; it is logged, and the
+      run ends at the last of `train.max_skipped` such steps in a row.
     - Bad examples are counted in the line of the step for which they were read.
     - A single process stops after the step that runs when the signal comes. One of several processes tells the others
       of its signal with its next step. They read that step's report while the following step runs, and all stop after
@@ -206,6 +216,7 @@ class _Run:
         self.journal: Journal | None = None  # only in the first process
         self.alone = jax.process_count() == 1
         self.num_bad = 0
+        self.skipped_in_row = 0
         self.stopped = False
         self.read_at = 0.0
 
@@ -291,21 +302,24 @@ class _Run:
         report = jax.device_get(running.report)
         now = time.monotonic()
         seconds, self.read_at = now - self.read_at, now
-        self._check_report(running.step, report)
+        self._count_skipped(running.step, report)
         counts = Counts(*report.counts.tolist())
         bad = _bad_of_all(running.bad, counts, ask=self.num_bad < _BAD_ASKED_FOR)
         self.num_bad += counts.bad
         self.stopped |= counts.stop_wishes > 0
-        return FinishedStep(running.step, report, bad, seconds)
+        return FinishedStep(running.step, report, bad, self.skipped_in_row, seconds)
 
     def _write(self, done: FinishedStep, top1: float | None = None) -> None:
         if self.journal is not None:
             self.journal.write(done, top1)
 
-    def _check_report(self, step: int, report: StepReport) -> None:
-        """Stop at a loss or gradient that is not finite, before anything of this step is logged or saved."""
+    def _count_skipped(self, step: int, report: StepReport) -> None:
+        """Count a loss or gradient that is not finite, or stop before anything of this step is logged or saved."""
         values = {**by_name(report.loss), "gradient_norm": float(report.gradient_norm)}
-        self._refuse(step, [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)])
+        wrong = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
+        self.skipped_in_row = self.skipped_in_row + 1 if wrong else 0
+        if self.settings.non_finite == "stop" or self.skipped_in_row >= self.settings.max_skipped:
+            self._refuse(step, wrong)
 
     def _check_parameters(self, step: int, parameters: Parameters) -> None:
         """Stop before saving parameters that are not finite although loss and gradient were."""
@@ -321,12 +335,12 @@ class _Run:
         good = f"the last good checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
         raise TrainingError(
             f"step {step}: {', '.join(wrong)}; {good}, in {self.checkpoints.folder}. Look at metrics.jsonl before "
-            "this step; a lower optimizer.learning_rate in a new work folder is the usual remedy"
+            "this step. Ways on: --rewind=STEP, a checkpoint with the data in another order; train.non_finite=skip, "
+            "or a new work folder with a lower optimizer.learning_rate"
         )
 
 
 def _finish(
-    config: Config,
     workdir: Workdir,
     encoder: Encoder,
     evaluation: EvaluationData,
@@ -339,6 +353,7 @@ def _finish(
     If the command is killed before that, the next start does this again with the parameters of the last checkpoint.
     """
     say("evaluating (dropless) and drawing figures")
+    config = workdir.config
     model, batch_size = config.model, config.train.batch_size
     log = results.read_log(model, read_metrics(workdir.metrics))
     reached = evaluate(encoder, evaluation)
@@ -352,7 +367,8 @@ def _finish(
         return
     if log.num_bad:
         say(f"{log.num_bad} bad examples were replaced; the first: {'; '.join(log.first_bad)}")
-    content = results.summary(config, reached, log, seconds=time.monotonic() - began)
+    begun = json.loads(files.read_text(workdir.init)) if config.init.source else None
+    content = {**results.summary(config, reached, log, seconds=time.monotonic() - began), "init": begun}
     write_json(workdir.summary, content)
     say("")
     say(pictures.summary_table({**content, "figures": str(workdir.figures)}))
@@ -395,17 +411,3 @@ def _restore(
     say(f"continuing from the checkpoint of step {restored.step}")
     log.truncate_after(restored.step)
     return restored.state
-
-
-def _bar(description: str, unit: str) -> Callable[[int, int], None]:
-    """Make a progress callback `(done, total)` that draws a bar."""
-    bar: list[tqdm] = []
-
-    def progress(done: int, total: int) -> None:
-        if not bar:
-            bar.append(progress_bar(description, total=total, unit=unit, delay=1.0))
-        bar[0].update(done - bar[0].n)
-        if done == total:
-            bar[0].close()
-
-    return progress

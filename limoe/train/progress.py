@@ -61,3 +61,17 @@ def progress_bar(description: str, *, total: int, unit: str, done: int = 0, dela
         miniters=1,
         delay=delay,
     )
+
+
+def progress_callback(description: str, unit: str) -> Callable[[int, int], None]:
+    """Make a function of (done, total) that draws a bar."""
+    bar: list[tqdm] = []
+
+    def progress(done: int, total: int) -> None:
+        if not bar:
+            bar.append(progress_bar(description, total=total, unit=unit, delay=1.0))
+        bar[0].update(done - bar[0].n)
+        if done == total:
+            bar[0].close()
+
+    return progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -115,9 +116,26 @@ def make_step(
             counts=counts.sum(axis=0),
         )
         parameters = jax.tree.map(jnp.add, state.parameters, updates)
-        return TrainState(state.step + 1, parameters, optimizer_state), report
+        if config.loss.max_logit_scale:
+            limit = math.log(config.loss.max_logit_scale)
+            parameters = {**parameters, "log_scale": jnp.minimum(parameters["log_scale"], limit)}
+        updated = TrainState(state.step + 1, parameters, optimizer_state)
+        return _without_update(state, updated, report) if config.train.non_finite == "skip" else updated, report
 
     return train_step
+
+
+def _without_update(before: TrainState, updated: TrainState, report: StepReport) -> TrainState:
+    """Leave the update of a step out if its loss or gradient is not finite. The step counts all the same."""
+    finite = jnp.isfinite(jnp.stack([*jax.tree.leaves(report.loss), report.gradient_norm])).all()
+    # The last part of the optimiser's state counts steps for the learning rate, which goes on.
+    *moments, schedule = updated.optimizer
+    parameters, kept = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (updated.parameters, moments),
+        (before.parameters, list(before.optimizer[:-1])),
+    )
+    return updated._replace(parameters=parameters, optimizer=(*kept, schedule))
 
 
 def compile_step(training: Training, config: Config, placement: Placement | None = None) -> Step:

@@ -22,7 +22,8 @@ from limoe.errors import InputError
 from limoe.evaluate.encode import Encoder
 from limoe.evaluate.restore import restored_encoder
 from limoe.evaluate.zero_shot import embed_classes, probability
-from limoe.use.export import ExportError, is_export, read_export
+from limoe.use.export import read_export
+from limoe.workdir.weights import ExportError, is_export
 
 Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 """A path, the bytes of a JPEG, PNG, WebP, BMP or GIF file, a PIL image, or uint8 pixels [H, W], [H, W, 1], [H, W, 3] or
@@ -55,7 +56,7 @@ class Model:
         """The training step of the parameters."""
         self.logit_scale = encoder.scale
         """The factor that turns similarities into logits."""
-        self._encoder, self._preprocess = encoder, preprocess
+        self._encoder, self.preprocess = encoder, preprocess
 
     def encode_image(self, images: Iterable[Picture], *, progress: bool = False) -> Float32[np.ndarray, "N P"]:
         """Embed pictures. Each becomes a square as in training (`data.preprocess`), without random crops.
@@ -113,13 +114,13 @@ class Model:
 
     def _pixels(self, number: int, image: Any) -> UInt8[np.ndarray, "H W 3"]:
         try:
-            return read_picture(image, self._preprocess)
+            return read_picture(image, self.preprocess)
         except (ImageError, files.DataError, OSError) as error:
             named = f" ({os.fspath(image)})" if isinstance(image, str | os.PathLike) else ""
             raise InputError(f"image {number}{named} cannot be used: {error}") from error
 
     def _stacked(self, pixels: Sequence[np.ndarray]) -> UInt8[np.ndarray, "N H W 3"]:
-        size = self._preprocess.size
+        size = self.preprocess.size
         return np.array(pixels, np.uint8).reshape(-1, size, size, 3)
 
 

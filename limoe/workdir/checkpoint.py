@@ -49,11 +49,13 @@ _numbers_of_saves = itertools.count()  # the same in every process
 
 
 class Restored(NamedTuple):
-    """What `Checkpoints.restore` found: the step, the state, and a message for each damaged checkpoint."""
+    """What `Checkpoints.restore` found: the step, the state, a message for each damaged checkpoint, and the SHA-256 of
+    the seal."""
 
     step: int
     state: Any
     skipped: tuple[str, ...]
+    digest: str
 
 
 def _is_not_orbax_chatter(record: logging.LogRecord) -> bool:
@@ -188,14 +190,15 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder} holds no checkpoint of step {step}; the steps that it has: {there}")
         skipped: list[tuple[Path, str]] = []
         for found in self._steps_from_newest() if step is None else [step]:
-            if damage := seal.damage_of(self._path(found)):
-                skipped.append((self._path(found), damage))
+            if damage := seal.damage_of(self.path(found)):
+                skipped.append((self.path(found), damage))
                 continue
-            state = _read(self._path(found), found, abstract_state, part=part)
+            state = _read(self.path(found), found, abstract_state, part=part)
             if is_first() and not self._read_only:
                 _set_aside([path for path, _ in skipped])
             self._newest = found
-            return Restored(found, state, tuple(f"skipped checkpoint {path}: {why}" for path, why in skipped))
+            messages = tuple(f"skipped checkpoint {path}: {why}" for path, why in skipped)
+            return Restored(found, state, messages, seal.digest_of(self.path(found)))
         if self.folder.is_dir():
             skipped += [(path, "set aside before") for path in sorted(self.folder.glob(f"*{_DAMAGED}*"))]
         if skipped:
@@ -223,11 +226,12 @@ class Checkpoints:
                 raise
             error.add_note(str(failure))  # the error that ended the block comes first
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """The folder of the checkpoint of a step."""
         return self.folder / f"step_{step:08d}"
 
     def _partial_path(self, step: int) -> Path:
-        return self.folder / f"{_PARTIAL}{self._path(step).name}"
+        return self.folder / f"{_PARTIAL}{self.path(step).name}"
 
     def _finish_in_background(self, step: int, shapes: dict[str, Any], writing: ocp.AsyncCheckpointer) -> None:
         """Wait for Orbax, seal, commit, and remove old checkpoints. The next `save` or `wait` raises its error."""
@@ -252,7 +256,7 @@ class Checkpoints:
         told = told_to_all("digests", next(_numbers_of_saves), json.dumps(own))
         if is_first():
             seal.write_seal(partial, {name: digest for text in told for name, digest in json.loads(text).items()})
-            partial.rename(self._path(step))
+            partial.rename(self.path(step))
             files.sync(self.folder)
 
     def _failed_write(self, step: int, leaves: dict[str, Any], error: Exception) -> CheckpointError:
@@ -263,7 +267,7 @@ class Checkpoints:
         intact = f"step {before[-1]} before it is intact" if before else "there is none before it"
         size = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves.values())
         return CheckpointError(
-            f"could not write checkpoint {self._path(step)}: {error}; {intact}. It needs {size / 1e6:.1f} MB: free "
+            f"could not write checkpoint {self.path(step)}: {error}; {intact}. It needs {size / 1e6:.1f} MB: free "
             "space on that disk, check the folder's permissions, and start the run again"
         )
 
@@ -272,7 +276,7 @@ class Checkpoints:
             for old in self.steps()[: -self._keep]:
                 # Rename it first: if the process is killed during the removal, the rest must not look like a damaged
                 # checkpoint.
-                self._path(old).rename(self._partial_path(old))
+                self.path(old).rename(self._partial_path(old))
                 shutil.rmtree(self._partial_path(old))
         except OSError as error:
             raise CheckpointError(

@@ -1,11 +1,14 @@
 """The work folder of a training run: its settings, its lock and its files.
 
-    config.json      the settings; only those that do not affect the result may change later (`_MAY_CHANGE`)
+    config.json      the settings, and what the run itself adds (`_RECORDED`); only settings that do not affect the
+                     result may change later (`_MAY_CHANGE`)
     metrics.jsonl    one JSON object for each step
     checkpoints/     see `limoe.workdir.checkpoint`
     tokenizer.model  the tokenizer of the run
     data.json        what the run learns from, see `limoe.workdir.data`
     figures/         pictures
+    init.json        of a run that began with another's parameters: which were taken
+    rewound/         what came after a checkpoint to which the run was rewound
     summary.json     written last: the run is finished when it is there
     .lock            held by the run that uses the folder, freed by the system however that run ends
 
@@ -16,6 +19,7 @@ import contextlib
 import fcntl
 import fnmatch
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,16 +34,21 @@ _METRICS = "metrics.jsonl"
 _SUMMARY = "summary.json"
 _TOKENIZER = "tokenizer.model"
 _DATA = "data.json"
+_INIT = "init.json"
 _LOCK = ".lock"
 # Patterns of settings that affect neither the result nor a checkpoint's content: they may change during a run.
 _MAY_CHANGE = (
     *("mesh.*", "data.threads", "data.cache_dir", "data.max_bad_share", "train.checkpoint_every"),
     *("train.checkpoints_kept", "train.log_every", "train.routing_every", "train.evaluate_every"),
+    # Every step so far was finite, or left out as it would be again.
+    *("train.non_finite", "train.max_skipped"),
 )
 # Data may have been moved to another folder.
 _FOLDERS = ("data.shards", "data.sources", "data.eval_shards")
+# What the run itself writes into config.json. A command that leaves it out goes on with what stands there.
+_RECORDED = ("init.digest", "data.rewound_at")
 # Files that a killed `files.atomic_writer` leaves.
-_LEFTOVERS = tuple(f".{name}.*.tmp" for name in (_CONFIG, _METRICS, _SUMMARY, _TOKENIZER, _DATA))
+_LEFTOVERS = tuple(f".{name}.*.tmp" for name in (_CONFIG, _METRICS, _SUMMARY, _TOKENIZER, _DATA, _INIT))
 
 
 class WorkdirError(LimoeError, RuntimeError):
@@ -61,7 +70,7 @@ class Workdir:
         self.changes: tuple[str, ...] = ()  # settings that changed since the run began, in words
         self.checkpoints, self.figures = path / "checkpoints", path / "figures"
         self.tokenizer, self.metrics, self.summary = path / _TOKENIZER, path / _METRICS, path / _SUMMARY
-        self.data = path / _DATA
+        self.data, self.init = path / _DATA, path / _INIT
 
     @classmethod
     def open(cls, path: str | Path, config: Config) -> "Workdir":
@@ -83,9 +92,10 @@ class Workdir:
             if files.exists(folder / _CONFIG):
                 there = _read_config(folder)
                 workdir._refuse_first_format()
+                workdir.config = _with_recorded(config, there)
                 workdir.changes = workdir._accept_changes(there)
             if not files.exists(folder / _CONFIG) or workdir.changes:
-                files.write_bytes(folder / _CONFIG, to_json(config).encode())
+                workdir.record(workdir.config)
             for pattern in (*_LEFTOVERS, f"{workdir.figures.name}/.*.tmp"):
                 for leftover in folder.glob(pattern):
                     leftover.unlink()
@@ -112,6 +122,11 @@ class Workdir:
         """Whether the run in this folder has finished: it has a summary."""
         return files.exists(self.summary)
 
+    def record(self, config: Config) -> None:
+        """Writes config.json: the settings, with what the run itself adds to them."""
+        self.config = config
+        files.write_bytes(self.path / _CONFIG, to_json(config).encode())
+
     def discard_unstarted(self) -> bool:
         """Removes the files of a run that ended before its first step, to free the folder for other settings.
 
@@ -120,7 +135,7 @@ class Workdir:
         started = files.exists(self.metrics) and self.metrics.stat().st_size
         if started or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
             return False
-        for path in (self.path / _CONFIG, self.tokenizer, self.metrics, self.data):
+        for path in (self.path / _CONFIG, self.tokenizer, self.metrics, self.data, self.init):
             path.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.figures):
             if folder.is_dir() and not any(folder.iterdir()):
@@ -170,6 +185,16 @@ class Workdir:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _with_recorded(config: Config, there: Config) -> Config:
+    """Take over what the run itself wrote into config.json, where the command does not say it."""
+    left_out = [name for name in _RECORDED if not value_of(config, name)]
+    if config.init.source == there.init.source and "init.digest" in left_out:
+        config = replace(config, init=replace(config.init, digest=there.init.digest))
+    if "data.rewound_at" in left_out:
+        config = replace(config, data=replace(config.data, rewound_at=there.data.rewound_at))
+    return config
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import mmap
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -79,10 +80,11 @@ class MetricsLog:
                 raise
         self.last = record
 
-    def truncate_after(self, step: int) -> None:
+    def truncate_after(self, step: int, *, kept: Path | None = None) -> None:
         """Removes the lines of all later steps, to continue from the checkpoint of this step.
 
-        If it is killed, the file has either all lines or only those that stay. It needs no space on the disk.
+        If it is killed, the file has either all lines or only those that stay. It needs no space on the disk, except
+        with `kept`, a file that gets the removed lines first.
         """
         if self.last_step is None or self.last_step <= step:
             return
@@ -101,6 +103,10 @@ class MetricsLog:
             if first:  # one byte into the last line that stays
                 file.seek(first)
                 first += len(file.readline())
+            if kept is not None:
+                file.seek(first)
+                with files.atomic_writer(kept) as copy:
+                    shutil.copyfileobj(file, copy)
             file.truncate(first)
             line, _ = _last_line(file)
         self.last = _parsed(line, self.path) if line else None

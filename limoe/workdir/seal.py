@@ -47,6 +47,11 @@ def digests_of_own_files(folder: Path) -> Digests:
     return digests
 
 
+def digest_of(folder: Path) -> str:
+    """Compute the SHA-256 of a checkpoint's seal, which stands for all files of the checkpoint."""
+    return hashlib.sha256((folder / _DIGESTS).read_bytes()).hexdigest()
+
+
 def write_seal(folder: Path, digests: Digests) -> None:
     """Write the digests of all files, and wait until they and all folders are on disk."""
     (folder / _DIGESTS).write_bytes(_as_bytes(dict(sorted(digests.items()))))
