@@ -55,9 +55,9 @@ def test_the_page_has_everything_and_needs_nothing(finished, html):
     assert all(name.startswith("data:") for name in set(page.references) - anchors)
     assert anchors == {f"#{name}" for name in re.findall(r'<section id="([\w-]+)">', html)} and len(anchors) == 8
     assert "default-src 'none'" in html and "url(" not in html and "@import" not in html
-    # Loss, gradient, rate, scale, speed and zero-shot of the model; five figures of the one layer of experts.
+    # Loss, gradient, rate, scale and speed of the model, which was not evaluated; five figures of the layer of experts.
     charts = charts_of(html)
-    assert page.classes["chart"] == len(charts) == 6 + 5
+    assert page.classes["chart"] == len(charts) == 5 + 5
     last = {one["name"]: one["value"][-1] for one in charts[0]["series"]}
     assert last == {
         name: pytest.approx(metrics(finished.folder)[-1][name], rel=1e-3) for name in ("total", "contrastive")
@@ -87,7 +87,8 @@ def test_a_run_that_has_just_begun(tmp_path, finished, name):
     with Workdir.open(tmp_path / "a <b>", config(name=name)) as workdir:
         empty = Page(write_report(workdir.path, None, say=print).read_text())
         assert "No step is logged yet." in empty.text and "holds no checkpoint yet; train first" in empty.text
-        lines = [json.dumps({**line, "bad_examples": 1, "bad_first": [nasty]}) for line in metrics(finished.folder)[:3]]
+        bad = {"bad_examples": 1, "bad_first": [nasty]} | ({} if name == "tiny" else {"wanted": None, "kept": None})
+        lines = [json.dumps({**line, **bad}) for line in metrics(finished.folder)[:3]]
         workdir.metrics.write_text("\n".join(lines) + "\n")
         html = write_report(workdir.path, None, say=print).read_text()
     page = Page(html)
