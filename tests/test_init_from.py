@@ -77,8 +77,8 @@ def encode(settings: Config, parameters, context=None):
     images = random.integers(0, 256, (16, size, size, 3), dtype=np.uint8)
     text = random.integers(2, model.vocab_size, (16, model.text_length), dtype=np.int32)
     graph = create_model(settings)[0]
-    run = jax.jit(lambda parameters: nnx.merge(graph, parameters)(scale_images(images), text, context).embeddings)
-    return np.concatenate(run(parameters))
+    run = jax.jit(lambda parameters, text: nnx.merge(graph, parameters)(scale_images(images), text, context).embeddings)
+    return np.concatenate(run(parameters, text))
 
 
 def test_equal_models_give_all_parameters(tmp_path: Path, sparse: Path) -> None:

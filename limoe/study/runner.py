@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -216,6 +217,8 @@ def _machine() -> str:
 
 def _commit() -> str:
     here = Path(__file__).parent
+    if shutil.which("git") is None:
+        return f"limoe {__version__}"
     found = subprocess.run(
         ["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
