@@ -176,6 +176,11 @@ def test_a_bad_example_is_replaced_in_its_place_and_counted():
         assert all(one_in_seven(int(example.key)) for example in batch.bad.first)
 
 
+def test_no_replacement_gives_a_batch_a_pair_twice():
+    batches = batches_of(NumberedSource(60, lambda number: number in (3, 20, 41)), max_bad_share=0.5)
+    assert all(len(set(batches.at(step).keys)) == 8 for step in range(40))
+
+
 def test_only_the_first_few_bad_examples_are_kept():
     batch = batches_of(NumberedSource(1000, lambda number: number % 2 == 0), batch_size=100).at(0)
     assert batch.bad.num_bad > 50

@@ -20,6 +20,7 @@ from limoe.data.images import Preprocess
 from limoe.data.inputs import DataFolders
 from limoe.data.places import open_mixture, open_source
 from limoe.data.source import Bad, Decoded, MixedSource, Mixture
+from limoe.data.tokenizer import train_tokenizer
 from limoe.evaluate.data import read_evaluation_data
 
 SMALL = override(preset("tiny"), ["model.image_size=8", "model.patch_size=8"])
@@ -90,7 +91,7 @@ def test_pictures_with_five_captions_each(tmp_path, layout):
     good = [example for example in map(source.__getitem__, range(len(source))) if isinstance(example, Decoded)]
     assert [example.image[0, 0, 0] for example in good] == [0, 1]
     assert all(len({example.caption, *example.more_captions}) == 5 for example in good)
-    assert len(list(source.captions(limit=9))) == 10
+    assert [text.partition(" ")[0] for text in source.captions(limit=9) if text != "lost"] == ["caption"] * 10
     data = read_evaluation_data(SMALL, inputs.evaluation_folders(SMALL, place))
     assert data.zero_shot is None and data.retrieval is not None
     assert data.retrieval.image_id.tolist() == [0] * 5 + [1] * 5 and len(data.retrieval.pairs.captions) == 10
@@ -161,6 +162,8 @@ def test_captions_from_the_json_by_key(tmp_path):
             r"no column 'caption'; it has image, text; .*\?image=NAME&caption=NAME",
         ),
         ("pairs.csv", "", "{}", "has no column 'image'"),
+        ("pairs.csv", "image,caption\na.png,a dog, running\n", "{}", "line 2: more fields than the 2 columns"),
+        ("pairs.TSV", 'image\tcaption\na.png\t"quoted start\nb.png\ta dog\n', "{}", "unexpected end of data; double"),
         ("a.json", "{", "{}", "is not JSON"),
         ("a.json", "[]", "{}", 'no list "images"; give COCO'),
         ("a.json", '{"images": [{"id": 1}]}', "{}", "neither COCO's nor Karpathy's captions: KeyError 'annotations'"),
@@ -190,6 +193,31 @@ def test_folders_and_names_must_be_as_many(tmp_path):
         open_source(place, preprocess=SQUARE)
 
 
+def test_folders_have_the_number_of_their_name_in_the_list(tmp_path):
+    place, _ = class_folders(tmp_path)
+    names = [path.name.replace("_", " ") for path in sorted(tmp_path.iterdir()) if path.is_dir()]
+    in_order = [source_classes(place)]
+    write(tmp_path / "classnames.txt", "\n".join(reversed(names)))
+    in_order.append(source_classes(place))
+    assert in_order == [[0, 1], [1, 0]]
+
+
+def source_classes(place):
+    source = open_source(place, preprocess=SQUARE, metadata=True)
+    read = [source[number] for number in range(len(source))]
+    return list(dict.fromkeys(one.metadata["class"] for one in read if isinstance(one, Decoded)))
+
+
+def test_one_odd_example_is_counted_and_ends_nothing(tmp_path):
+    pictures = [{"id": 1, "file_name": "a\0.png"}, {"id": 2, "file_name": "gone.png"}, {"id": 3, "file_name": "b.png"}]
+    notes = [{"image_id": 1, "caption": "a"}, {"image_id": 2, "caption": "b \ud83d"}, {"image_id": 3, "caption": None}]
+    write(tmp_path / "a.json", json.dumps({"images": pictures, "annotations": notes}))
+    source = open_source(str(tmp_path / "a.json"), preprocess=SQUARE)
+    assert all(isinstance(source[number], Bad) for number in range(3))
+    assert [*source.captions(limit=9)] == ["a", "b \ud83d"]
+    train_tokenizer(source.captions(limit=9), vocab_size=300, length=8)
+
+
 def test_several_sources_by_weight(tmp_path):
     labelled, _ = class_folders(tmp_path / "a")
     listed = [{"path": coco(tmp_path / "b").partition("?")[0], "images": str(tmp_path / "b" / "val")}]
@@ -217,6 +245,7 @@ def test_several_sources_by_weight(tmp_path):
         ("[]", "list of objects with a path"),
         ('[{"weight": 1}]', "list of objects with a path"),
         ('[{"path": "a", "weight": 0}]', "weight of a is 0"),
+        ('[{"path": "a", "images": "b&c"}]', "'b&c' holds '&'"),
     ],
 )
 def test_sources_that_are_none_are_refused(sources, message):

@@ -178,6 +178,12 @@ def test_a_compressed_tar_is_refused_by_name(tmp_path):
     (tmp_path / "a.tar.gz").write_bytes(b"")
     with pytest.raises(DataError, match=r"a\.tar\.gz is compressed.*gunzip"):
         ShardSource(tmp_path / "a.tar.gz", preprocess=Preprocess(8))
+    (tmp_path / "b.tar").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"a\.tar\.gz is compressed"):
+        ShardSource(tmp_path, preprocess=Preprocess(8))
+    (tmp_path / "a.tar.gz").unlink()
+    lost = ShardSource(tmp_path, preprocess=Preprocess(8))[0]
+    assert isinstance(lost, Bad) and "the shard cannot be read" in lost.reason
 
 
 @pytest.fixture

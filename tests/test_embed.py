@@ -108,6 +108,10 @@ def test_what_is_of_another_model_or_damaged_is_not_continued(model, pictures, t
         embed(model, tmp_path / "out.npz", images=str(pictures))
     with pytest.raises(limoe.InputError, match="there is no file no/texts"):
         embed(model, tmp_path / "other.npz", texts="no/texts")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(limoe.InputError, match="empty holds nothing to embed"):
+        embed(model, tmp_path / "other.npz", images=str(tmp_path / "empty"))
+    assert not (tmp_path / "other.npz.partial").exists()
 
 
 PEAK = """

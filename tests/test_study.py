@@ -169,6 +169,11 @@ def test_other_settings_are_trained_anew_and_places_are_not_settings(small, tmp_
     ]
 
 
+def test_the_arm_of_equal_time_keeps_its_steps_whatever_is_set(small, tmp_path):
+    found = list(run_cells(small, "smoke", 1, tmp_path, settings=["train.steps=20"], train=stand_in))
+    assert [override(preset(PRESET), one.settings).train.steps for one in found] == [20, 20, 60]
+
+
 def test_a_numeric_study_gives_its_rank_correlation(tmp_path):
     arms = tuple(Arm(f"seeds={n}", (f"model.num_experts={n}",), float(n)) for n in (2, 4, 8))
     study = Study("experts", "", arms, ("zero_shot_top1",), settings=run_cases.SETTINGS)

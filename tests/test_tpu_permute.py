@@ -15,7 +15,8 @@ from moe_kernels import combine, dispatch
 from moe_kernels.backends import choose, explain, problem_of
 from moe_kernels.backends.base import Problem
 from moe_kernels.backends.tpu.permute import backward, forward, gather
-from moe_kernels.backends.tpu.permute.tiles import GatherTiles
+from moe_kernels.backends.tpu.permute.tiles import GatherTiles, gather_tiles
+from moe_kernels.chips import TPUS
 from moe_kernels.types import Layout
 
 # One row, dropped choices in several groups, two choices, packed runs, more than a block of 512 rows.
@@ -125,6 +126,13 @@ def test_with_simulated_memories_results_are_the_same_and_no_core_disturbs_the_o
     # Tiles of another size: XLA adds up the products of a row in another order, and copies and weighs as before.
     compare(given, found, expected, "bfloat16", exact=True)
     assert not races
+
+
+@pytest.mark.parametrize("width", [768, 1280, 1536, 4096])
+def test_every_block_has_columns(width):
+    for length in (1024, 16384, 54272, 65536, 131072):
+        tiles = gather_tiles(length, length, width, 2, 1, TPUS["v5p"])
+        assert tiles is None or (tiles.blocks - 1) * tiles.planes * 512 < 2 * width <= tiles.blocks * tiles.planes * 512
 
 
 def problem(width=768, dtype="bfloat16", tokens=16384, **facts):

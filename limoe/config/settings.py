@@ -54,6 +54,18 @@ def _all_settings() -> Iterator[_Setting]:
 _SETTINGS: dict[str, _Setting] = {setting.name: setting for setting in _all_settings()}
 
 
+def full_name(text: str) -> str:
+    """Write a setting `name=value` with its dotted name. Raises ConfigError for an unknown one, or without a value.
+
+    >>> full_name("steps=5")
+    'train.steps=5'
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"setting {text!r} has no value; write it as name=value")
+    return f"{_find(name.strip()).name}={value.strip()}"
+
+
 def _find(name: str) -> _Setting:
     """Find a setting by its dotted name, or by its field name if only one section has it."""
     if name in _SETTINGS:

@@ -170,7 +170,7 @@ class Batches:
         bad: list[Bad] = []
         seed = self._order.at(step)
         for tried in range(_MAX_TRIES):
-            example = self._source[self._example_at(step + tried, row, seed)]
+            example = self._source[self._example_at(step, row, seed, tried)]
             if isinstance(example, Decoded):
                 return _Row(self._drawn(example, step, row), tuple(bad))
             bad.append(example)
@@ -189,10 +189,13 @@ class Batches:
         image = example.image if self._augment is None else augmented(example.image, draws[1:], self._augment)
         return example._replace(image=image, caption=captions[int(draws[0] * len(captions)) % len(captions)])
 
-    def _example_at(self, step: int, row: int, seed: tuple[int, ...]) -> int:
+    def _example_at(self, step: int, row: int, seed: tuple[int, ...], tried: int = 0) -> int:
         part, rank = self._place_of_row[row]
         size, share = self._sizes[part], self._shares[part]
-        epoch, batch = divmod(step, size // share)
+        count = size // share
+        epoch, batch = divmod(step, count)
+        # Round the end of the epoch: an example of the next one may be in this batch already.
+        epoch, batch = epoch + tried // count, (batch + tried) % count
         place, first = batch * share + rank, sum(self._sizes[:part])
         if size < _SMALL:
             return first + int(_small_order(size, seed, epoch, part)[place])

@@ -7,15 +7,15 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from limoe.data import files
 from limoe.data.classes import Classes, has_classes, json_of, read_classes
 from limoe.data.files import DataError
-from limoe.data.images import ImageError, Preprocess, decode
+from limoe.data.images import Preprocess, decode
 from limoe.data.shards import IMAGE_EXTENSIONS
-from limoe.data.source import MAX_IMAGE_BYTES, SOURCES, Bad, Decoded, ShardSource, Source, described_by
+from limoe.data.source import MAX_IMAGE_BYTES, SOURCES, Bad, Decoded, ShardSource, Source, described_by, spread_evenly
 from limoe.data.templates import templates_of
 
 
@@ -41,15 +41,16 @@ class ListedSource(Source):
         metadata: bool,
         classes: Classes | None = None,
         templates: str = "",
+        notes: Iterable[str] = (),
     ) -> None:
+        self._notes = list(notes)
         self._entries, self._preprocess, self._metadata = list(entries), preprocess, metadata
         self._classes = classes
+        # Once for each class: each picture's own strings would be 8 kB a picture.
+        self._by_class: list[tuple[str, ...]] = []
         if templates and classes is not None:
             sentences = templates_of(templates)
-            self._entries = [
-                entry._replace(captions=described_by(entry.facts["class"], classes, sentences))
-                for entry in self._entries
-            ]
+            self._by_class = [described_by(number, classes, sentences) for number in range(len(classes.names))]
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -60,15 +61,24 @@ class ListedSource(Source):
         return self._classes
 
     @property
+    def notes(self) -> list[str]:
+        """What beside the pictures is not read."""
+        return self._notes
+
+    @property
     def contents(self) -> dict[str, str]:
         """The number of pictures, and a digest of their names, captions and classes."""
-        named = [(os.path.basename(path), captions, sorted(facts.items())) for path, captions, facts in self._entries]
-        digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
-        return {"pictures": f"{len(named)}, list {digest}"}
+        folders = {os.path.dirname(os.path.abspath(entry.path)) for entry in self._entries}
+        common = os.path.commonpath(folders) if folders else ""
+        digest = hashlib.sha256(json.dumps(self._by_class).encode())
+        for path, captions, facts in self._entries:
+            named = (os.path.abspath(path).removeprefix(common), captions, sorted(facts.items()))
+            digest.update(json.dumps(named).encode())
+        return {"pictures": f"{len(self)}, list {digest.hexdigest()[:16]}"}
 
     def __getitem__(self, number: int) -> Decoded | Bad:
-        path, captions, facts = self._entries[number]
-        captions = tuple(caption for caption in captions if caption.strip())
+        path, _, facts = self._entries[number]
+        captions = self._captions_of(number)
         if not captions and not (self._metadata and "class" in facts):
             return Bad(path, "the caption is missing")
         try:
@@ -76,9 +86,19 @@ class ListedSource(Source):
             if len(content) > MAX_IMAGE_BYTES:
                 return Bad(path, f"the image is too large: the limit is {MAX_IMAGE_BYTES} bytes")
             image = decode(content, self._preprocess)
-        except (OSError, ImageError) as error:
+        except (OSError, ValueError, DataError) as error:  # also of a name that cannot be one
             return Bad(path, str(error))
         return Decoded(image, captions[0] if captions else "", path, facts if self._metadata else None, captions[1:])
+
+    def captions(self, *, limit: int) -> Iterator[str]:
+        """Yield captions as `Source` does, without reading images."""
+        for number in spread_evenly(len(self), limit):
+            yield from self._captions_of(number)
+
+    def _captions_of(self, number: int) -> tuple[str, ...]:
+        _, captions, facts = self._entries[number]
+        given = self._by_class[facts["class"]] if self._by_class else captions
+        return tuple(caption for caption in given if isinstance(caption, str) and caption.strip())
 
 
 def _is_picture(name: str) -> bool:
@@ -99,17 +119,28 @@ def open_folders(
         )
     names = tuple(folder.replace("_", " ") for folder in folders)
     classes = read_classes(path) if has_classes(path) else Classes(("a photo of a {}.",), names)
-    if len(classes.names) != len(folders):
+    # By name where the list has the folders' names, whatever its order; else one after the other.
+    number_of = {name.replace("_", " "): number for number, name in enumerate(classes.names)}
+    by_name = set(names) <= number_of.keys()
+    if not by_name and len(classes.names) != len(folders):
         raise DataError(
             f"{path} has {len(folders)} folders and {len(classes.names)} classes; there must be one for each"
         )
     entries = [
-        Entry(os.path.join(path, folder, name), (), {"class": number})
-        for number, folder in enumerate(folders)
+        Entry(os.path.join(path, folder, name), (), {"class": number_of[names[place]] if by_name else place})
+        for place, folder in enumerate(folders)
         for name in files.names_in(os.path.join(path, folder))
         if _is_picture(name)
     ]
-    return ListedSource(entries, preprocess=preprocess, metadata=metadata, classes=classes, templates=templates)
+    listed = {os.path.join(path, folder) for folder in folders}
+    others = [os.path.join(path, name) for name in files.names_in(path) if os.path.join(path, name) not in listed]
+    others = [one for one in others if files.is_folder(one)]
+    for folder in sorted(listed):
+        others += [os.path.join(folder, name) for name in files.names_in(folder) if not _is_picture(name)]
+    notes = [f"ignored {len(others)} files and folders without a picture, the first is {others[0]}"] if others else []
+    return ListedSource(
+        entries, preprocess=preprocess, metadata=metadata, classes=classes, templates=templates, notes=notes
+    )
 
 
 def class_folders(path: str) -> list[str]:
@@ -181,9 +212,9 @@ def open_table(
 
     Rows with one path are one picture with several captions.
     """
-    rows = csv.DictReader(
-        io.StringIO(files.read_text(path).removeprefix("\ufeff")), delimiter="\t" if path.endswith(".tsv") else ","
-    )
+    text, tabs = files.read_text(path).removeprefix("\ufeff"), path.lower().endswith(".tsv")
+    # Strict: else a quote that opens a caption and is never closed swallows all rows up to the next quote.
+    rows = csv.DictReader(io.StringIO(text, newline=None), delimiter="\t" if tabs else ",", strict=True)
     columns = rows.fieldnames or []
     if missing := [name for name in (image, caption) if name not in columns]:
         raise DataError(
@@ -191,8 +222,15 @@ def open_table(
             f"{path}?image=NAME&caption=NAME"
         )
     captions: dict[str, list[str]] = {}
-    for row in rows:
-        captions.setdefault(row[image] or "", []).append(row[caption] or "")
+    try:
+        for row in rows:
+            if None in row:
+                raise csv.Error(f"more fields than the {len(columns)} columns; put a caption with commas in quotes")
+            captions.setdefault(row[image] or "", []).append(row[caption] or "")
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {rows.line_num}: {error}; double a quote inside a field that begins with one"
+        ) from error
     folder = images or os.path.dirname(path)
     entries = [Entry(os.path.join(folder, name), tuple(texts), {"image_id": name}) for name, texts in captions.items()]
     return ListedSource(entries, preprocess=preprocess, metadata=metadata)

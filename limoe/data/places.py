@@ -103,6 +103,8 @@ def open_mixture(sources: str, *, preprocess: images.Preprocess, cache_dir: file
         weight = one.pop("weight", 1)
         if type(weight) not in (int, float) or not 0 < weight < float("inf"):
             raise ConfigError(f"data.sources: the weight of {one['path']} is {weight!r}; give a number above 0")
+        if held := [value for value in one.values() if "&" in str(value)]:
+            raise ConfigError(f"data.sources: {held[0]!r} holds '&', which options are joined with; rename it")
         layout, path = one.pop("layout", ""), one.pop("path")
         options = "&".join(f"{name}={value}" for name, value in one.items())
         place = f"{layout}{':' * bool(layout)}{path}{'?' * bool(options)}{options}"

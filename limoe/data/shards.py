@@ -95,7 +95,12 @@ def find_shards(spec: files.Path) -> list[str]:
     for pattern in expand_braces(text):
         if files.is_folder(pattern):
             looked_for = os.path.join(pattern, "*.tar")
-            matches = files.list_files(os.path.join(glob.escape(pattern), "*.tar"))
+            # Links that lead nowhere too: each is a shard that is lost. Compressed ones are refused below.
+            names = [
+                name for name in files.names_in(pattern) if name.endswith((".tar", *COMPRESSED)) and name[0] != "."
+            ]
+            paths = [os.path.join(pattern, name) for name in names]
+            matches = [path for path in paths if not files.is_folder(path)]
         else:
             looked_for = pattern
             matches = [pattern] if files.exists(pattern) else files.list_files(pattern)

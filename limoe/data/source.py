@@ -1,6 +1,7 @@
 """Data sources: random access to decoded examples; for an example that cannot be used, the reason."""
 
 import bisect
+import hashlib
 import itertools
 import json
 import os
@@ -174,10 +175,15 @@ class ShardSource(Source):
     def contents(self) -> dict[str, str]:
         """Size and digest of the index of each shard, by its name from the folder that all shards have in common."""
         common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in self._paths])
-        return {
+        found = {
             os.path.relpath(os.path.abspath(path), common): f"{index.stamp.size} bytes, index {shards.digest_of(index)}"
             for path, index in zip(self._paths, self._indexes, strict=True)
         }
+        if self._caption_name or self._sentences or self._lines:
+            names = self._classes.names if self._sentences and self._classes else ()
+            how = json.dumps([self._caption_name, self._lines, self._sentences, names])
+            found["captions"] = f"chosen {hashlib.sha256(how.encode()).hexdigest()[:16]}"
+        return found
 
     @property
     def classes(self) -> Classes | None:
@@ -384,7 +390,7 @@ def _facts(path: str, index: shards.ShardIndex, row: int) -> dict[str, Any] | No
         content = _member(path, index, index.label[row], "class", MAX_TEXT_BYTES)
         if not content.strip().isdigit():
             raise _BadExample(f"the class is no number: {content[:20]!r}")
-        facts = {**(facts or {}), "class": int(content)}
+        facts = {**(facts or {}), "class": int(content.strip()[:18])}
     return facts
 
 

@@ -105,4 +105,5 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int, length: int) ->
 
 
 def _normalised(caption: str) -> str:
-    return " ".join(caption.lower().split())
+    # JSON may hold half of a surrogate pair, which is no text for SentencePiece.
+    return " ".join(caption.encode("utf-8", "replace").decode().lower().split())

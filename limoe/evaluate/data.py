@@ -142,6 +142,11 @@ def equal_captions_are_right(folder: str | PathLike[str]) -> bool:
 def _labelled(config: Config, folder: str, classes: Classes | None = None) -> Labelled:
     """Read labelled images; without `classes`, those of the folder are meant."""
     found = _read(config, folder, needs_metadata=True)
+    if classes and found.classes and found.classes.names != classes.names:
+        raise DataError(
+            f"{folder} has other classes, or in another order, than the images it is tested on: "
+            f"{len(found.classes.names)} and {len(classes.names)}; put the same classes.json beside both"
+        )
     classes = classes or found.classes
     if classes is None:
         raise DataError(f"{folder} has no list of classes; put a classes.json or a classnames.txt beside its images")
@@ -182,7 +187,7 @@ def _read(config: Config, folder: str, *, needs_metadata: bool = False) -> Pairs
     return Pairs(
         images=np.stack([example.image for example in good]),
         captions=tuple(example.caption for example in good),
-        labels=np.array([_value(facts, "class", int, -1) for facts in metadata], np.int64),
+        labels=np.array([min(max(_value(facts, "class", int, -1), -1), 2**62) for facts in metadata], np.int64),
         image_ids=tuple(_value(facts, "image_id", int | str, None) for facts in metadata),
         num_bad=len(bad),
         first_bad=first_bad,

@@ -66,7 +66,8 @@ def finite(parameters: Parameters, where: str) -> Parameters:
     bad = [jax.tree_util.keystr(path) for path, is_good in jax.tree_util.tree_leaves_with_path(good) if not is_good]
     if bad:
         raise CheckpointError(
-            f"{where}: parameters are not finite: {', '.join(bad[:3])}{', ...' * (len(bad) > 3)}; use an earlier step"
+            f"{where}: parameters are not finite: {', '.join(bad[:3])}{', ...' * (len(bad) > 3)}; use an earlier step "
+            "(to begin with it: limoe export --step=STEP)"
         )
     return parameters
 

@@ -58,11 +58,11 @@ def write_report(folder: str | Path, out: str | Path | None, *, say: Callable[[s
     missing, examples = "", None
     try:
         examples = _examples(workdir, say)
-    except LimoeError as error:
+    except (LimoeError, OSError) as error:
         missing = str(error)
     path = Path(out or workdir.path / "report.html")
-    figures = {one.stem: files.read_bytes(one) for one in sorted(workdir.figures.glob("*.png"))}
-    files.write_bytes(path, page(workdir, curves, summary, figures, examples, missing).encode())
+    figures = {one.stem: files.read_bytes(one) for one in sorted(workdir.figures.glob("*.png")) if workdir.finished}
+    files.write_bytes(path, page(workdir, curves, summary, figures, examples, missing).encode(errors="replace"))
     return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from limoe.config.settings import full_name
 from limoe.study.findings import markdown, write_findings
 from limoe.study.runner import Finished, Train, cells, run_cells
 from limoe.study.statistics import MAX_SEEDS
@@ -32,6 +33,7 @@ def run_study(
         raise StudyError(f"there is no scale {scale!r}; scales are {', '.join(SCALES)}")
     if not 1 <= num_seeds <= MAX_SEEDS:
         raise StudyError(f"--seeds={num_seeds} is not possible; use 1 to {MAX_SEEDS}")
+    settings = [full_name(text) for text in settings]
     place = folder / f"{name}-{scale}"
     finished: list[Finished] = []
     with StopSignals() as signals:
@@ -40,9 +42,10 @@ def run_study(
                 finished.append(one)
         except KeyboardInterrupt:
             say(f"Stopped by {signals.received}; the same command goes on from here.")
-        if finished:
-            write_findings(place, name, chosen, finished)
-            say(f"{name}: {chosen.compares}\n\n{markdown(chosen, finished)}\nFiles: {place}")
+        finally:
+            if finished:
+                write_findings(place, name, chosen, finished)
+                say(f"{name}: {chosen.compares}\n\n{markdown(chosen, finished)}\nFiles: {place}")
     return finished
 
 

@@ -107,7 +107,7 @@ def run_cells(
         common = merged(
             SCALES[scale].sizes[cell.size], study.settings, study.smoke if scale == "smoke" else (), cell.arm.settings
         )
-        wanted = merged(common, _steps_of_time(cell, done), settings, [f"train.seed={cell.seed}"])
+        wanted = merged(common, settings, _steps_of_time(cell, done), [f"train.seed={cell.seed}"])
         told = [text for text in wanted if text.partition("=")[0] not in _PLACES]
         path = folder / f"{cell.name}.json"
         found = read_cell(path)

@@ -129,4 +129,5 @@ def is_whole(step: int, settings: TrainConfig) -> bool:
 
 
 def _text(bad: Bad) -> str:
-    return f"{bad.key}: {bad.reason}"
+    # A file name need not be UTF-8, a log is.
+    return f"{bad.key}: {bad.reason}".encode(errors="backslashreplace").decode()

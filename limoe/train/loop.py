@@ -335,8 +335,8 @@ class _Run:
         good = f"the last good checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
         raise TrainingError(
             f"step {step}: {', '.join(wrong)}; {good}, in {self.checkpoints.folder}. Look at metrics.jsonl before "
-            "this step. Ways on: --rewind=STEP, a checkpoint with the data in another order; train.non_finite=skip, "
-            "or a new work folder with a lower optimizer.learning_rate"
+            "this step. Ways on: --rewind=STEP, a checkpoint with the data in another order; train.non_finite=skip or "
+            "a larger train.max_skipped; or a new work folder with a lower optimizer.learning_rate"
         )
 
 

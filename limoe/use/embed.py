@@ -8,6 +8,7 @@ on from there. In the end both become one .npz file with `embeddings` [N, P] and
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -57,14 +58,21 @@ def embed(
     """Write the embeddings of `images` or of `texts` into the file `out`, and go on where the same call was stopped.
 
     `images` is a folder of JPEG, PNG, WebP, BMP and GIF files, with all folders in it, or shards; `texts` is a UTF-8
-    file with a text a line. An input that cannot be used has no row. Raises InputError if `out` is there already, or if
-    what stands beside it is of another model or of other inputs, and the errors of reading.
+    file with a text a line. An input that cannot be used has no row; in shards, a picture needs a caption or a class.
+    Raises InputError if there is no input, if `out` is there already, or if what stands beside it is of another model
+    or of other inputs, and the errors of reading.
     """
     if files.exists(out):
         raise InputError(f"{os.fspath(out)} is there already; give another file with --out=FILE.npz, or remove it")
     inputs = pictures_at(images, model.preprocess) if images else texts_at(texts)
+    first = next(inputs, None)  # says what is wrong with the place before anything is written
+    if first is None:
+        raise InputError(
+            f"{images or texts} holds nothing to embed; give pictures, shards, or a file with a text a line"
+        )
+    inputs = itertools.chain([first], inputs)
     encode = model.encode_image if images else model.encode_text
-    job = {"images": images, "texts": texts, "step": model.step, "logit_scale": model.logit_scale}
+    job = {"images": images, "texts": texts, "step": model.step, "model": _mark_of(model)}
     done = _Done(Path(f"{os.fspath(out)}.partial"), job, width=model.encode_text([]).shape[1])
     inputs = itertools.islice(inputs, done.num_rows + done.num_bad, None)
     with ThreadPoolExecutor() as pool, tqdm(initial=done.num_rows, disable=not progress, unit=" inputs") as bar:
@@ -79,7 +87,7 @@ def pictures_at(place: str, preprocess: Preprocess) -> Iterator[Callable[[], Rea
     """List the pictures of a folder, folder after folder by name, or the examples of shards, to be read in a thread."""
     folder = Path(place)
     if not folder.is_dir() or any(folder.glob("*.tar")):
-        source = open_source(place, preprocess=preprocess)
+        source = open_source(place, preprocess=preprocess, metadata=True)
         for number in range(len(source)):
             yield functools.partial(_read_example, source, number)
         return
@@ -116,6 +124,11 @@ def _text(line: bytes) -> str:
     if not text:
         raise ValueError("the text is empty")
     return text
+
+
+def _mark_of(model: Model) -> str:
+    """Tell a model from others by what it makes of a text."""
+    return hashlib.sha256(model.encode_text(["a photo"]).tobytes()).hexdigest()[:16]
 
 
 class _Done:

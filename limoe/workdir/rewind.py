@@ -20,18 +20,24 @@ def rewind(workdir: Workdir, step: int) -> str:
     checkpoints = Checkpoints(workdir.checkpoints, read_only=True)
     steps = checkpoints.steps()
     if step not in steps:
+        workdir.discard_unstarted()
         there = ", ".join(map(str, steps)) or "none"
         raise CheckpointError(f"cannot rewind to step {step}; the checkpoints in {checkpoints.folder} are of: {there}")
     aside = workdir.path / "rewound"
-    kept = aside / str(1 + (len(list(aside.iterdir())) if aside.is_dir() else 0))
+    numbers = [int(one.name) for one in aside.iterdir() if one.name.isdecimal()] if aside.is_dir() else []
+    kept = aside / str(1 + max(numbers, default=0))
     files.make_folder(kept)
     with files.explained("write", kept):
-        MetricsLog(workdir.metrics).truncate_after(step, kept=kept / workdir.metrics.name)
-        for path in [*map(checkpoints.path, (later for later in steps if later > step)), workdir.summary]:
+        later = [one for one in reversed(steps) if one > step]
+        for path in [workdir.summary, *map(checkpoints.path, later)]:
             if path.exists():
                 path.rename(kept / path.name)
+        MetricsLog(workdir.metrics).truncate_after(step, kept=kept / workdir.metrics.name)
     data = workdir.config.data
-    # Last: until then the run could go on as if nothing had been asked.
+    # Last. If this is killed before, the run can go on from the checkpoints that are left.
     data = dataclasses.replace(data, rewound_at=(*data.rewound_at, step))
     workdir.record(dataclasses.replace(workdir.config, data=data))
-    return f"rewound to step {step}; the steps after it are in {kept}, and the data come in another order now"
+    return (
+        f"rewound to step {step}; the steps after it are in {kept}, and the data come in another order now. "
+        "Leave out --rewind when you go on later"
+    )

@@ -53,8 +53,8 @@ class GatherTiles:
 def gather_tiles(length: int, count: int, width: int, itemsize: int, terms: int, chip: Tpu) -> GatherTiles | None:
     """Block sizes of `count` sums of `terms` rows each out of `length` rows; None if not even one plane fits VMEM.
 
-    Every block of columns picks all rows again, so there are as few as fit; cores share several evenly. The last may
-    reach behind the last column.
+    Every block of columns picks all rows again, so there are as few as fit; cores share several evenly where that
+    leaves no block without columns. The last may reach behind the last column.
 
     >>> from moe_kernels.chips import TPUS
     >>> tiles = gather_tiles(16384, 17408, 768, 2, 1, TPUS["v6e"])
@@ -75,5 +75,6 @@ def gather_tiles(length: int, count: int, width: int, itemsize: int, terms: int,
         moving = 2 * planes * PLANE_BYTES * (load + out) + 2 * PLANE_BYTES * max(load, out)
         vmem = needed_vmem(held + moving)
         if vmem <= chip.vmem:
-            return GatherTiles(load, inputs, out, outputs, planes, blocks, unrolled, vmem)
+            # Planes that were rounded up may need one block less. None may lie behind the last column.
+            return GatherTiles(load, inputs, out, outputs, planes, -(-total // planes), unrolled, vmem)
     return None
