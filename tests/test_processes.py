@@ -37,14 +37,14 @@ FIGURES = (*LossTerms._fields[:3], "gradient_norm")
 
 def ran_with_rounding(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int, *more: str) -> Path:
     """A run in this process that begins with every parameter moved to a neighbouring float32."""
-    new_state, draw = trainer.new_state, functools.partial(neighbour, np.random.default_rng(seed))
+    first_state, draw = trainer.first_state, functools.partial(neighbour, np.random.default_rng(seed))
 
     def moved(*given: Any) -> TrainState:
-        state = new_state(*given)
+        state = first_state(*given)
         return state._replace(parameters=jax.tree.map(draw, state.parameters))
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "new_state", moved)
+        patch.setattr(trainer, "first_state", moved)
         return ran(folder, *more).folder
 
 

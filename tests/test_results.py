@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from data_cases import caption, classes_json, colour_examples, picture, write_raw
 from run_cases import config, ran, summary
+from test_workdir_changes import as_in_0_1_0
 
 from limoe.config.presets import PRESETS, preset
 from limoe.config.schema import MeshConfig
@@ -185,9 +186,7 @@ def test_evaluation_changes_nothing_in_the_folder(run: Path) -> None:
 @pytest.mark.slow
 def test_a_run_of_the_first_version_can_be_evaluated(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "old")
-    tree = json.loads((run / "config.json").read_text())
-    del tree["format"], tree["train"]["routing_every"], tree["loss"]["extra"]
-    (tmp_path / "old" / "config.json").write_text(json.dumps(tree))
+    (tmp_path / "old" / "config.json").write_text(as_in_0_1_0(Workdir.existing(run).config))
     assert evaluate_run(str(tmp_path / "old"), "", say=silent) == evaluate_run(str(run), "", say=silent)
 
 
