@@ -41,11 +41,13 @@ def simulate(*, in_bounds: bool) -> Any:
 @functools.cache
 def _complete() -> None:
     thread_map._run_jaxpr = _run_jaxpr
-    # Callbacks run on the host. JAX's own arrays, made one by one of what they get and give, took most of the time.
-    jax_callback.io_callback_impl = _call_back
-    gpu_callbacks.jnp = np
-    # "to_access" is new with the transposed operands of JAX 0.12.
-    wgmma = gpu_callbacks.wgmma if hasattr(interpret_utils, "to_access") else _wgmma
+    wgmma = gpu_callbacks.wgmma
+    # "to_access" is new with the transposed operands of JAX 0.12, which also wants its own arrays in callbacks.
+    if not hasattr(interpret_utils, "to_access"):
+        wgmma = _wgmma
+        # Callbacks run on the host. JAX's own arrays, made one by one of what they get and give, took most of the time.
+        jax_callback.io_callback_impl = _call_back
+        gpu_callbacks.jnp = np
     # A GPU makes infinities and NaN without a word, NumPy warns.
     gpu_callbacks.wgmma = np.errstate(all="ignore")(wgmma)
 
