@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ PRODUCER = NUM_CONSUMERS
 PRODUCER_REGISTERS = 40
 CONSUMER_REGISTERS = 232
 
+# JAX 0.12 has the index in the reference.
+_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters
+
 # `simulator(in_bounds=...)` is what `plgpu.kernel` takes as `interpret`; with True no copy may leave its array.
 Simulator = Callable[..., Any]
 
@@ -36,7 +40,11 @@ class GpuTarget:
     def read(self, ref: Any, index: tuple[Any, ...]) -> jax.Array:
         """Load from global memory, in whatever layout is asked for."""
         # The interpreter of JAX 0.10.2 knows plain loads only, and has no layouts.
-        return ref[index] if self.simulator else plgpu.load(ref, index, optimized=False)
+        if self.simulator:
+            return ref[index]
+        if _TAKES_INDEX:
+            return plgpu.load(ref, index, optimized=False)
+        return plgpu.load(ref.at[index], optimized=False)
 
     def cast(self, value: jax.Array, layout: Any) -> jax.Array:
         """Say how values lie in registers."""
