@@ -23,7 +23,8 @@ PRODUCER_REGISTERS = 40
 CONSUMER_REGISTERS = 232
 
 # JAX 0.12 has the index in the reference.
-_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters
+_LOAD: Any = plgpu.load
+_TAKES_INDEX = "idx" in inspect.signature(_LOAD).parameters
 
 # `simulator(in_bounds=...)` is what `plgpu.kernel` takes as `interpret`; with True no copy may leave its array.
 Simulator = Callable[..., Any]
@@ -43,8 +44,8 @@ class GpuTarget:
         if self.simulator:
             return ref[index]
         if _TAKES_INDEX:
-            return plgpu.load(ref, index, optimized=False)
-        return plgpu.load(ref.at[index], optimized=False)
+            return _LOAD(ref, index, optimized=False)
+        return _LOAD(ref.at[index], optimized=False)
 
     def cast(self, value: jax.Array, layout: Any) -> jax.Array:
         """Say how values lie in registers."""
