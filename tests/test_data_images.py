@@ -48,9 +48,8 @@ def test_the_whole_image_is_resized_to_a_square():
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
 def test_every_format_of_the_layout_decodes(kind):
     grey = Image.new("RGB", (30, 40), (120, 130, 140))
-    np.testing.assert_allclose(
-        decode(encoded(grey, kind), Preprocess(8)), np.broadcast_to([120, 130, 140], (8, 8, 3)), atol=3
-    )
+    off = np.abs(decode(encoded(grey, kind), Preprocess(8)).astype(int) - [120, 130, 140])
+    assert off.max() <= (3 if kind in ("JPEG", "WEBP") else 0), "JPEG and WebP round in another colour space"
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
@@ -98,7 +97,7 @@ def test_exif_orientation_is_honoured(kind, orientation):
 def test_sixteen_bits_of_grey_keep_their_contrast():
     steps = np.linspace(0, 2**16 - 1, 64).astype(np.uint16).reshape(8, 8)
     seen = decode(encoded(Image.fromarray(steps)), Preprocess(8))
-    np.testing.assert_allclose(seen[:, :, 0], steps / 257, atol=1)
+    np.testing.assert_array_equal(seen[:, :, 0], steps // 256)
     wide = prepare(Image.fromarray(steps.astype(np.int32)), Preprocess(8))
     np.testing.assert_array_equal(wide, seen)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -170,8 +171,8 @@ def _in_colour(image: Image.Image, mode: Literal["RGB", "RGBA"]) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF data raise as many types as damaged pictures, and say nothing about the picture
-        return 1
+    except (SyntaxError, ValueError, TypeError, LookupError, OSError, struct.error):
+        return 1  # damaged EXIF data say nothing about the picture
 
 
 def _resized(image: Image.Image, preprocess: Preprocess) -> Image.Image:

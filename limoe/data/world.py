@@ -115,6 +115,10 @@ class World:
     """
 
     name: ClassVar[str] = "world"
+    class_names: ClassVar[tuple[str, ...]] = _CLASS_NAMES
+    """Names of the classes of the split "heldout", in their order."""
+    templates: ClassVar[tuple[str, ...]] = TEMPLATES
+    """Sentences around a class name."""
     seed: int = 0
     num_pairs: int = 20480
     image_size: int = 64
@@ -137,16 +141,6 @@ class World:
             value = getattr(self, name)
             if not least <= value <= most:
                 raise ValueError(f"{name} of the embedded world is {value}; it must lie between {least} and {most}")
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the classes of the split "heldout", in their order."""
-        return _CLASS_NAMES
-
-    @property
-    def templates(self) -> tuple[str, ...]:
-        """Sentences around a class name."""
-        return TEMPLATES
 
     def pictured(self, split: str, index: int) -> Pictured:
         """Make one example. It depends only on the world, split and index. Raises IndexError after the last one."""

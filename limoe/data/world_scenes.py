@@ -63,6 +63,8 @@ class Scenes(World):
     """
 
     name: ClassVar[str] = "scenes"
+    class_names: ClassVar[tuple[str, ...]] = _CLASS_NAMES
+    templates: ClassVar[tuple[str, ...]] = TEMPLATES
     images_per_class: int = 10
     two_things_share: float = 0.6
     distractor_share: float = 0.05
@@ -78,16 +80,6 @@ class Scenes(World):
     def generator_version(self) -> int:
         """The version of what makes scenes and captions, after that of the things in them."""
         return 1000 * super().generator_version() + 1
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the held-out compositions."""
-        return _CLASS_NAMES
-
-    @property
-    def templates(self) -> tuple[str, ...]:
-        """Sentences around a class name."""
-        return TEMPLATES
 
     def pictured(self, split: str, index: int) -> Pictured:
         """Make the scene, caption and metadata of one example, which depend only on the arguments.

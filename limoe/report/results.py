@@ -21,6 +21,7 @@ from limoe.model.moe import IMAGE, TEXT
 from limoe.report import pictures
 from limoe.report.analysis import expert_modality, success_rate_bound, top_patches, top_tokens
 from limoe.report.panels import History, LayerView
+from limoe.workdir.metrics import skipped_in_row
 
 # The summary's success rates and the figure of shares are means over this many training steps.
 LAST_STEPS = 100
@@ -75,7 +76,7 @@ def read_log(model: ModelConfig, lines: Iterable[dict[str, Any]]) -> Log:
             column["zero_shot_top1"].append(line["zero_shot_top1"])
         tail.append(line)
         seconds += line["step_seconds"]
-        num_skipped += line.get("skipped_in_row", 0) > 0  # lines of earlier versions have none
+        num_skipped += skipped_in_row(line) > 0
         num_bad += line["bad_examples"]
         first_bad += line["bad_first"][: max(0, BAD_SHOWN - len(first_bad))]
     found: dict[str, Any] = {name: np.frombuffer(values) for name, values in column.items()}

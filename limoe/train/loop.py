@@ -44,7 +44,7 @@ from limoe.train.stopping import StopSignals
 from limoe.workdir.checkpoint import Checkpoints
 from limoe.workdir.data import check_data
 from limoe.workdir.folder import Workdir, WorkdirError
-from limoe.workdir.metrics import MetricsLog, read_metrics, write_json
+from limoe.workdir.metrics import MetricsLog, read_metrics, skipped_in_row, write_json
 from limoe.workdir.rewind import rewind as rewound
 
 
@@ -161,7 +161,7 @@ def _train(
         encoder = Encoder(training.graph, state.parameters, config, tokenizer, placement=placement)
         step_function = compile_step(training, config, placement)
         run = _Run(config.train, checkpoints, encoder, evaluation)
-        run.skipped_in_row = processes.from_first(log.last.get("skipped_in_row", 0) if log and log.last else 0)
+        run.skipped_in_row = processes.from_first(skipped_in_row(log.last) if log and log.last else 0)
         with signals.patiently(), contextlib.ExitStack() as stack:
             if log is not None:
                 run.journal = stack.enter_context(Journal(log, workdir.path, config, began, beside_bars(say)))

@@ -117,6 +117,15 @@ class MetricsLog:
             os.fsync(file.fileno())
 
 
+def skipped_in_row(line: Mapping[str, Any]) -> int:
+    """Return how many steps in a row were left out, up to that of a line; versions that wrote no number left none out.
+
+    >>> skipped_in_row({"step": 3}), skipped_in_row({"step": 3, "skipped_in_row": 2})
+    (0, 2)
+    """
+    return line.get("skipped_in_row", 0)
+
+
 def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
     """Reads the lines of a log of metrics one after another, except a half-written last line; null becomes None.
 
