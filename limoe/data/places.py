@@ -20,6 +20,10 @@ class Place(NamedTuple):
     path: str
     options: dict[str, str]
 
+    def __str__(self) -> str:
+        options = "&".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.layout}:{self.path}{'?' * bool(options)}{options}"
+
 
 def parsed(place: files.Path) -> Place:
     """Take a place apart. Without a layout's name, ending and content decide; else it means shards.
@@ -39,13 +43,13 @@ def parsed(place: files.Path) -> Place:
 
 
 def open_source(
-    place: files.Path,
+    place: files.Path | Place,
     *,
     preprocess: images.Preprocess,
     metadata: bool = False,
     cache_dir: files.Path = "",
 ) -> Source:
-    """Open the examples at a place.
+    """Open the examples at a place, in words or taken apart.
 
     `metadata` asks for the metadata of each example too. Raises DataError for an unknown layout or option, and the
     layout's errors.
@@ -55,7 +59,7 @@ def open_source(
     limoe.data.files.DataError: there is no data source 'parquet' for parquet:pairs; there are: shards, folders, coco,
     csv, clip_benchmark. Write ./parquet:pairs if that is the name of a folder
     """
-    name, path, options = parsed(place)
+    name, path, options = place if isinstance(place, Place) else parsed(place)
     if name not in SOURCES:
         raise DataError(
             f"there is no data source {name!r} for {place}; there are: {', '.join(SOURCES)}. "
@@ -103,12 +107,9 @@ def open_mixture(sources: str, *, preprocess: images.Preprocess, cache_dir: file
         weight = one.pop("weight", 1)
         if type(weight) not in (int, float) or not 0 < weight < float("inf"):
             raise ConfigError(f"data.sources: the weight of {one['path']} is {weight!r}; give a number above 0")
-        if held := [value for value in one.values() if "&" in str(value)]:
-            raise ConfigError(f"data.sources: {held[0]!r} holds '&', which options are joined with; rename it")
-        layout, path = one.pop("layout", ""), one.pop("path")
-        options = "&".join(f"{name}={value}" for name, value in one.items())
-        place = f"{layout}{':' * bool(layout)}{path}{'?' * bool(options)}{options}"
-        names.append(place)
+        layout, path = one.pop("layout", ""), str(one.pop("path"))
+        place = Place(layout or layouts.layout_of(path), path, {name: str(value) for name, value in one.items()})
+        names.append(str(place))
         parts.append(open_source(place, preprocess=preprocess, cache_dir=cache_dir))
         weights.append(float(weight))
     return MixedSource(names, parts, weights)

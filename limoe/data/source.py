@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -388,9 +389,9 @@ def _facts(path: str, index: shards.ShardIndex, row: int) -> dict[str, Any] | No
             raise _BadExample("the metadata is not a JSON object")
     if index.label[row][0] >= 0:
         content = _member(path, index, index.label[row], "class", MAX_TEXT_BYTES)
-        if not content.strip().isdigit():
-            raise _BadExample(f"the class is no number: {content[:20]!r}")
-        facts = {**(facts or {}), "class": int(content.strip()[:18])}
+        if not re.fullmatch(rb"\s*\d{1,18}\s*", content):
+            raise _BadExample(f"the class is no number of at most 18 digits: {content[:20]!r}")
+        facts = {**(facts or {}), "class": int(content)}
     return facts
 
 
