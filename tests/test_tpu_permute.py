@@ -123,6 +123,7 @@ def test_with_simulated_memories_results_are_the_same_and_no_core_disturbs_the_o
         return spans(target, *given)
 
     found, races = simulate(run, given, (), num_cores=num_cores, mode=mode)
+    assert all(jnp.isfinite(array).all() for array in found), "memory that nothing was written to is NaN here"
     # Tiles of another size: XLA adds up the products of a row in another order, and copies and weighs as before.
     compare(given, found, expected, "bfloat16", exact=True)
     assert not races
