@@ -67,12 +67,12 @@ class ListedSource(Source):
 
     @property
     def contents(self) -> dict[str, str]:
-        """The number of pictures, and a digest of their names, captions and classes."""
+        """The number of pictures, and a digest of their names, sizes, captions and classes."""
         folders = {os.path.dirname(os.path.abspath(entry.path)) for entry in self._entries}
         common = os.path.commonpath(folders) if folders else ""
         digest = hashlib.sha256(json.dumps(self._by_class).encode())
         for path, captions, facts in self._entries:
-            named = (os.path.abspath(path).removeprefix(common), captions, sorted(facts.items()))
+            named = (os.path.abspath(path).removeprefix(common), _size_of(path), captions, sorted(facts.items()))
             digest.update(json.dumps(named).encode())
         return {"pictures": f"{len(self)}, list {digest.hexdigest()[:16]}"}
 
@@ -99,6 +99,14 @@ class ListedSource(Source):
         _, captions, facts = self._entries[number]
         given = self._by_class[facts["class"]] if self._by_class else captions
         return tuple(caption for caption in given if isinstance(caption, str) and caption.strip())
+
+
+def _size_of(path: str) -> int | None:
+    """Ask for a picture's size in bytes; None if it is not there or its name cannot be one."""
+    try:
+        return files.stamp(path).size
+    except (OSError, ValueError):
+        return None
 
 
 def _is_picture(name: str) -> bool:
