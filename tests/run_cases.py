@@ -28,7 +28,6 @@ from limoe.config.presets import preset
 from limoe.config.schema import Config
 from limoe.config.settings import override
 from limoe.data.world import World, write_world
-from limoe.evaluate.data import Pairs
 from limoe.evaluate.encode import Encoder
 from limoe.report import panels
 from limoe.train.step import compile_step
@@ -145,18 +144,18 @@ class _SharedEncoder(Encoder):
         self._programs = _encoders.setdefault(_compiled(config), self._programs)
 
 
-_pairs: dict[tuple[str, int, bool], Pairs] = {}
+_looked_at: dict[tuple[str, int, int | None], Any] = {}
 _read = limoe.evaluate.data._read
 
 
-def _shared_read(config: Config, folder: str, *, needs_metadata: bool = False) -> Pairs:
+def _shared_read(config: Config, folder: str, limit: int | None) -> Any:
     """The world never changes; other folders may between two runs."""
     if not folder.startswith(cache_folder()):
-        return _read(config, folder, needs_metadata=needs_metadata)
-    key = folder, config.model.image_size, needs_metadata
-    if key not in _pairs:
-        _pairs[key] = _read(config, folder, needs_metadata=needs_metadata)
-    return _pairs[key]
+        return _read(config, folder, limit)
+    key = folder, config.model.image_size, limit
+    if key not in _looked_at:
+        _looked_at[key] = _read(config, folder, limit)
+    return _looked_at[key]
 
 
 def command(*words: str) -> list[str]:

@@ -130,7 +130,7 @@ def test_labelled_pictures_need_no_captions(tmp_path, layout):
     assert data.zero_shot is not None and data.probe is not None and data.retrieval is None and data.num_bad == 0
     assert data.zero_shot.classes.names == names
     for found in (data.zero_shot, data.probe):
-        assert found.pairs.labels.tolist() == [0, 0, 1, 1] == found.pairs.images[:, 0, 0, 0].tolist()
+        assert found.pairs.labels.tolist() == [0, 0, 1, 1] == found.pairs.images[:][:, 0, 0, 0].tolist()
     # As captions for training: one of CLIP's seven sentences with the class.
     source = open_source(f"{place}?templates=simple", preprocess=SQUARE)
     example = source[3]
@@ -150,6 +150,27 @@ def test_captions_from_the_json_by_key(tmp_path):
     assert [(one.caption, one.more_captions) for one in found[:2]] == [("a", ("b",)), ("c", ())]
     assert all(isinstance(one, Bad) and "no caption 'cap'" in one.reason for one in found[2:])
     assert list(source.captions(limit=9)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("layout", [coco, table])
+def test_contents_change_with_the_size_of_a_picture(tmp_path, layout):
+    found = []
+    for folder, size in (("a", 16), ("b", 16), ("c", 17)):
+        place = layout(tmp_path / folder)
+        write(tmp_path / folder / "val" / "1.png", bytes(size))
+        found.append(open_source(place, preprocess=SQUARE).contents)
+    assert found[0] == found[1] != found[2]
+
+
+def test_labelled_pictures_with_several_captions_are_each_one_image_of_both_evaluations(tmp_path):
+    facts = [{"class": n, "cap": [f"{n} a", f"{n} b"]} for n in range(2)]
+    members = {f"{n}.json": json.dumps(one).encode() for n, one in enumerate(facts)}
+    write_tar(tmp_path / "0.tar", {**members, **{f"{n}.png": png(n) for n in range(2)}})
+    write(tmp_path / "classes.json", json.dumps({"templates": "simple", "classes": ["one", "two"]}))
+    data = read_evaluation_data(SMALL, inputs.evaluation_folders(SMALL, f"{tmp_path}?caption=cap"))
+    assert data.zero_shot is not None and data.zero_shot.pairs.labels.tolist() == [0, 1]
+    assert data.retrieval is not None and data.retrieval.image_id.tolist() == [0, 0, 1, 1]
+    assert data.retrieval.pairs.captions == ("0 a", "0 b", "1 a", "1 b")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Evaluation against loops that compare one score with another, and the rules for ties and equal captions."""
 
 import io
+import tracemalloc
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,7 +17,9 @@ from limoe.data.classes import Classes
 from limoe.data.files import DataError
 from limoe.data.inputs import DataFolders
 from limoe.data.shards import Example, write_shard
+from limoe.data.source import SOURCES, Decoded, Source
 from limoe.evaluate import Evaluator, evaluate, evaluator, register
+from limoe.evaluate import data as evaluation_data
 from limoe.evaluate import embeddings as tables
 from limoe.evaluate.command import evaluation_text
 from limoe.evaluate.data import (
@@ -27,6 +30,7 @@ from limoe.evaluate.data import (
     read_evaluation_data,
 )
 from limoe.evaluate.encode import Encoder
+from limoe.evaluate.pictures import Pictures
 from limoe.evaluate.probe import ridge_probe
 from limoe.evaluate.retrieval import retrieval
 from limoe.evaluate.zero_shot import class_embeddings, first_of_name, prompts, zero_shot
@@ -244,15 +248,48 @@ def test_several_captions_an_image(tmp_path, identified, rule):
         assert [figures[f"{way}_r{k}"] for k in (1, 5, 10)] == [1, 1, 1], way
 
 
-def pairs_of(captions, image_ids, images=None):
-    pictures = np.arange(len(captions), dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(3, axis=3)
-    return Pairs(pictures if images is None else images, captions, np.full(len(captions), -1), image_ids, 0, "")
+class LargePictures(Source):
+    """Pictures of 768 kB with five captions each, as many as the path says."""
+
+    decoded = 0
+
+    def __init__(self, path, **options):
+        self.count = int(path)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, number):
+        LargePictures.decoded += 1
+        captions = [f"caption {caption} of {number % NUM_IMAGES}" for caption in range(NUM_CAPTIONS)]
+        image = np.full((512, 512, 3), colour_of(number % NUM_IMAGES), np.uint8)
+        return Decoded(image, captions[0], str(number), {"image_id": number}, tuple(captions[1:]))
+
+
+def test_memory_does_not_grow_with_the_number_of_pictures(monkeypatch):
+    monkeypatch.setitem(SOURCES, "large", LargePictures)
+    monkeypatch.setattr(evaluation_data, "_KEPT_BYTES", 0)
+
+    def peak(count):
+        LargePictures.decoded = 0
+        tracemalloc.start()
+        data = read_evaluation_data(preset("tiny"), DataFolders("", "", f"large:{count}"))
+        assert evaluate(PerfectEncoder(), data)["retrieval_pairs"] == count * NUM_CAPTIONS
+        assert LargePictures.decoded == 2 * count, "one pass for captions, one for pixels, however many captions"
+        return tracemalloc.get_traced_memory()[1], tracemalloc.stop()
+
+    assert peak(80)[0] - peak(20)[0] < 512 * 512 * 3
+
+
+def pairs_of(captions, image_ids):
+    examples = [Decoded(np.array([[colour_of(n)]], np.uint8), "", "", None) for n in range(len(captions))]
+    pictures = Pictures(examples.__getitem__, range(len(captions)))
+    return Pairs(pictures, captions, np.full(len(captions), -1), image_ids, 0, "")
 
 
 def test_who_is_the_same_image():
     # A number is not the text of it; without either, equal pictures count, wherever they stand.
-    pictures = np.array([1, 2, 3, 9, 9, 1], np.uint8).reshape(-1, 1, 1, 1).repeat(3, axis=3)
-    matched = match(pairs_of(tuple("abcdea"), (5, "5", 5, None, None, None), pictures), equal_captions_are_right=True)
+    matched = match(pairs_of(tuple("abcdea"), (5, "5", 5, b"9", b"9", b"5")), equal_captions_are_right=True)
     assert matched.image_id.tolist() == [0, 1, 0, 2, 2, 3]
     assert matched.caption_id.tolist() == [0, 1, 2, 3, 4, 0]
     assert matched.rule == "images by image_id, else equal pictures; captions equal to one of the image are right"
@@ -267,7 +304,8 @@ def test_an_image_id_of_another_kind_is_none(tmp_path):
     small = override(preset("tiny"), ["model.image_size=8", "model.patch_size=8"])
     data = read_evaluation_data(small, DataFolders("", "", str(tmp_path)))
     assert data.retrieval is not None
-    assert data.retrieval.pairs.image_ids == (None, None, None, None, "a")
+    *others, last = data.retrieval.pairs.image_ids
+    assert last == "a" and len(set(others)) == 1 and isinstance(others[0], bytes), "the digest of the picture"
 
 
 def test_an_example_without_metadata_is_left_out_where_it_needs_a_class(tmp_path):
@@ -334,7 +372,7 @@ def test_an_evaluator_from_outside(registry):
     nothing = evaluate(PerfectEncoder(), EvaluationData(None, None, None, 0))
     assert nothing["mean_caption_length"] is None and nothing["retrieval_pairs"] == 0
     matched = match(pairs_of(("caption 1 of 0", "of 1"), (0, 1)), equal_captions_are_right=False)
-    figures = evaluate(PerfectEncoder(), EvaluationData(None, matched._replace(pairs=with_colours(matched)), None, 3))
+    figures = evaluate(PerfectEncoder(), EvaluationData(None, matched, None, 3))
     assert figures["mean_caption_length"] == 9 and figures["evaluation_bad_examples"] == 3
     assert set(figures) == set(nothing)
     assert "captions have 9.0 letters" in evaluation_text({"preset": "tiny", "step": 1, **figures})
@@ -345,11 +383,6 @@ def test_an_evaluator_from_outside(registry):
     ):
         with pytest.raises(ValueError, match=message):
             register(wrong)
-
-
-def with_colours(matched):
-    colours = np.array([colour_of(n) for n in range(len(matched.image_id))], np.uint8).reshape(-1, 1, 1, 3)
-    return matched.pairs._replace(images=colours)
 
 
 def test_of_two_classes_with_one_name_the_first_is_predicted():

@@ -146,7 +146,7 @@ def test_a_signal_saves_and_the_restart_is_exact(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["read_evaluation_data", "evaluate"])
+@pytest.mark.parametrize("where", ["evaluation_when_needed", "evaluate"])
 def test_a_signal_outside_the_loop_ends_the_run_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, Any], where: str
 ) -> None:
@@ -157,7 +157,7 @@ def test_a_signal_outside_the_loop_ends_the_run_at_once(
     with monkeypatch.context() as patch:
         patch.setattr(trainer, where, interrupted)
         said = ran(tmp_path / "run").said
-    if where == "read_evaluation_data":
+    if where == "evaluation_when_needed":
         assert "Stopped by SIGTERM before the first step; the work folder is free for any settings" in said
         assert os.listdir(tmp_path / "run") == [".lock"]
     else:

@@ -1,13 +1,22 @@
-"""Evaluation data: pairs in memory with their metadata, and the files beside the shards."""
+"""Evaluation data: captions and labels in memory, pictures read when they are needed, and the files beside them.
+
+A first pass, in which each process reads its share, finds what is good, its captions and its labels. Then each picture
+is read for the batch in which it is embedded.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Hashable
+import itertools
+import json
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from os.path import join
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from limoe.config.schema import Config
@@ -17,17 +26,24 @@ from limoe.data.files import DataError
 from limoe.data.images import preprocess_of
 from limoe.data.inputs import RETRIEVAL_FILE, DataFolders
 from limoe.data.places import open_source
-from limoe.data.source import Bad, Decoded
+from limoe.data.source import Bad, CachedSource, Source, spread_evenly
+from limoe.evaluate.pictures import Pictures
+from limoe.parallel import processes
+
+# Memory for decoded pictures: all of small data are read once.
+_KEPT_BYTES = 64 * 2**20
+# Examples of each folder that the start of a run looks at.
+_LOOKED_AT = 100
 
 
 class Pairs(NamedTuple):
-    """Decoded examples: uint8 images [N, H, W, 3], captions, and class labels [N] (-1 without a label)."""
+    """Good examples: pictures, captions, and class labels [N] (-1 without a label)."""
 
-    images: np.ndarray
+    images: Pictures
     captions: tuple[str, ...]
     labels: np.ndarray
-    image_ids: tuple[int | str | None, ...]
-    """The `image_id` of the metadata; None without one."""
+    image_ids: tuple[int | str | bytes, ...]
+    """The `image_id` of the metadata; without one the picture's digest, in bytes."""
     num_bad: int
     first_bad: str
     """Key and reason of the first bad example, "" if there is none."""
@@ -67,29 +83,55 @@ class EvaluationData(NamedTuple):
     """Examples that could not be read and are left out, without those of `probe`."""
 
 
-def read_evaluation_data(config: Config, folders: DataFolders, probe_folder: str = "") -> EvaluationData:
-    """Read the evaluation shards into memory; bad examples are left out and counted.
+def read_evaluation_data(
+    config: Config, folders: DataFolders, probe_folder: str = "", *, limit: int | None = None
+) -> EvaluationData:
+    """Read captions and labels of the evaluation data; bad examples are left out and counted. All processes call it.
 
-    Raises DataError if a folder has no usable example, if an example in a folder with classes.json has no valid class,
-    or if a probe has no evaluation folder with classes.json.
+    With `limit`, only so many examples of each folder are read, spread evenly over it. Raises DataError if a folder has
+    no usable example, if an example in a folder with classes.json has no valid class, or if a probe has no evaluation
+    folder with classes.json.
     """
     zero_shot = probe = matched = None
     num_bad = 0
+    found = None
     if folders.zero_shot:
-        zero_shot = _labelled(config, folders.zero_shot)
-        probe = _labelled(config, probe_folder, zero_shot.classes) if probe_folder else None
+        found = _read(config, folders.zero_shot, limit)
+        zero_shot = _labelled(found, folders.zero_shot)
+        if probe_folder:
+            probe = _labelled(_read(config, probe_folder, limit), probe_folder, zero_shot.classes)
         num_bad = zero_shot.pairs.num_bad
     elif probe_folder:
         raise DataError("a probe needs evaluation data with classes.json; give its folder with --data")
     if folders.retrieval:
-        if zero_shot is not None and folders.retrieval == folders.zero_shot:
-            pairs = zero_shot.pairs
-        else:
-            pairs = _read(config, folders.retrieval)
-            num_bad += pairs.num_bad
-        if any(pairs.captions):
+        if found is None or folders.retrieval != folders.zero_shot:
+            found = _read(config, folders.retrieval, limit)
+            num_bad += len(found.bad)
+        pairs = _by_caption(found)
+        if pairs.captions:
             matched = match(pairs, equal_captions_are_right=equal_captions_are_right(folders.retrieval))
     return EvaluationData(zero_shot, matched, probe, num_bad)
+
+
+EvaluationReader = Callable[[], EvaluationData]
+"""Reads evaluation data at the first call, and gives the same at each later one."""
+
+
+def evaluation_when_needed(config: Config, folders: DataFolders, say: Callable[[str], None]) -> EvaluationReader:
+    """Look at a few examples of a run's evaluation data, so that errors come early, and leave the rest for later.
+
+    The reader says how many examples are bad. Raises the errors of `read_evaluation_data`, here and when it is called.
+    """
+    read_evaluation_data(config, folders, limit=_LOOKED_AT)
+
+    @functools.cache
+    def read() -> EvaluationData:
+        found = read_evaluation_data(config, folders)
+        if found.num_bad:
+            say(f"{found.num_bad} bad examples of the evaluation data are left out")
+        return found
+
+    return read
 
 
 def match(pairs: Pairs, *, equal_captions_are_right: bool) -> Matched:
@@ -98,18 +140,15 @@ def match(pairs: Pairs, *, equal_captions_are_right: bool) -> Matched:
     Pairs with the same `image_id` show one image. Pairs without an id do if their pictures are equal. The right
     captions of an image are its own; with `equal_captions_are_right` also all captions equal to one of them.
 
-    >>> image = np.zeros((3, 1, 1, 3), np.uint8)
-    >>> pairs = Pairs(image, ("a dog", "one dog", "a dog"), np.full(3, -1), (7, 7, 8), 0, "")
+    >>> pictures = Pictures([].__getitem__, [0, 0, 1])
+    >>> pairs = Pairs(pictures, ("a dog", "one dog", "a dog"), np.full(3, -1), (7, 7, 8), 0, "")
     >>> matched = match(pairs, equal_captions_are_right=False)
     >>> matched.image_id.tolist(), matched.caption_id.tolist(), matched.rule
     ([0, 0, 1], [0, 1, 2], 'images by image_id; captions of the image are right')
     """
-    images = [
-        hashlib.sha256(image.tobytes()).digest() if given is None else (type(given), given)
-        for image, given in zip(pairs.images, pairs.image_ids, strict=True)
-    ]
+    images = [(type(image_id), image_id) for image_id in pairs.image_ids]
     ways = {False: "equal pictures", True: "image_id"}
-    given = sorted({image_id is not None for image_id in pairs.image_ids}, reverse=True)
+    given = sorted({not isinstance(image_id, bytes) for image_id in pairs.image_ids}, reverse=True)
     rule = f"images by {', else '.join(ways[one] for one in given)}; "
     if equal_captions_are_right:
         captions, rule = _numbered(pairs.captions), rule + "captions equal to one of the image are right"
@@ -139,9 +178,45 @@ def equal_captions_are_right(folder: str | PathLike[str]) -> bool:
     return content["equal_captions_are_right"]
 
 
-def _labelled(config: Config, folder: str, classes: Classes | None = None) -> Labelled:
-    """Read labelled images; without `classes`, those of the folder are meant."""
-    found = _read(config, folder, needs_metadata=True)
+class _Facts(NamedTuple):
+    """What is kept of a good example: its number, captions, label, given identity, and the digest of its picture."""
+
+    number: int
+    captions: Sequence[str]
+    label: int
+    image_id: int | str | None
+    digest: str
+    has_metadata: bool
+    key: str
+
+    @property
+    def identity(self) -> int | str | bytes:
+        return bytes.fromhex(self.digest) if self.image_id is None else self.image_id
+
+
+class _Found(NamedTuple):
+    """What the first pass found in a folder."""
+
+    good: list[_Facts]
+    bad: list[Bad]
+    source: Source
+    classes: Classes | None
+    threads: int
+
+    def pairs(self, chosen: Sequence[_Facts], captions: Sequence[str], bad: Sequence[Bad]) -> Pairs:
+        return Pairs(
+            images=Pictures(self.source.__getitem__, [facts.number for facts in chosen], threads=self.threads),
+            captions=tuple(captions),
+            labels=np.array([facts.label for facts in chosen], np.int64),
+            image_ids=tuple(facts.identity for facts in chosen),
+            num_bad=len(bad),
+            first_bad=f"{bad[0].key}: {bad[0].reason}" if bad else "",
+            classes=self.classes,
+        )
+
+
+def _labelled(found: _Found, folder: str, classes: Classes | None = None) -> Labelled:
+    """Take each image once, with its label; without `classes`, those of the folder are meant."""
     if classes and found.classes and found.classes.names != classes.names:
         raise DataError(
             f"{folder} has other classes, or in another order, than the images it is tested on: "
@@ -150,49 +225,58 @@ def _labelled(config: Config, folder: str, classes: Classes | None = None) -> La
     classes = classes or found.classes
     if classes is None:
         raise DataError(f"{folder} has no list of classes; put a classes.json or a classnames.txt beside its images")
+    good = [facts for facts in found.good if facts.has_metadata]
+    bare = [Bad(facts.key, "the metadata is missing") for facts in found.good if not facts.has_metadata]
+    _require_some(good, [*found.bad, *bare], folder)
+    pairs = found.pairs(good, [facts.captions[0] for facts in good], [*found.bad, *bare])
     num_classes = len(classes.names)
-    wrong = np.flatnonzero((found.labels < 0) | (found.labels >= num_classes))
+    wrong = np.flatnonzero((pairs.labels < 0) | (pairs.labels >= num_classes))
     if len(wrong):
         raise DataError(
             f"{len(wrong)} examples in {folder} have no class between 0 and {num_classes - 1}; "
             'give each a .json with {"class": index} or a .cls with the index, or evaluate without a list of classes'
         )
-    return Labelled(found, classes, folder)
+    return Labelled(pairs, classes, folder)
 
 
-def _read(config: Config, folder: str, *, needs_metadata: bool = False) -> Pairs:
-    """Read all good examples into memory, one pair for each caption. Bad ones are left out and counted.
+def _by_caption(found: _Found) -> Pairs:
+    """Take each image once for each of its captions."""
+    each = [(facts, caption) for facts in found.good for caption in facts.captions if caption]
+    return found.pairs([facts for facts, _ in each], [caption for _, caption in each], found.bad)
 
-    With `needs_metadata`, an example without metadata is bad, and each image is there once. Raises DataError if no
-    example is good.
-    """
+
+def _read(config: Config, folder: str, limit: int | None) -> _Found:
+    """Look at all examples of a folder, or at a few. Raises DataError if none is good."""
     source = open_source(folder, preprocess=preprocess_of(config), metadata=True, cache_dir=config.data.cache_dir)
-    good: list[Decoded] = []
-    bad: list[Bad] = []
-    for number in range(len(source)):
-        example = source[number]
+    kept, threads = CachedSource(source, max_bytes=_KEPT_BYTES), max(1, config.data.threads)
+    numbers = spread_evenly(len(source), limit or len(source))
+
+    def facts_of(number: int) -> _Facts | Bad:
+        example = kept[number]
         if isinstance(example, Bad):
-            bad.append(example)
-        elif needs_metadata and example.metadata is None:
-            bad.append(Bad(example.key, "the metadata is missing"))
-        elif needs_metadata:
-            good.append(example)
-        else:
-            captions = (example.caption, *example.more_captions)
-            good += [example._replace(caption=caption) for caption in captions]
-    first_bad = f"{bad[0].key}: {bad[0].reason}" if bad else ""
+            return example
+        metadata = example.metadata or {}
+        label = min(max(_value(metadata, "class", int, -1), -1), 2**62)
+        image_id = _value(metadata, "image_id", int | str, None)
+        digest = "" if image_id is not None else hashlib.sha256(example.image.tobytes()).hexdigest()
+        captions = (example.caption, *example.more_captions)
+        return _Facts(number, captions, label, image_id, digest, example.metadata is not None, example.key)
+
+    with ThreadPoolExecutor(threads) as pool:
+        mine = list(pool.map(facts_of, numbers[jax.process_index() :: jax.process_count()]))
+    shares = [json.loads(text) for text in processes.texts_of_all(json.dumps(mine))]
+    in_order = [row for turn in itertools.zip_longest(*shares) for row in turn if row is not None]
+    good = [_Facts(*row) for row in in_order if len(row) == len(_Facts._fields)]
+    bad = [Bad(*row) for row in in_order if len(row) == len(Bad._fields)]
+    _require_some(good, bad, folder)
+    return _Found(good, bad, kept, source.classes, threads)
+
+
+def _require_some(good: Sequence[_Facts], bad: Sequence[Bad], folder: str) -> None:
     if not good:
-        raise DataError(f"none of the {len(bad)} examples in {folder} is usable, {first_bad}; repair them")
-    metadata = [example.metadata or {} for example in good]
-    return Pairs(
-        images=np.stack([example.image for example in good]),
-        captions=tuple(example.caption for example in good),
-        labels=np.array([min(max(_value(facts, "class", int, -1), -1), 2**62) for facts in metadata], np.int64),
-        image_ids=tuple(_value(facts, "image_id", int | str, None) for facts in metadata),
-        num_bad=len(bad),
-        first_bad=first_bad,
-        classes=source.classes,
-    )
+        raise DataError(
+            f"none of the {len(bad)} examples in {folder} is usable, {bad[0].key}: {bad[0].reason}; repair them"
+        )
 
 
 def _value(metadata: dict[str, Any], name: str, kind: Any, otherwise: Any) -> Any:

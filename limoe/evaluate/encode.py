@@ -13,10 +13,11 @@ from jaxtyping import Float32, Int32, UInt8
 
 from limoe.config.schema import Config
 from limoe.data.tokenizer import Tokenizer
+from limoe.evaluate.pictures import Pictures
 from limoe.model.build import Parameters
 from limoe.model.moe import Assignment
 from limoe.model.tower import Limoe, scale_images
-from limoe.parallel.mesh import Placement, spread
+from limoe.parallel.mesh import Placement, joined, own_rows
 
 PROGRAMS: dict[str, Callable[..., Any]] = {
     "image": lambda model, images: model.encode_image(scale_images(images)),
@@ -25,6 +26,9 @@ PROGRAMS: dict[str, Callable[..., Any]] = {
     "experts": lambda model, images, text: model.assignments(None if images is None else scale_images(images), text),
 }
 """What a model computes of uint8 images and of token ids."""
+
+Images = UInt8[np.ndarray, "N H W 3"] | Pictures
+"""Images in memory, or read batch by batch, by each process those that its devices embed."""
 
 
 class Encoder:
@@ -63,11 +67,11 @@ class Encoder:
         self.scale = float(np.exp(parameters["log_scale"]))
         return self
 
-    def images(self, images: UInt8[np.ndarray, "N H W 3"]) -> Float32[np.ndarray, "N P"]:
+    def images(self, images: Images) -> Float32[np.ndarray, "N P"]:
         """Embed images."""
         return self._all("image", images)
 
-    def image_features(self, images: UInt8[np.ndarray, "N H W 3"]) -> Float32[np.ndarray, "N D"]:
+    def image_features(self, images: Images) -> Float32[np.ndarray, "N D"]:
         """Compute the representation before the projection: the mean of an image's tokens, L2-normalised."""
         return self._all("features", images)
 
@@ -83,24 +87,22 @@ class Encoder:
         """Look up a token id as text."""
         return self._tokenizer.piece(token)
 
-    def assignments(
-        self, images: UInt8[np.ndarray, "N H W 3"] | None, text: Int32[np.ndarray, "N T"] | None
-    ) -> Assignment:
+    def assignments(self, images: Images | None, text: Int32[np.ndarray, "N T"] | None) -> Assignment:
         """Compute the first choice and gate of every token `[L, N, tokens]`; a modality that is None has no tokens."""
         parts = [self._programs["experts"](self.parameters, *batch) for batch in self._batches(images, text)]
         count = max(len(each) for each in (images, text) if each is not None)
         return Assignment(*(jnp.concatenate(field, axis=1)[:, :count] for field in zip(*parts, strict=True)))
 
-    def _all(self, program: str, inputs: np.ndarray) -> Float32[np.ndarray, "N P"]:
+    def _all(self, program: str, inputs: np.ndarray | Pictures) -> Float32[np.ndarray, "N P"]:
         run = self._programs[program]
         parts = [np.asarray(run(self.parameters, *batch)) for batch in self._batches(inputs)]
         return np.concatenate([*parts, np.zeros((0, self._config.model.width), np.float32)])[: len(inputs)]
 
-    def _batches(self, *inputs: np.ndarray | None) -> Iterator[list[np.ndarray | jax.Array | None]]:
+    def _batches(self, *inputs: np.ndarray | Pictures | None) -> Iterator[list[np.ndarray | jax.Array | None]]:
         """Cut inputs of one length into batches; copies of the last row fill the last batch."""
         count, first = len(next(each for each in inputs if each is not None)), 0
         while first < count:
             size = next((size for size in self._batch_sizes if size >= count - first), self._batch_sizes[-1])
-            rows = np.minimum(np.arange(first, first + size), count - 1)
-            yield [None if each is None else spread(each[rows], self.placement) for each in inputs]
+            rows = np.minimum(first + np.array(own_rows(size, self.placement)), count - 1)
+            yield [None if each is None else joined(each[rows], self.placement) for each in inputs]
             first += size

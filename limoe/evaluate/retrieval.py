@@ -98,7 +98,7 @@ def _measure(encoder: Encoder, data: EvaluationData) -> Figures:
     assert data.retrieval is not None
     pairs, image_id, caption_id, rule = data.retrieval
     _, first, index = np.unique(image_id, return_index=True, return_inverse=True)
-    images = encoder.images(pairs.images[first])[index]  # each image once
+    images = encoder.images(pairs.images.take(first))[index]  # each image once
     found = retrieval(images, encoder.texts(pairs.captions), caption_id, image_id)
     return Figures(*found, len(pairs.images), len(first), rule)
 

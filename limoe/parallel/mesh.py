@@ -157,13 +157,6 @@ def with_shardings(tree: PyTree, parameters: PyTree, kinds: Kinds, placement: Pl
     )
 
 
-def spread(rows: np.ndarray, placement: Placement | None) -> np.ndarray | Array:
-    """Split rows that every process has over all devices. Without a mesh they stay as they are."""
-    if placement is None:
-        return rows
-    return jax.make_array_from_callback(rows.shape, placement.rows, lambda index: rows[index])
-
-
 def own_rows(batch_size: int, placement: Placement | None) -> list[int]:
     """List the rows of a batch that this process's devices hold, in order.
 

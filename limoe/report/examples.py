@@ -56,7 +56,7 @@ def retrieved(encoder: Encoder, data: Matched) -> tuple[tuple[Found, ...], tuple
     pairs = data.pairs
     # Each image and each caption stands once among the candidates.
     images, captions = (np.unique(ids, return_index=True)[1] for ids in (data.image_id, data.caption_id))
-    image = encoder.images(pairs.images[images])
+    image = encoder.images(pairs.images.take(images))
     text = encoder.texts([pairs.captions[number] for number in captions])
     belong = {(int(a), int(b)) for a, b in zip(data.image_id, data.caption_id, strict=True)}
 

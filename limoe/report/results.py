@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from array import array
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 
 from limoe.config.schema import Config, ModelConfig
 from limoe.data.tokenizer import Tokenizer
 from limoe.evaluate import zero_shot
-from limoe.evaluate.data import EvaluationData, Pairs
+from limoe.evaluate.data import EvaluationData
 from limoe.evaluate.encode import Encoder
 from limoe.model.describe import describe
 from limoe.model.moe import IMAGE, TEXT
@@ -26,6 +27,8 @@ from limoe.workdir.metrics import skipped_in_row
 # The summary's success rates and the figure of shares are means over this many training steps.
 LAST_STEPS = 100
 EXAMPLES_SHOWN = 12
+# Pairs among which patches and words of the experts are searched: their pictures are in memory for the figures.
+GALLERY_PAIRS = 512
 # Bad examples that the end of a run names.
 BAD_SHOWN = 5
 
@@ -153,12 +156,11 @@ def draw(
     if data.retrieval is None:
         return
     pairs = data.retrieval.pairs
-    views = layer_views(model, last, encoder, pairs, tokenizer)
+    images, captions = pairs.images[:GALLERY_PAIRS], pairs.captions[:GALLERY_PAIRS]
+    views = layer_views(model, last, encoder, images, captions, tokenizer)
     for view in views:
-        pictures.draw_gallery(
-            folder / f"gallery_block{view.moe_layer}.png", pairs.images, view, patch_size=model.patch_size
-        )
-    pictures.draw_overview(folder / "overview.png", pairs.images, views[-1], history, patch_size=model.patch_size)
+        pictures.draw_gallery(folder / f"gallery_block{view.moe_layer}.png", images, view, patch_size=model.patch_size)
+    pictures.draw_overview(folder / "overview.png", images, views[-1], history, patch_size=model.patch_size)
 
 
 def factor_of_present_tokens(model: ModelConfig, batch_size: int, wanted: np.ndarray) -> float:
@@ -168,12 +170,17 @@ def factor_of_present_tokens(model: ModelConfig, batch_size: int, wanted: np.nda
 
 
 def layer_views(
-    model: ModelConfig, last: LastSteps, encoder: Encoder, pairs: Pairs, tokenizer: Tokenizer
+    model: ModelConfig,
+    last: LastSteps,
+    encoder: Encoder,
+    images: UInt8[np.ndarray, "N H W 3"],
+    captions: Sequence[str],
+    tokenizer: Tokenizer,
 ) -> list[LayerView]:
     """Find the patches and words with the largest gates of each expert of each MoE layer (paper, section 6)."""
     assert last.wanted is not None
-    text = encoder.tokenize(pairs.captions)
-    assignment = encoder.assignments(pairs.images, text)
+    text = encoder.tokenize(captions)
+    assignment = encoder.assignments(images, text)
     patches = model.num_image_tokens
     views = []
     for number, block in enumerate(model.moe_layers):

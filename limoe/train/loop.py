@@ -26,7 +26,7 @@ from limoe.data.source import Bad
 from limoe.data.tokenizer import Tokenizer
 from limoe.errors import LimoeError
 from limoe.evaluate import evaluate, zero_shot
-from limoe.evaluate.data import EvaluationData, read_evaluation_data
+from limoe.evaluate.data import EvaluationData, EvaluationReader, evaluation_when_needed
 from limoe.evaluate.encode import Encoder
 from limoe.model.build import Parameters
 from limoe.parallel import processes
@@ -148,9 +148,7 @@ def _train(
     placement = place(config.mesh)
     rows = own_rows(config.train.batch_size, placement)
     batches = inputs.training_batches(config, source, tokenizer, rows)
-    evaluation = read_evaluation_data(config, folders)
-    if evaluation.num_bad:
-        say(f"{evaluation.num_bad} bad examples of the evaluation data are left out")
+    evaluation = evaluation_when_needed(config, folders, say)
 
     training = prepare(config, placement)
     log = MetricsLog(workdir.metrics) if processes.is_first() else None
@@ -160,7 +158,7 @@ def _train(
         state = _restore(checkpoints, training.abstract, log, say) or first_state(workdir, training, placement, say)
         encoder = Encoder(training.graph, state.parameters, config, tokenizer, placement=placement)
         step_function = compile_step(training, config, placement)
-        run = _Run(config.train, checkpoints, encoder, evaluation)
+        run = _Run(config.train, checkpoints, encoder, evaluation if folders.zero_shot else None)
         run.skipped_in_row = processes.from_first(skipped_in_row(log.last) if log and log.last else 0)
         with signals.patiently(), contextlib.ExitStack() as stack:
             if log is not None:
@@ -172,7 +170,7 @@ def _train(
             say(f"Stopped after step {int(state.step)}, which is saved; the same command continues from there.")
             return
     encoder.use(state.parameters)
-    _finish(workdir, encoder, evaluation, tokenizer, began, say)
+    _finish(workdir, encoder, evaluation(), tokenizer, began, say)
 
 
 class _Ahead(NamedTuple):
@@ -209,7 +207,7 @@ class _Run:
     """
 
     def __init__(
-        self, settings: TrainConfig, checkpoints: Checkpoints, encoder: Encoder, evaluation: EvaluationData
+        self, settings: TrainConfig, checkpoints: Checkpoints, encoder: Encoder, evaluation: EvaluationReader | None
     ) -> None:
         self.settings, self.checkpoints, self.encoder, self.evaluation = settings, checkpoints, encoder, evaluation
         self.placement = encoder.placement
@@ -263,7 +261,7 @@ class _Run:
 
     def _is_evaluated(self, step: int) -> bool:
         every = self.settings.evaluate_every
-        return bool(every) and step % every == 0 and self.evaluation.zero_shot is not None
+        return bool(every) and step % every == 0 and self.evaluation is not None
 
     def _send(self, batch: Batch) -> _Ahead:
         """Start to send this process's rows to its devices."""
@@ -288,8 +286,10 @@ class _Run:
             self._check_parameters(done.step, state.parameters)
         top1 = None
         if self._is_evaluated(done.step):
-            assert self.evaluation.zero_shot is not None
-            top1 = zero_shot.of_images(self.encoder.use(state.parameters), self.evaluation.zero_shot).top1
+            assert self.evaluation is not None
+            labelled = self.evaluation().zero_shot
+            assert labelled is not None
+            top1 = zero_shot.of_images(self.encoder.use(state.parameters), labelled).top1
         self._write(done, top1)
         if save:
             if self.journal is not None:
