@@ -42,6 +42,22 @@ def contrastive_logits(image: np.ndarray, text: np.ndarray, log_scale: float, bi
     return logits
 
 
+def without_equal_captions(logits: np.ndarray, captions: np.ndarray) -> np.ndarray:
+    """Set to -inf what pairs image i with the caption of another pair j that equals its own; `captions` is [B, T].
+
+    A pair of probability 0 adds nothing to the losses, and nothing to their gradients.
+
+    >>> without_equal_captions(np.ones((3, 3)), np.array([[5], [6], [5]])).tolist()
+    [[1.0, 1.0, -inf], [1.0, 1.0, 1.0], [-inf, 1.0, 1.0]]
+    """
+    masked = logits.copy()
+    for i in range(len(logits)):
+        for j in range(len(logits)):
+            if i != j and np.array_equal(captions[i], captions[j]):
+                masked[i, j] = -np.inf
+    return masked
+
+
 def softmax_contrastive_loss(logits: np.ndarray) -> float:
     """Compute the mean over the pairs of L_j: half finds the text of an image, half the image of a text.
 

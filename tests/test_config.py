@@ -213,6 +213,8 @@ def test_override_parses_by_type(text, name, value):
         ("learning_rte=1", "no setting 'learning_rte'; did you mean optimizer.learning_rate?"),
         ("model.learning_rate=1", "did you mean optimizer.learning_rate?"),
         ("model.seed=1", "did you mean data.seed or train.seed?"),
+        ("train.lr=1", "no setting 'train.lr'; did you mean optimizer.learning_rate?"),
+        ("data.path=x", "did you mean data.shards?"),
         ("modle.depth=1", "did you mean model.depth?"),
         ("qqqq=1", "no setting 'qqqq'; limoe train --help"),
         ("seed=1", "'seed' is ambiguous; use data.seed or train.seed"),

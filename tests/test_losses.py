@@ -227,19 +227,25 @@ def test_the_paper_s_single_expert():
     assert float(terms["global_image"]) == pytest.approx(2.9957, abs=5e-5)
 
 
-@given(st.integers(0, 10**6), st.floats(-1, 3), st.floats(-10, 0))
-def test_contrastive_losses(seed, log_scale, bias):
+@given(st.integers(0, 10**6), st.floats(-1, 3), st.floats(-10, 0), st.integers(0, 7))
+def test_contrastive_losses(seed, log_scale, bias, num_captions):
+    """With 7 pairs and so many captions, whose equal ones are masked; with none all pairs are compared."""
     rng = np.random.default_rng(seed)
     image, text = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.normal(size=(2, 7, 5)))
     scale = np.exp(log_scale)
     arguments = [jnp.asarray(x, jnp.float32) for x in (image, text, scale, bias)]
+    captions = jnp.asarray(rng.integers(0, 3, (7, 2))[rng.integers(0, num_captions, 7)]) if num_captions else None
     cases = [
         (softmax_contrastive, arguments[:3], losses.softmax_contrastive_loss, losses.softmax_contrastive_gradient, 0),
         (sigmoid_contrastive, arguments, losses.sigmoid_contrastive_loss, losses.sigmoid_contrastive_gradient, bias),
     ]
     for mine, given_, theirs, slope, shift in cases:
-        value, gradient = jax.value_and_grad(mine, argnums=tuple(range(len(given_))))(*given_)
+        value, gradient = jax.value_and_grad(
+            functools.partial(mine, captions=captions), argnums=tuple(range(len(given_)))
+        )(*given_)
         logits = losses.contrastive_logits(image, text, log_scale, shift)
+        if captions is not None:
+            logits = losses.without_equal_captions(logits, np.asarray(captions))
         dlogits = slope(logits)
         # A logit as large as scale carries an error of eps times that.
         bound = 16 * 2.0**-23 * max(scale, abs(bias), 1.0) * math.sqrt(7)
@@ -293,6 +299,14 @@ def test_a_term_that_is_off_does_not_spoil_the_total():
 def test_a_dense_model_has_no_auxiliary_loss():
     terms = total_loss(PAIRS, PAIRS, None, jnp.float32(10), None, config("moe_layers=()"))
     assert float(terms.total) == float(terms.contrastive) and not any(terms.auxiliary.values())
+
+
+@pytest.mark.parametrize(("setting", "loss"), [("false", math.log1p(2 * math.exp(-10))), ("true", 0.0)])
+def test_equal_captions_are_masked_only_if_that_is_set(setting, loss):
+    chosen = config("moe_layers=()", f"mask_equal_captions={setting}")
+    compared = product.Compared(captions=jnp.zeros((3, 2), jnp.int32))
+    terms = product.total_loss(PAIRS, PAIRS, None, jnp.float32(10), None, chosen.loss, chosen.model, compared)
+    assert float(terms.contrastive) == pytest.approx(loss, rel=1e-5)
 
 
 @jax.jit

@@ -27,18 +27,26 @@ def embeddings(seed: int):
     return jnp.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True), jnp.float32)
 
 
-def with_gradient(loss, mesh, num_scalars: int):
+def with_gradient(loss, mesh, num_scalars: int, captions=None):
     argnums = tuple(range(2 + num_scalars))
-    return jax.value_and_grad(functools.partial(loss, mesh=mesh), argnums=argnums)
+    return jax.value_and_grad(functools.partial(loss, mesh=mesh, captions=captions), argnums=argnums)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize(("shape", "names"), MESHES, ids=str)
-def test_loss_and_gradients_are_those_of_one_device(name, shape, names):
+@pytest.mark.parametrize(
+    ("name", "shape", "names", "num_captions"),
+    [
+        *((name, *mesh, 0) for name in LOSSES for mesh in MESHES),
+        *((name, *MESHES[2], 9) for name in LOSSES),
+    ],
+    ids=str,
+)
+def test_loss_and_gradients_are_those_of_one_device(name, shape, names, num_captions):
     loss, scalars = LOSSES[name]
+    captions = jnp.arange(BATCH)[:, None] % num_captions if num_captions else None
     arguments = (*embeddings(0), *map(jnp.float32, scalars))
-    value, grads = jax.jit(with_gradient(loss, mesh_of(*shape, names=names), len(scalars)))(*arguments)
-    expected, twins = with_gradient(loss, None, len(scalars))(*arguments)
+    value, grads = jax.jit(with_gradient(loss, mesh_of(*shape, names=names), len(scalars), captions))(*arguments)
+    expected, twins = with_gradient(loss, None, len(scalars), captions)(*arguments)
+    assert captions is None or expected < with_gradient(loss, None, len(scalars))(*arguments)[0], "something is masked"
     # Logits go to 10: exp of them is known to 10 eps, and B of them are added up.
     assert_close(value, expected, length=BATCH, name="loss", roundings=10)
     for mine, twin in zip(grads, twins, strict=True):

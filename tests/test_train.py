@@ -50,7 +50,7 @@ def test_the_log_has_each_step_once_with_every_figure(finished: Ran) -> None:
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     names = {
         *("step", "gradient_norm", "learning_rate", "scale", "step_seconds", "pairs_per_second", "elapsed_seconds"),
-        *("memory_bytes", "skipped_in_row", "bad_examples", "bad_first", "zero_shot_top1"),
+        *("memory_bytes", "skipped_in_row", "equal_captions", "bad_examples", "bad_first", "zero_shot_top1"),
     }
     for line in lines:
         assert set(line) == names | TERMS | set(RoutingFigures._fields)

@@ -155,6 +155,7 @@ class LossConfig(Section):
     initial_scale: float = setting("initial factor of the similarities (its logarithm is learned)", 10.0)
     max_logit_scale: float = setting("largest factor of the similarities, kept after each step; 0 = no limit", 0.0)
     initial_bias: float = setting("initial bias of the logits; sigmoid only", -10.0)
+    mask_equal_captions: bool = setting("compare no image with equal captions of other images in the batch", False)
     aux_weight: float = setting("factor of the mean of the active auxiliary losses", 0.04)
     aux_scope: Literal["batch", "group"] = setting(
         "statistics over all tokens of the step, or over each group [open]", "batch"

@@ -21,11 +21,31 @@ SECTIONS: dict[str, type] = {name: kind for name, kind in get_type_hints(Config)
 _NEW_IN: dict[int, dict[str, Any]] = {
     2: {"loss.extra": None, "train.routing_every": None},
     3: {
-        **dict.fromkeys(("loss.max_logit_scale", "train.non_finite", "train.max_skipped", "data.rewound_at")),
+        **dict.fromkeys(
+            (
+                "loss.max_logit_scale",
+                "loss.mask_equal_captions",
+                "train.non_finite",
+                "train.max_skipped",
+                "data.rewound_at",
+            )
+        ),
         **dict.fromkeys(("init.source", "init.digest", "init.upcycle", "init.noise")),
         **dict.fromkeys(("data.sources", "data.preprocess", "data.interpolation", "data.world")),
         "data.background": "black",
     },
+}
+
+# What those type who know open_clip, whose names are like other settings here.
+_OF_OPEN_CLIP = {
+    **dict.fromkeys(("lr", "train.lr", "optimizer.lr"), "optimizer.learning_rate"),
+    **dict.fromkeys(("train_data", "data.path", "data.train", "data.train_data"), "data.shards"),
+    **dict.fromkeys(("val_data", "imagenet_val", "data.val", "data.val_data"), "data.eval_shards"),
+    **dict.fromkeys(("wd", "optimizer.wd"), "optimizer.weight_decay"),
+    **dict.fromkeys(("warmup", "train.warmup"), "optimizer.warmup_steps"),
+    **dict.fromkeys(("workers", "data.workers"), "data.threads"),
+    **dict.fromkeys(("accum_freq", "train.accum_freq"), "train.accumulation"),
+    **dict.fromkeys(("siglip", "loss.siglip"), "loss.contrastive=sigmoid"),
 }
 
 # A message lists at most so many settings that differ. Two presets can differ in twenty.
@@ -72,6 +92,8 @@ def _find(name: str) -> _Setting:
         return _SETTINGS[name]
     if name == "preset":
         raise ConfigError("preset is not a setting; choose one with --preset=NAME")
+    if name in _OF_OPEN_CLIP:
+        raise ConfigError(f"there is no setting {name!r}; did you mean {_OF_OPEN_CLIP[name]}?")
     same_field = [setting.name for setting in _SETTINGS.values() if setting.field == name.rpartition(".")[2]]
     if "." not in name and len(same_field) == 1:
         return _SETTINGS[same_field[0]]

@@ -213,6 +213,16 @@ class Batches:
             )
 
 
+def equal_captions(tokens: Int32[np.ndarray, "B N"]) -> int:
+    """Count the rows whose caption another row has too.
+
+    >>> equal_captions(np.array([[5, 0], [6, 0], [5, 0]], np.int32))
+    2
+    """
+    counts = np.unique(tokens, axis=0, return_counts=True)[1]
+    return int(counts[counts > 1].sum())
+
+
 @functools.lru_cache(maxsize=64)
 def _epoch_seed(seed: tuple[int, ...], epoch: int, part: int) -> int:
     # A hash, not a sum: with seed + epoch, epoch 1 of seed 0 would have the order of epoch 0 of seed 1.

@@ -16,7 +16,7 @@ from limoe.model.build import Parameters, parameter_kinds
 from limoe.model.moe import LayerRouting, RoutingChoice, RoutingContext
 from limoe.model.tower import Encoded, scale_images
 from limoe.parallel.mesh import Placement, gathered
-from limoe.train.losses import LossTerms, total_loss
+from limoe.train.losses import Compared, LossTerms, total_loss
 
 
 class Gradient(NamedTuple):
@@ -75,9 +75,8 @@ def gradient(
 
     def loss(parameters: Parameters, encoded: Encoded) -> tuple[Float[Array, ""], LossTerms]:
         scale, bias = jnp.exp(parameters["log_scale"]), parameters.get("logit_bias")
-        mesh = None if placement is None else placement.mesh
-        image, text = encoded.embeddings
-        terms = total_loss(image, text, encoded.routing, scale, bias, config.loss, config.model, mesh)
+        compared = Compared(None if placement is None else placement.mesh, text)
+        terms = total_loss(*encoded.embeddings, encoded.routing, scale, bias, config.loss, config.model, compared)
         return terms.total, terms
 
     chunks = config.train.accumulation

@@ -19,7 +19,7 @@ from limoe.train.loggers import Loggers
 from limoe.train.losses import by_name
 from limoe.train.optim import make_schedule
 from limoe.train.progress import progress_bar
-from limoe.train.step import StepReport
+from limoe.train.step import Counts, StepReport
 from limoe.workdir.metrics import MetricsLog
 
 
@@ -81,6 +81,7 @@ class Journal:
             "elapsed_seconds": round(time.monotonic() - self._began, 3),
             "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "skipped_in_row": done.skipped_in_row,
+            "equal_captions": Counts(*done.report.counts.tolist()).equal_captions,
             "bad_examples": done.bad.num_bad,
             "bad_first": [_text(example) for example in done.bad.first],
             "zero_shot_top1": top1,

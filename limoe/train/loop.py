@@ -21,7 +21,7 @@ from limoe.config.presets import preset
 from limoe.config.schema import Config, ConfigError, TrainConfig
 from limoe.config.settings import both_values, differences, from_json, to_json
 from limoe.data import files, inputs
-from limoe.data.batches import BadExamples, Batch
+from limoe.data.batches import BadExamples, Batch, equal_captions
 from limoe.data.source import Bad
 from limoe.data.tokenizer import Tokenizer
 from limoe.errors import LimoeError
@@ -179,6 +179,7 @@ class _Ahead(NamedTuple):
     images: np.ndarray | Array
     tokens: np.ndarray | Array
     bad: BadExamples
+    equal_captions: int
 
 
 class _Running(NamedTuple):
@@ -237,7 +238,7 @@ class _Run:
             for step in range(first + 1, self.settings.steps + 1):
                 batch = ahead or self._send(next(stream))
                 profile.at(step, before and before.report)
-                counts = self._counts(Counts(int(bool(signals.received)), *batch.bad[:2]))
+                counts = self._counts(Counts(int(bool(signals.received)), *batch.bad[:2], batch.equal_captions))
                 state, report = step_function(state, batch.images, batch.tokens, counts)
                 running = _Running(step, report, batch.bad)
                 waited_for = self._is_saved(step) or self._is_evaluated(step)
@@ -269,7 +270,7 @@ class _Run:
             jax.device_put(part) if self.placement is None else joined(part, self.placement)
             for part in (batch.images, batch.tokens)
         )
-        return _Ahead(images, tokens, batch.bad)
+        return _Ahead(images, tokens, batch.bad, equal_captions(batch.tokens))
 
     def _counts(self, counts: Counts) -> np.ndarray | Array:
         """Write what this process tells the others into the row of one of its devices; its other rows are 0."""
@@ -286,8 +287,7 @@ class _Run:
             self._check_parameters(done.step, state.parameters)
         top1 = None
         if self._is_evaluated(done.step):
-            assert self.evaluation is not None
-            labelled = self.evaluation().zero_shot
+            labelled = self.evaluation and self.evaluation().zero_shot
             assert labelled is not None
             top1 = zero_shot.of_images(self.encoder.use(state.parameters), labelled).top1
         self._write(done, top1)

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from limoe.config.schema import EXTRA_LOSSES, LossConfig, ModelConfig
 from limoe.model.moe import IMAGE, TEXT, LayerRouting, RoutingSums, balance, entropy_of_mean
@@ -30,19 +30,32 @@ class LossTerms(NamedTuple):
     auxiliary: AuxiliaryTerms
 
 
+class Compared(NamedTuple):
+    """Where the pairs of a batch are compared, and the token ids of their captions for `loss.mask_equal_captions`."""
+
+    mesh: Mesh | None = None
+    captions: Int[Array, "B T"] | None = None
+
+
 def softmax_contrastive(
-    image: Float[Array, "B P"], text: Float[Array, "B P"], scale: Float[Array, ""], *, mesh: Mesh | None = None
+    image: Float[Array, "B P"],
+    text: Float[Array, "B P"],
+    scale: Float[Array, ""],
+    *,
+    mesh: Mesh | None = None,
+    captions: Int[Array, "B T"] | None = None,
 ) -> Float[Array, ""]:
     """Compute the mean cross-entropy of each pair against the whole batch, both ways, in float32 (paper, section 3).
 
     `L_j = -1/2 log softmax_k(s <i_j, t_k>)_j - 1/2 log softmax_k(s <i_k, t_j>)_j`; embeddings are L2-normalised. On a
-    mesh, each device compares its own rows with all others, in a matrix `[B / devices, B]`.
+    mesh, each device compares its own rows with all others, in a matrix `[B / devices, B]`. With the token ids of the
+    `captions`, an image is not compared with those of other pairs that equal its own, nor they with it.
 
     >>> import jax.numpy as jnp
     >>> round(float(softmax_contrastive(jnp.eye(2), jnp.eye(2), jnp.float32(0.0))), 4)
     0.6931
     """
-    return jnp.mean(_by_rows(_softmax_terms, mesh, image, text, scale))
+    return jnp.mean(_by_rows(_softmax_terms, mesh, captions, image, text, scale))
 
 
 def sigmoid_contrastive(
@@ -52,16 +65,17 @@ def sigmoid_contrastive(
     bias: Float[Array, ""],
     *,
     mesh: Mesh | None = None,
+    captions: Int[Array, "B T"] | None = None,
 ) -> Float[Array, ""]:
     """Treat each of the B² pairs as one decision: `-1/B sum_jk log sigmoid(±(s <i_j, t_k> + b))` (Zhai et al. 2023).
 
-    `mesh` is as in `softmax_contrastive`.
+    `mesh` and `captions` are as in `softmax_contrastive`.
 
     >>> import jax.numpy as jnp
     >>> round(float(sigmoid_contrastive(jnp.eye(2), jnp.eye(2), jnp.float32(0.0), jnp.float32(0.0))), 4)
     1.3863
     """
-    return jnp.mean(_by_rows(_sigmoid_terms, mesh, image, text, scale, bias))
+    return jnp.mean(_by_rows(_sigmoid_terms, mesh, captions, image, text, scale, bias))
 
 
 class _Rows(NamedTuple):
@@ -72,48 +86,63 @@ class _Rows(NamedTuple):
     all_image: Float[Array, "B P"]
     all_text: Float[Array, "B P"]
     is_pair: Bool[Array, "N B"]
+    left_out: Bool[Array, "N B"] | None
+    """Other pairs with an equal caption, if they are masked."""
 
 
 def _by_rows(
     terms: Callable[..., Float[Array, " N"]],
     mesh: Mesh | None,
+    captions: Int[Array, "B T"] | None,
     image: Float[Array, "B P"],
     text: Float[Array, "B P"],
     *scalars: Float[Array, ""],
 ) -> Float[Array, " B"]:
     """Compute the term of every row on the device that has the row. The gradient of the gather is a reduce-scatter."""
     if mesh is None:
-        return terms(_Rows(image, text, image, text, jnp.eye(image.shape[0], dtype=bool)), *scalars)
+        is_pair = jnp.eye(image.shape[0], dtype=bool)
+        return terms(_Rows(image, text, image, text, is_pair, _left_out(captions, captions, is_pair)), *scalars)
     axes = tuple(mesh.axis_names)
 
-    def here(image: Array, text: Array, *scalars: Array) -> Array:
+    def here(image: Array, text: Array, captions: Array | None, *scalars: Array) -> Array:
         all_image, all_text = (jax.lax.all_gather(rows, axes, tiled=True) for rows in (image, text))
+        all_captions = None if captions is None else jax.lax.all_gather(captions, axes, tiled=True)
         own = image.shape[0] * jax.lax.axis_index(axes) + jnp.arange(image.shape[0])
         is_pair = own[:, None] == jnp.arange(all_image.shape[0])
-        return terms(_Rows(image, text, all_image, all_text, is_pair), *scalars)
+        left_out = _left_out(captions, all_captions, is_pair)
+        return terms(_Rows(image, text, all_image, all_text, is_pair, left_out), *scalars)
 
     rows, whole = PartitionSpec(axes), PartitionSpec()
     # No psum in here, because its gradient would depend on check_vma. The mean is taken outside.
     sharded = jax.shard_map(
-        here, mesh=mesh, in_specs=(rows, rows, *[whole] * len(scalars)), out_specs=rows, check_vma=False
+        here, mesh=mesh, in_specs=(rows, rows, rows, *[whole] * len(scalars)), out_specs=rows, check_vma=False
     )
-    return sharded(image, text, *scalars)
+    return sharded(image, text, captions, *scalars)
+
+
+def _left_out(
+    own: Int[Array, "N T"] | None, every: Int[Array, "B T"] | None, is_pair: Bool[Array, "N B"]
+) -> Bool[Array, "N B"] | None:
+    if own is None or every is None:
+        return None
+    return (own[:, None] == every[None]).all(axis=2) & ~is_pair
 
 
 def _softmax_terms(rows: _Rows, scale: Float[Array, ""]) -> Float[Array, " N"]:
-    to_text = _cross_entropy(scale * _similarity(rows.image, rows.all_text), rows.is_pair)
-    to_image = _cross_entropy(scale * _similarity(rows.text, rows.all_image), rows.is_pair)
+    to_text = _cross_entropy(scale * _similarity(rows.image, rows.all_text), rows)
+    to_image = _cross_entropy(scale * _similarity(rows.text, rows.all_image), rows)
     return (to_text + to_image) / 2
 
 
-def _cross_entropy(logits: Float[Array, "N B"], is_pair: Bool[Array, "N B"]) -> Float[Array, " N"]:
+def _cross_entropy(logits: Float[Array, "N B"], rows: _Rows) -> Float[Array, " N"]:
     """Compute `-log softmax` of each row's own pair as `log(1 + sum exp(gap))` over the other pairs of the row.
 
     The gap is a pair's logit minus that of the own pair. `logsumexp(logits) - own` would round a small loss to a
     multiple of the logits' last digit, also below 0.
     """
-    own = jnp.sum(logits, axis=1, keepdims=True, where=is_pair)
-    gap = jnp.where(is_pair, -jnp.inf, logits - own)
+    own = jnp.sum(logits, axis=1, keepdims=True, where=rows.is_pair)
+    absent = rows.is_pair if rows.left_out is None else rows.is_pair | rows.left_out
+    gap = jnp.where(absent, -jnp.inf, logits - own)
     # exp of a large gap would overflow, so the largest is taken out: L + log(exp(-L) + sum exp(gap - L)), L >= 0.
     largest = jax.lax.stop_gradient(jnp.max(gap, axis=1, initial=0.0))
     others = jnp.sum(jnp.exp(gap - largest[:, None]), axis=1)
@@ -122,7 +151,8 @@ def _cross_entropy(logits: Float[Array, "N B"], is_pair: Bool[Array, "N B"]) -> 
 
 def _sigmoid_terms(rows: _Rows, scale: Float[Array, ""], bias: Float[Array, ""]) -> Float[Array, " N"]:
     logits = scale * _similarity(rows.image, rows.all_text) + bias
-    return -jnp.sum(jax.nn.log_sigmoid(jnp.where(rows.is_pair, logits, -logits)), axis=1)
+    decided = jax.nn.log_sigmoid(jnp.where(rows.is_pair, logits, -logits))
+    return -jnp.sum(decided if rows.left_out is None else jnp.where(rows.left_out, 0.0, decided), axis=1)
 
 
 def _similarity(image: Float[Array, "N P"], text: Float[Array, "B P"]) -> Float[Array, "N B"]:
@@ -237,11 +267,11 @@ def total_loss(
     bias: Float[Array, ""] | None,
     loss: LossConfig,
     model: ModelConfig,
-    mesh: Mesh | None = None,
+    compared: Compared | None = None,
 ) -> LossTerms:
     """Compute the loss of the whole step from its embeddings and routing sums. A dense model has auxiliary terms of 0.
 
-    With a `mesh`, the rows of the embeddings are split over all its devices.
+    With a mesh to be `compared` on, the rows of the embeddings are split over all its devices.
 
     >>> from limoe.config.presets import preset
     >>> dense = preset("tiny-dense")
@@ -249,11 +279,13 @@ def total_loss(
     >>> round(float(terms.total), 4), float(terms.auxiliary_total)
     (0.6931, 0.0)
     """
+    mesh, captions = compared or Compared()
+    captions = captions if loss.mask_equal_captions else None
     if loss.contrastive == "sigmoid":
         assert bias is not None
-        contrastive = sigmoid_contrastive(image, text, scale, bias, mesh=mesh)
+        contrastive = sigmoid_contrastive(image, text, scale, bias, mesh=mesh, captions=captions)
     else:
-        contrastive = softmax_contrastive(image, text, scale, mesh=mesh)
+        contrastive = softmax_contrastive(image, text, scale, mesh=mesh, captions=captions)
     if routing is None:
         auxiliary = {name: jnp.float32(0) for name in AUXILIARY_LOSSES}
     else:

@@ -39,6 +39,8 @@ class Counts(NamedTuple):
     stop_wishes: int
     examined: int
     bad: int
+    equal_captions: int = 0
+    """Rows whose caption another row of the same process has too."""
 
 
 class StepReport(NamedTuple):
