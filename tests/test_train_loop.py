@@ -216,7 +216,7 @@ def test_a_signal_stops_after_the_step_that_runs_or_the_one_after_all_have_heard
             if own and step == 5:
                 signals.received = "SIGTERM"
             if not own and step == 6:
-                counts = counts + np.array([[1, 0, 0]], np.int32)
+                counts = counts + np.array([[1, 0, 0, 0]], np.int32)
             return super().__call__(state, images, tokens, counts)
 
     run, last = run_steps(tmp_path, config(12), Signalled(0.0), batches(2), signals)
