@@ -123,15 +123,15 @@ def as_in_0_1_0(config: Config) -> str:
 
 def as_in_format_2(config: Config) -> str:
     tree = json.loads(to_json(config)) | {"format": 2}
-    del (
-        tree["init"],
-        tree["loss"]["max_logit_scale"],
-        tree["loss"]["mask_equal_captions"],
-        tree["train"]["non_finite"],
-        tree["train"]["max_skipped"],
-    )
-    for name in ("rewound_at", "sources", "preprocess", "interpolation", "background", "world"):
-        del tree["data"][name]
+    del tree["init"]
+    came = {
+        "loss": ("max_logit_scale", "mask_equal_captions"),
+        "train": ("non_finite", "max_skipped"),
+        "data": ("rewound_at", "sources", "preprocess", "interpolation", "background", "world"),
+    }
+    for section, names in came.items():
+        for name in names:
+            del tree[section][name]
     return json.dumps(tree, indent=2)
 
 

@@ -21,15 +21,8 @@ SECTIONS: dict[str, type] = {name: kind for name, kind in get_type_hints(Config)
 _NEW_IN: dict[int, dict[str, Any]] = {
     2: {"loss.extra": None, "train.routing_every": None},
     3: {
-        **dict.fromkeys(
-            (
-                "loss.max_logit_scale",
-                "loss.mask_equal_captions",
-                "train.non_finite",
-                "train.max_skipped",
-                "data.rewound_at",
-            )
-        ),
+        **dict.fromkeys(("loss.max_logit_scale", "loss.mask_equal_captions")),
+        **dict.fromkeys(("train.non_finite", "train.max_skipped", "data.rewound_at")),
         **dict.fromkeys(("init.source", "init.digest", "init.upcycle", "init.noise")),
         **dict.fromkeys(("data.sources", "data.preprocess", "data.interpolation", "data.world")),
         "data.background": "black",

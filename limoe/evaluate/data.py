@@ -264,10 +264,11 @@ def _read(config: Config, folder: str, limit: int | None) -> _Found:
 
     with ThreadPoolExecutor(threads) as pool:
         mine = list(pool.map(facts_of, numbers[jax.process_index() :: jax.process_count()]))
-    shares = [json.loads(text) for text in processes.texts_of_all(json.dumps(mine))]
+    told = json.dumps([(isinstance(each, Bad), *each) for each in mine])
+    shares = [json.loads(text) for text in processes.texts_of_all(told)]
     in_order = [row for turn in itertools.zip_longest(*shares) for row in turn if row is not None]
-    good = [_Facts(*row) for row in in_order if len(row) == len(_Facts._fields)]
-    bad = [Bad(*row) for row in in_order if len(row) == len(Bad._fields)]
+    good = [_Facts(*row) for is_bad, *row in in_order if not is_bad]
+    bad = [Bad(*row) for is_bad, *row in in_order if is_bad]
     _require_some(good, bad, folder)
     return _Found(good, bad, kept, source.classes, threads)
 

@@ -24,7 +24,7 @@ class Pictures:
     def __init__(
         self, read: Callable[[int], Decoded | Bad], numbers: Sequence[int] | np.ndarray, *, threads: int = 1
     ) -> None:
-        self._of, self._numbers, self._threads = read, np.asarray(numbers, np.int64), max(threads, 1)
+        self._example, self._numbers, self._threads = read, np.asarray(numbers, np.int64), max(threads, 1)
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -47,10 +47,10 @@ class Pictures:
 
     def take(self, rows: np.ndarray) -> Pictures:
         """Choose some of the pictures without reading them."""
-        return Pictures(self._of, self._numbers[rows], threads=self._threads)
+        return Pictures(self._example, self._numbers[rows], threads=self._threads)
 
     def _read(self, number: int) -> UInt8[np.ndarray, "H W 3"]:
-        example = self._of(number)
+        example = self._example(number)
         if isinstance(example, Bad):
             raise DataError(f"{example.key} was read before, and now: {example.reason}; evaluate again")
         return example.image
