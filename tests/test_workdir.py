@@ -93,6 +93,13 @@ def test_a_damaged_config_is_refused(tmp_path: Path, content: bytes) -> None:
     assert (tmp_path / "config.json").read_bytes() == content
 
 
+def test_a_bucket_is_refused_and_nothing_is_made_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WorkdirError, match=r"gs://bucket/run is not in a file system.*--workdir"):
+        Workdir.open("gs://bucket/run", TINY)
+    assert not os.listdir(tmp_path)
+
+
 def test_foreign_files_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(WorkdirError, match=r"holds other files \(thesis\.tex\).*--workdir"):

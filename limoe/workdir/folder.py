@@ -80,10 +80,15 @@ class Workdir:
         in `changes`. The folder stays locked until `close`, the end of a `with` block, or the end of the process.
 
         Raises:
-          WorkdirError: the folder holds something else, was made with other settings or by limoe 0.1.0, or another run
-            is using it.
+          WorkdirError: the folder is in a bucket, holds something else, was made with other settings or by limoe 0.1.0,
+            or another run is using it.
           limoe.data.files.StorageError: the folder cannot be written (full disk, permissions).
         """
+        if "://" in os.fspath(path):
+            raise WorkdirError(
+                f"{path} is not in a file system, which the lock and the log of a run need; give a local or mounted "
+                "folder with --workdir=DIR"
+            )
         folder = Path(path).absolute()
         _refuse_foreign(folder)
         files.make_folder(folder)
