@@ -236,20 +236,21 @@ def test_a_process_that_is_gone_after_the_end_is_not_missed(monkeypatch, answer)
 IN_TURN = """
 import sys
 import numpy as np
-from limoe.parallel.processes import join
+from limoe.parallel.processes import Watch, join
 join(sys.argv[1], 2, int(sys.argv[2]))
 import jax
 from jax.sharding import Mesh
 from limoe.config.schema import MeshConfig
 from limoe.parallel.mesh import AXES, Placement, joined, own_rows
-devices = np.array(jax.devices()).reshape(2, 2).T.reshape(1, 4, 1)
-assert [device.process_index for device in devices.flat] == [0, 1, 0, 1]
-placement = Placement(Mesh(devices, AXES), MeshConfig(data=4))
-batch = np.arange(24).reshape(8, 3)
-rows = own_rows(8, placement)
-assert rows == [[0, 1, 4, 5], [2, 3, 6, 7]][int(sys.argv[2])], rows
-whole = jax.jit(lambda x: x + 0, out_shardings=placement.everywhere)(joined(batch[rows], placement))
-np.testing.assert_array_equal(whole, batch)
+with Watch():  # JAX aborts a process that ends after the first one
+    devices = np.array(jax.devices()).reshape(2, 2).T.reshape(1, 4, 1)
+    assert [device.process_index for device in devices.flat] == [0, 1, 0, 1]
+    placement = Placement(Mesh(devices, AXES), MeshConfig(data=4))
+    batch = np.arange(24).reshape(8, 3)
+    rows = own_rows(8, placement)
+    assert rows == [[0, 1, 4, 5], [2, 3, 6, 7]][int(sys.argv[2])], rows
+    whole = jax.jit(lambda x: x + 0, out_shardings=placement.everywhere)(joined(batch[rows], placement))
+    np.testing.assert_array_equal(whole, batch)
 """
 
 
