@@ -83,14 +83,28 @@ def make_plan(
     layout = plan_layout(num_tokens, num_choices, num_groups, num_experts, capacity, rows_per_expert)
     refuse_split(routing=routing, priority=priority, modality=modality)
     routing, priority = jax.lax.stop_gradient((routing, priority))
-    ranked = _sort(routing, priority, num_groups, num_experts)
-    kept = jnp.minimum(ranked.wanted, most // num_groups)
+    return _planned(routing, priority, modality, layout, most // num_groups, num_modalities)
+
+
+# Called outside of jit, a plan is one program and not one for each of its operations.
+@functools.partial(jax.jit, static_argnums=(3, 4, 5), inline=True)
+def _planned(
+    routing: Routing,
+    priority: Float[Array, " T"] | None,
+    modality: Int[Array, " T"] | None,
+    layout: Layout,
+    places: int,
+    num_modalities: int,
+) -> Plan:
+    """Plan with checked arguments; an expert has at most `places` places in a group."""
+    ranked = _sort(routing, priority, layout.num_groups, layout.num_experts)
+    kept = jnp.minimum(ranked.wanted, places)
     row, source, runs = _places(ranked, kept, layout)
     if modality is None:
         by_modality = kept[:, None].astype(jnp.float32)
     else:
-        by_modality = kept_by_modality(routing, row.reshape(num_groups, -1), modality, num_modalities, layout)
-    return Plan(row.reshape(num_tokens, num_choices), source, runs, by_modality, layout)
+        by_modality = kept_by_modality(routing, row.reshape(layout.num_groups, -1), modality, num_modalities, layout)
+    return Plan(row.reshape(routing.expert.shape), source, runs, by_modality, layout)
 
 
 class _Places(NamedTuple):

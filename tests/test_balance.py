@@ -52,8 +52,8 @@ def test_value_and_gradient_by_group_and_over_the_batch(name, family):
     def twin(kernel):
         return jnp.stack([by_formula(name, tokens, kernel, family, members) for members in parts])
 
-    assert_close(mine(kernel), twin(kernel), length=TOKENS * EXPERTS, name=name)
-    found, wanted = jax.jacrev(mine)(kernel), jax.jacrev(twin)(kernel)
+    assert_close(jax.jit(mine)(kernel), jax.jit(twin)(kernel), length=TOKENS * EXPERTS, name=name)
+    found, wanted = jax.jit(jax.jacrev(mine))(kernel), jax.jit(jax.jacrev(twin))(kernel)
     scale = np.full(wanted.shape[:-1], np.abs(wanted).max())
     assert_close(found, wanted, length=TOKENS * EXPERTS, name=f"gradient of {name}", scale=scale)
 

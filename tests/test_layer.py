@@ -239,3 +239,23 @@ def test_noise_has_the_stated_deviation_and_depends_on_the_group_alone():
     assert abs(float(draw.std()) - 0.25) < 0.005
     later = router_noise(jax.random.key(0), num_groups=3, group_size=512, num_experts=4, first_group=jnp.int32(5))
     np.testing.assert_array_equal(draw[5 * 512 :], later)
+
+
+def test_outside_of_jit_each_verb_is_one_program():
+    """Somebody who tries the layer in a notebook does not wait for a compilation of every small operation."""
+    compiled: list[str] = []
+
+    def listen(event: str, seconds: float, **facts):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    tokens, router = jnp.ones((26, 7)), jnp.ones((7, 3))
+    w = MlpWeights(jnp.ones((3, 7, 11)), None, jnp.ones((3, 11, 7)), None)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        moe_mlp(tokens, router, w, MoeSpec(capacity_factor=1.0))
+        first, compiled[:] = len(compiled), []
+        moe_mlp(tokens, router, w, MoeSpec(capacity_factor=1.0))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert 0 < first < 15 and not compiled

@@ -207,7 +207,7 @@ def apply(span: Span, static: Any, differentiable: tuple[Any, ...], constants: t
     refuse_split(arrays=(differentiable, constants))
     arguments = jax.tree.map(jnp.asarray, (differentiable, constants))
     arguments = vary_like(arguments, arguments)
-    return _apply(span, static, *arguments)
+    return _in_one_program(span, static, *arguments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -230,6 +230,9 @@ def _apply_backward(span: Span, static: Any, saved: Any, cotangent: Any) -> tupl
 
 
 _apply.defvjp(_apply_forward, _apply_backward)
+
+# Called outside of jit, a span is one program and not one for each of its operations.
+_in_one_program = jax.jit(_apply, static_argnums=(0, 1), inline=True)
 
 
 @jax.custom_jvp
