@@ -17,7 +17,7 @@ import hypothesis
 import jax
 import jaxtyping
 import pytest
-from devices import pytest_pyfunc_call  # noqa: F401 (a hook of pytest, found by its name)
+from devices import pytest_pyfunc_call, pytest_sessionfinish  # noqa: F401 (hooks of pytest, found by their names)
 from jaxtyping import install_import_hook
 
 # From here on every annotated shape and dtype is checked at each call. It only sees modules imported after it; this
