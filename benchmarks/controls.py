@@ -27,7 +27,8 @@ from limoe.config.schema import Config  # noqa: E402
 from limoe.config.settings import override  # noqa: E402
 from limoe.data import inputs  # noqa: E402
 from limoe.data.files import read_range  # noqa: E402
-from limoe.data.shards import Example, find_shards, load_index, write_shard  # noqa: E402
+from limoe.data.index_file import open_index  # noqa: E402
+from limoe.data.shards import Example, find_shards, write_shard  # noqa: E402
 from limoe.train.loop import train  # noqa: E402
 
 _CONTROLS = flags.DEFINE_list("controls", ["limoe", "dense", "shuffled", "colour"], "Controls to run.")
@@ -48,24 +49,24 @@ class Row(NamedTuple):
 def shuffle_captions(train_shards: str, folder: Path) -> None:
     """Write the shards again with the captions permuted among all images, by a fixed permutation."""
     paths = find_shards(train_shards)
-    indexes = [load_index(path) for path in paths]
-    members = [(path, index, row) for path, index in zip(paths, indexes, strict=True) for row in range(len(index.keys))]
+    indexes = [open_index(path) for path in paths]
+    members = [(path, index, row) for path, index in zip(paths, indexes, strict=True) for row in range(len(index))]
     order = np.random.default_rng(0).permutation(len(members))
 
-    def content(span: np.ndarray, path: str) -> bytes:
-        return read_range(path, int(span[0]), int(span[1]))
+    def content(span: tuple[int, int], path: str) -> bytes:
+        return read_range(path, *span)
 
     def examples(first: int, last: int) -> Iterator[Example]:
         for number in range(first, last):
             path, index, row = members[number]
             other_path, other, other_row = members[order[number]]
-            caption = content(other.caption[other_row], other_path).decode()
-            yield Example(f"{number:09d}", content(index.image[row], path), caption)
+            caption = content(other.entry(other_row).caption, other_path).decode()
+            yield Example(f"{number:09d}", content(index.entry(row).image, path), caption)
 
     folder.mkdir(parents=True, exist_ok=True)
     first = 0
     for path, index in zip(paths, indexes, strict=True):
-        last = first + len(index.keys)
+        last = first + len(index)
         if not (folder / Path(path).name).exists():
             write_shard(folder / Path(path).name, examples(first, last))
         first = last

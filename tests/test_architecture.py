@@ -288,7 +288,12 @@ def test_functions_are_measured():
 # Not limoe.train.loop.train: the shortest run takes ten seconds; tests/run_cases.py starts it.
 ENTRIES = (
     *("config.presets.preset", "config.settings.override", "config.settings.to_json", "model.describe.describe"),
-    *("data.shards.write_shard", "data.shards.find_shards", "data.shards.load_index", "data.tokenizer.train_tokenizer"),
+    *(
+        "data.shards.write_shard",
+        "data.shards.find_shards",
+        "data.index_file.open_index",
+        "data.tokenizer.train_tokenizer",
+    ),
     *("train.losses.softmax_contrastive", "train.losses.sigmoid_contrastive", "train.losses.auxiliary_terms"),
     *("train.losses.total_loss", "train.step.prepare", "evaluate.zero_shot.zero_shot", "evaluate.retrieval.retrieval"),
     *("workdir.folder.Workdir", "report.pictures.draw_overview", "plan.pods.find_pod"),

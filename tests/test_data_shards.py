@@ -1,4 +1,4 @@
-"""Shards: what is written, how shards are found, and the index of whole, cut, damaged and odd tars."""
+"""Shards: what is written, how shards are found, and what is indexed of whole, cut, damaged and odd tars."""
 
 import io
 import os
@@ -6,9 +6,10 @@ import tarfile
 
 import pytest
 
-from limoe.data import files, shards
+from limoe.data import files, tars
 from limoe.data.files import DataError
-from limoe.data.shards import Example, build_index, find_shards, load_index, write_shard
+from limoe.data.index import build_index
+from limoe.data.shards import Example, find_shards, write_shard
 
 EXAMPLES = [
     Example("000", b"first image", "a red ring", {"class": 3}),
@@ -38,7 +39,7 @@ def tar(tmp_path):
 
 
 def test_what_was_written_is_found_again(tar):
-    index = load_index(tar)
+    index = build_index(tar)
     assert index.keys == ["000", "001", "002"]
     assert [member(tar, span) for span in index.image] == [example.image_bytes for example in EXAMPLES]
     assert [member(tar, span).decode() for span in index.caption] == [example.caption for example in EXAMPLES]
@@ -88,6 +89,31 @@ def test_long_names_of_every_tar_format_are_read(tmp_path, tar_format):
     assert index.keys == [name, "ü"]
     assert member(path, index.image[0]) == b"image"
     assert index.damage == ""
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_the_quick_reader_of_headers_agrees_with_tarfile(tmp_path, tar_format, monkeypatch):
+    path = tmp_path / "a.tar"
+    names = ["a.jpg", "ä.txt", "x/" * 60 + "b.jpg", "y" * 99 + "/c.txt", "d/", "e" * 100]
+    write_tar(path, [(name, bytes(number * 300)) for number, name in enumerate(names)], format=tar_format)
+    whole = path.read_bytes()
+    for at in (None, 0, 124, 130, 135, 148, 154, 156, 345):  # one byte of the first header is another
+        path.write_bytes(whole if at is None else whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        quick, slow = read_members(path), None
+        with monkeypatch.context() as patched:
+            patched.setattr(tars, "_plain_file", lambda block: None)
+            slow = read_members(path)
+        assert quick == slow and (at is not None or len(quick) == 6)
+
+
+def read_members(path):
+    found = []
+    with open(path, "rb") as file:
+        try:
+            found.extend(tars.members(file, path.stat().st_size))
+        except tars.BrokenTar as error:
+            found.append(str(error))
+    return found
 
 
 def test_every_cut_keeps_what_is_whole_and_counts_the_rest(tar, tmp_path):
@@ -148,58 +174,6 @@ def test_a_giant_size_is_damage(tmp_path):
     info.pax_headers = {"size": "9" * 40}
     path.write_bytes(info.tobuf(tarfile.PAX_FORMAT) + files.read_bytes(path))
     assert "damaged" in build_index(path).damage
-
-
-def test_the_stored_index_is_used_until_the_tar_changes(tar, monkeypatch):
-    first = load_index(tar)
-    with monkeypatch.context() as patched:
-        patched.setattr(shards, "build_index", lambda path: pytest.fail("the stored index fits"))
-        again = load_index(tar)
-    assert (again.keys, again.image.tolist(), again.stamp) == (first.keys, first.image.tolist(), first.stamp)
-    write_shard(tar, EXAMPLES[:1])
-    assert load_index(tar).keys == ["000"]
-
-
-def test_a_changed_time_alone_makes_the_index_stale(tar):
-    load_index(tar)
-    os.utime(tar, ns=(0, 0))
-    assert load_index(tar).stamp.modified_ns == 0
-
-
-def test_a_damaged_index_is_built_again(tar):
-    expected = load_index(tar)
-    place = str(tar) + shards.INDEX_SUFFIX
-    stored = files.read_bytes(place)
-    damaged = [b"", stored[:10], stored[:-1], stored + b"x", b"\x80\x04garbage pickle."]
-    damaged += [stored[:at] + bytes([stored[at] ^ 1]) + stored[at + 1 :] for at in range(0, len(stored), 97)]
-    for content in damaged:
-        files.write_bytes(place, content)
-        assert load_index(tar).keys == expected.keys
-        assert files.read_bytes(place) == stored
-
-
-def test_where_the_folder_may_not_be_written_the_index_goes_to_the_cache(tar, tmp_path, monkeypatch):
-    writer = files.atomic_writer
-
-    def refuse_beside(path):
-        if os.path.dirname(path) == str(tmp_path):
-            raise files.StorageError("read-only")
-        return writer(path)
-
-    monkeypatch.setattr(files, "atomic_writer", refuse_beside)
-    expected = load_index(tar, cache_dir=tmp_path / "cache")
-    assert sorted(os.listdir(tmp_path)) == ["a.tar", "cache"]
-    monkeypatch.setattr(shards, "build_index", lambda path: pytest.fail("the index in the cache fits"))
-    assert load_index(tar, cache_dir=tmp_path / "cache").keys == expected.keys
-
-
-def test_where_nothing_may_be_written_the_index_stays_in_memory(tar, tmp_path, monkeypatch):
-    def refuse(path):
-        raise files.StorageError("read-only")
-
-    monkeypatch.setattr(files, "atomic_writer", refuse)
-    assert load_index(tar, cache_dir=tmp_path / "cache").keys == ["000", "001", "002"]
-    assert os.listdir(tmp_path) == ["a.tar"]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limoe.data import files, shards
+from limoe.data import files, index_file
 from limoe.data.files import DataError
 from limoe.data.images import Preprocess
 from limoe.data.shards import Example, write_shard
@@ -216,14 +216,14 @@ def test_a_read_error_is_tried_again_and_then_counted(two_shards, monkeypatch):
 
 
 def test_a_shard_that_is_lost_at_the_start_is_one_bad_example(two_shards, monkeypatch):
-    loaded = shards.load_index
+    opened = index_file.open_index
 
     def fail(path, **options):
         if path.endswith("a.tar"):
             raise OSError(errno.EIO, "Input/output error")
-        return loaded(path, **options)
+        return opened(path, **options)
 
-    monkeypatch.setattr(shards, "load_index", fail)
+    monkeypatch.setattr(index_file, "open_index", fail)
     source = ShardSource(two_shards, preprocess=Preprocess(8))
     assert len(source) == 2 and isinstance(source[1], Decoded)
     assert source[0] == Bad("all of a.tar", "the shard cannot be read: [Errno 5] Input/output error")

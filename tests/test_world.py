@@ -17,7 +17,7 @@ from PIL import Image
 
 from limoe.data import files
 from limoe.data import world as world_module
-from limoe.data.shards import INDEX_SUFFIX
+from limoe.data.index_file import INDEX_SUFFIX
 from limoe.data.world import (
     HELD_OUT,
     SPLITS,

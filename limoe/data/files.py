@@ -109,6 +109,23 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
     return retried(read)
 
 
+class Opened:
+    """A file that stays open to be read by position, from any thread. Raises the errors of `open_binary`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with explained("read", path):
+            self._descriptor = os.open(_local(path), os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Read as `read_range` does."""
+        return retried(lambda: os.pread(self._descriptor, size, offset))
+
+
 def retried(read: Callable[[], T]) -> T:
     """Call a function that reads, again after an error of the kind that passes."""
     for pause in _PAUSES:

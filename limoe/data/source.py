@@ -1,5 +1,7 @@
 """Data sources: random access to decoded examples; for an example that cannot be used, the reason."""
 
+from __future__ import annotations
+
 import bisect
 import hashlib
 import itertools
@@ -13,9 +15,11 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
-from limoe.data import files, images, shards
+from limoe.data import files, images, index_file, shards
 from limoe.data.classes import Classes, has_classes, read_classes
 from limoe.data.files import DataError
+from limoe.data.index import NO_TAR, lost_index
+from limoe.data.index_file import Members, Index
 from limoe.data.templates import templates_of
 
 # Larger members are refused unread. They are no captions and no images of the web, and could fill the memory.
@@ -129,12 +133,17 @@ class _BadExample(Exception):
     """The reason why an example is bad, raised where the example's key is not known."""
 
 
+class _Shard(NamedTuple):
+    path: str
+    members: Index
+
+
 class ShardSource(Source):
     """The examples of all shards that `find_shards(spec)` names, shard after shard, bad examples included.
 
     `metadata` asks for the content of key.json and key.cls too; then an example with a damaged one is bad, and one with
     a class needs no caption. Captions are key.txt, with `lines` one a line; or the text or list of that name in
-    key.json, with `caption`; or sentences with the class, by the name of a set of `templates`. `load_index` says
+    key.json, with `caption`; or sentences with the class, by the name of a set of `templates`. `open_index` says
     where indexes are stored. Raises `DataError` if there are no shards or no examples, and the errors of
     `files.open_binary`.
     """
@@ -153,7 +162,7 @@ class ShardSource(Source):
     ) -> None:
         self._paths = shards.find_shards(spec)
         self._indexes = [_index_of(path, cache_dir) for path in self._paths]
-        self._ends = list(itertools.accumulate(len(index.keys) for index in self._indexes))
+        self._ends = list(itertools.accumulate(map(len, self._indexes)))
         self._preprocess, self._metadata, self._lines, self._caption_name = preprocess, metadata, lines, caption
         self._classes = read_classes(spec) if classes is None and has_classes(spec) else classes
         self._sentences = templates_of(templates) if templates else ()
@@ -161,7 +170,7 @@ class ShardSource(Source):
             raise DataError(
                 f"{spec} has no classes.json or classnames.txt, so templates={templates} has no names to take"
             )
-        if all(index.damage.startswith(shards.NO_TAR) for index in self._indexes):
+        if all(index.damage.startswith(NO_TAR) for index in self._indexes):
             raise DataError(
                 f"the shards of {spec} hold no examples that can be read ({self._paths[0]}: "
                 f"{self._indexes[0].damage}); give a tar, or one of the layouts {', '.join(SOURCES)} as LAYOUT:PATH"
@@ -177,7 +186,7 @@ class ShardSource(Source):
         """Size and digest of the index of each shard, by its name from the folder that all shards have in common."""
         common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in self._paths])
         found = {
-            os.path.relpath(os.path.abspath(path), common): f"{index.stamp.size} bytes, index {shards.digest_of(index)}"
+            os.path.relpath(os.path.abspath(path), common): f"{index.stamp.size} bytes, index {index.digest}"
             for path, index in zip(self._paths, self._indexes, strict=True)
         }
         if self._caption_name or self._sentences or self._lines:
@@ -195,24 +204,25 @@ class ShardSource(Source):
         return self._ends[-1]
 
     def __getitem__(self, number: int) -> Decoded | Bad:
-        path, index, row = self._locate(number)
-        key = index.keys[row]
+        shard, row = self._locate(number)
         try:
-            captions, facts = self._described(path, index, row)
-            content = _member(path, index, index.image[row], "image", MAX_IMAGE_BYTES)
+            entry = shard.members.entry(row)
+        except OSError as error:
+            return Bad(f"example {row} of {shard.path}", f"its index cannot be read: {error}")
+        try:
+            captions, facts = self._described(shard, entry)
+            content = _member(shard, entry.image, "image", MAX_IMAGE_BYTES)
             image = images.decode(content, self._preprocess)
-            return Decoded(image, captions[0], key, facts if self._metadata else None, captions[1:])
+            return Decoded(image, captions[0], entry.key, facts if self._metadata else None, captions[1:])
         except (_BadExample, images.ImageError) as error:
-            return Bad(key, str(error))
+            return Bad(entry.key, str(error))
 
-    def _described(
-        self, path: str, index: shards.ShardIndex, row: int
-    ) -> tuple[tuple[str, ...], dict[str, Any] | None]:
+    def _described(self, shard: _Shard, entry: Members) -> tuple[tuple[str, ...], dict[str, Any] | None]:
         """Read the captions of an example, at least one, and its metadata if that is asked for."""
-        if (key := index.keys[row]) in index.bad:
-            raise _BadExample(index.bad[key])
+        if entry.bad:
+            raise _BadExample(entry.bad)
         needed = self._metadata or self._sentences or self._caption_name
-        facts = _facts(path, index, row) if needed else None
+        facts = _facts(shard, entry) if needed else None
         if self._sentences:
             assert self._classes is not None
             label, count = (facts or {}).get("class"), len(self._classes.names)
@@ -225,9 +235,9 @@ class ShardSource(Source):
             if not found or not all(isinstance(text, str) and text.strip() for text in found):
                 raise _BadExample(f"the metadata has no caption {self._caption_name!r}: {given!r:.40}")
             return found, facts
-        if index.caption[row][0] < 0 and self._metadata and "class" in (facts or {}):
+        if entry.caption[0] < 0 and self._metadata and "class" in (facts or {}):
             return ("",), facts
-        text = _caption(path, index, row)
+        text = _caption(shard, entry)
         lines = tuple(line for line in text.splitlines() if line.strip()) if self._lines else (text,)
         return lines, facts
 
@@ -251,17 +261,18 @@ class ShardSource(Source):
     def captions(self, *, limit: int) -> Iterator[str]:
         """Yield captions as `Source` does, without reading images."""
         for number in spread_evenly(len(self), limit):
+            shard, row = self._locate(number)
             try:
-                yield from self._described(*self._locate(number))[0]
-            except _BadExample:
+                yield from self._described(shard, shard.members.entry(row))[0]
+            except (_BadExample, OSError):
                 continue
 
-    def _locate(self, number: int) -> tuple[str, shards.ShardIndex, int]:
+    def _locate(self, number: int) -> tuple[_Shard, int]:
         if not 0 <= number < len(self):
             raise IndexError(f"example {number} of {len(self)}")
         shard = bisect.bisect_right(self._ends, number)
         index = self._indexes[shard]
-        return self._paths[shard], index, number - self._ends[shard] + len(index.keys)
+        return _Shard(self._paths[shard], index), number - self._ends[shard] + len(index)
 
 
 class CachedSource(Source):
@@ -355,18 +366,18 @@ def described_by(label: int, classes: Classes, templates: Sequence[str]) -> tupl
     return tuple(template.replace("{}", classes.names[label]) for template in templates)
 
 
-def _index_of(path: str, cache_dir: files.Path) -> shards.ShardIndex:
+def _index_of(path: str, cache_dir: files.Path) -> Index:
     """Load an index. A shard that is gone or unreadable is one bad example; a missing permission ends the run."""
     try:
-        return files.retried(lambda: shards.load_index(path, cache_dir=cache_dir))
+        return files.retried(lambda: index_file.open_index(path, cache_dir=cache_dir))
     except files.StorageError:
         raise
     except OSError as error:
-        return shards.lost_index(path, error)
+        return index_file.in_memory(path, index_file.encoded(lost_index(path, error)))
 
 
-def _caption(path: str, index: shards.ShardIndex, row: int) -> str:
-    content = _member(path, index, index.caption[row], "caption", MAX_TEXT_BYTES)
+def _caption(shard: _Shard, entry: Members) -> str:
+    content = _member(shard, entry.caption, "caption", MAX_TEXT_BYTES)
     try:
         caption = content.decode("utf-8")
     except UnicodeDecodeError:
@@ -376,27 +387,27 @@ def _caption(path: str, index: shards.ShardIndex, row: int) -> str:
     return caption
 
 
-def _facts(path: str, index: shards.ShardIndex, row: int) -> dict[str, Any] | None:
+def _facts(shard: _Shard, entry: Members) -> dict[str, Any] | None:
     """Read key.json and key.cls of an example; None if it has neither."""
     facts = None
-    if index.metadata[row][0] >= 0:
-        content = _member(path, index, index.metadata[row], "metadata", MAX_TEXT_BYTES)
+    if entry.metadata[0] >= 0:
+        content = _member(shard, entry.metadata, "metadata", MAX_TEXT_BYTES)
         try:
             facts = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise _BadExample(f"the metadata is not JSON: {error}") from None
         if not isinstance(facts, dict):
             raise _BadExample("the metadata is not a JSON object")
-    if index.label[row][0] >= 0:
-        content = _member(path, index, index.label[row], "class", MAX_TEXT_BYTES)
+    if entry.label[0] >= 0:
+        content = _member(shard, entry.label, "class", MAX_TEXT_BYTES)
         if not re.fullmatch(rb"\s*\d{1,18}\s*", content):
             raise _BadExample(f"the class is no number of at most 18 digits: {content[:20]!r}")
         facts = {**(facts or {}), "class": int(content)}
     return facts
 
 
-def _member(path: str, index: shards.ShardIndex, span: np.ndarray, what: str, limit: int) -> bytes:
-    offset, size = span.tolist()
+def _member(shard: _Shard, span: tuple[int, int], what: str, limit: int) -> bytes:
+    (path, index), (offset, size) = shard, span
     if offset < 0:
         raise _BadExample(f"the {what} is missing{index.damage and f' ({index.damage})'}")
     if offset + size > index.stamp.size:

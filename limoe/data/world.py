@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 
 from limoe.data import files
-from limoe.data.shards import Example, load_index, write_shard
+from limoe.data.index_file import open_index
+from limoe.data.shards import Example, write_shard
 from limoe.data.source import DataFolders
 from limoe.data.world_captions import TEMPLATES, caption, pick
 from limoe.data.world_render import (
@@ -272,8 +273,8 @@ def _examples(world: World, split: str, first: int, end: int) -> Iterator[Exampl
 def _is_complete(path: str, num_examples: int) -> bool:
     if not files.exists(path):
         return False
-    index = load_index(path)
-    return not index.damage and len(index.keys) == num_examples
+    index = open_index(path)
+    return not index.damage and len(index) == num_examples
 
 
 def write_world(
