@@ -41,6 +41,11 @@ def as_users_run_it():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process more than cores: a quarter of the time a test waits, for a child process or a process that hangs."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Compile fast, except where the compilers of accelerators may be tried, which would be told too."""
     if "not aot" in config.option.markexpr:
