@@ -30,7 +30,7 @@ _WORKDIR = flags.DEFINE_string(
 )
 _SET = flags.DEFINE_multi_string("set", [], "one or more settings, key=value")
 _DATA = flags.DEFINE_string(
-    "data", "", "eval: shards to evaluate on (default: the run's); with a classes.json in the folder also zero-shot"
+    "data", "", "eval, index: the shards (eval: default the run's; with a classes.json in the folder also zero-shot)"
 )
 _PROBE_DATA = flags.DEFINE_string(
     "probe-data",
@@ -81,24 +81,18 @@ _OUT = flags.DEFINE_string(
     "out",
     None,
     "export: the folder to write, which must be new or empty; embed: the .npz file to write; "
-    "report: the file (default: WORKDIR/report.html)",
+    "report: the file (default: WORKDIR/report.html); index --check: the report (default: check.json)",
 )
+_PART = flags.DEFINE_string("part", "1/1", "index: which of how many equal parts of the shards, as in 3/64")
+_CHECK = flags.DEFINE_bool("check", False, "index: also decode every example once, and report what is bad")
+_JOBS = flags.DEFINE_integer("jobs", None, "index: processes (default: one for each core)", lower_bound=1)
 _IMAGES = flags.DEFINE_string("images", "", "embed: a folder of pictures, or shards")
 _TEXTS = flags.DEFINE_string("texts", "", "embed: a UTF-8 file with a text a line")
 
 # Import names of the packages that the extra `train` installs.
 TRAINER = (
-    "einops",
-    "flatbuffers",
-    "flax",
-    "grain",
-    "matplotlib",
-    "optax",
-    "orbax",
-    "PIL",
-    "safetensors",
-    "sentencepiece",
-    "tqdm",
+    *("einops", "flatbuffers", "flax", "grain", "matplotlib", "optax"),
+    *("orbax", "PIL", "safetensors", "sentencepiece", "tqdm"),
 )
 
 _HELP = ("help", "-h", "-help", "--help")
@@ -266,6 +260,24 @@ def _embed(settings: list[str]) -> int:
     return 0
 
 
+def _index(settings: list[str]) -> int:
+    from limoe.data.indexing import Work, as_text, index_shards, part_of, report_of
+    from limoe.train.progress import progress_callback
+
+    if not _DATA.value or (_OUT.value and not _CHECK.value):
+        raise UsageError("index needs --data=SHARDS, and takes --out=FILE.json only with --check")
+    part = part_of(_PART.value)
+    default = "check.json" if part == (1, 1) else f"check-{part[0]}-of-{part[1]}.json"
+    report = (_OUT.value or default) if _CHECK.value else ""
+    work = Work(_DATA.value, part, _config(settings).data.cache_dir, report)
+    jobs = _JOBS.value or len(os.sched_getaffinity(0))
+    found = report_of(index_shards(work, jobs=jobs, progress=progress_callback("indexing", "shard")))
+    print(json.dumps(found) if _JSON.value else as_text(found, checked=_CHECK.value))
+    if report:
+        _say(f"wrote {report}")
+    return 1 if found["indexes that could not be stored"] else 0
+
+
 def _export(settings: list[str]) -> int:
     from limoe.evaluate.restore import restored_encoder
     from limoe.use.export import write_export
@@ -339,6 +351,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], tuple[str, ...]]] = {
     "eval": (_evaluate, ("workdir", "data", "probe-data", "json")),
     "classify": (_classify, ("workdir", "classes", "templates", "step", "json")),
     "embed": (_embed, ("workdir", "images", "texts", "out", "step")),
+    "index": (_index, ("data", "part", "check", "jobs", "out", "set", "json")),
     "export": (_export, ("workdir", "out", "step")),
     "report": (_report, ("workdir", "out")),
     "study": (_study, ("seeds", "workdir", "scale", "set", "list")),

@@ -22,6 +22,9 @@ USAGE = """limoe: train and evaluate a language-image mixture of experts.
   limoe study --list
       Train a grid of settings that answers one question of the paper, and write a table and a picture with intervals.
       The same command continues a stopped study; finished trainings are kept as JSON.
+  limoe index --data=SHARDS [--part=3/64] [--check [--out=check.json]] [--jobs=PROCESSES] [--json]
+      Index the shards before a run, in parallel; parts may run on other hosts. --check decodes every example once and
+      reports what is bad, by reason. The same command goes on where it was stopped.
   limoe describe [--preset=tiny] [--set key=value ...] [--json]
       Parameters and FLOPs of a configuration; nothing is allocated.
   limoe plan --preset=h14 --topology=v5p:8x8x8 [--batch=PAIRS] [--set key=value ...] [--search] [--schedule]

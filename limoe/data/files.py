@@ -245,6 +245,13 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file, in one write, and make the file and its folder unless they exist."""
+    make_folder(os.path.dirname(os.path.abspath(_local(path))))
+    with explained("write", path), open(_local(path), "ab", buffering=0) as file:
+        file.write(f"{line}\n".encode())
+
+
 def sync(path: Path) -> None:
     """Wait until a file or folder is on disk. A renamed file survives a loss of power after a sync of its folder."""
     descriptor = os.open(_local(path), os.O_RDONLY)

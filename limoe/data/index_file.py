@@ -104,6 +104,11 @@ class Index:
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def stored(self) -> bool:
+        """Say whether it is in a file, so that the next start finds it."""
+        return bool(self._place)
+
     def entry(self, row: int) -> Members:
         """Read where the members of an example are. Raises DataError if the index was lost and the tar is another."""
         if not 0 <= row < self.count:

@@ -19,7 +19,7 @@ from limoe.data import files, images, index_file, shards
 from limoe.data.classes import Classes, has_classes, read_classes
 from limoe.data.files import DataError
 from limoe.data.index import NO_TAR, lost_index
-from limoe.data.index_file import Members, Index
+from limoe.data.index_file import Index, Members
 from limoe.data.templates import templates_of
 
 # Larger members are refused unread. They are no captions and no images of the web, and could fill the memory.
@@ -161,7 +161,7 @@ class ShardSource(Source):
         caption: str = "",
     ) -> None:
         self._paths = shards.find_shards(spec)
-        self._indexes = [_index_of(path, cache_dir) for path in self._paths]
+        self._indexes = [index_of(path, cache_dir) for path in self._paths]
         self._ends = list(itertools.accumulate(map(len, self._indexes)))
         self._preprocess, self._metadata, self._lines, self._caption_name = preprocess, metadata, lines, caption
         self._classes = read_classes(spec) if classes is None and has_classes(spec) else classes
@@ -240,6 +240,11 @@ class ShardSource(Source):
         text = _caption(shard, entry)
         lines = tuple(line for line in text.splitlines() if line.strip()) if self._lines else (text,)
         return lines, facts
+
+    def numbers_of(self, path: str) -> range:
+        """Give the numbers of a shard's examples."""
+        shard = self._paths.index(path)
+        return range(self._ends[shard] - len(self._indexes[shard]), self._ends[shard])
 
     @property
     def damages(self) -> list[str]:
@@ -366,7 +371,7 @@ def described_by(label: int, classes: Classes, templates: Sequence[str]) -> tupl
     return tuple(template.replace("{}", classes.names[label]) for template in templates)
 
 
-def _index_of(path: str, cache_dir: files.Path) -> Index:
+def index_of(path: str, cache_dir: files.Path) -> Index:
     """Load an index. A shard that is gone or unreadable is one bad example; a missing permission ends the run."""
     try:
         return files.retried(lambda: index_file.open_index(path, cache_dir=cache_dir))
