@@ -25,7 +25,7 @@ def tar(tmp_path):
 
 def forget():
     for recent in (index_file._OPEN, index_file._BLOCKS):
-        recent._values.clear()
+        recent.clear()
 
 
 def entries(index):

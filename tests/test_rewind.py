@@ -11,7 +11,8 @@ from run_cases import Ran, metrics, ran, result
 from test_data_batches import NumberedSource, encode
 from test_train import stop_after
 
-from limoe.data.batches import Batches, Order
+from limoe.data.batches import Batches
+from limoe.data.order import Order
 from limoe.workdir.checkpoint import CheckpointError
 
 

@@ -127,7 +127,10 @@ def as_in_format_2(config: Config) -> str:
     came = {
         "loss": ("max_logit_scale", "mask_equal_captions"),
         "train": ("non_finite", "max_skipped"),
-        "data": ("rewound_at", "sources", "preprocess", "interpolation", "background", "world"),
+        "data": (
+            *("rewound_at", "sources", "preprocess", "interpolation", "background", "world"),
+            *("order", "block_size", "shuffle_buffer"),
+        ),
     }
     for section, names in came.items():
         for name in names:

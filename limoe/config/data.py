@@ -25,6 +25,15 @@ class DataConfig(Section):
     eval_shards: str = setting("evaluation data, as data.shards; empty = the embedded world's held-out pairs", "")
     tokenizer: str = setting("SentencePiece .model file; empty = train one from the captions", "")
     seed: int = setting("seed of the order of the data and of the embedded world", 0)
+    order: Literal["examples", "blocks"] = setting(
+        "examples = any example may come next; blocks = long pieces of shards, mixed in a buffer, for storage in which "
+        "each read costs much",
+        "examples",
+    )
+    block_size: int = setting("examples of a block, with data.order=blocks", 128)
+    shuffle_buffer: int = setting(
+        "examples of all processes among which blocks are mixed, with data.order=blocks", 65_536
+    )
     rewound_at: tuple[int, ...] = setting(
         "steps of the run's rewinds, in order, written by --rewind; each gives the data after its step another order",
         (),
@@ -48,6 +57,6 @@ class DataConfig(Section):
     def _check(self) -> None:
         self._require_not_negative("seed")
         self._require(all(step > 0 for step in self.rewound_at), "rewound_at", "must be steps, from 1")
-        self._require_positive("threads", "world_pairs")
+        self._require_positive("threads", "world_pairs", "block_size", "shuffle_buffer")
         self._require(not (self.shards and self.sources), "sources", "give either this or data.shards")
         self._require_below_one("max_bad_share")

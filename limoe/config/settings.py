@@ -25,6 +25,7 @@ _NEW_IN: dict[int, dict[str, Any]] = {
         **dict.fromkeys(("train.non_finite", "train.max_skipped", "data.rewound_at")),
         **dict.fromkeys(("init.source", "init.digest", "init.upcycle", "init.noise")),
         **dict.fromkeys(("data.sources", "data.preprocess", "data.interpolation", "data.world")),
+        **dict.fromkeys(("data.order", "data.block_size", "data.shuffle_buffer")),
         "data.background": "black",
     },
 }

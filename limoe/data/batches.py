@@ -10,7 +10,6 @@ on, so an example may come twice in that epoch, or not at all.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import math
 import sys
@@ -19,11 +18,11 @@ from typing import NamedTuple
 
 import grain
 import numpy as np
-from grain.experimental import index_shuffle
 from jaxtyping import Int32, UInt8
 
 from limoe.data.files import DataError
 from limoe.data.images import Preprocess, augmented
+from limoe.data.order import Epoch, Order, example_at
 from limoe.data.source import Bad, Decoded, Source
 
 # Rows that one thread decodes at a time. More would leave threads idle, fewer would pay Grain's cost per item often.
@@ -31,9 +30,6 @@ _CHUNK_ROWS = 16
 # Examples to try for one row. If half of the data is bad, all of them are bad once in 10^300 rows.
 _MAX_TRIES = 1000
 _NUM_SHOWN = 5
-# Grain's index shuffle permutes at least 2^14 places, until one is in range: 4 us for an index with 2^14 examples or
-# more, but 0.2 ms with 100 and 10 ms with 2 (Xeon, 2026-11). Smaller data sets are ordered by a sort instead.
-_SMALL = 2**14
 # With fewer examples examined, the share of bad ones says nothing.
 _MIN_EXAMINED = 100
 
@@ -65,30 +61,14 @@ class _Chunk(NamedTuple):
     tokens: Int32[np.ndarray, "B N"]
 
 
-class Order(NamedTuple):
-    """By which seed the data are ordered, and the steps of a run's rewinds, in the order in which they were made."""
-
-    seed: int
-    rewound_at: Sequence[int] = ()
-
-    def at(self, step: int) -> tuple[int, ...]:
-        """Give the seed of the order after `step` finished steps; from the n-th rewind on it has n too.
-
-        >>> [Order(7, (100, 50)).at(step) for step in (49, 50, 100)]
-        [(7,), (7, 2), (7, 2)]
-        """
-        numbers = [number for number, at in enumerate(self.rewound_at, 1) if at <= step]
-        return self.seed, *numbers[-1:]
-
-
 class Batches:
     """The global batches over `source`, or the `rows` of them that one process needs.
 
     `encode` turns captions into int32 token ids [B, N]. Of several captions one is drawn for each row, and with
-    `augment` a part of each picture. The seed of a run that was rewound is an `Order`. With `threads=0` nothing is read
-    ahead. Iteration stops if the share of bad examples, since it began, is above `max_bad_share`. Raises `ValueError`
-    for a setting that is out of range, and `DataError` for fewer examples than a batch has, or more than Grain's index
-    shuffle can order (2^32).
+    `augment` a part of each picture. The seed of a run that was rewound, or that reads blocks, is an `Order`. With
+    `threads=0` nothing is read ahead. Iteration stops if the share of bad examples, since it began, is above
+    `max_bad_share`. Raises `ValueError` for a setting that is out of range, and `DataError` for fewer examples than a
+    batch has, or more than Grain's index shuffle can order (2^32).
     """
 
     def __init__(
@@ -196,10 +176,8 @@ class Batches:
         epoch, batch = divmod(step, count)
         # Round the end of the epoch: an example of the next one may be in this batch already.
         epoch, batch = epoch + tried // count, (batch + tried) % count
-        place, first = batch * share + rank, sum(self._sizes[:part])
-        if size < _SMALL:
-            return first + int(_small_order(size, seed, epoch, part)[place])
-        return first + index_shuffle(place, max_index=size - 1, seed=_epoch_seed(seed, epoch, part), rounds=4)
+        now = Epoch(seed, epoch, part, size, share)
+        return sum(self._sizes[:part]) + example_at(now, batch, rank, self._order.blocks)
 
     def _check_share(self, total: BadExamples) -> None:
         if total.num_examined < min(len(self._source), _MIN_EXAMINED):
@@ -221,24 +199,6 @@ def equal_captions(tokens: Int32[np.ndarray, "B N"]) -> int:
     """
     counts = np.unique(tokens, axis=0, return_counts=True)[1]
     return int(counts[counts > 1].sum())
-
-
-@functools.lru_cache(maxsize=64)
-def _epoch_seed(seed: tuple[int, ...], epoch: int, part: int) -> int:
-    # A hash, not a sum: with seed + epoch, epoch 1 of seed 0 would have the order of epoch 0 of seed 1.
-    return int(_order_of(seed, epoch, part).generate_state(1)[0])
-
-
-def _order_of(seed: tuple[int, ...], epoch: int, part: int) -> np.random.SeedSequence:
-    # The number of a rewind comes after that of the part, so that no two orders have equal seeds.
-    first, *rewinds = seed
-    return np.random.SeedSequence([first, epoch, part, *rewinds] if part or rewinds else [first, epoch])
-
-
-@functools.lru_cache(maxsize=64)
-def _small_order(num_examples: int, seed: tuple[int, ...], epoch: int, part: int) -> np.ndarray:
-    # Raw bits of a bit generator never change with NumPy's version; results of Generator's methods may.
-    return np.argsort(np.random.Philox(_order_of(seed, epoch, part)).random_raw(num_examples), kind="stable")
 
 
 def _assemble(chunks: list[_Chunk]) -> Batch:

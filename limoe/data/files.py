@@ -6,6 +6,7 @@ Support for object storage would change this module alone.
 import contextlib
 import errno
 import fcntl
+import functools
 import glob
 import os
 import re
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple, TypeVar
 
+from limoe.data.recent import Recent
 from limoe.errors import LimoeError
 
 Path = str | os.PathLike[str]
@@ -24,6 +26,8 @@ _STARTED = time.time()
 # Seconds before a read is tried again, and the errors after which it is.
 _PAUSES = (0.1, 1.0)
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.ECONNRESET)
+
+_PIECE = 2**20
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder",
@@ -107,6 +111,26 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
             return file.read(size)
 
     return retried(read)
+
+
+class Pieces:
+    """Files read in pieces of 1 MiB, for neighbours that are asked for one by one; the last pieces are kept.
+
+    They are as many as `num_bytes` in blocks of at least two pieces take, begun and ended ones included.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._pieces: Recent[bytes] = Recent(2 + 3 * num_bytes // (2 * _PIECE))
+
+    def read_range(self, path: Path, offset: int, size: int) -> bytes:
+        """Read as the function of this name does."""
+        first, last = offset // _PIECE, max(offset, offset + size - 1) // _PIECE
+        pieces = [
+            self._pieces.get((os.fspath(path), number), functools.partial(read_range, path, number * _PIECE, _PIECE))
+            for number in range(first, last + 1)
+        ]
+        start = offset - first * _PIECE
+        return (pieces[0] if len(pieces) == 1 else b"".join(pieces))[start : start + size]
 
 
 class Opened:

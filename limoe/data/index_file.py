@@ -8,24 +8,21 @@ process's memory, and a network file system that fails inside one kills the proc
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import hashlib
 import json
 import os
 import struct
-import threading
 import zlib
-from collections.abc import Callable, Hashable
-from typing import Any, Generic, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from limoe.data import files
 from limoe.data.files import DataError
 from limoe.data.index import KINDS, NO_TAR, ShardIndex, build_index, digest_of
-
-T = TypeVar("T")
+from limoe.data.recent import Recent
 
 INDEX_SUFFIX = ".index"
 _MAGIC = b"limoe index 3\n\0\0"
@@ -57,29 +54,9 @@ class _Damaged(Exception):
     """A stored index is not what was written."""
 
 
-class _Recent(Generic[T]):
-    """The values that were used last, by key, for all threads."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._lock = limit, threading.Lock()
-        self._values: collections.OrderedDict[Hashable, T] = collections.OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key]
-        value = make()
-        with self._lock:
-            self._values[key] = value
-            while len(self._values) > self._limit:
-                self._values.popitem(last=False)
-        return value
-
-
 # A system allows 1,024 open files or more.
-_OPEN: _Recent[files.Opened] = _Recent(128)
-_BLOCKS: _Recent[_Block] = _Recent(64)
+_OPEN: Recent[files.Opened] = Recent(128)
+_BLOCKS: Recent[_Block] = Recent(64)
 
 
 class Index:

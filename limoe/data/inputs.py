@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import PIL
 
 from limoe.config.schema import Config, ConfigError
 from limoe.data import files
-from limoe.data.batches import Batches, Order
+from limoe.data.batches import Batches
 from limoe.data.images import preprocess_of
+from limoe.data.order import BlockOrder, Order
 from limoe.data.places import open_mixture, open_source, place_has_classes
 from limoe.data.source import CachedSource, DataFolders, Source
 from limoe.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -113,14 +115,17 @@ def training_batches(
     config: Config, source: Source, tokenizer: Tokenizer, rows: Sequence[int] | None = None
 ) -> Batches:
     """Make the global batches of a run, or some of their rows. Decoded images stay in memory up to `CACHE_BYTES`."""
-    chosen = preprocess_of(config, training=True)
+    chosen, data, batch_size = preprocess_of(config, training=True), config.data, config.train.batch_size
+    blocks = BlockOrder(data.block_size, data.shuffle_buffer) if data.order == "blocks" else None
+    if blocks is not None:
+        source.keep_blocks(math.ceil(blocks.buffer * (1 if rows is None else len(rows) / batch_size)))
     return Batches(
         CachedSource(source, max_bytes=CACHE_BYTES),
         tokenizer.encode,
-        batch_size=config.train.batch_size,
-        seed=Order(config.data.seed, config.data.rewound_at),
+        batch_size=batch_size,
+        seed=Order(data.seed, data.rewound_at, blocks),
         rows=rows,
-        threads=config.data.threads,
-        max_bad_share=config.data.max_bad_share,
+        threads=data.threads,
+        max_bad_share=data.max_bad_share,
         augment=chosen if chosen.resize == "whole" else None,
     )

@@ -112,6 +112,9 @@ class Source(Protocol):
         """What the data are made of, by name, in words that change with the content but not with the folder's place."""
         return {"examples": str(len(self))}
 
+    def keep_blocks(self, num_examples: int) -> None:
+        """Read long pieces, and keep those of the last `num_examples` examples: neighbours will be asked for."""
+
     def captions(self, *, limit: int) -> Iterator[str]:
         """Yield the usable captions, in order, of at most `limit` examples that are evenly spread over the data."""
         for number in spread_evenly(len(self), limit):
@@ -136,6 +139,7 @@ class _BadExample(Exception):
 class _Shard(NamedTuple):
     path: str
     members: Index
+    read: Callable[[str, int, int], bytes]
 
 
 class ShardSource(Source):
@@ -165,6 +169,7 @@ class ShardSource(Source):
         self._ends = list(itertools.accumulate(map(len, self._indexes)))
         self._preprocess, self._metadata, self._lines, self._caption_name = preprocess, metadata, lines, caption
         self._classes = read_classes(spec) if classes is None and has_classes(spec) else classes
+        self._read = files.read_range
         self._sentences = templates_of(templates) if templates else ()
         if templates and self._classes is None:
             raise DataError(
@@ -241,6 +246,11 @@ class ShardSource(Source):
         lines = tuple(line for line in text.splitlines() if line.strip()) if self._lines else (text,)
         return lines, facts
 
+    def keep_blocks(self, num_examples: int) -> None:
+        """Read the tars in pieces of 1 MiB from now on."""
+        num_bytes = sum(index.stamp.size for index in self._indexes) / len(self) * num_examples
+        self._read = files.Pieces(int(num_bytes)).read_range
+
     def numbers_of(self, path: str) -> range:
         """Give the numbers of a shard's examples."""
         shard = self._paths.index(path)
@@ -277,7 +287,7 @@ class ShardSource(Source):
             raise IndexError(f"example {number} of {len(self)}")
         shard = bisect.bisect_right(self._ends, number)
         index = self._indexes[shard]
-        return _Shard(self._paths[shard], index), number - self._ends[shard] + len(index)
+        return _Shard(self._paths[shard], index, self._read), number - self._ends[shard] + len(index)
 
 
 class CachedSource(Source):
@@ -291,6 +301,10 @@ class CachedSource(Source):
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def keep_blocks(self, num_examples: int) -> None:
+        """Do so in the other source."""
+        self._source.keep_blocks(num_examples)
 
     @property
     def mixture(self) -> Mixture | None:
@@ -319,6 +333,11 @@ class MixedSource(Source):
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    def keep_blocks(self, num_examples: int) -> None:
+        """Do so in all sources: each has windows for as many examples."""
+        for part in self.parts:
+            part.keep_blocks(num_examples)
 
     @property
     def mixture(self) -> Mixture:
@@ -412,7 +431,7 @@ def _facts(shard: _Shard, entry: Members) -> dict[str, Any] | None:
 
 
 def _member(shard: _Shard, span: tuple[int, int], what: str, limit: int) -> bytes:
-    (path, index), (offset, size) = shard, span
+    (path, index, read), (offset, size) = shard, span
     if offset < 0:
         raise _BadExample(f"the {what} is missing{index.damage and f' ({index.damage})'}")
     if offset + size > index.stamp.size:
@@ -420,7 +439,7 @@ def _member(shard: _Shard, span: tuple[int, int], what: str, limit: int) -> byte
     if size > limit:
         raise _BadExample(f"the {what} is too large: {size} bytes, the limit is {limit}")
     try:
-        content = files.read_range(path, offset, size)
+        content = read(path, offset, size)
     except OSError as error:
         raise _BadExample(f"the shard cannot be read: {error}") from None
     if len(content) < size:
