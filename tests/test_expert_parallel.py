@@ -122,8 +122,8 @@ def test_ragged_exchanges_of_accelerators_give_what_one_device_gives(monkeypatch
         assert_same_layer(whole(a), compiled(None, tuple(options.items()))(a), wanted)
         assert_same_layer(cut(a), twin, wanted)
         assert wanted != (2, 3) or np.sum(twin.output.kept) < np.sum(twin.output.sums.wanted)
-    # There and back, forwards and backwards, in both programs.
-    assert len(shipped) == 8
+    # There and back, forwards and backwards. With the small buffer there and back have one shape, traced once.
+    assert len(shipped) == 4 + 2
 
 
 @pytest.mark.devices(32)

@@ -207,32 +207,35 @@ def apply(span: Span, static: Any, differentiable: tuple[Any, ...], constants: t
     refuse_split(arrays=(differentiable, constants))
     arguments = jax.tree.map(jnp.asarray, (differentiable, constants))
     arguments = vary_like(arguments, arguments)
-    return _in_one_program(span, static, *arguments)
+    return _apply(span, static, *arguments)
+
+
+# Outside of jit each function of a span is one program, and not one for each of its operations.
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _in_one_program(function: Callable[..., Any], static: Any, *arguments: Any) -> Any:
+    return function(static, *arguments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _apply(span: Span, static: Any, differentiable: tuple[Any, ...], constants: tuple[Any, ...]) -> Any:
     if span.value is not None:
-        result = span.value(static, *differentiable, *constants)
+        result = _in_one_program(span.value, static, *differentiable, *constants)
     else:
-        result, _ = span.forward(static, *differentiable, *constants)
+        result, _ = _in_one_program(span.forward, static, *differentiable, *constants)
     return vary_like(result, differentiable)
 
 
 def _apply_forward(span: Span, static: Any, differentiable: tuple[Any, ...], constants: tuple[Any, ...]) -> Any:
-    result, saved = span.forward(static, *differentiable, *constants)
+    result, saved = _in_one_program(span.forward, static, *differentiable, *constants)
     return vary_like(result, differentiable), saved
 
 
 def _apply_backward(span: Span, static: Any, saved: Any, cotangent: Any) -> tuple[Any, None]:
-    gradients = vary_like(span.backward(static, saved, cotangent), cotangent)
+    gradients = vary_like(_in_one_program(span.backward, static, saved, cotangent), cotangent)
     return jax.tree.map(_first_order_only, gradients), None
 
 
 _apply.defvjp(_apply_forward, _apply_backward)
-
-# Called outside of jit, a span is one program and not one for each of its operations.
-_in_one_program = jax.jit(_apply, static_argnums=(0, 1), inline=True)
 
 
 @jax.custom_jvp
