@@ -124,11 +124,6 @@ def test_listing_is_sorted_and_leaves_out_folders_and_temporary_files(tmp_path):
     assert files.list_files(tmp_path / "*.tar") == [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
 
 
-def test_a_remote_path_is_refused():
-    with pytest.raises(DataError, match="not a local path"):
-        files.read_bytes("gs://bucket/a.tar")
-
-
 def test_the_stamp_changes_with_the_file(tmp_path):
     path = tmp_path / "a.bin"
     files.write_bytes(path, b"abc")

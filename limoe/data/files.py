@@ -1,6 +1,6 @@
 """Reading, listing and atomic writing of files: the only module of `limoe.data` that opens paths.
 
-Support for object storage would change this module alone.
+A path with a protocol, such as `gs://bucket/name`, is in a bucket: see `limoe.data.buckets`.
 """
 
 import contextlib
@@ -8,13 +8,15 @@ import errno
 import fcntl
 import functools
 import glob
+import io
 import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple, TypeVar
 
+from limoe.data import buckets
 from limoe.data.recent import Recent
 from limoe.errors import LimoeError
 
@@ -25,6 +27,10 @@ T = TypeVar("T")
 _STARTED = time.time()
 # Seconds before a read is tried again, and the errors after which it is.
 _PAUSES = (0.1, 1.0)
+# A bucket refuses some requests in a hundred on a bad day, and no example may be lost for it.
+_BUCKET_PAUSES = (0.1, 0.3, 1.0, 3.0, 10.0)
+# A header and the small members around it.
+_BUCKET_BUFFER = 2**14
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.ECONNRESET)
 
 _PIECE = 2**20
@@ -80,12 +86,17 @@ def _refusal(action: str, path: Path, reason: str, cause: OSError) -> StorageErr
 
 def open_binary(path: Path) -> BinaryIO:
     """Open a file to read bytes. Raises `StorageError` without permission, `FileNotFoundError` without the file."""
+    if remote := _bucket_path(path):
+        raw = buckets.RangeReader(remote, stamp(path).size, functools.partial(read_range, path))
+        return io.BufferedReader(raw, _BUCKET_BUFFER)
     with explained("read", path):
         return open(_local(path), "rb")
 
 
 def read_bytes(path: Path) -> bytes:
     """Read a whole file. Raises the errors of `open_binary`."""
+    if _bucket_path(path):
+        return read_range(path, 0, stamp(path).size)
     with open_binary(path) as file:
         return file.read()
 
@@ -101,8 +112,11 @@ def read_text(path: Path) -> str:
 def read_range(path: Path, offset: int, size: int) -> bytes:
     """Read `size` bytes from `offset`, fewer if the file ends before. Raises the errors of `open_binary`.
 
-    What a network file system may get over (input/output error, stale handle, time out) is tried three times.
+    What a network file system may get over (input/output error, stale handle, time out) is tried three times, and all
+    that may go wrong with a bucket six times.
     """
+    if remote := _bucket_path(path):
+        return _in_bucket("read", remote, lambda: buckets.read_range(remote, offset, size))
 
     def read() -> bytes:
         # Opened for each read, so that threads share no handle.
@@ -150,9 +164,9 @@ class Opened:
         return retried(lambda: os.pread(self._descriptor, size, offset))
 
 
-def retried(read: Callable[[], T]) -> T:
-    """Call a function that reads, again after an error of the kind that passes."""
-    for pause in _PAUSES:
+def retried(read: Callable[[], T], pauses: Sequence[float] | None = None) -> T:
+    """Call a function that reads, again after each pause if it raises an error of the kind that passes."""
+    for pause in _PAUSES if pauses is None else pauses:
         try:
             return read()
         except OSError as error:
@@ -164,16 +178,25 @@ def retried(read: Callable[[], T]) -> T:
 
 def exists(path: Path) -> bool:
     """Say whether there is a file or folder of this name."""
+    if remote := _bucket_path(path):
+        return _in_bucket("read", remote, lambda: buckets.kind_of(remote)) != ""
     return os.path.exists(_local(path))
 
 
 def is_folder(path: Path) -> bool:
     """Say whether there is a folder of this name."""
+    if remote := _bucket_path(path):
+        return _in_bucket("read", remote, lambda: buckets.kind_of(remote)) == "directory"
     return os.path.isdir(_local(path))
 
 
 def stamp(path: Path) -> Stamp:
-    """Read a file's size and modification time. Raises `FileNotFoundError` if there is no such file."""
+    """Read a file's size and modification time. Raises `FileNotFoundError` if there is no such file.
+
+    In a bucket, the second is a number that is another after the file is written again.
+    """
+    if remote := _bucket_path(path):
+        return Stamp(*_in_bucket("read", remote, lambda: buckets.facts(remote)))
     with explained("read", path):
         status = os.stat(_local(path))
     return Stamp(status.st_size, status.st_mtime_ns)
@@ -181,11 +204,15 @@ def stamp(path: Path) -> Stamp:
 
 def list_files(pattern: Path) -> list[str]:
     """List the files that match a glob pattern (also `**`), sorted by name. Hidden files match only an explicit dot."""
+    if remote := _bucket_path(pattern):
+        return _in_bucket("read", remote, lambda: buckets.matching(remote))
     return sorted(path for path in glob.glob(_local(pattern), recursive=True) if os.path.isfile(path))
 
 
 def names_in(folder: Path) -> list[str]:
     """List the names of all that is in a folder, sorted. Raises `StorageError` without permission."""
+    if remote := _bucket_path(folder):
+        return _in_bucket("read", remote, lambda: buckets.names_in(remote))
     with explained("read", folder):
         return sorted(os.listdir(_local(folder)))
 
@@ -264,7 +291,10 @@ def _lock(file: BinaryIO) -> bool:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file with `atomic_writer`."""
+    """Write a whole file with `atomic_writer`, or into a bucket, where a file is always whole."""
+    if remote := _bucket_path(path):
+        _in_bucket("write", remote, lambda: buckets.write(remote, content))
+        return
     with atomic_writer(path) as file:
         file.write(content)
 
@@ -285,8 +315,25 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _bucket_path(path: Path) -> str:
+    """Give a path that is in a bucket; "" for any other."""
+    text = os.fspath(path)
+    return text if buckets.is_in_bucket(text) else ""
+
+
+def _in_bucket(action: str, path: str, function: Callable[[], T]) -> T:
+    """Call a function that asks a bucket, again after an error that passes. Raises StorageError without permission."""
+    try:
+        return retried(function, _BUCKET_PAUSES)
+    except PermissionError as error:
+        reason = "permission denied; give this machine the rights, in the way of the bucket's own library"
+        raise _refusal(action, path, reason, error) from error
+    except buckets.MissingPackage as error:
+        raise DataError(str(error)) from error
+
+
 def _local(path: Path) -> str:
     text = os.fspath(path)
-    if "://" in text:
-        raise DataError(f"{text!r} is not a local path; copy the files to a local or mounted folder and give that")
+    if buckets.is_in_bucket(text):
+        raise DataError(f"{text!r} is not in a file system; give a local or mounted path")
     return text

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from limoe.data import files
+from limoe.data import buckets, files
 from limoe.data.files import DataError
 from limoe.data.index import KINDS, NO_TAR, ShardIndex, build_index, digest_of
 from limoe.data.recent import Recent
@@ -128,8 +128,9 @@ class Index:
 def open_index(path: files.Path, *, cache_dir: files.Path = "") -> Index:
     """Open the stored index of a tar if it fits the tar's size and modification time; else build and store one.
 
-    It is stored beside the tar. If that folder cannot be written, it is stored in `cache_dir` (the user's cache folder
-    if empty); if that cannot be written either, it stays in memory. Raises the errors of `files.open_binary`.
+    It is stored beside the tar. If that folder cannot be written, or is in a bucket, it is stored in `cache_dir` (the
+    user's cache folder if empty); if that cannot be written either, it stays in memory. Raises the errors of
+    `files.open_binary`.
 
     >>> import tempfile
     >>> from limoe.data.shards import Example, write_shard
@@ -142,11 +143,13 @@ def open_index(path: files.Path, *, cache_dir: files.Path = "") -> Index:
     """
     stamp = files.stamp(path)
     beside = os.fspath(path) + INDEX_SUFFIX
-    if (stored := stored_index(path, beside, stamp)) is not None:
+    if not buckets.is_in_bucket(beside) and (stored := stored_index(path, beside, stamp)) is not None:
         return stored
     cached = _cached(path, cache_dir)
     if (stored := stored_index(path, cached, stamp)) is not None:
         return stored
+    if buckets.is_in_bucket(beside):
+        return _copied_index(path, stamp, beside, cached)
     index = build_index(path)
     content = encoded(index)
     if not index.damage.startswith(NO_TAR):  # nothing is left beside a file of another kind
@@ -159,8 +162,33 @@ def open_index(path: files.Path, *, cache_dir: files.Path = "") -> Index:
     return in_memory(path, content)
 
 
+def _copied_index(path: files.Path, stamp: files.Stamp, beside: str, cached: str) -> Index:
+    """Copy the index beside a tar in a bucket to the cache folder, where lookups cost no requests; build it if need be.
+
+    Where the cache folder cannot be written, it stays in memory.
+    """
+    try:
+        content = files.read_bytes(beside)
+        header = _header(content)
+        fits = files.Stamp(*header["stamp"]) == stamp and header["size"] == len(content)
+    except (FileNotFoundError, _Damaged):
+        content, fits = b"", False
+    if not fits:
+        index = build_index(path)
+        content = encoded(index)
+        if index.damage.startswith(NO_TAR):
+            return in_memory(path, content)
+        with contextlib.suppress(OSError):  # a bucket of others is read alone
+            files.write_bytes(beside, content)
+    with contextlib.suppress(files.StorageError):
+        files.write_bytes(cached, content)
+        return in_memory(path, content, place=cached)
+    return in_memory(path, content)
+
+
 def _cached(path: files.Path, cache_dir: files.Path) -> str:
-    absolute = os.path.abspath(path)
+    text = os.fspath(path)
+    absolute = text if buckets.is_in_bucket(text) else os.path.abspath(text)
     digest = hashlib.sha256(os.fsencode(absolute)).hexdigest()[:16]
     return os.path.join(files.cache_folder(cache_dir), "index", f"{digest}-{os.path.basename(absolute)}{INDEX_SUFFIX}")
 

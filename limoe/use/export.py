@@ -43,8 +43,12 @@ _PLATFORMS = ("cpu", "tpu", "cuda")
 def write_export(restored: RestoredModel, run: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     """Write a model of the work folder `run` into the folder `out`, which must be empty or new.
 
-    Raises ExportError if `out` holds files, and StorageError if it cannot be written.
+    Raises ExportError if `out` holds files or is in a bucket, and StorageError if it cannot be written.
     """
+    if "://" in os.fspath(out):
+        raise ExportError(
+            f"{out} is not in a file system; export into a local folder with --out=DIR, then copy it there"
+        )
     folder, workdir, config = Path(out), Workdir.existing(os.fspath(run)), restored.config
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder} is there already and not empty; give a new folder with --out=DIR")
