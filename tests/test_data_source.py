@@ -146,6 +146,12 @@ STRANGE = {
         {},
         ["ignored 1 parts after the end of the tar, the first is 700 bytes"],
     ),
+    "less than a header after the end": (
+        tar_of(*pair("a")) + b"garbage",
+        ["a"],
+        {},
+        ["ignored 1 parts after the end of the tar, the first is 7 bytes"],
+    ),
     "links and folders": (
         tar_of(*pair("a"), odd("h.png", tarfile.LNKTYPE), odd("s.png", tarfile.SYMTYPE), odd("d", tarfile.DIRTYPE)),
         ["a"],

@@ -98,6 +98,8 @@ def _plain_file(block: bytes) -> tuple[str, int] | None:
 
     `tarfile` takes 16 us for a header; this takes 4.
     """
+    if len(block) < _BLOCK:
+        return None
     size, checksum, name = block[124:135], block[148:154], block[:100].partition(b"\0")[0]
     usual = block[156] == _REGULAR and not block[345] and block[135] in _ENDS and block[154] in _ENDS
     if not (usual and _OCTAL(size) and _OCTAL(checksum) and name.isascii()):
