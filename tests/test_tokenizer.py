@@ -7,6 +7,8 @@ import pytest
 import sentencepiece
 
 from limoe.data.files import DataError
+from limoe.data.inputs import cut_captions
+from limoe.data.source import Decoded, Source
 from limoe.data.tokenizer import PAD_ID, UNKNOWN_ID, Tokenizer, load_tokenizer, train_tokenizer
 
 CAPTIONS = [
@@ -32,6 +34,32 @@ def test_tokens_have_a_fixed_shape_and_are_padded_at_the_end(tokenizer):
     for row in tokens:
         used = int((row != PAD_ID).sum())
         assert (row[used:] == PAD_ID).all()
+
+
+class Captions(Source):
+    """Captions alone."""
+
+    def __init__(self):
+        pass
+
+    def __len__(self):
+        return len(CAPTIONS)
+
+    def __getitem__(self, number):
+        return Decoded(np.zeros((1, 1, 3), np.uint8), CAPTIONS[number], str(number), None)
+
+
+def test_captions_that_are_cut_are_counted_and_told(tokenizer):
+    source = Captions()
+    fits = max((tokenizer.encode([caption]) != PAD_ID).sum() for caption in CAPTIONS)
+    just = Tokenizer(tokenizer.model, length=int(fits))
+    assert just.num_cut(CAPTIONS) == 0 and cut_captions(source, just) == []
+    short = Tokenizer(tokenizer.model, length=int(fits) - 1)
+    longest = sum((just.encode([caption]) != PAD_ID).all() for caption in CAPTIONS)
+    assert 0 < longest < len(CAPTIONS) and short.num_cut(CAPTIONS) == longest
+    (note,) = cut_captions(source, short)
+    assert note.startswith(f"{longest} of {len(CAPTIONS)} captions looked at ({longest / len(CAPTIONS):.1%}) have more")
+    assert f"model.text_length={short.length} tokens" in note
 
 
 def test_case_and_spaces_do_not_matter(tokenizer):

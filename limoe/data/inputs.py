@@ -22,6 +22,8 @@ from limoe.data.world_scenes import Scenes
 
 # Captions to train a tokenizer from, spread evenly over the data.
 TOKENIZER_CAPTIONS = 200_000
+# Captions to look at for the share that is cut; a source that is not ours may decode a picture for each.
+_CAPTIONS_TO_COUNT = 200
 # Memory for decoded images. The whole embedded world fits; of large data sets only a small part does.
 CACHE_BYTES = 2 * 2**30
 # A file beside evaluation shards: which captions are right in retrieval.
@@ -90,6 +92,16 @@ def tokenizer_for(config: Config, path: Path, source: Source) -> Tokenizer:
         assert tokenizer.vocab_size <= model.vocab_size
         tokenizer.save(path)
     return tokenizer
+
+
+def cut_captions(source: Source, tokenizer: Tokenizer) -> list[str]:
+    """Say which share of a few captions is too long for the model; nothing if none is."""
+    captions = list(source.captions(limit=_CAPTIONS_TO_COUNT))
+    cut = tokenizer.num_cut(captions)
+    if not cut:
+        return []
+    share = f"{cut} of {len(captions)} captions looked at ({cut / len(captions):.1%})"
+    return [f"{share} have more than model.text_length={tokenizer.length} tokens; the rest of them is cut off"]
 
 
 def training_source(config: Config, folders: DataFolders) -> Source:

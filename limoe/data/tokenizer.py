@@ -47,6 +47,11 @@ class Tokenizer:
             tokens[row, : len(kept)] = kept
         return tokens
 
+    def num_cut(self, captions: Sequence[str]) -> int:
+        """Count the captions with more than `length` tokens, which `encode` cuts."""
+        encoded = self._processor.encode([_normalised(caption) for caption in captions], num_threads=1)
+        return sum(len(pieces) > self.length for pieces in encoded)
+
     def piece(self, token: int) -> str:
         """Give the text of a token id. A piece from inside a word begins with a dash."""
         piece = self._processor.id_to_piece(token)

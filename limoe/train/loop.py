@@ -138,11 +138,11 @@ def _train(
         inputs.ready_tokenizer(config, workdir.tokenizer)  # refuses before minutes of writing and indexing
         folders = inputs.data_folders(config, progress_callback("writing the embedded world", "pair"))
         source = inputs.training_source(config, folders)
-        for damage in source.damages:
-            say(f"damaged shard: {damage}")
-        for note in source.notes:
+        for note in [*(f"damaged shard: {damage}" for damage in source.damages), *source.notes]:
             say(note)
         tokenizer = inputs.tokenizer_for(config, workdir.tokenizer, source)
+        for note in inputs.cut_captions(source, tokenizer):
+            say(note)
     for change in check_data(workdir, inputs.data_facts(config, source, tokenizer), accept=accept_new_data):
         say(change)
     placement = place(config.mesh)
