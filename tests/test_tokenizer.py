@@ -36,6 +36,9 @@ def test_tokens_have_a_fixed_shape_and_are_padded_at_the_end(tokenizer):
         assert (row[used:] == PAD_ID).all()
 
 
+LENGTHS = ["a red ring", "a red ring and a star", "two large blue squares and a tiny star", "one", "a red ring"]
+
+
 class Captions(Source):
     """Captions alone."""
 
@@ -43,23 +46,20 @@ class Captions(Source):
         pass
 
     def __len__(self):
-        return len(CAPTIONS)
+        return len(LENGTHS)
 
     def __getitem__(self, number):
-        return Decoded(np.zeros((1, 1, 3), np.uint8), CAPTIONS[number], str(number), None)
+        return Decoded(np.zeros((1, 1, 3), np.uint8), LENGTHS[number], str(number), None)
 
 
 def test_captions_that_are_cut_are_counted_and_told(tokenizer):
-    source = Captions()
-    fits = max((tokenizer.encode([caption]) != PAD_ID).sum() for caption in CAPTIONS)
-    just = Tokenizer(tokenizer.model, length=int(fits))
-    assert just.num_cut(CAPTIONS) == 0 and cut_captions(source, just) == []
-    short = Tokenizer(tokenizer.model, length=int(fits) - 1)
-    longest = sum((just.encode([caption]) != PAD_ID).all() for caption in CAPTIONS)
-    assert 0 < longest < len(CAPTIONS) and short.num_cut(CAPTIONS) == longest
-    (note,) = cut_captions(source, short)
-    assert note.startswith(f"{longest} of {len(CAPTIONS)} captions looked at ({longest / len(CAPTIONS):.1%}) have more")
-    assert f"model.text_length={short.length} tokens" in note
+    lengths = (tokenizer.encode(LENGTHS) != PAD_ID).sum(axis=1)
+    whole = Tokenizer(tokenizer.model, length=int(lengths.max()))
+    assert whole.num_cut(LENGTHS) == 0 and cut_captions(Captions(), whole) == []
+    short = Tokenizer(tokenizer.model, length=int(lengths[0]))
+    assert short.num_cut(LENGTHS) == 2
+    (note,) = cut_captions(Captions(), short)
+    assert note.startswith(f"2 of 5 captions looked at (40.0%) have more than model.text_length={lengths[0]} tokens")
 
 
 def test_case_and_spaces_do_not_matter(tokenizer):
