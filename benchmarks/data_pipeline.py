@@ -6,6 +6,9 @@ The program makes JPEG shards in a temporary folder, runs three variants in turn
 - bare+draft: the same with the pipeline's decoding at reduced size; it isolates the effect of threads and overhead
 - pipeline: limoe.data with tar shards on disk, ordering, decoding in threads, tokens, and whole uint8 batches
 
+Then it prints the processor time of an image that is spent outside of Pillow's decoder and filters, which alone
+release the interpreter's lock for long: one process ends at the inverse of it, however many cores there are.
+
 The target is 1.6 times the throughput of each of the others. It needs as many idle cores as threads, so the program
 prints the load. It also prints the processor time of an image, which hardly depends on other programs.
 
@@ -21,13 +24,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
 from absl import app, flags
-from PIL import Image
+from PIL import Image, ImageFile
 
 from limoe.data.batches import Batches
 from limoe.data.images import Preprocess
@@ -103,6 +106,36 @@ def time_once(run: Callable[[], int]) -> Timing:
     return timing
 
 
+def lock_milliseconds(batches: Batches, num_steps: int) -> float:
+    """Measure the processor time of an image outside of Pillow's decoder and filters, in one thread, least of three."""
+    released, depth = 0.0, 0
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            nonlocal released, depth
+            began, depth = time.thread_time(), depth + 1
+            try:
+                return function(*arguments, **options)
+            finally:
+                depth -= 1
+                if not depth:  # a resize decodes what is not decoded yet
+                    released += time.thread_time() - began
+
+        return run
+
+    load, resize = ImageFile.ImageFile.load, Image.Image.resize
+    ImageFile.ImageFile.load, Image.Image.resize = timed(load), timed(resize)
+    found = []
+    try:
+        for _ in range(3):
+            released, began = 0.0, time.thread_time()
+            count = sum(len(batches.at(step).keys) for step in range(num_steps))
+            found.append((time.thread_time() - began - released) / count * 1e3)
+    finally:
+        ImageFile.ImageFile.load, Image.Image.resize = load, resize
+    return min(found)
+
+
 def main(argv: list[str]) -> None:
     """Make the shards, run the variants in turns, and print medians and ratios."""
     if len(argv) > 1:
@@ -127,6 +160,7 @@ def main(argv: list[str]) -> None:
                 # The first round warms the page cache and the libraries.
                 if repetition:
                     timings[name].append(timing)
+        lock = lock_milliseconds(batches, max(1, len(examples) // BATCH_SIZE))
     kilobytes = statistics.mean(len(example.image_bytes) for example in examples) / 1e3
     facts = f"{len(examples)} JPEGs of {kilobytes:.0f} kB to {IMAGE_SIZE} px"
     print(f"{facts}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
@@ -138,6 +172,9 @@ def main(argv: list[str]) -> None:
             f"{name:11s} {medians[name]:6.0f} images/s ({rates[0]:.0f} to {rates[-1]:.0f}), "
             f"{milliseconds:.2f} ms of processor time an image"
         )
+    print(
+        f"outside of Pillow's decoder and filters: {lock:.3f} ms an image, so one process ends at {1e3 / lock:,.0f}/s"
+    )
     for name in ("bare", "bare+draft"):
         ratio = medians["pipeline"] / medians[name]
         print(f"pipeline with {THREADS.value} threads / {name}: {ratio:.2f}  (target: at least {TARGET})")

@@ -177,6 +177,7 @@ KEYS = {
     *("memory_per_chip_bytes", "hbm_bytes", "flops_per_step", "model_flops_per_step", "collective_bytes"),
     *("num_collectives", "modelled_times", "modelled_step_seconds", "modelled_mfu", "modelled_pairs_per_second"),
     *("modelled_days", "modelled_chip_hours", "compile_seconds"),
+    *("num_hosts", "host_input"),
     *("scheduled_times", "scheduled_step_seconds", "scheduled_mfu", "scheduled_note"),
 }
 
@@ -196,6 +197,7 @@ def test_a_plan_in_numbers_and_in_words():
         num_devices=8,
         batch_size=4096,
         steps=691_200,
+        num_hosts=2,
     )
     fields = json.loads(json.dumps(found.as_json()))
     assert set(fields) == KEYS
@@ -230,7 +232,14 @@ def test_a_plan_in_numbers_and_in_words():
         "pairs a second": "16,384",
         "days for 691,200 steps": "2.0",
         "chip-hours": "192",
+        "pictures to decode a second": "8,192",
+        "to read": "164 MB/s",
+        "cores that decode": "9.8",
     }
+    assert fields["host_input"]["pictures_per_second"] == 8_192 and "input of a host, 2 in all" in text
+    # The lock is held 0.28 ms a picture.
+    assert fields["host_input"]["is_the_limit"] and "THE INPUT WOULD BE THE LIMIT" in text
+    assert "the input need not be the limit" in as_text(dataclasses.replace(found, num_hosts=5))
 
 
 @pytest.mark.parametrize("flags", [(), ("--json",), ("--search",), ("--search", "--json")])
@@ -288,6 +297,7 @@ def test_what_the_compiler_refused_is_not_known_rather_than_nothing():
     assert unknown == {
         *("memory", "flops_per_step", "collective_bytes", "num_collectives", "modelled_times"),
         *("modelled_step_seconds", "modelled_mfu", "modelled_pairs_per_second", "modelled_days", "modelled_chip_hours"),
+        "host_input",
         *("scheduled_times", "scheduled_step_seconds", "scheduled_mfu"),
     }
     with pytest.raises(ConfigError, match="the TPU compiler refused the step for v5e:2x2: another reason"):

@@ -29,6 +29,7 @@ from limoe.parallel.mesh import Placement, place
 from limoe.plan.compiler import read_schedules
 from limoe.plan.hlo import Program, Run
 from limoe.plan.hlo_work import Collective, axes_of, collectives, kernels, matmuls
+from limoe.plan.host_input import HostInput, host_input
 from limoe.plan.overlap import Cost, Times, schedule
 from limoe.plan.pods import Pod, find_pod
 from limoe.plan.prices import at_peak, exchange_seconds, through_memory
@@ -83,6 +84,13 @@ class PodPlan:
     modelled_step_seconds: float | None = None
     modelled_mfu: float | None = None
     scheduled: ScheduledStep = NOT_ASKED
+    num_hosts: int = 1
+
+    @property
+    def host_input(self) -> HostInput | None:
+        """What each host must read and decode; None if the time of a step is not known."""
+        seconds = self.modelled_step_seconds
+        return host_input(self.num_hosts, self.batch_size, seconds) if seconds else None
 
     @property
     def scheduled_mfu(self) -> float | None:
@@ -102,6 +110,8 @@ class PodPlan:
             "modelled_pairs_per_second": seconds and self.batch_size / seconds,
             "modelled_days": seconds and self.steps * seconds / SECONDS_OF_A_DAY,
             "modelled_chip_hours": seconds and self.steps * seconds * self.num_chips / 3600,
+            "host_input": self.host_input
+            and {**self.host_input._asdict(), "is_the_limit": self.host_input.is_the_limit},
             "scheduled_times": other and {**other._asdict(), "step": other.step},
             "scheduled_step_seconds": other and other.step,
             "scheduled_mfu": self.scheduled_mfu,
@@ -206,6 +216,7 @@ def _facts(config: Config, pod: Pod) -> dict[str, Any]:
         "topology": pod.name,
         "num_devices": len(pod.devices),
         "num_chips": pod.num_chips,
+        "num_hosts": len({device.process_index for device in pod.devices}),
         "mesh": {"slice": mesh.slice, "data": mesh.data, "expert": mesh.expert},
         "settings": {
             "model.remat": config.model.remat,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from limoe.plan.host_input import CORE_SECONDS, PICTURE_BYTES
 from limoe.plan.planner import SECONDS_OF_A_DAY, PodPlan
 
 _GIB = 2**30
@@ -56,7 +57,27 @@ def as_text(plan: PodPlan) -> str:
         _row(f"days for {plan.steps:,} steps", f"{plan.steps * step / SECONDS_OF_A_DAY:,.1f}"),
         _row("chip-hours", f"{plan.steps * step / 3600 * plan.num_chips:,.0f}"),
     ]
-    return "\n".join(lines)
+    return "\n".join(lines + _input(plan))
+
+
+def _input(plan: PodPlan) -> list[str]:
+    found = plan.host_input
+    assert found is not None
+    limit = (
+        "THE INPUT WOULD BE THE LIMIT: store smaller pictures, or use more hosts a chip"
+        if found.is_the_limit
+        else "so the input need not be the limit"
+    )
+    return [
+        "",
+        f"input of a host, {found.num_hosts:,} in all, for that step",
+        _row("pictures to decode a second", f"{found.pictures_per_second:,.0f}"),
+        _row("to read", f"{found.bytes_per_second / 1e6:,.0f} MB/s"),
+        _row("cores that decode", f"{found.cores:,.1f}"),
+        f"  for JPEGs of 256 px, {PICTURE_BYTES / 1e3:.0f} kB and {CORE_SECONDS * 1e3:.1f} ms of a core each (measured "
+        f"on one CPU); one process ends at about {found.most_per_second:,.0f} a second,",
+        f"  {limit}",
+    ]
 
 
 def _row(name: str, *values: str) -> str:
