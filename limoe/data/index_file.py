@@ -56,7 +56,8 @@ class _Damaged(Exception):
 
 # A system allows 1,024 open files or more.
 _OPEN: Recent[files.Opened] = Recent(128)
-_BLOCKS: Recent[_Block] = Recent(64)
+# The examples of the windows of data.order=blocks: about 10 MB.
+_BLOCKS: Recent[_Block] = Recent(1024)
 
 
 class Index:
