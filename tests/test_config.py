@@ -42,7 +42,7 @@ ALL_NAMES = [f"{section}.{name}" for section, kind in SECTIONS.items() for name 
         (["accumulation=4", "group_examples=64"], ["model.group_examples=64", "chunk of 32", "would be cut"]),
         (["batch_size=1"], ["train.batch_size=1", "at least 2"]),
         (["steps=0"], ["train.steps=0", "positive"]),
-        (["steps=309"], ["warmup_steps=60", "cooldown_steps=250", "train.steps=309", "lower them"]),
+        (["steps=219"], ["warmup_steps=40", "cooldown_steps=180", "train.steps=219", "lower them"]),
         (["checkpoints_kept=1"], ["train.checkpoints_kept=1", "at least 2"]),
         (["train.seed=-1"], ["train.seed=-1"]),
         (["learning_rate=0"], ["optimizer.learning_rate=0.0", "positive"]),

@@ -48,7 +48,7 @@ def test_what_does_not_change_the_result_may_change_on_the_way(tmp_path: Path) -
 @pytest.mark.parametrize(("cooldown", "saved", "fits"), [(250, 251, True), (250, 252, False), (0, 500, True)])
 def test_steps_may_grow_until_the_cooldown_has_begun(tmp_path: Path, cooldown: int, saved: int, fits: bool) -> None:
     """251 of 500 steps: update 252 is the first one that a cool-down of 250 steps makes smaller."""
-    began = override(TINY, [f"optimizer.cooldown_steps={cooldown}"])
+    began = override(TINY, ["train.steps=500", f"optimizer.cooldown_steps={cooldown}"])
     longer = override(began, ["train.steps=600"])
     schedules = (make_schedule(config.optimizer, config.train.steps) for config in (began, longer))
     rates, others = (np.asarray(jax.vmap(schedule)(np.arange(saved))) for schedule in schedules)

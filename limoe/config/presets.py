@@ -26,8 +26,8 @@ def _tiny() -> Config:
         text_padding="mask",
         scan_unroll=4,
     )
-    optimizer = OptimizerConfig(name="adamw", warmup_steps=60, cooldown_steps=250, timescale=1_000.0, weight_decay=1e-4)
-    train = TrainConfig(steps=500, batch_size=128, checkpoint_every=100, evaluate_every=100)
+    optimizer = OptimizerConfig(name="adamw", warmup_steps=40, cooldown_steps=180, timescale=1_000.0, weight_decay=1e-4)
+    train = TrainConfig(steps=350, batch_size=128, checkpoint_every=100, evaluate_every=50)
     return Config(preset="tiny", model=model, optimizer=optimizer, train=train)
 
 
