@@ -91,7 +91,11 @@ def test_breaches_are_found(source, found):
 
 
 def test_nothing_that_is_read_is_run_or_unpickled():
-    assert not {name: found for name, path in OURS.items() if (found := breaches(path.read_text(encoding="utf-8")))}
+    # limoe index: what its own processes send each other through their own pipes, and nothing that is read.
+    allowed = {"limoe.data.indexing": {"multiprocessing"}}
+    assert {
+        name: found for name, path in OURS.items() if (found := breaches(path.read_text(encoding="utf-8")))
+    } == allowed
 
 
 def test_two_places_start_processes_and_read_no_data_for_it():

@@ -11,7 +11,6 @@ import fnmatch
 import functools
 import glob
 import hashlib
-import importlib
 import io
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -39,7 +38,9 @@ def is_in_bucket(path: str) -> bool:
 @functools.lru_cache(maxsize=16)
 def _filesystem(protocol: str) -> Any:
     try:
-        return importlib.import_module("fsspec").filesystem(protocol)
+        import fsspec
+
+        return fsspec.filesystem(protocol)
     except (ImportError, ValueError) as error:
         extra = _EXTRAS.get(protocol)
         advice = f"install its extra: pip install 'limoe-jax[{extra}]'" if extra else "fsspec does not know it"
