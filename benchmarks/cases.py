@@ -43,6 +43,22 @@ class Case:
         return expert_capacity(self.group_size, self.choices, self.experts, self.capacity_factor)
 
 
+# Sizes of language models, without the third matrix of their gated MLPs: 8,192 tokens of a device. DeepSeek-V3 is on 32
+# devices: a device has 8 of the 256 experts, and as many rows as its tokens have choices.
+_MODELS = [
+    Case("mixtral-8x7b", 8_192, 1, 4_096, 14_336, 8, 2, None),
+    Case("qwen3-30b", 8_192, 1, 2_048, 768, 128, 8, None),
+    Case("olmoe", 8_192, 1, 2_048, 1_024, 64, 8, None),
+    Case("deepseek-v3-ep32", 8_192, 1, 7_168, 2_048, 8, 8, None),
+]
+
+
+def _narrowed(case: Case) -> Case:
+    """Make the case whose tokens and widths are an eighth, which a CPU runs in seconds."""
+    eighths = {name: getattr(case, name) // 8 for name in ("tokens", "width", "expert_width")}
+    return dataclasses.replace(case, name=f"{case.name}-eighth", **eighths)
+
+
 _ALL = [
     Case("tiny", 6_656, 1, 128, 512, 8, 1, 1.05),
     Case("issue", 4_096, 1, 512, 2_048, 32, 1, 1.05),
@@ -53,9 +69,11 @@ _ALL = [
         for name, width in {"s32": 512, "b32": 768, "b16": 768, "l16": 1_024, "h14": 1_280}.items()
         for suffix, groups in (("", 1), ("-8groups", 8))
     ),
-    # Sizes of Mixtral 8x7B and Qwen3-30B-A3B, without the third matrix of their gated MLPs.
-    Case("llm-8x14336", 8_192, 1, 4_096, 14_336, 8, 2, None),
-    Case("llm-128x768", 8_192, 1, 2_048, 768, 128, 8, None),
+    # What one chip of B/16's pod gets, 64 of v5p at the paper's batch; and B/16 with two choices.
+    Case("b16-pod", 54_272, 8, 768, 3_072, 32, 1, 1.05),
+    Case("b16-k2", 16_384, 1, 768, 3_072, 32, 2, 1.05),
+    *_MODELS,
+    *(_narrowed(case) for case in _MODELS),
     # Only for single operations: its inputs take 27 GB.
     Case("llm-256x2048", 262_144, 1, 7_168, 2_048, 256, 1, None),
 ]

@@ -8,6 +8,9 @@ from typing import Literal
 from benchmarks.cases import CASES, DISTRIBUTIONS, DTYPES, Case
 from benchmarks.roofline import HALVES, OPS, PASSES, Op, Pass, Problem
 
+MODELS = ("mixtral-8x7b", "qwen3-30b", "olmoe", "deepseek-v3-ep32")
+"""Cases at the sizes of language models."""
+
 Axis = Literal["tokens", "experts", "width"]
 _SWEEP_STEPS = 4
 
@@ -101,7 +104,15 @@ def gpu() -> list[Problem]:
     for case in ("b16", "h14"):
         problems += _without(("scatter", "one-hot"), product(["grouped_matmul"], matmul, [case], *kinds))
         problems += _without(("scatter",), product(["layer"], ["both"], [case], *kinds))
+    for case in MODELS:
+        problems += _without(("scatter", "one-hot"), product(["layer"], ["forward", "both"], [case], *kinds))
+        problems += _without(("scatter", "one-hot"), product(moves, ["forward"], [case], *kinds))
     return problems
+
+
+def models() -> list[Problem]:
+    """Make the layer at the sizes of language models, an eighth of each, for a CPU."""
+    return product(["layer"], ["forward", "both"], [f"{case}-eighth" for case in MODELS], ["balanced"], ["float32"])
 
 
 def full() -> list[Problem]:
@@ -109,7 +120,7 @@ def full() -> list[Problem]:
     return product(OPS, PASSES, [name for name in CASES if name != "llm-256x2048"], DISTRIBUTIONS, DTYPES)
 
 
-SUITES = {"quick": quick, "cpu": cpu, "gpu": gpu, "full": full}
+SUITES = {"quick": quick, "cpu": cpu, "models": models, "gpu": gpu, "full": full}
 
 
 def sweep(axis: Axis, case: Case) -> list[Case]:

@@ -66,6 +66,9 @@ _IMPLEMENTATION = flags.DEFINE_multi_enum(
     "implementation", None, list(IMPLEMENTATIONS), "Implementation (default: all that can run)."
 )
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Dtype of tokens and weights.")
+_LIMIT = flags.DEFINE_integer(
+    "compile_limit", 900, "Seconds after which a program counts as one that does not compile.", lower_bound=1
+)
 _PARTS = flags.DEFINE_integer("parts", 0, "Also print this many of the slowest instructions.", lower_bound=0)
 _JSON = flags.DEFINE_string("json", None, "File to which each result is appended as a line of JSON.")
 
@@ -92,7 +95,7 @@ def model(request: Request) -> dict[str, Modelled]:
     Raises CompileError if it does not compile, and RuntimeError if its scalar program depends on unknown data, as with
     XLA's own kernel for a ragged dot, which computes its tiles inside the compiled program.
     """
-    compiled = compile_for_tpu(request, _DISTRIBUTION.value)
+    compiled = compile_for_tpu(request, _DISTRIBUTION.value, _LIMIT.value)
     codes = read_codes(compiled.texts)
     return {
         distribution: summarise(

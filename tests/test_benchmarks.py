@@ -240,7 +240,7 @@ def test_the_exponent_of_a_sweep():
     sizes = [case.tokens for case in selection.sweep("tokens", CASES["issue"])]
     assert summary.exponent(sizes, [3e-6 * size**1.5 for size in sizes]) == pytest.approx(1.5)
     assert [case.expert_width for case in selection.sweep("width", CASES["issue"])] == [256, 512, 1_024, 2_048]
-    assert [case.experts for case in selection.sweep("experts", CASES["llm-8x14336"])] == [2, 4, 8]
+    assert [case.experts for case in selection.sweep("experts", CASES["mixtral-8x7b"])] == [2, 4, 8]
 
 
 def test_the_suites_take_as_long_as_they_say_and_what_does_not_fit_is_left_out(monkeypatch):

@@ -30,7 +30,9 @@ def test_the_suite_holds_the_matmuls_of_the_targets_and_every_operation():
     assert {p.op for p in problems} == set(IMPLEMENTATIONS["moe_kernels/gpu"].operations)
     assert {p.dtype for p in problems} == {"bfloat16"}
     for op in ("dispatch", "combine"):
-        assert {p.passes for p in problems if p.op == op} == {"forward", "backward"}
+        assert {p.passes for p in problems if p.op == op and p.case.name == "l16"} == {"forward", "backward"}
+        assert {p.case.name for p in problems if p.op == op} == {"l16", *selection.MODELS}
+    assert {p.case.name for p in problems if p.op == "layer"} >= set(selection.MODELS)
     llm = CASES["llm-256x2048"]
     assert (llm.tokens, llm.width, llm.experts, llm.expert_width) == (262_144, 7_168, 256, 2_048)
 

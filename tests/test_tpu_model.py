@@ -286,7 +286,12 @@ def test_a_grouped_matmul_issues_what_its_tiles_say():
     assert kernel.seconds >= kernel.macs / (TPUS["v5e"].clocked_flops / 2)
 
 
+def test_a_program_that_takes_too_long_counts_as_one_that_does_not_compile():
+    with pytest.raises(CompileError, match="took more than 0 s"):
+        compile_for_tpu(Request("v5e", "megablox", "layer", "forward", "olmoe", "bfloat16"), ["balanced"], 0.01)
+
+
 @pytest.mark.aot
 def test_a_refusal_is_an_error_with_its_reason():
     with pytest.raises(CompileError, match="needs a capacity"):
-        compile_for_tpu(Request("v5e", "one-hot", "layer", "forward", "llm-8x14336", "bfloat16"), ["balanced"])
+        compile_for_tpu(Request("v5e", "one-hot", "layer", "forward", "mixtral-8x7b", "bfloat16"), ["balanced"])
