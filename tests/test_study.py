@@ -149,6 +149,28 @@ def test_a_killed_study_goes_on_and_what_is_kept_is_enough_for_the_table(small, 
     assert again == whole and before == {name: (place / name).read_bytes() for name in before}
 
 
+def test_a_training_that_fails_leaves_its_reason_and_the_others_go_on(small, tmp_path):
+    def fails_once(settings, folder):
+        if "-limoe-" in folder.name and "train.seed=0" in settings:
+            raise StudyError("no memory")
+        stand_in(settings, folder)
+
+    def run(train):
+        return run_study("small", tmp_path, scale="smoke", num_seeds=2, train=train)
+
+    with pytest.raises(StudyError, match=r"2 of 6 trainings failed: \S+-limoe-seed0, \S+-dense-time-seed0; why"):
+        run(fails_once)
+    place = tmp_path / "small-smoke"
+    reasons = {path.name.partition("-")[2]: path.read_text() for path in place.glob("*.failed.txt")}
+    assert reasons["limoe-seed0.failed.txt"] == "no memory\n" and "'limoe'" in reasons["dense-time-seed0.failed.txt"]
+    rows = {row["arm"]: row["seeds"] for row in csv.DictReader((place / "table.csv").read_text().splitlines())}
+    assert rows == {"dense": "2", "limoe": "1", "dense, time": "1"}
+    assert len(json.loads((place / "table.json").read_text())["failed"]) == 2
+    assert "-limoe-seed0" in (place / "table.md").read_text()
+    assert len(run(stand_in)) == 6 and not [*place.glob("*.failed.txt")]
+    assert "Failed" not in (place / "table.md").read_text()
+
+
 def test_other_settings_are_trained_anew_and_places_are_not_settings(small, tmp_path):
     trained = []
 
@@ -219,7 +241,7 @@ def test_a_cell_is_trained_by_the_command_itself(small, tmp_path, monkeypatch):
     settings = [*run_cases.settings("train.steps=4", "train.checkpoint_every=2"), "model.moe_layers=()"]
     train_in_child(merged(settings), tmp_path / "run")
     assert np.isfinite(run_cases.summary(tmp_path / "run")["zero_shot_top1"])
-    with pytest.raises(StudyError, match="ended with status 1"):
+    with pytest.raises(StudyError, match=r"ended with status 1: .*batch_size"):
         train_in_child(merged(settings, ["train.batch_size=8"]), tmp_path / "run")
 
 
@@ -231,3 +253,14 @@ def test_a_training_that_was_stopped_ends_the_study(small, tmp_path):
     with pytest.raises(StudyError, match="was stopped before its end; the same command continues it"):
         run_study("small", tmp_path, scale="smoke", num_seeds=1, train=stopped)
     assert command.study("small") is small
+
+
+def test_a_table_of_the_dense_arm_alone_is_drawn(small, tmp_path):
+    def only_dense(settings, folder):
+        if "-dense-seed" not in folder.name:
+            raise StudyError("no memory")
+        stand_in(settings, folder)
+
+    with pytest.raises(StudyError, match="2 of 3 trainings failed"):
+        run_study("small", tmp_path, scale="smoke", num_seeds=1, train=only_dense)
+    run_cases.assert_figure(tmp_path / "small-smoke" / "picture.png")

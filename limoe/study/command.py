@@ -25,8 +25,8 @@ def run_study(
 ) -> list[Finished]:
     """Run the trainings of a study that are not finished, then write its table and picture, also when stopped.
 
-    All files lie in `folder`/NAME-SCALE. Raises StudyError for an unknown name, scale or number of seeds, and those of
-    `run_cells`.
+    All files lie in `folder`/NAME-SCALE. Raises StudyError for an unknown name, scale or number of seeds, those of
+    `run_cells`, and, at the end, one that names the trainings that failed.
     """
     chosen = study(name)
     if scale not in SCALES:
@@ -36,16 +36,25 @@ def run_study(
     settings = [full_name(text) for text in settings]
     place = folder / f"{name}-{scale}"
     finished: list[Finished] = []
+    failed: dict[str, str] = {}
     with StopSignals() as signals:
         try:
-            for one in run_cells(chosen, scale, num_seeds, place, settings=settings, train=train, say=say):
+            cell_results = run_cells(
+                chosen, scale, num_seeds, place, settings=settings, train=train, say=say, failed=failed
+            )
+            for one in cell_results:
                 finished.append(one)
         except KeyboardInterrupt:
             say(f"Stopped by {signals.received}; the same command goes on from here.")
         finally:
             if finished:
-                write_findings(place, name, chosen, finished)
+                write_findings(place, name, chosen, finished, failed)
                 say(f"{name}: {chosen.compares}\n\n{markdown(chosen, finished)}\nFiles: {place}")
+    if failed:
+        raise StudyError(
+            f"{len(failed)} of {len(cells(chosen, scale, num_seeds))} trainings failed: {', '.join(failed)}; why is in "
+            f"{place}/NAME.failed.txt; the same command tries them anew"
+        )
     return finished
 
 

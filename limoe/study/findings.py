@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,9 +124,15 @@ def markdown(study: Study, finished: Sequence[Finished]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_findings(folder: Path, name: str, study: Study, finished: Sequence[Finished]) -> None:
-    """Write `table.md`, `table.csv`, `table.json` and `picture.png` of a study into its folder."""
-    files.write_bytes(folder / "table.md", markdown(study, finished).encode())
+def write_findings(
+    folder: Path, name: str, study: Study, finished: Sequence[Finished], failed: Mapping[str, str]
+) -> None:
+    """Write `table.md`, `table.csv`, `table.json` and `picture.png` of a study into its folder.
+
+    `failed` holds the reasons of the trainings that failed, by name; the Markdown and the JSON name them.
+    """
+    missing = f"\nFailed, so not in the table: {', '.join(failed)}.\n" if failed else ""
+    files.write_bytes(folder / "table.md", (markdown(study, finished) + missing).encode())
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(("size", "arm", "measure", "seeds", "mean", "half_of_95", "difference", "half_of_95", "relative"))
@@ -137,7 +143,13 @@ def write_findings(folder: Path, name: str, study: Study, finished: Sequence[Fin
                 values = (found.seeds, found.mean, found.half, *((other.mean, other.half) if other else (None, None)))
                 table.writerow((row.size, row.arm, measure, *values, share.mean if share else None))
     files.write_bytes(folder / "table.csv", text.getvalue().encode())
-    content = {"study": name, "compares": study.compares, "paper": study.paper, "rows": rows_of(study, finished)}
+    content = {
+        "study": name,
+        "compares": study.compares,
+        "paper": study.paper,
+        "rows": rows_of(study, finished),
+        "failed": failed,
+    }
     write_json(folder / "table.json", {**content, "rank_correlation": correlation(study, finished)})
     draw(folder / "picture.png", study, finished)
 
@@ -172,7 +184,7 @@ def _draw_means(axes: Axes, measure: str, rows: Sequence[Row]) -> None:
         axes.errorbar(mean, place, xerr=half, fmt="o", capsize=3, color=_LINES[0])
         names = [f"{row.arm}, {row.size}" if several else row.arm for row, _ in known]
         axes.set_yticks(place, names)
-        axes.set_ylim(len(known) - 0.5, -0.5)
+        axes.set_ylim(max(len(known), 1) - 0.5, -0.5)
     if _is_share(measure):
         (axes.yaxis if numeric else axes.xaxis).set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_title(TITLES[measure])
@@ -190,4 +202,5 @@ def _draw_curves(axes: Axes, curve: str, study: Study, finished: Sequence[Finish
     axes.set_title(f"{TITLES[curve]} over training")
     axes.set_xlabel("step")
     axes.grid(True)
-    axes.legend()
+    if axes.lines:
+        axes.legend()

@@ -95,19 +95,28 @@ def run_cells(
     settings: Sequence[str] = (),
     train: Train | None = None,
     say: Callable[[str], None] = print,
+    failed: dict[str, str] | None = None,
 ) -> Iterator[Finished]:
     """Train what is not finished yet, in order, and give every finished training.
 
     `folder` gets a JSON file for each; a file with the same settings is taken as it is. `settings` are added to all
-    trainings. Raises StudyError if a training fails, or a file cannot be used.
+    trainings. A training that fails leaves its reason in NAME.failed.txt and, by its name, in `failed`; the others go
+    on, and the next call tries it anew. Raises StudyError if a training was stopped, or a file cannot be used.
     """
+    failed = {} if failed is None else failed
     done: dict[tuple[str, str, int], Finished] = {}
     todo = cells(study, scale, num_seeds)
     for number, cell in enumerate(todo, 1):
         common = merged(
             SCALES[scale].sizes[cell.size], study.settings, study.smoke if scale == "smoke" else (), cell.arm.settings
         )
-        wanted = merged(common, settings, _steps_of_time(cell, done), [f"train.seed={cell.seed}"])
+        record = folder / f"{cell.name}.failed.txt"
+        try:
+            steps = _steps_of_time(cell, done)
+        except StudyError as error:
+            _keep_failure(record, cell, error, failed, say)
+            continue
+        wanted = merged(common, settings, steps, [f"train.seed={cell.seed}"])
         told = [text for text in wanted if text.partition("=")[0] not in _PLACES]
         path = folder / f"{cell.name}.json"
         found = read_cell(path)
@@ -116,17 +125,33 @@ def run_cells(
             # Other settings get another folder, so an unfinished training of before is not in the way.
             run = folder / "runs" / f"{cell.name}-{sha256(json.dumps(wanted).encode()).hexdigest()[:8]}"
             override(preset(PRESET), wanted)  # refuses before a process is started
-            (train or train_in_child)(wanted, run)
+            try:
+                (train or train_in_child)(wanted, run)
+            except StudyError as error:
+                _keep_failure(record, cell, error, failed, say)
+                continue
             found = _measured(cell, told, run)
             write_json(path, found._asdict())
+        record.unlink(missing_ok=True)
         done[cell.size, cell.arm.name, cell.seed] = found
         yield found
+
+
+def _keep_failure(
+    record: Path, cell: StudyCell, error: StudyError, failed: dict[str, str], say: Callable[[str], None]
+) -> None:
+    failed[cell.name] = str(error)
+    files.write_bytes(record, f"{error}\n".encode())
+    say(f"{cell.name} failed: {error}")
 
 
 def _steps_of_time(cell: StudyCell, done: dict[tuple[str, str, int], Finished]) -> list[str]:
     """Choose the steps of an arm that gets as much time as another one took."""
     if not cell.arm.as_long_as:
         return []
+    for name in (cell.arm.as_long_as, cell.arm.rate_of):
+        if (cell.size, name, cell.seed) not in done:
+            raise StudyError(f"it is given as much time as {name!r} of the same seed needs, which failed")
     longer, twin = (done[cell.size, name, cell.seed] for name in (cell.arm.as_long_as, cell.arm.rate_of))
     steps = override(preset(PRESET), longer.settings).train.steps
     return [f"train.steps={round(steps * longer.step_seconds / twin.step_seconds)}"]
@@ -147,21 +172,35 @@ def read_cell(path: Path) -> Finished | None:
 
 def train_in_child(settings: Sequence[str], folder: Path) -> None:
     """Train as `limoe train` does, in a process of its own. If this process is stopped, so is the training, which
-    saves; the next call continues it.
+    saves; the next call continues it. What it writes to the standard error goes there as it comes.
 
-    Raises StudyError if it fails.
+    Raises StudyError with the last line of that if it fails.
     """
     # In a session of its own it gets no Ctrl-C from the terminal beside the one signal from here.
     words = [sys.executable, "-m", "limoe", *_words(settings), f"--workdir={folder}"]
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True) as child:
+    with subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+    ) as child:
         try:
+            last = _pass_on(child)
             status = child.wait()
         except BaseException:
             child.terminate()
+            _pass_on(child)
             child.wait()
             raise
     if status:
-        raise StudyError(f"the training in {folder} ended with status {status}, see above; the same command goes on")
+        raise StudyError(f"the training in {folder} ended with status {status}: {last or 'it said nothing'}")
+
+
+def _pass_on(child: subprocess.Popen[str]) -> str:
+    """Copy what a process writes to the standard error until it ends; give its last line that is not empty."""
+    last = ""
+    assert child.stderr is not None
+    for line in child.stderr:
+        sys.stderr.write(line)
+        last = line.strip() or last
+    return last
 
 
 def _words(settings: Sequence[str]) -> list[str]:
