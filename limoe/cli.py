@@ -91,7 +91,7 @@ _TEXTS = flags.DEFINE_string("texts", "", "embed: a UTF-8 file with a text a lin
 
 # Import names of the packages that the extra `train` installs.
 TRAINER = (
-    *("einops", "flatbuffers", "flax", "grain", "matplotlib", "optax"),
+    *("einops", "flatbuffers", "flax", "fsspec", "grain", "matplotlib", "optax"),
     *("orbax", "PIL", "safetensors", "sentencepiece", "tqdm"),
 )
 
