@@ -70,7 +70,7 @@ def test_the_log_has_each_step_once_with_every_figure(finished: Ran) -> None:
 @pytest.mark.compat
 def test_the_folder_of_a_finished_run(finished: Ran) -> None:
     names = {path.name for path in finished.folder.iterdir()} - {".lock"}
-    files = {"config.json", "metrics.jsonl", "summary.json", "tokenizer.model", "data.json"}
+    files = {"config.json", "metrics.jsonl", "summary.json", "tokenizer.model", "data.json", "versions.json"}
     assert names == files | {"checkpoints", "figures"}
     kept = [f"step_{step:08d}" for step in (STEPS - CHECKPOINT_EVERY, STEPS)]
     assert sorted(path.name for path in (finished.folder / "checkpoints").iterdir()) == kept

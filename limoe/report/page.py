@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import importlib.metadata
 import io
 import json
-import platform
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -16,7 +14,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-import limoe
 from limoe.config.schema import Config
 from limoe.data import files, inputs
 from limoe.errors import LimoeError
@@ -31,6 +28,7 @@ from limoe.report.panels import MODALITIES, leaning
 from limoe.report.results import bound
 from limoe.workdir.folder import Workdir
 from limoe.workdir.metrics import read_metrics
+from limoe.workdir.versions import Since, read_versions
 
 # With more classes a map of them is not readable; the list of confusions is.
 _MOST_CLASSES = 40
@@ -95,7 +93,7 @@ def page(
         "Retrieval": _retrieval(examples, missing),
         "Bad data": _bad_data(curves, summary),
         "Settings": _settings(config),
-        "Versions": _versions(),
+        "Versions": _versions(read_versions(workdir.versions)),
     }
     state = "finished" if summary else f"step {curves.last_step:,} of {config.train.steps:,}"
     links = "".join(f'<a href="#{_slug(name)}">{escape(name)}</a>' for name in sections)
@@ -291,11 +289,12 @@ def _settings(config: Config) -> str:
     return f"<details><summary>{len(rows)} settings</summary>{table}</details>"
 
 
-def _versions() -> str:
-    packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
-    found = {"limoe": limoe.__version__, "Python": platform.python_version(), **packages}
-    said = ", ".join(f"{name} {version}" for name, version in found.items())
-    return f"<p>{escape(said)}: the versions that wrote this page; a run does not keep those that trained it.</p>"
+def _versions(kept: Sequence[Since]) -> str:
+    if not kept:
+        return "<p>Not recorded: an older version of limoe trained this run.</p>"
+    texts = [", ".join(f"{name} {version}" for name, version in one.versions.items()) for one in kept]
+    since = [f"<p>After step {one.step:,}: {escape(text)}.</p>" for one, text in zip(kept, texts, strict=True)]
+    return "".join(since)
 
 
 def _picture(name: str, content: bytes) -> str:

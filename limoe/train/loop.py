@@ -46,6 +46,7 @@ from limoe.workdir.data import check_data
 from limoe.workdir.folder import Workdir, WorkdirError
 from limoe.workdir.metrics import MetricsLog, read_metrics, skipped_in_row, write_json
 from limoe.workdir.rewind import rewind as rewound
+from limoe.workdir.versions import keep_versions
 
 
 class TrainingError(LimoeError, RuntimeError):
@@ -162,6 +163,7 @@ def _train(
         run.skipped_in_row = processes.from_first(skipped_in_row(log.last) if log and log.last else 0)
         with signals.patiently(), contextlib.ExitStack() as stack:
             if log is not None:
+                keep_versions(workdir.versions, int(state.step))
                 run.journal = stack.enter_context(Journal(log, workdir.path, config, began, beside_bars(say)))
             first = int(state.step)
             profile = stack.enter_context(Profile(workdir.path / "profile", profile_steps, first, beside_bars(say)))
@@ -353,8 +355,7 @@ def _finish(
     If the command is killed before that, the next start does this again with the parameters of the last checkpoint.
     """
     say("evaluating (dropless) and drawing figures")
-    config = workdir.config
-    model, batch_size = config.model, config.train.batch_size
+    config, model, batch_size = workdir.config, workdir.config.model, workdir.config.train.batch_size
     log = results.read_log(model, read_metrics(workdir.metrics))
     reached = evaluate(encoder, evaluation)
     history = results.training_history(log, reached, results.bound(model, batch_size))
@@ -370,8 +371,7 @@ def _finish(
     begun = json.loads(files.read_text(workdir.init)) if config.init.source else None
     content = {**results.summary(config, reached, log, seconds=time.monotonic() - began), "init": begun}
     write_json(workdir.summary, content)
-    say("")
-    say(pictures.summary_table({**content, "figures": str(workdir.figures)}))
+    say("\n" + pictures.summary_table({**content, "figures": str(workdir.figures)}))
 
 
 def _bad_of_all(own: BadExamples, counts: Counts, *, ask: bool) -> BadExamples:

@@ -7,6 +7,7 @@
     tokenizer.model  the tokenizer of the run
     data.json        what the run learns from, see `limoe.workdir.data`
     figures/         pictures
+    versions.json    the versions of Python and packages that trained it, see `limoe.workdir.versions`
     init.json        of a run that began with another's parameters: which were taken
     rewound/         what came after a checkpoint to which the run was rewound
     summary.json     written last: the run is finished when it is there
@@ -35,6 +36,7 @@ _SUMMARY = "summary.json"
 _TOKENIZER = "tokenizer.model"
 _DATA = "data.json"
 _INIT = "init.json"
+_VERSIONS = "versions.json"
 _LOCK = ".lock"
 # Patterns of settings that affect neither the result nor a checkpoint's content: they may change during a run.
 _MAY_CHANGE = (
@@ -48,7 +50,7 @@ _FOLDERS = ("data.shards", "data.sources", "data.eval_shards")
 # What the run itself writes into config.json. A command that leaves it out goes on with what stands there.
 _RECORDED = ("init.digest", "data.rewound_at")
 # Files that a killed `files.atomic_writer` leaves.
-_LEFTOVERS = tuple(f".{name}.*.tmp" for name in (_CONFIG, _METRICS, _SUMMARY, _TOKENIZER, _DATA, _INIT))
+_LEFTOVERS = tuple(f".{name}.*.tmp" for name in (_CONFIG, _METRICS, _SUMMARY, _TOKENIZER, _DATA, _INIT, _VERSIONS))
 
 
 class WorkdirError(LimoeError, RuntimeError):
@@ -70,7 +72,7 @@ class Workdir:
         self.changes: tuple[str, ...] = ()  # settings that changed since the run began, in words
         self.checkpoints, self.figures = path / "checkpoints", path / "figures"
         self.tokenizer, self.metrics, self.summary = path / _TOKENIZER, path / _METRICS, path / _SUMMARY
-        self.data, self.init = path / _DATA, path / _INIT
+        self.data, self.init, self.versions = path / _DATA, path / _INIT, path / _VERSIONS
 
     @classmethod
     def open(cls, path: str | Path, config: Config) -> "Workdir":
@@ -140,7 +142,7 @@ class Workdir:
         started = files.exists(self.metrics) and self.metrics.stat().st_size
         if started or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
             return False
-        for path in (self.path / _CONFIG, self.tokenizer, self.metrics, self.data, self.init):
+        for path in (self.path / _CONFIG, self.tokenizer, self.metrics, self.data, self.init, self.versions):
             path.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.figures):
             if folder.is_dir() and not any(folder.iterdir()):
