@@ -17,6 +17,7 @@ from run_cases import (
     Ran,
     assert_figure,
     config,
+    final_state,
     metrics,
     ran,
     result,
@@ -295,13 +296,24 @@ def test_a_damaged_newest_checkpoint_falls_back(
 
 
 @pytest.mark.slow
-def test_a_log_that_lost_its_end_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_that_lost_its_end_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, Any]
+) -> None:
     with monkeypatch.context() as patch:
         stop_after(patch, 5, signal.SIGTERM)
         ran(tmp_path / "run")
     log = tmp_path / "run" / "metrics.jsonl"
+    saved = metrics(tmp_path / "run")[-1]["step"]
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:3]))
-    with pytest.raises(WorkdirError, match="ends at step 3, but the newest good checkpoint is of step"):
+    said = ran(tmp_path / "run").said
+    assert f"lost the lines of steps 4 to {saved}; curves and figures are without them" in said
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, *range(saved + 1, STEPS + 1)]
+    assert final_state(tmp_path / "run") == expected["state"]
+
+    # Of a run that is done, the summary is made from the log.
+    (tmp_path / "run" / "summary.json").unlink()
+    log.unlink()
+    with pytest.raises(WorkdirError, match=r"all 12 steps are done, but .*metrics\.jsonl is lost.*limoe eval"):
         ran(tmp_path / "run")
 
 

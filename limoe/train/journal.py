@@ -122,8 +122,8 @@ def is_whole(step: int, settings: TrainConfig) -> bool:
     Other lines have null for counts, which are five sixths of a whole line, and six decimals. Figures and summary are
     means over the last steps, whose lines are all whole.
 
-    >>> from limoe.config.presets import preset
-    >>> [step for step in range(1, 403) if is_whole(step, preset("tiny").train)]
+    >>> settings = TrainConfig(steps=500)
+    >>> [step for step in range(1, 403) if is_whole(step, settings)]
     [1, 200, 400, 401, 402]
     """
     return step == 1 or step % settings.routing_every == 0 or step > settings.steps - LAST_STEPS

@@ -39,11 +39,12 @@ from limoe.train.journal import FinishedStep, Journal
 from limoe.train.losses import by_name
 from limoe.train.profiling import Profile
 from limoe.train.progress import beside_bars, progress_callback
+from limoe.train.resume import restore
 from limoe.train.step import Counts, StepReport, TrainState, compile_step, prepare
 from limoe.train.stopping import StopSignals
 from limoe.workdir.checkpoint import Checkpoints
 from limoe.workdir.data import check_data
-from limoe.workdir.folder import Workdir, WorkdirError
+from limoe.workdir.folder import Workdir
 from limoe.workdir.metrics import MetricsLog, read_metrics, skipped_in_row, write_json
 from limoe.workdir.rewind import rewind as rewound
 from limoe.workdir.versions import keep_versions
@@ -156,7 +157,8 @@ def _train(
     if log is not None and log.last is not None:
         began -= float(log.last["elapsed_seconds"])  # the time of earlier commands
     with Checkpoints(workdir.checkpoints, config.train.checkpoints_kept) as checkpoints:
-        state = _restore(checkpoints, training.abstract, log, say) or first_state(workdir, training, placement, say)
+        state = restore(checkpoints, training.abstract, log, config.train.steps, say)
+        state = state or first_state(workdir, training, placement, say)
         encoder = Encoder(training.graph, state.parameters, config, tokenizer, placement=placement)
         step_function = compile_step(training, config, placement)
         run = _Run(config.train, checkpoints, encoder, evaluation if folders.zero_shot else None)
@@ -389,25 +391,3 @@ def _bad_of_all(own: BadExamples, counts: Counts, *, ask: bool) -> BadExamples:
 @jax.jit
 def _all_finite(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)
-
-
-def _restore(
-    checkpoints: Checkpoints, abstract: TrainState, log: MetricsLog | None, say: Callable[[str], None]
-) -> TrainState | None:
-    """Restore the newest good checkpoint, if there is one, and cut the log to the same step."""
-    restored = checkpoints.restore(abstract)
-    if log is None:
-        return None if restored is None else restored.state
-    if restored is None:
-        log.truncate_after(0)
-        return None
-    if log.last_step is None or log.last_step < restored.step:
-        raise WorkdirError(
-            f"{log.path} ends at step {log.last_step or 0}, but the newest good checkpoint is of step {restored.step}; "
-            "put the whole metrics.jsonl back, or start a new run with --workdir=DIR"
-        )
-    for message in restored.skipped:
-        say(message)
-    say(f"continuing from the checkpoint of step {restored.step}")
-    log.truncate_after(restored.step)
-    return restored.state
