@@ -122,7 +122,7 @@ def is_whole(step: int, settings: TrainConfig) -> bool:
     Other lines have null for counts, which are five sixths of a whole line, and six decimals. Figures and summary are
     means over the last steps, whose lines are all whole.
 
-    >>> settings = TrainConfig(steps=500, batch_size=1)
+    >>> settings = TrainConfig(steps=500, batch_size=2)
     >>> [step for step in range(1, 403) if is_whole(step, settings)]
     [1, 200, 400, 401, 402]
     """
