@@ -314,7 +314,7 @@ def test_export_and_back_with_gradients_but_without_symbolic_sizes():
     exported = jax.export.export(layer)(a.tokens)
     np.testing.assert_array_equal(exported.call(a.tokens), layer(a.tokens))
     _, pull = jax.vjp(layer, a.tokens)
-    # Two programs: the exported one computes the layer again, and the other has kept what it needs. They may round apart.
+    # The exported program computes the layer again, the other one kept what it needs: they may round apart.
     found, wanted = exported.vjp().call(a.tokens, a.dtokens)[0], pull(a.dtokens)[0]
     scale = np.abs(wanted).max(axis=1, keepdims=True)
     np.testing.assert_allclose(found / scale, wanted / scale, rtol=0, atol=16 * np.finfo(np.float32).eps)
